@@ -1,0 +1,218 @@
+"""What was decided, predicted and measured for one request, and the JSONL log of it.
+
+One frozen record serves the reply, the log, the metrics and the training rows. No image and no prompt is kept: only
+hashes and numbers. Knows nothing of models, policies or files other than its own log.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptive_fusion.complexity import Complexity
+from adaptive_fusion.point import OperatingPoint
+
+SCHEMA = 1
+MAX_STRING = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the cost model expects of a request; times in milliseconds, memory in GiB above the resting set."""
+
+    encode_ms: float
+    prefill_ms: float
+    decode_ms: float
+    peak_memory_gb: float
+
+    @property
+    def ttft_ms(self) -> float:
+        """Time to the first token."""
+        return self.encode_ms + self.prefill_ms
+
+    @property
+    def latency_ms(self) -> float:
+        """Time to the last token."""
+        return self.ttft_ms + self.decode_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a request really took.
+
+    Times are milliseconds on a monotonic clock: `preprocess_ms` (media to tensors), `encode_ms` (vision encoder and
+    fusion), `prefill_ms`, `decode_ms`, `ttft_ms` (to the first token) and `latency_ms` (all of it).
+    `peak_memory_gb` is the high-water mark less the resting set, in GiB.
+    """
+
+    preprocess_ms: float
+    encode_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float
+    latency_ms: float
+    visual_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+    patches: int
+    peak_memory_gb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """An operating point that was considered and not taken, and why."""
+
+    point: OperatingPoint
+    reason: str
+    predicted: Prediction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One routing and control decision.
+
+    `p_complex` is P(the cheap lane loses more than the tolerance); `complexity.score` is agreement with human
+    judgement: two numbers. `propensity` is the probability with which `point` was chosen (1.0 unless exploring), so
+    that explored traffic can be evaluated off-policy.
+    """
+
+    request_id: str
+    kind: str
+    complexity: Complexity | None
+    p_complex: float | None
+    lane: str
+    point: OperatingPoint
+    predicted: Prediction | None
+    reason: str
+    policy: str
+    feasible: bool = True
+    propensity: float = 1.0
+    margin: float = 1.0
+    elapsed_ms: float = 0.0
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    prompt_features: Mapping[str, float] = field(default_factory=dict)
+    rejected: tuple[Rejected, ...] = ()
+
+    def explain(self) -> str:
+        """Budget, prediction, margin and the rejected points with their reasons, as readable lines."""
+        lines = [f"{self.kind} -> {self.lane} lane -> {self.point.name}: {self.reason}"]
+        if self.complexity is not None and self.p_complex is not None:
+            lines.append(f"  complexity {self.complexity.score:.2f}, P(complex) {self.p_complex:.2f}")
+        if self.budget:
+            lines.append("  budget " + ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.budget.items()))
+        if self.predicted is not None:
+            p = self.predicted
+            lines.append(
+                f"  predicted encode {p.encode_ms:.1f} + prefill {p.prefill_ms:.1f} + decode {p.decode_ms:.1f} ms"
+                f" (x{self.margin:.2f} margin), {p.peak_memory_gb:.3f} GiB"
+            )
+        lines += [f"  not {r.point.name}: {r.reason}" for r in self.rejected]
+        return "\n".join(lines)
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of a prompt, hex."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def record(
+    decision: Decision,
+    measurement: Measurement | None,
+    *,
+    time_s: float,
+    content_hash: str | None = None,
+    prompt_hash: str | None = None,
+    error: str | None = None,
+    finish_reason: str | None = None,
+) -> dict[str, Any]:
+    """One flat JSON record of the decision log (schema version 1)."""
+    return {
+        "schema": SCHEMA,
+        "time_s": time_s,
+        "request_id": decision.request_id,
+        "content_hash": content_hash,
+        "prompt_hash": prompt_hash,
+        "kind": decision.kind,
+        "complexity": decision.complexity.score if decision.complexity else None,
+        "features": dict(decision.complexity.features) if decision.complexity else {},
+        "features_version": decision.complexity.version if decision.complexity else None,
+        "prompt_features": dict(decision.prompt_features),
+        "p_complex": decision.p_complex,
+        "lane": decision.lane,
+        "point": decision.point.to_dict(),
+        "propensity": decision.propensity,
+        "policy": decision.policy,
+        "budget": dict(decision.budget),
+        "feasible": decision.feasible,
+        "predicted": asdict(decision.predicted) if decision.predicted else None,
+        "reason": decision.reason,
+        "measurement": asdict(measurement) if measurement else None,
+        "finish_reason": finish_reason,
+        "error": error,
+    }
+
+
+def _clean(value: Any) -> Any:
+    """JSON has no NaN or infinity; strings are bounded so that no record can flood the log."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()[:MAX_STRING]
+    if isinstance(value, Mapping):
+        return {str(key)[:200]: _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return value
+
+
+class DecisionLog:
+    """Appends records to a JSONL file, one ``write`` per record, rotating by size.
+
+    A record is one line written by one system call to a file opened for appending, so threads and processes do not
+    tear each other's lines and a kill loses at most the record under way. A full or unwritable disk never fails a
+    request: such records are counted in `dropped`.
+    """
+
+    def __init__(self, path: str | Path, *, max_bytes: int = 64 << 20, keep: int = 8) -> None:
+        self.path = Path(path)
+        self.max_bytes, self.keep = max_bytes, keep
+        self.written = 0
+        self.dropped = 0
+        self._lock = threading.Lock()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one record; see the class for what happens when that fails."""
+        line = json.dumps(_clean(values), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        with self._lock:
+            try:
+                self._rotate(len(line))
+                handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                try:
+                    if os.write(handle, line) != len(line):
+                        raise OSError("short write")
+                finally:
+                    os.close(handle)
+                self.written += 1
+            except OSError:
+                self.dropped += 1
+
+    def _rotate(self, incoming: int) -> None:
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        if size + incoming <= self.max_bytes:
+            return
+        for index in range(self.keep - 1, 0, -1):
+            older = self.path.with_name(f"{self.path.name}.{index}")
+            if older.exists():
+                older.replace(self.path.with_name(f"{self.path.name}.{index + 1}"))
+        self.path.replace(self.path.with_name(f"{self.path.name}.1"))
+        extra = self.path.with_name(f"{self.path.name}.{self.keep + 1}")
+        extra.unlink(missing_ok=True)

@@ -1,0 +1,33 @@
+"""Every error the library raises on purpose, grouped by cause under one root.
+
+Knows nothing of models, media or budgets. Messages name the received value and the valid choices and carry no
+absolute path or network address, so they can be shown to a remote caller.
+"""
+
+
+class AdaptiveFusionError(Exception):
+    """Root of all errors of this library."""
+
+
+class MediaError(AdaptiveFusionError, ValueError):
+    """An image or video that cannot be used: missing, empty, broken, too large or of a refused format."""
+
+
+class ConfigError(AdaptiveFusionError, ValueError):
+    """A setting that is out of range or unknown."""
+
+
+class BudgetError(ConfigError):
+    """A latency, memory or attainment budget that is not a finite positive number in range."""
+
+
+class PolicyError(ConfigError):
+    """A policy that cannot be found, read or trusted."""
+
+
+class UnsupportedModelError(AdaptiveFusionError):
+    """The model cannot be driven by an adapter of this library, or a knob does not apply to it."""
+
+
+class InfeasibleBudgetError(AdaptiveFusionError):
+    """No operating point fits the budget and the budget asks for an early refusal."""

@@ -1,0 +1,226 @@
+"""Fast weighted sums and pooling over the levels of a vision encoder.
+
+The plain ``sum(w * f)`` makes two new tensors a level. Here each level is read once and added in place to
+one block of the output that stays in cache, with float scalars; half-precision levels are accumulated in
+float32 and rounded once. Knows packed tensors and segment lengths only: nothing of taps, strategies or
+models.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_fusion.errors import ConfigError
+
+Combine = Callable[[Sequence[Tensor], Tensor, Sequence[int]], Tensor]
+"""The signature of `weighted_sum`, so that a compiled form can take its place."""
+
+# Elements of a block: its float32 form (2 MiB) stays in the last-level cache and splits over two threads
+# into pieces that still dwarf the cost of an operator call. Smaller and larger blocks were slower on Zen 3.
+_BLOCK = 2**19
+_scratch = threading.local()
+
+
+def check_packed(levels: Sequence[Tensor], lengths: Sequence[int]) -> None:
+    """ConfigError unless levels are packed ``[N, D]`` tensors alike and `lengths`, each >= 1, sum to N."""
+    if not levels:
+        raise ConfigError("got no levels; expected at least one [patches, width] tensor")
+    shapes = {(tuple(level.shape), level.dtype, level.device) for level in levels}
+    if len(shapes) > 1 or levels[0].ndim != 2 or not levels[0].is_floating_point():
+        found = sorted(f"{list(level.shape)} {level.dtype} on {level.device}" for level in levels)
+        raise ConfigError(
+            f"levels are {found}; expected floating [patches, width] tensors of one shape, dtype, device"
+        )
+    if any(length < 1 for length in lengths) or sum(lengths) != levels[0].shape[0]:
+        raise ConfigError(
+            f"lengths {list(lengths)} do not add up, each at least 1, to {levels[0].shape[0]} patches"
+        )
+
+
+def weighted_sum(levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum of ``weights[image, i] * levels[i]``, accumulated in float32 (or float64) and rounded once.
+
+    Args:
+        levels: L packed tensors ``[N, D]`` of one dtype.
+        weights: ``[L]`` or ``[1, L]`` for all patches alike, or ``[n_images, L]``.
+        lengths: patches per image, summing to N.
+
+    Returns ``[N, D]`` in the levels' dtype. Differentiable in weights and levels (once), with the same
+    forward kernel in training and inference; no temporary of a level's size is kept. A weight of exactly 0
+    skips its level.
+    Raises ConfigError if shapes do not fit.
+    """
+    check_packed(levels, lengths)
+    rows = _weight_rows(weights, len(levels), len(lengths))
+    if torch.is_grad_enabled() and (rows.requires_grad or any(level.requires_grad for level in levels)):
+        out: Tensor = _WeightedSum.apply(rows, tuple(lengths), *levels)
+        return out
+    return _accumulate(levels, rows, lengths)
+
+
+def segment_mean(features: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean over each image's patches: ``[N, D]`` to ``[n_images, D]``, in float32 (float64 for float64).
+
+    A matrix product per segment (a row of 1/length times the patches); half precision is summed in float32
+    instead, because its matrix product would round every mean. Differentiable. Raises ConfigError if
+    lengths do not fit.
+    """
+    check_packed([features], lengths)
+    means = []
+    for segment in torch.split(features, list(lengths)):
+        if segment.dtype in (torch.float32, torch.float64):
+            means.append(torch.mv(segment.t(), segment.new_full((len(segment),), 1 / len(segment))))
+        else:
+            means.append(segment.sum(0, dtype=torch.float32) / len(segment))
+    return torch.stack(means)
+
+
+def expand_rows(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Repeat row i of ``[n_images, ...]`` lengths[i] times; a single row is left to broadcasting."""
+    if values.shape[0] == 1:
+        return values
+    counts = torch.tensor(list(lengths), device=values.device)
+    return values.repeat_interleave(counts, dim=0, output_size=sum(lengths))
+
+
+class CompiledSum:
+    """`weighted_sum` through ``torch.compile``, for at most `max_shapes` kinds of input.
+
+    A kind is (levels, width, dtype, device, one row of weights or many); the number of patches is dynamic.
+    Further kinds and calls that need gradient take the uncompiled kernel, so a stream of odd shapes never
+    recompiles without bound. Needs a C++ compiler on CPU and takes some seconds at the first call of a
+    kind.
+    """
+
+    def __init__(self, max_shapes: int = 8) -> None:
+        limit = torch._dynamo.config.recompile_limit
+        if not 1 <= max_shapes <= limit:
+            raise ConfigError(
+                f"max_shapes is {max_shapes!r}; expected 1 to {limit} (torch's own limit of recompiles)"
+            )
+        self.max_shapes = max_shapes
+        self.kinds: set[tuple[Any, ...]] = set()
+        self._run = torch.compile(_plain_sum, dynamic=True)
+
+    def __call__(self, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
+        check_packed(levels, lengths)
+        rows = _weight_rows(weights, len(levels), len(lengths))
+        first = levels[0]
+        kind = (len(levels), first.shape[1], first.dtype, first.device, rows.shape[0] == 1)
+        if kind not in self.kinds and len(self.kinds) >= self.max_shapes:
+            return weighted_sum(levels, weights, lengths)
+        if torch.is_grad_enabled() and (rows.requires_grad or any(level.requires_grad for level in levels)):
+            return weighted_sum(levels, weights, lengths)
+        self.kinds.add(kind)
+        out: Tensor = self._run(list(levels), expand_rows(rows, lengths))
+        return out
+
+
+def _plain_sum(levels: list[Tensor], rows: Tensor) -> Tensor:
+    total = levels[0].to(rows.dtype) * rows[:, :1]
+    for index, level in enumerate(levels[1:], start=1):
+        total = total + level.to(rows.dtype) * rows[:, index : index + 1]
+    return total.to(levels[0].dtype)
+
+
+def _weight_rows(weights: Tensor, levels: int, images: int) -> Tensor:
+    rows = weights[None] if weights.ndim == 1 else weights
+    if rows.ndim != 2 or rows.shape[1] != levels or rows.shape[0] not in (1, images):
+        raise ConfigError(
+            f"weights are {list(weights.shape)}; expected [{levels}] or [{images}, {levels}] (per image)"
+        )
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _accumulate(levels: Sequence[Tensor], rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        out = torch.empty_like(levels[0])
+        if out.device.type != "cpu":
+            # Reading the weights back as floats would wait for the device; a kernel launch costs more than
+            # cache misses.
+            columns = torch.split(expand_rows(rows, lengths).to(_wide(out.dtype)), 1, dim=1)
+            _add_block(out, levels, columns, None)
+            return out
+        scalars: list[list[float]] = rows.tolist()
+        step = max(1, _BLOCK // max(1, out.shape[1]))
+        stop = 0
+        for index, length in enumerate([sum(lengths)] if len(scalars) == 1 else lengths):
+            start, stop = stop, stop + length
+            for low in range(start, stop, step):
+                high = min(low + step, stop)
+                buffers = None if _wide(out.dtype) == out.dtype else _buffers(high - low, out.shape[1])
+                _add_block(out[low:high], [level[low:high] for level in levels], scalars[index], buffers)
+        return out
+
+
+def _add_block(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    weights: Sequence[float | Tensor],
+    buffers: tuple[Tensor, Tensor] | None,
+) -> None:
+    """out = sum of weights[i] * parts[i]. `buffers` (wide accumulator, wide copy) serve a narrow `out`."""
+    if buffers is None and _wide(out.dtype) != out.dtype:
+        wide = torch.empty_like(out, dtype=_wide(out.dtype))
+        buffers = wide, torch.empty_like(wide)
+    total, copy = buffers if buffers is not None else (out, None)
+    started = False
+    for part, weight in zip(parts, weights, strict=True):
+        if isinstance(weight, float) and weight == 0.0:
+            continue
+        term = part if copy is None else copy.copy_(part)
+        if not started:
+            torch.mul(term, weight, out=total)
+        elif isinstance(weight, float):
+            total.add_(term, alpha=weight)
+        else:
+            total.addcmul_(term, weight)
+        started = True
+    if not started:
+        total.zero_()
+    if total is not out:
+        out.copy_(total)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _buffers(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Two float32 ``[rows, width]`` views of this thread's scratch memory, kept between calls."""
+    size = rows * width
+    pair: tuple[Tensor, Tensor] | None = getattr(_scratch, "pair", None)
+    if pair is None or pair[0].numel() < size:
+        # A tensor born in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            pair = torch.empty(max(size, _BLOCK)), torch.empty(max(size, _BLOCK))
+        _scratch.pair = pair
+    return pair[0][:size].view(rows, width), pair[1][:size].view(rows, width)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, lengths: tuple[int, ...], *levels: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, *levels)
+        ctx.lengths = lengths
+        return _accumulate(levels, rows, lengths)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *levels = ctx.saved_tensors
+        wide = grad.to(_wide(grad.dtype))
+        grad_rows: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            per_patch = torch.stack([(wide * level).sum(1) for level in levels], dim=1)
+            segments = [sum(ctx.lengths)] if rows.shape[0] == 1 else list(ctx.lengths)
+            grad_rows = torch.stack([part.sum(0) for part in torch.split(per_patch, segments)]).to(rows.dtype)
+        spread = expand_rows(rows, ctx.lengths).to(wide.dtype)
+        grad_levels = [
+            (wide * spread[:, i : i + 1]).to(grad.dtype) if ctx.needs_input_grad[2 + i] else None
+            for i in range(len(levels))
+        ]
+        return grad_rows, None, *grad_levels

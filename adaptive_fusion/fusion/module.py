@@ -1,0 +1,221 @@
+"""Fused DeepStack: every tap's share of one strategy in one module, and its safetensors file.
+
+The caller captures the ViT levels, calls `fuse` for each tap, runs the tap's own pretrained merger on the
+result, and passes the merged tokens through `apply_gate`. Knows packed tensors and lengths; nothing of
+mergers or model families.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion.kernels import CompiledSum, check_packed, expand_rows
+from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
+from adaptive_fusion.fusion.strategies import STRATEGIES, TapFusion
+
+FORMAT = "adaptive_fusion.fusion"
+VERSION = "1"
+
+
+@dataclass(frozen=True)
+class FusionSpec:
+    """What a fusion module is built for; two modules with equal specs have interchangeable weights.
+
+    Attributes:
+        strategy: a name in `STRATEGIES`.
+        taps: the model's DeepStack taps, as ViT block indices, ascending; may be empty.
+        levels: the levels that take part (see `select_levels`), the taps among them.
+        d_vision: width of the ViT.
+        rank: rank of the per-level adapters, 0 for none.
+
+    Raises ConfigError where a value is out of range.
+    """
+
+    strategy: str
+    taps: tuple[int, ...]
+    levels: tuple[int, ...]
+    d_vision: int
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        STRATEGIES.get(self.strategy)
+        object.__setattr__(self, "taps", check_levels("taps", self.taps))
+        object.__setattr__(self, "levels", check_levels("levels", self.levels))
+        group_levels(self.levels, self.taps)
+        for name, value, least in (("d_vision", self.d_vision, 1), ("rank", self.rank, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**16:
+                raise ConfigError(f"{name} is {value!r}; expected an integer from {least} to {2**16}")
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The levels of each tap's group, ascending; empty for a model without taps."""
+        return group_levels(self.levels, self.taps)
+
+    def metadata(self) -> dict[str, str]:
+        """The spec as a safetensors header."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "strategy": self.strategy,
+            "taps": ",".join(map(str, self.taps)),
+            "levels": ",".join(map(str, self.levels)),
+            "d_vision": str(self.d_vision),
+            "rank": str(self.rank),
+        }
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """The spec in a file's header; raises ConfigError if it is not a fusion file of this version."""
+        return cls._parse(_read(path)[1], Path(path).name)
+
+    @classmethod
+    def _parse(cls, found: Mapping[str, str], name: str) -> Self:
+        if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+            raise ConfigError(
+                f"{name} has format {found.get('format')!r} version {found.get('version')!r}; "
+                f"expected {FORMAT!r} version {VERSION!r}"
+            )
+        expected = {"format", "version", "strategy", "taps", "levels", "d_vision", "rank"}
+        if set(found) != expected:
+            raise ConfigError(f"{name} has the header keys {sorted(found)}; expected {sorted(expected)}")
+        try:
+            taps, levels = (tuple(int(i) for i in found[key].split(",") if i) for key in ("taps", "levels"))
+            return cls(found["strategy"], taps, levels, int(found["d_vision"]), int(found["rank"]))
+        except ValueError as error:
+            raise ConfigError(f"{name} has an unusable header {dict(found)!r}: {error}") from error
+
+
+class DeepStackFusion(nn.Module):
+    """One strategy over all taps of a model.
+
+    Untrained `native`, `weighted` and `gated` leave the model as it is; see the law in
+    `adaptive_fusion.fusion.strategies` for what gets gradient when. Parameters are float32; features keep
+    their own dtype.
+    """
+
+    def __init__(self, spec: FusionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        kind = STRATEGIES.get(spec.strategy)
+        profile = dict(zip(spec.levels, depth_profile(len(spec.levels)) if spec.levels else (), strict=True))
+        self.taps = nn.ModuleList(
+            kind(group.index(tap), [profile[i] for i in group], spec.d_vision, spec.rank)
+            for tap, group in zip(spec.taps, spec.groups, strict=True)
+        )
+
+    def fuse(self, tap_index: int, levels: Mapping[int, Tensor], lengths: Sequence[int]) -> Tensor:
+        """Input of tap `tap_index`'s merger (0 is the first tap).
+
+        Args:
+            levels: captured ViT levels by block index, at least those of ``spec.groups[tap_index]``; each
+            the packed
+                patches of all images, ``[patches, d_vision]``.
+            lengths: patches per image; for a clip all its frames together, so that it gets one gate.
+
+        Returns ``[patches, d_vision]`` in the levels' dtype; it may be the tap's own level itself, so do
+        not write to it.
+        Raises ConfigError for an unknown tap, a missing level or shapes that do not fit.
+        """
+        tap = self._tap(tap_index)
+        group = self.spec.groups[tap_index]
+        if missing := [i for i in group if i not in levels]:
+            raise ConfigError(
+                f"tap {tap_index} needs the levels {list(group)}; {missing} are not among {sorted(levels)}"
+            )
+        features = [levels[i] for i in group]
+        self._check(features, lengths)
+        return tap.fuse(features, lengths)
+
+    def gate(self, tap_index: int, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        """g_t of tap `tap_index` from its own level ``[patches, d_vision]``.
+
+        Returns ``[n_images]`` in float32, or a float where the strategy has the same constant for every
+        image (1.0, and 0.0 for `top`). Raises ConfigError as `fuse` does.
+        """
+        tap = self._tap(tap_index)
+        self._check([features], lengths)
+        return tap.gate(features, lengths)
+
+    def compile_kernels(self, max_shapes: int = 8) -> None:
+        """Sum levels with `CompiledSum` at inference, for at most `max_shapes` kinds of input."""
+        combine = CompiledSum(max_shapes)
+        for tap in self.taps:
+            cast(TapFusion, tap).combine = combine
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the parameters and the spec to a safetensors file, replacing it whole or not at all."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        save_file(tensors, partial, metadata=self.spec.metadata())
+        os.replace(partial, target)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take the parameters of a file; ConfigError, and no change, unless its spec and tensors fit."""
+        name = Path(path).name
+        tensors, header = _read(path)
+        found = FusionSpec._parse(header, name)
+        if found != self.spec:
+            raise ConfigError(f"{name} holds {found}; expected {self.spec}")
+        have = {key: tuple(value.shape) for key, value in tensors.items()}
+        want = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        if have != want:
+            differing = sorted(set(have.items()) ^ set(want.items()))
+            raise ConfigError(f"{name} and the module differ in these tensors: {differing}")
+        if broken := sorted(key for key, value in tensors.items() if not torch.isfinite(value).all()):
+            raise ConfigError(f"{name} has values that are not finite in {broken}")
+        self.load_state_dict(tensors)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """The module a file was saved from; raises ConfigError as `FusionSpec.read` and `load` do."""
+        module = cls(FusionSpec.read(path))
+        module.load(path)
+        return module
+
+    def _tap(self, index: int) -> TapFusion:
+        if not 0 <= index < len(self.taps):
+            raise ConfigError(f"tap is {index!r}; expected 0 to {len(self.taps) - 1} ({len(self.taps)} taps)")
+        return cast(TapFusion, self.taps[index])
+
+    def _check(self, features: Sequence[Tensor], lengths: Sequence[int]) -> None:
+        check_packed(features, lengths)
+        if features[0].shape[1] != self.spec.d_vision:
+            raise ConfigError(
+                f"levels are {features[0].shape[1]} wide; expected d_vision {self.spec.d_vision}"
+            )
+
+
+def apply_gate(tokens: Tensor, gate: Tensor | float, lengths: Sequence[int]) -> Tensor:
+    """Multiply merged tokens ``[M, D]`` by g_t, one value per image (`lengths` merged tokens each).
+
+    A gate of exactly 1.0 returns the same tensor. The product is taken in float32 and rounded to the
+    tokens' dtype.
+    """
+    if isinstance(gate, float):
+        return tokens if gate == 1.0 else tokens * gate
+    check_packed([tokens], lengths)
+    if gate.shape != (len(lengths),):
+        raise ConfigError(
+            f"gate has shape {list(gate.shape)}; expected [{len(lengths)}], one value per image"
+        )
+    return (tokens * expand_rows(gate[:, None], lengths)).to(tokens.dtype)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    name = Path(path).name
+    if not Path(path).is_file():
+        raise ConfigError(f"fusion file {name!r} does not exist; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"{name} is not a readable safetensors file: {error}") from error

@@ -1,0 +1,150 @@
+"""How the levels of one DeepStack tap become its merger's input, and what gates the merger's output.
+
+For a tap t with level F_tap, group G_t and adapters ``A_i(F) = F + B_i C_i F``:
+
+    F_t = F_tap + s_t * (sum over i in G_t of a_i A_i(F_i) - F_tap)      the merger's input
+    g_t * merger_t(F_t)                                                  what the model injects
+
+`native` injects the model's own tap, `top` zeros. `sum` has a_i = s_t = g_t = 1. In `weighted`, a_i is one
+learned weight per level, normalised over the group, and g_t a learned scalar, 1 at start. In `gated`, both
+are per image: a_i = sigmoid(W_i . GlobalPool(F_i) + b_i), normalised over the group, and g_t = 2 sigmoid(w
+. GlobalPool(F_tap) + b) with w = b = 0 at start.
+
+Identity at start: s_t starts at 0, so an untrained `weighted` or `gated` has F_t = F_tap and g_t = 1. What
+gets gradient when:
+
+- g_t's parameters: from the first step.
+- s_t: from the first step, in a group of several levels. A group of one level has no s_t (it is 1): there
+it would
+  only rescale B_i, and with both at 0 neither could ever move. So B_i of such a group gets gradient at once.
+- the weights a_i, and B_i of a larger group: as soon as s_t has left 0.
+- C_i: as soon as B_i has left 0.
+
+Knows packed tensors and per-image lengths; nothing of mergers, model families or files.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_fusion.fusion.kernels import Combine, segment_mean, weighted_sum
+from adaptive_fusion.fusion.registry import Registry
+from adaptive_fusion.fusion.weights import Adapters, FixedWeights, GatedWeights, LevelWeights, UnitWeights
+
+
+class TapFusion(nn.Module, ABC):
+    """One tap's share of a strategy.
+
+    Args:
+        tap: position of the tap's own level among its group.
+        profile: starting weights of the group's levels, ascending in depth.
+        width: d_vision.
+        rank: rank of the per-level adapters, 0 for none.
+    """
+
+    def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
+        super().__init__()
+        self.tap = tap
+        self.combine: Combine = weighted_sum
+
+    @abstractmethod
+    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        """The merger's input ``[N, width]`` from the group's levels, each ``[N, width]``."""
+
+    @abstractmethod
+    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        """g_t from the tap's own level: ``[n_images]``, or a float where it is the same constant for all."""
+
+
+STRATEGIES: Registry[TapFusion] = Registry("fusion")
+"""Every way of combining levels, by the name an operating point uses."""
+
+
+@STRATEGIES.register("native")
+class Native(TapFusion):
+    """The model's own tap, untouched."""
+
+    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        return levels[self.tap]
+
+    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        return 1.0
+
+
+@STRATEGIES.register("top")
+class Top(TapFusion):
+    """No tap: zeros, so that only the last level's own path reaches the language model."""
+
+    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        return torch.zeros_like(levels[self.tap])
+
+    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        return 0.0
+
+
+class Mixed(TapFusion):
+    """The law above with s_t learned; a child brings its level weights and its gate."""
+
+    def __init__(
+        self,
+        tap: int,
+        profile: Sequence[float],
+        width: int,
+        rank: int,
+        weights: LevelWeights,
+        learn_mix: bool = True,
+    ) -> None:
+        super().__init__(tap, profile, width, rank)
+        self.weights = weights
+        self.mix = nn.Parameter(torch.zeros(())) if learn_mix and len(profile) > 1 else None
+        self.adapters = Adapters(len(profile), width, rank) if rank else None
+
+    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        mixed = self.weights(levels, lengths)
+        if self.mix is None:
+            fused = levels[0] if len(levels) == 1 else self.combine(levels, mixed, lengths)
+        else:
+            mixed = mixed * self.mix
+            own = torch.zeros_like(mixed[:1])
+            own[0, self.tap] = 1.0
+            fused = self.combine(levels, mixed + own * (1 - self.mix), lengths)
+        return fused if self.adapters is None else self.adapters.add_to(fused, levels, mixed, lengths)
+
+
+@STRATEGIES.register("sum")
+class Sum(Mixed):
+    """All levels of the group, added: a fusion that changes the model's output before it is trained."""
+
+    def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
+        super().__init__(tap, profile, width, rank, UnitWeights(), learn_mix=False)
+
+    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        return 1.0
+
+
+@STRATEGIES.register("weighted")
+class Weighted(Mixed):
+    """One learned weight per level and one learned gate per tap, the same for every image."""
+
+    def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
+        super().__init__(tap, profile, width, rank, FixedWeights(profile))
+        self.gate_scale = nn.Parameter(torch.ones(()))
+
+    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        return self.gate_scale.expand(len(lengths))
+
+
+@STRATEGIES.register("gated")
+class Gated(Mixed):
+    """Weights and gate computed per image from its globally pooled features."""
+
+    def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
+        super().__init__(tap, profile, width, rank, GatedWeights(profile, width))
+        self.gate_weight = nn.Parameter(torch.zeros(width))
+        self.gate_bias = nn.Parameter(torch.zeros(()))
+
+    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
+        pooled = segment_mean(features, lengths)
+        return 2 * torch.sigmoid(pooled @ self.gate_weight.to(pooled.dtype) + self.gate_bias.to(pooled.dtype))

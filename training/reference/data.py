@@ -1,0 +1,131 @@
+"""Scenes to training batches: patches through the shipped processor, rows of tokens with labels.
+
+A batch is encoded once; each scene then gives rows at several downsampling ratios (the full point and a random one),
+so that one set of weights serves every operating point.
+"""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3VLProcessor
+
+from adaptive_fusion.reference.screens import PROMPTS, Kind, Scene, Split, make_scene
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the curriculum: how large and how full the scenes are, and how they are mixed."""
+
+    until: float  # end of the stage as a share of all steps
+    sides: tuple[int, int]
+    effort: float
+    patches: int  # patch budget of one process's batch
+
+
+CURRICULUM = (
+    Stage(0.20, (96, 128), 0.25, 2000),
+    Stage(0.45, (112, 160), 0.45, 2200),
+    Stage(0.70, (128, 208), 0.7, 2400),
+    Stage(0.90, (160, 288), 0.9, 3000),
+    Stage(1.00, (224, 384), 1.0, 4500),
+)
+MIX: dict[Kind, float] = {"simple": 0.12, "dense": 0.36, "reading": 0.40, "clip": 0.12}
+
+
+@dataclass
+class Encoded:
+    """Scenes ready for the encoder: packed patches ``[n, 384]``, grids ``[scenes, 3]`` and the scenes themselves."""
+
+    pixels: Tensor
+    grids: Tensor
+    scenes: list[Scene]
+
+
+def encode_scene(processor: Qwen3VLProcessor, scene: Scene, budget: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One scene through the processor, shrunk to ``budget`` of its pixels (per frame)."""
+    width, height = scene.image.size
+    pixels = max(1024, int(width * height * budget))
+    if len(scene.frames) == 1:
+        size = {"shortest_edge": 1024, "longest_edge": pixels}
+        out = processor.image_processor(images=[scene.image], size=size, return_tensors="pt")
+        return out["pixel_values"], out["image_grid_thw"]
+    frames = np.stack([np.asarray(frame) for frame in scene.frames])
+    size = {"shortest_edge": 1024, "longest_edge": pixels * len(frames)}
+    out = processor.video_processor(
+        videos=[frames], size=size, do_sample_frames=False, cap_pixels_per_frame=False, return_tensors="pt"
+    )
+    return out["pixel_values_videos"], out["video_grid_thw"]
+
+
+def sample_batch(processor: Qwen3VLProcessor, stage: Stage, rng: random.Random, split: Split) -> Encoded:
+    """Stills or clips (one modality a batch) until the patch budget is full."""
+    clips = rng.random() < MIX["clip"]
+    stills = [kind for kind in MIX if kind != "clip"]
+    pixels, grids, scenes = [], [], []
+    total = 0
+    while total < stage.patches:
+        kind: Kind = "clip" if clips else rng.choices(stills, [MIX[k] for k in stills])[0]
+        scene = make_scene(kind, rng.getrandbits(40), split, stage.sides, stage.effort)
+        shrink = rng.random() < (0.5 if kind in ("simple", "clip") else 0.12)
+        patches, grid = encode_scene(processor, scene, rng.uniform(0.12, 0.7) if shrink else 1.0)
+        total += len(patches)
+        pixels.append(patches)
+        grids.append(grid)
+        scenes.append(scene)
+    return Encoded(torch.cat(pixels), torch.cat(grids), scenes)
+
+
+class Rows:
+    """Token rows for the language model: prompt, visual placeholders, answer, padded on the right."""
+
+    def __init__(self, processor: Qwen3VLProcessor) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.start, self.end = processor.vision_start_token_id, processor.vision_end_token_id
+        self.pads = {True: processor.video_token_id, False: processor.image_token_id}
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def row(self, scene: Scene, prompt: str, grid: tuple[int, int, int]) -> list[int]:
+        """The prompt's tokens for a grid counted in merged tokens, as the processor writes them."""
+        clip = len(scene.frames) > 1
+        frame = [self.start] + [self.pads[clip]] * (grid[1] * grid[2]) + [self.end]
+        visual = frame
+        if clip:
+            # Frames come two per second; a temporal patch holds two of them.
+            stamps = [self.ids(f"<{(4 * t + 1) / 4:.1f} seconds>") for t in range(grid[0])]
+            visual = [self.start, *(token for stamp in stamps for token in (*stamp, *frame)), self.end]
+        head, tail = self.ids("<|im_start|>user\n"), self.ids(f"{prompt}<|im_end|>\n<|im_start|>assistant\n")
+        return head + visual + tail
+
+    def batch(
+        self, scenes: list[Scene], answers: list[tuple[str, str]], grids: list[tuple[int, int, int]]
+    ) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``mm_token_type_ids``, ``labels``: each ``[rows, length]``."""
+        rows, labels = [], []
+        for scene, (prompt, answer), grid in zip(scenes, answers, grids, strict=True):
+            head = self.row(scene, prompt, grid)
+            tail = self.ids(answer + "<|im_end|>")
+            rows.append(head + tail)
+            labels.append([IGNORE] * len(head) + tail)
+        length = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        types = (ids == self.pads[False]).int() + 2 * (ids == self.pads[True]).int()
+        wanted = torch.tensor([row + [IGNORE] * (length - len(row)) for row in labels])
+        return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, "labels": wanted}
+
+
+def question(scene: Scene, rng: random.Random | None = None) -> tuple[str, str]:
+    """A prompt and its answer: the scene's own task, or now and then another one that can be asked of it."""
+    task = scene.task
+    if rng is not None and rng.random() < 0.15:
+        task = rng.choice(list(scene.answers))
+    return PROMPTS[task], scene.answers[task]
