@@ -54,8 +54,8 @@ class Limits:
             "max_megapixels": (0 < self.max_megapixels <= _PILLOW_MAX_MEGAPIXELS, "in (0, 178]"),
             "max_aspect": (1 <= self.max_aspect < math.inf, "finite and at least 1"),
             "video_fps": (0 < self.video_fps < math.inf, "finite and above 0"),
-            "min_frames": (2 <= self.min_frames <= self.max_frames, "at least 2 and at most max_frames"),
             "max_frames": (2 <= self.max_frames <= 4096, "in [2, 4096]"),
+            "min_frames": (2 <= self.min_frames <= self.max_frames, "at least 2 and at most max_frames"),
             "max_side": (1 <= self.max_side <= 65536, "in [1, 65536]"),
             "max_decode_megapixels": (0 < self.max_decode_megapixels < math.inf, "finite and above 0"),
         }

@@ -8,9 +8,11 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,27 +64,29 @@ def clip(
     gop: int = 12,
     rotation: int = 0,
     ticks: tuple[int, ...] = (),
+    flags: str = "",
 ) -> bytes:
     """Encoded clip of flat grey frames whose shade counts them; `ticks` are display times in 1/1000 s."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=FPS)
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.gop_size = gop
-        if ticks:
-            stream.time_base = stream.codec_context.time_base = "1/1000"
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for i in range(frames):
-            pixels = np.full((size[1], size[0], 3), SHADE * i, np.uint8)
-            pixels[: size[1] // 4, : size[0] // 4] = 255  # a mark in the upper left corner
-            frame = av.VideoFrame.from_ndarray(pixels)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip"
+        with av.open(str(path), "w", format=container, options={"movflags": flags} if flags else {}) as out:
+            stream = out.add_stream(codec, rate=FPS)
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.gop_size, stream.bit_rate = gop, 2_000_000
             if ticks:
-                frame.pts, frame.time_base = ticks[i], stream.time_base
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return buffer.getvalue()
+                stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+            if rotation:
+                stream.set_display_rotation(rotation)
+            for i in range(frames):
+                shaded = np.full((size[1], size[0], 3), SHADE * i, np.uint8)
+                shaded[: size[1] // 4, : size[0] // 4] = 255  # a mark in the upper left corner
+                frame = av.VideoFrame.from_ndarray(shaded)
+                if ticks:
+                    frame.pts, frame.time_base = ticks[i], stream.time_base
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode())
+        return path.read_bytes()
 
 
 def shown_frames(video: Video) -> list[int]:
@@ -92,15 +96,13 @@ def shown_frames(video: Video) -> list[int]:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size: valid header, then a body that inflates to zeros."""
+    """A PNG that claims a size and has a short body."""
 
     def chunk(tag: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
 
-    deflate = zlib.compressobj(9)
-    rows = b"".join(deflate.compress(bytes(1 << 20)) for _ in range(48)) + deflate.flush()
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1 << 16))) + chunk(b"IEND", b"")
 
 
 def pixels(image: Any) -> np.ndarray:
@@ -268,14 +270,14 @@ def test_animated_images_are_clips_with_their_own_times(form: str) -> None:
 
 
 def test_a_long_animation_is_thinned_evenly_in_one_pass() -> None:
-    frames = [Image.new("L", (4, 4), i % 250) for i in range(500)]
+    frames = [Image.new("L", (4, 4), i) for i in range(200)]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=40)
-    video = load_media(data, limits=Limits(max_frames=8))
-    assert video.total_frames == 500 and len(video.frames) == 8 and video.duration_s == pytest.approx(20)
+    video = load_media(data, limits=Limits(max_frames=32, video_fps=1))
+    assert video.total_frames == 200 and len(video.frames) == 8 and video.duration_s == pytest.approx(8)
     steps = np.diff(video.timestamps_s)
-    assert video.timestamps_s[0] == 0 and steps.min() > 0.6 * steps.max() and video.timestamps_s[-1] > 18
+    assert video.timestamps_s[0] == 0 and steps.min() > 0.6 * steps.max() and video.timestamps_s[-1] > 7
     shades = video.frames[:, 0, 0, 0].astype(int)
-    assert (shades == [round(t / 0.04) % 250 for t in video.timestamps_s]).all()
+    assert (shades == [round(t / 0.04) for t in video.timestamps_s]).all()
 
 
 def test_the_still_of_an_apng_is_not_part_of_the_clip() -> None:
@@ -344,20 +346,22 @@ def test_bare_frames_are_taken_at_the_sampling_rate() -> None:
 
 
 def test_metadata_gives_transformers_the_true_times() -> None:
-    video_utils = pytest.importorskip("transformers.video_utils")
-    video = load_media(clip("matroska", frames=6, ticks=(0, 100, 150, 1900, 2000, 4000)))
-    metadata = video_utils.VideoMetadata(**video.metadata())
-    assert metadata.timestamps == pytest.approx(video.timestamps_s)
-    assert metadata.sampled_fps == pytest.approx(video.fps)
-    assert metadata.total_num_frames > metadata.frames_indices[-1]
+    ticks = (0, 100, 150, 1900, 2000, 4000)
+    metadata = load_media(clip("matroska", frames=6, ticks=ticks), limits=Limits(min_frames=6)).metadata()
+    # transformers.video_utils.VideoMetadata.timestamps, and .sampled_fps
+    times = [index / metadata["fps"] for index in metadata["frames_indices"]]
+    assert times == pytest.approx([t / 1000 for t in ticks])
+    sampled_fps = len(times) / metadata["total_num_frames"] * metadata["fps"]
+    assert sampled_fps == pytest.approx(6 / metadata["duration"])
+    assert metadata["total_num_frames"] > metadata["frames_indices"][-1]
 
 
 @pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"no real clips: {VIDEOS} is absent")
-def test_real_clips_load_with_increasing_times() -> None:
-    for path in sorted(VIDEOS.iterdir()):
-        video = load_media(path, limits=Limits(max_frames=4, max_side=160))
-        assert len(video.frames) == 4 and max(video.frames.shape[1:3]) == 160
-        assert 0 == video.timestamps_s[0] < video.timestamps_s[1] < video.timestamps_s[-1] <= video.duration_s
+@pytest.mark.parametrize("name", ["intel_asl_again.mkv", "opencv_tree.avi", "mmaction_demo.mp4"])
+def test_real_clips_load_with_increasing_times(name: str) -> None:
+    video = load_media(VIDEOS / name, limits=Limits(max_frames=4, max_side=160))
+    assert len(video.frames) == 4 and max(video.frames.shape[1:3]) == 160
+    assert 0 == video.timestamps_s[0] < video.timestamps_s[1] < video.timestamps_s[-1] <= video.duration_s
 
 
 def test_without_pyav_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +381,7 @@ def noise_jpeg() -> bytes:
 def sound_only() -> bytes:
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as out:
-        stream = out.add_stream("flac", rate=8000)
+        stream = out.add_stream("pcm_s16le", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
         frame.sample_rate = 8000
         out.mux(stream.encode(frame))
@@ -420,7 +424,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "aspect of a clip": (lambda: np.zeros((4, 2, 500, 3), np.uint8), r"250.0:1.*200:1"),
     "broken video": (lambda: clip()[:200] + bytes(2000), "video|broken|frames"),
     "half a video": (lambda: clip()[: len(clip()) // 2], "broken|cut short|video"),
-    "AVI cut short": (lambda: clip("avi", "mpeg4")[:-4000], "cut short: .* of 48 frames"),
+    "faststart MP4 cut short": (lambda: clip(flags="faststart")[:-1500], "cut short: .* of 48 frames"),
     "zero-frame video": (no_frames, "no frames"),
     "sound only": (sound_only, "no video stream"),
     "Matroska magic alone": (lambda: b"\x1aE\xdf\xa3", "broken|cut short"),
@@ -495,8 +499,10 @@ def test_an_image_bomb_is_refused_before_it_takes_memory(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_megapixels", 1e9), ("max_aspect", float("nan")), ("video_fps", 0), ("min_frames", 65), ("max_side", 0),
-     ("max_frames", 1), ("max_decode_megapixels", float("inf"))],
+    [
+        ("max_megapixels", 1e9), ("max_aspect", float("nan")), ("video_fps", 0), ("min_frames", 65),
+        ("max_side", 0), ("max_frames", 1), ("max_decode_megapixels", float("inf")),
+    ],
 )  # fmt: skip
 def test_limits_refuse_absurd_values(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"{field} must be .*, got {value!r}"):
@@ -546,10 +552,10 @@ def test_content_hash_names_the_content(tmp_path: Path) -> None:
     palettes[1].putpalette([200, 10, 10, 0, 0, 0])
     frames = np.stack([array, array[::-1]])
     sources = [
-        data, image, image.transpose(Image.Transpose.TRANSPOSE), image.convert("L"), image.convert("RGBA"), *palettes,
-        array.reshape(48, 32, 3), array.astype(np.uint16), array[:, :, 0].astype(bool), frames, frames[::-1].copy(),
-        [image, image], [image, image, image], load_media(frames), Video(frames, (0.0, 2.0), 3.0, 2),
-        array.reshape(-1, 3)[:16].reshape(1, 16, 3), array.reshape(-1, 3)[:16].reshape(16, 1, 3),
+        data, image, image.transpose(Image.Transpose.TRANSPOSE), image.convert("L"), image.convert("RGBA"),
+        *palettes, array.reshape(48, 32, 3), array.astype(np.uint16), array[:, :, 0].astype(bool), frames,
+        frames[::-1].copy(), [image, image], [image, image, image], load_media(frames),
+        Video(frames, (0.0, 2.0), 3.0, 2), array[:1, :16], array[:1, :16].reshape(16, 1, 3),
     ]  # fmt: skip
     assert len({content_hash(source) for source in sources}) == len(sources)
 
@@ -575,18 +581,19 @@ def seeds() -> list[bytes]:
     exif = Image.Exif()
     exif[0x0112] = 6
     images = [
-        encode(scene(), "PNG"), encode(half_transparent("P"), "PNG"), encode(grey16, "PNG"), animation("PNG", [90] * 5),
+        encode(scene(), "PNG"), encode(half_transparent("P"), "PNG"), encode(grey16, "PNG"),
         encode(scene(), "JPEG", exif=exif), encode(scene(), "JPEG", progressive=True), noise_jpeg(),
-        encode(scene().convert("CMYK"), "JPEG"), encode(scene(), "WEBP"), encode(half_transparent("RGBA"), "WEBP",
-        lossless=True), animation("WEBP", [90] * 5), encode(scene(), "GIF"), animation("GIF", [90] * 5),
+        encode(scene().convert("CMYK"), "JPEG"), encode(scene(), "WEBP"),
+        encode(half_transparent("RGBA"), "WEBP", lossless=True), encode(scene(), "GIF"),
         encode(scene(), "TIFF"), encode(scene(), "TIFF", compression="tiff_lzw"), encode(grey16, "TIFF"),
-        encode(scene(), "TIFF", compression="jpeg"), encode(scene(), "BMP"), encode(scene().convert("P"), "BMP"),
+        encode(scene(), "TIFF", compression="jpeg"), encode(scene(), "BMP"),
+        encode(scene().convert("P"), "BMP"), *(animation(form, [90] * 5) for form in ("GIF", "PNG", "WEBP")),
     ]  # fmt: skip
     return images + [clip(container, codec, frames=10) for container, codec in CONTAINERS]
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to three of: flipped bytes (mostly in the header), extreme 32-bit fields, cuts, repeats, swaps, noise."""
+    """One to three of: flipped bytes, extreme 32-bit fields, cuts, repeats, gaps, noise."""
     mutant = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         size = len(mutant)
@@ -615,10 +622,10 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 def fuzz(count: int, seed: int) -> dict[str, float]:
     """Load `count` mutants; any exception but MediaError passes through. Times are reported, not judged."""
     rng = np.random.default_rng(seed)
-    report = {"loaded": 0.0, "refused": 0.0, "max_ms": 0.0}
+    report = {"loaded": 0.0, "refused": 0.0, "max_ms": 0.0, "max_cpu_ms": 0.0, "slowest": 0.0}
     for i in range(count):
         mutant = mutate(seeds()[i % len(seeds())], rng)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         try:
             media = load_media(mutant)
             content_hash(media)
@@ -628,6 +635,7 @@ def fuzz(count: int, seed: int) -> dict[str, float]:
             assert " at 0x" not in str(error)
             report["refused"] += 1
         elapsed_ms = 1000 * (time.perf_counter() - start)
+        report["max_cpu_ms"] = max(report["max_cpu_ms"], 1000 * (time.process_time() - start_cpu))
         if elapsed_ms > report["max_ms"]:
             report |= {"max_ms": elapsed_ms, "slowest": float(i)}
     return report

@@ -76,7 +76,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(_regex(r" ?[a-h][1-8](?![a-z0-9])| ?[a-z]+| ?[^ a-z]|\s"), "isolated"),
+            pre_tokenizers.Split(_regex(r" ?[a-h][1-8](?![a-z0-9])| ?[A-Z]?[a-z]+| ?[^ a-z]|\s"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -143,6 +143,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
                 "mrope_section": [8, 6, 6],
                 "mrope_interleaved": True,
             },
+            "initializer_range": 0.04,
             "bos_token_id": ids["<|im_start|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
@@ -158,6 +159,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "out_hidden_size": width,
             "num_position_embeddings": 48 * 48,
             "deepstack_visual_indexes": [2, 5, 8],
+            "initializer_range": 0.04,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLProcessor
 
-from adaptive_fusion.reference.screens import PROMPTS, Kind, Scene, Split, make_scene
+from adaptive_fusion.reference.screens import KINDS, PROMPTS, Kind, Scene, Split, make_scene
 
 IGNORE = -100
 
@@ -25,16 +25,18 @@ class Stage:
     sides: tuple[int, int]
     effort: float
     patches: int  # patch budget of one process's batch
+    mix: tuple[float, float, float, float]  # simple, dense, reading, clip
+    both: bool = True  # rows at the full point and at a random one; else one row at either
 
 
 CURRICULUM = (
-    Stage(0.20, (96, 128), 0.25, 2000),
-    Stage(0.45, (112, 160), 0.45, 2200),
-    Stage(0.70, (128, 208), 0.7, 2400),
-    Stage(0.90, (160, 288), 0.9, 3000),
-    Stage(1.00, (224, 384), 1.0, 4500),
+    Stage(0.08, (64, 80), 0.15, 700, (0.5, 0.22, 0.22, 0.06), both=False),
+    Stage(0.25, (64, 112), 0.25, 900, (0.2, 0.32, 0.38, 0.1), both=False),
+    Stage(0.50, (96, 144), 0.45, 1300, (0.12, 0.36, 0.40, 0.12), both=False),
+    Stage(0.75, (112, 208), 0.7, 1800, (0.12, 0.36, 0.40, 0.12)),
+    Stage(0.92, (160, 288), 0.9, 2600, (0.12, 0.36, 0.40, 0.12)),
+    Stage(1.00, (256, 384), 1.0, 4500, (0.12, 0.36, 0.40, 0.12)),
 )
-MIX: dict[Kind, float] = {"simple": 0.12, "dense": 0.36, "reading": 0.40, "clip": 0.12}
 
 
 @dataclass
@@ -64,12 +66,11 @@ def encode_scene(processor: Qwen3VLProcessor, scene: Scene, budget: float = 1.0)
 
 def sample_batch(processor: Qwen3VLProcessor, stage: Stage, rng: random.Random, split: Split) -> Encoded:
     """Stills or clips (one modality a batch) until the patch budget is full."""
-    clips = rng.random() < MIX["clip"]
-    stills = [kind for kind in MIX if kind != "clip"]
+    clips = rng.random() < stage.mix[-1]
     pixels, grids, scenes = [], [], []
     total = 0
     while total < stage.patches:
-        kind: Kind = "clip" if clips else rng.choices(stills, [MIX[k] for k in stills])[0]
+        kind: Kind = "clip" if clips else rng.choices(KINDS[:-1], stage.mix[:-1])[0]
         scene = make_scene(kind, rng.getrandbits(40), split, stage.sides, stage.effort)
         shrink = rng.random() < (0.5 if kind in ("simple", "clip") else 0.12)
         patches, grid = encode_scene(processor, scene, rng.uniform(0.12, 0.7) if shrink else 1.0)

@@ -144,13 +144,20 @@ def work(rank: int, args: argparse.Namespace) -> None:
         progress = args.start + (1 - args.start) * step / args.steps
         stage = stage_at(progress)
         batch = sample_batch(processor, stage, rng, "train")
-        full = tuple(1.0 for _ in batch.scenes)
         part = tuple(rng.choice(RATIOS) for _ in batch.scenes)
-        asked = [[question(scene, rng) for scene in batch.scenes] for _ in range(2)]
-        (logits, labels), (logits_part, labels_part) = points(model, rows, batch, [full, part], asked)
-        loss = F.cross_entropy(logits, labels)
-        loss_part = F.cross_entropy(logits_part, labels_part)
-        (loss + PARTIAL_WEIGHT * loss_part).backward()
+        asked = [question(scene, rng) for scene in batch.scenes]
+        if stage.both:
+            again = [question(scene, rng) for scene in batch.scenes]
+            full = tuple(1.0 for _ in batch.scenes)
+            [(logits, labels), partial] = points(model, rows, batch, [full, part], [asked, again])
+            loss = F.cross_entropy(logits, labels)
+            loss_part = F.cross_entropy(*partial)
+            (loss + PARTIAL_WEIGHT * loss_part).backward()
+        else:
+            mixed = tuple(1.0 if rng.random() < 0.6 else ratio for ratio in part)
+            [(logits, labels)] = points(model, rows, batch, [mixed], [asked])
+            loss = loss_part = F.cross_entropy(logits, labels)
+            loss.backward()
         flat = torch.cat([p.grad.reshape(-1) if p.grad is not None else torch.zeros(p.numel()) for p in params])
         if args.world > 1:
             dist.all_reduce(flat)

@@ -1,0 +1,30 @@
+"""Ways of reaching a model. `adapter_for` picks the one that fits."""
+
+from typing import Any
+
+from torch import nn
+
+from adaptive_fusion.errors import UnsupportedModelError
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
+from adaptive_fusion.models.grid import GridAdapter
+from adaptive_fusion.models.square import SquareAdapter
+
+ADAPTERS: tuple[type[Adapter], ...] = (GridAdapter, SquareAdapter)
+
+
+def adapter_for(model: nn.Module, processor: Any) -> Adapter:
+    """The adapter that drives `model`.
+
+    Raises:
+        UnsupportedModelError: If its forward takes no ``mm_encoder_outputs`` or its features form no known grid.
+    """
+    for kind in ADAPTERS:
+        if kind.matches(model):
+            return kind(model, processor)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} cannot be driven: expected a transformers model whose forward takes "
+        "mm_encoder_outputs and whose visual tokens form a grid (Qwen2.5-VL, Qwen3-VL, Qwen3-VL-MoE, Qwen3.5, Gemma 3)"
+    )
+
+
+__all__ = ["ADAPTERS", "Adapter", "Encoded", "GridAdapter", "Size", "SquareAdapter", "VisualPlan", "adapter_for"]

@@ -1,0 +1,159 @@
+"""What every way of reaching a model offers, and the records that pass between it and the runner.
+
+An adapter turns messages into tensors at a pixel budget, encodes them at an operating point, and says what that costs
+before any work is done. It decides nothing.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from adaptive_fusion.errors import UnsupportedModelError
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
+from adaptive_fusion.point import NATIVE, OperatingPoint
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """One image (`frames` 1) or clip before the processor: frames, height and width in pixels."""
+
+    frames: int
+    height: int
+    width: int
+    clip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VisualPlan:
+    """What one operating point means for given media, computed from shapes alone.
+
+    `segments` are patches per attention segment of the encoder (image or frame), `tokens` what the language model
+    sees, `levels` the ViT blocks whose outputs are used, `kv_bytes` the cache those tokens take at the model's dtype.
+    """
+
+    segments: tuple[int, ...]
+    tokens: int
+    levels: tuple[int, ...]
+    taps: tuple[int, ...]
+    kv_bytes: int
+
+    @property
+    def patches(self) -> int:
+        """All patches the encoder sees."""
+        return sum(self.segments)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Inputs for ``generate`` at an operating point: encoder outputs in place of pixels, placeholders to match."""
+
+    inputs: dict[str, Any]
+    visual_tokens: int
+    patches: int
+
+
+class Adapter(ABC):
+    """One way of reaching a model; subclasses say which knobs apply and why the others do not."""
+
+    #: Knobs of `OperatingPoint` that this model honours.
+    knobs: frozenset[str] = frozenset()
+    #: For every knob that is not honoured, the reason, in words for the user.
+    refusals: Mapping[str, str] = {}
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model: Any = model
+        self.processor = processor
+        self._fusions: dict[FusionSpec, DeepStackFusion] = {}
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, model: nn.Module) -> bool:
+        """Whether this adapter can drive `model`."""
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the vision encoder; 0 if it has no levels to fuse."""
+        return 0
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Native DeepStack taps as block indices, ascending; empty for a model without DeepStack."""
+        return ()
+
+    @abstractmethod
+    def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
+        """The processor's tensors for chat `messages` (media already loaded) within the point's pixel budget."""
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:
+        """Encode the processor's tensors, fuse and downsample. `inputs` are left as they are."""
+
+    @abstractmethod
+    def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
+        """Patches, tokens and cache bytes of `sizes` at `point`, from shapes alone."""
+
+    @abstractmethod
+    def native_pixels(self, size: Size) -> int:
+        """Pixels (per frame) that the processor itself would give this input."""
+
+    @abstractmethod
+    def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
+        """Sizes of the media in the processor's tensors."""
+
+    @abstractmethod
+    def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
+        """Media put back together from the processor's tensors, subsampled: ``[H, W, 3]`` or ``[T, H, W, 3]``."""
+
+    def restrict(self, point: OperatingPoint) -> tuple[OperatingPoint, tuple[str, ...]]:
+        """The nearest point this model can run, and the reason for every knob that was set aside."""
+        reasons = []
+        for knob, reason in self.refusals.items():
+            neutral = getattr(NATIVE, knob)
+            if getattr(point, knob) != neutral:
+                point = replace(point, **{knob: neutral})
+                reasons.append(f"{knob}: {reason}")
+        return point, tuple(reasons)
+
+    def require(self, point: OperatingPoint) -> None:
+        """Refuse a point that the user asked for by name but this model cannot run.
+
+        Raises:
+            UnsupportedModelError: With the knob, its value and the documented reason.
+        """
+        _, reasons = self.restrict(point)
+        if reasons:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot run {point.name}: {'; '.join(reasons)}; "
+                f"knobs that apply: {', '.join(sorted(self.knobs))}"
+            )
+
+    def levels(self, point: OperatingPoint) -> tuple[int, ...]:
+        """ViT blocks whose outputs take part at `point`."""
+        if not self.taps or point.fusion == "top":
+            return ()
+        if point.fusion == "native":
+            return self.taps
+        return select_levels(self.depth, self.taps, point.layers)
+
+    def fusion(self, point: OperatingPoint) -> DeepStackFusion | None:
+        """The module that a point runs: loaded weights if there are any, else the untrained identity.
+
+        None where nothing is fused: ``native``, ``top`` and models without taps.
+        """
+        if point.fusion in ("native", "top") or not self.taps:
+            return None
+        spec = FusionSpec(
+            point.fusion, self.taps, self.levels(point), self.model.config.vision_config.hidden_size, point.adapter_rank
+        )
+        if spec not in self._fusions:
+            self.add_fusion(DeepStackFusion(spec))
+        return self._fusions[spec]
+
+    def add_fusion(self, fusion: DeepStackFusion) -> None:
+        """Use `fusion` for every point with its spec, on the model's device; the model itself is not touched."""
+        self._fusions[fusion.spec] = fusion.to(self.model.device).eval()

@@ -1,0 +1,246 @@
+"""The encoder-output seam of models with a patch grid: Qwen2.5-VL, Qwen3-VL (dense, MoE), Qwen3.5 and their kin.
+
+``get_image_features`` gives packed merged tokens per image and ``image_grid_thw`` their grid; the transformed outputs
+go back in through ``mm_encoder_outputs`` with placeholders and grid to match, so that M-RoPE positions follow. Models
+with DeepStack taps get the fusion knobs as well. No method of the model is replaced.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from adaptive_fusion.fusion import downsample, pooled_grid
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
+from adaptive_fusion.models.deepstack import fused_taps
+from adaptive_fusion.models.placeholders import Segment, shrink
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.video import Video
+
+KINDS = {
+    "image": ("pixel_values", "image_grid_thw", "image_token_id"),
+    "video": ("pixel_values_videos", "video_grid_thw", "video_token_id"),
+}
+THUMBNAIL = 640
+"""Longest side, in pixels, of what is put back together from patches for measuring complexity."""
+
+Grid = tuple[int, int, int]
+
+
+class GridAdapter(Adapter):
+    """Drives any model whose processor gives ``image_grid_thw`` and whose forward takes ``mm_encoder_outputs``."""
+
+    knobs = frozenset({"downsample", "max_pixels", "max_fps", "fusion", "layers", "adapter_rank"})
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        super().__init__(model, processor)
+        self.merge = int(self.model.config.vision_config.spatial_merge_size)
+        if not self.taps:
+            why = f"{type(model).__name__} has no DeepStack taps, so there are no levels to fuse"
+            self.knobs = frozenset({"downsample", "max_pixels", "max_fps"})
+            self.refusals = {"fusion": why, "layers": why, "adapter_rank": why}
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        vision = getattr(config, "vision_config", None)
+        return hasattr(vision, "spatial_merge_size") and hasattr(config, "image_token_id") and _takes_outputs(model)
+
+    @property
+    def depth(self) -> int:
+        return int(self.model.config.vision_config.depth)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+
+    # What it would cost
+
+    def native_pixels(self, size: Size) -> int:
+        height, width = self._resized(size, None)
+        return height * width
+
+    def _resized(self, size: Size, max_pixels: int | None) -> tuple[int, int]:
+        """Height and width after the processor's own resize, per frame."""
+        processor = self.processor.video_processor if size.clip else self.processor.image_processor
+        low, high = _limits(processor)
+        factor = processor.patch_size * processor.merge_size
+        if size.clip:
+            # The video processor's limits are for the whole clip, counted in pairs of frames.
+            frames = max(processor.temporal_patch_size, size.frames)
+            low, high = low // frames, high // frames
+        if max_pixels is not None:
+            high = min(high, max_pixels)
+        height, width = size.height, size.width
+        if min(height, width) < factor and size.clip:
+            scale = max(factor / height, factor / width)
+            height, width = int(height * scale), int(width * scale)
+        return cast(tuple[int, int], smart_resize(height, width, factor, min(low, high), max(high, factor * factor)))
+
+    def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
+        segments: list[int] = []
+        tokens = 0
+        patch = int(self.model.config.vision_config.patch_size)
+        temporal = int(self.model.config.vision_config.temporal_patch_size)
+        for size in sizes:
+            height, width = self._resized(size, point.max_pixels)
+            frames = -(-size.frames // temporal)
+            rows, columns = height // patch, width // patch
+            segments += [rows * columns] * frames
+            t, h, w = pooled_grid(frames, rows // self.merge, columns // self.merge, point.downsample)
+            tokens += t * h * w
+        return VisualPlan(tuple(segments), tokens, self.levels(point), self.taps, tokens * self._kv_bytes())
+
+    def _kv_bytes(self) -> int:
+        """Bytes of key-value cache per token."""
+        text = self.model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return 2 * int(text.num_hidden_layers) * int(heads) * int(width) * int(self.model.dtype.itemsize)
+
+    # Media to tensors
+
+    def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
+        images, clips = [], []
+        for message in messages:
+            for part in message["content"] if not isinstance(message["content"], str) else ():
+                if part["type"] == "image":
+                    images.append(part["image"])
+                elif part["type"] == "video":
+                    clips.append(cast(Video, part["video"]))
+        text = self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        kwargs: dict[str, Any] = {}
+        if images:
+            kwargs |= {"images": images, "images_kwargs": self._size(self.processor.image_processor, point, 1)}
+        if clips:
+            processor = self.processor.video_processor
+            # One size holds for all clips of a call; the shortest clip sets it, so none exceeds its budget.
+            frames = min(len(clip.frames) + len(clip.frames) % processor.temporal_patch_size for clip in clips)
+            kwargs["videos"] = [clip.frames for clip in clips]
+            kwargs["videos_kwargs"] = {
+                **self._size(processor, point, frames),
+                "do_sample_frames": False,
+                "video_metadata": [clip.metadata() for clip in clips],
+            }
+        return dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+
+    @staticmethod
+    def _size(processor: Any, point: OperatingPoint, frames: int) -> dict[str, Any]:
+        if point.max_pixels is None:
+            return {}
+        low, high = _limits(processor)
+        factor = processor.patch_size * processor.merge_size
+        high = min(high, max(point.max_pixels, factor * factor) * frames)
+        return {"size": {"shortest_edge": min(low, high), "longest_edge": high}}
+
+    def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
+        patch = int(self.model.config.vision_config.patch_size)
+        temporal = int(self.model.config.vision_config.temporal_patch_size)
+        return [
+            Size(t * temporal if kind == "video" else t, h * patch, w * patch, clip=kind == "video")
+            for kind, (_, grid_key, _) in KINDS.items()
+            for t, h, w in _grids(inputs, grid_key)
+        ]
+
+    def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
+        return [
+            array
+            for kind, (pixel_key, grid_key, _) in KINDS.items()
+            for array in self._unpatch(inputs.get(pixel_key), _grids(inputs, grid_key), kind)
+        ]
+
+    def _unpatch(self, pixels: Tensor | None, grids: list[Grid], kind: str) -> list[npt.NDArray[np.uint8]]:
+        if pixels is None:
+            return []
+        processor = self.processor.video_processor if kind == "video" else self.processor.image_processor
+        mean, std = (torch.tensor(getattr(processor, key)) * 255 for key in ("image_mean", "image_std"))
+        p, m = int(processor.patch_size), self.merge
+        temporal = int(processor.temporal_patch_size)
+        found = []
+        for part, (t, h, w) in zip(pixels.split([t * h * w for t, h, w in grids]), grids, strict=True):
+            stride = min(p, max(1, -(-max(h, w) * p // THUMBNAIL)))
+            # [t, h/m, w/m, m, m, channel, frame of the pair, y, x] -> [t, y, x, channel], first frame of each pair.
+            cells = part.view(t, h // m, w // m, m, m, 3, temporal, p, p)[..., 0, ::stride, ::stride]
+            image = cells.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * cells.shape[-2], w * cells.shape[-1], 3)
+            image = (image.float().cpu() * std + mean).round_().clamp_(0, 255).to(torch.uint8)
+            found.append(cast(npt.NDArray[np.uint8], image.numpy() if kind == "video" else image[0].numpy()))
+        return found
+
+    # Tensors to encoder outputs
+
+    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:
+        reduced: dict[str, Any] = dict(inputs)
+        outputs: dict[str, Any] = {}
+        segments: dict[int, list[Segment]] = {}
+        tokens = patches = 0
+        for kind, (pixel_key, grid_key, id_key) in KINDS.items():
+            pixels = reduced.pop(pixel_key, None)
+            if pixels is None:
+                continue
+            grids = _grids(inputs, grid_key)
+            merged = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
+            small = [pooled_grid(*grid, point.downsample) for grid in merged]
+            outputs[kind] = self._features(kind, pixels, inputs[grid_key], merged, point)
+            segments[getattr(self.model.config, id_key)] = [
+                Segment(h * w, y * x)
+                for (t, h, w), (_, y, x) in zip(merged, small, strict=True)
+                for _ in range(t)
+            ]
+            thw = [(t, h * self.merge, w * self.merge) for t, h, w in small]
+            reduced[grid_key] = torch.tensor(thw, dtype=inputs[grid_key].dtype, device=inputs[grid_key].device)
+            tokens += sum(t * h * w for t, h, w in small)
+            patches += sum(t * h * w for t, h, w in grids)
+        if not outputs:
+            return Encoded(reduced, 0, 0)
+        reduced = shrink(reduced, segments, self._pad_token_id())
+        return Encoded({**reduced, "mm_encoder_outputs": outputs}, tokens, patches)
+
+    def _features(self, kind: str, pixels: Tensor, thw: Tensor, merged: list[Grid], point: OperatingPoint) -> Any:
+        lengths = [t * h * w * self.merge**2 for t, h, w in merged]
+        tokens = [t * h * w for t, h, w in merged]
+        # Both modalities go through the same tower; get_video_features only adds arguments that do not matter here.
+        encode = self.model.model.get_image_features if kind == "image" else self.model.model.get_video_features
+        if point.fusion == "native" or not self.taps:
+            out = encode(pixels, thw, return_dict=True)
+        else:
+            with fused_taps(self.model.model.visual, self.fusion(point), lengths) as taps:
+                out = encode(pixels, thw, return_dict=True)
+            if not taps:
+                # Zeros, not an empty list: an empty list would also drop the other modality's taps.
+                taps = [torch.zeros_like(torch.cat(list(out.pooler_output))) for _ in self.taps]
+            out.deepstack_features = [torch.split(tap, tokens) for tap in taps]
+        if point.downsample != 1.0:
+            out.pooler_output = self._pool(out.pooler_output, merged, point.downsample)
+            if self.taps:
+                out.deepstack_features = [self._pool(t, merged, point.downsample) for t in out.deepstack_features]
+        return out
+
+    @staticmethod
+    def _pool(parts: Sequence[Tensor], grids: list[Grid], ratio: float) -> tuple[Tensor, ...]:
+        small = [t * h * w for t, h, w in (pooled_grid(*grid, ratio) for grid in grids)]
+        return torch.split(downsample(torch.cat(list(parts)), grids, ratio), small)
+
+    def _pad_token_id(self) -> int:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        found = getattr(tokenizer, "pad_token_id", None)
+        return int(found if found is not None else (self.model.generation_config.pad_token_id or 0))
+
+
+def _takes_outputs(model: nn.Module) -> bool:
+    supports = getattr(model, "_supports_mm_encoder_outputs", None)
+    return bool(supports and supports())
+
+
+def _limits(processor: Any) -> tuple[int, int]:
+    size = processor.size
+    low, high = (size[k] if isinstance(size, Mapping) else getattr(size, k) for k in ("shortest_edge", "longest_edge"))
+    return int(low), int(high)
+
+
+def _grids(inputs: Mapping[str, Any], key: str) -> list[Grid]:
+    grid = inputs.get(key)
+    return [] if grid is None else [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]

@@ -1,0 +1,89 @@
+"""The encoder-output seam of models with a fixed square of tokens per image, such as Gemma 3.
+
+``get_image_features`` gives ``pooler_output`` ``[images, k * k, width]``; downsampling pools that square. The encoder
+takes one fixed resolution, so a pixel budget has nothing to save.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from adaptive_fusion.fusion import downsample, pooled_grid
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
+from adaptive_fusion.models.placeholders import Segment, shrink
+from adaptive_fusion.point import OperatingPoint
+
+
+class SquareAdapter(Adapter):
+    """Drives Gemma 3: images only, `downsample` only."""
+
+    knobs = frozenset({"downsample"})
+    refusals = {
+        **dict.fromkeys(("fusion", "layers", "adapter_rank"), "the model has no DeepStack taps"),
+        "max_pixels": "the encoder resizes every image to one fixed square, so fewer pixels save nothing",
+        "max_fps": "the model takes images only",
+    }
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> bool:
+        config = getattr(model, "config", None)
+        supports = getattr(model, "_supports_mm_encoder_outputs", None)
+        return hasattr(config, "mm_tokens_per_image") and bool(supports and supports())
+
+    @property
+    def _side(self) -> int:
+        return int(round(self.model.config.mm_tokens_per_image**0.5))
+
+    def native_pixels(self, size: Size) -> int:
+        return int(self.model.config.vision_config.image_size) ** 2
+
+    def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
+        vision, text = self.model.config.vision_config, self.model.config.get_text_config()
+        patches = (vision.image_size // vision.patch_size) ** 2
+        _, h, w = pooled_grid(1, self._side, self._side, point.downsample)
+        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
+        tokens = h * w * len(sizes)
+        return VisualPlan((patches,) * len(sizes), tokens, (), (), tokens * per_token)
+
+    def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
+        return dict(
+            self.processor.apply_chat_template(
+                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        )
+
+    def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
+        pixels = inputs.get("pixel_values")
+        return [] if pixels is None else [Size(1, pixels.shape[-2], pixels.shape[-1])] * pixels.shape[0]
+
+    def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return []
+        mean, std = (
+            torch.tensor(getattr(self.processor.image_processor, k)) * 255 for k in ("image_mean", "image_std")
+        )
+        images = (pixels.float().cpu().permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)
+        return [cast(npt.NDArray[np.uint8], image.numpy()) for image in images]
+
+    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:
+        reduced: dict[str, Any] = dict(inputs)
+        pixels = reduced.pop("pixel_values", None)
+        if pixels is None:
+            return Encoded(reduced, 0, 0)
+        out = self.model.model.get_image_features(pixels, return_dict=True)
+        images, count, width = out.pooler_output.shape
+        side = self._side
+        _, h, w = pooled_grid(1, side, side, point.downsample)
+        if point.downsample != 1.0:
+            pooled = downsample(out.pooler_output.reshape(-1, width), [(1, side, side)] * images, point.downsample)
+            out.pooler_output = pooled.view(images, h * w, width)
+        pad = getattr(getattr(self.processor, "tokenizer", None), "pad_token_id", None) or 0
+        segments = {self.model.config.image_token_id: [Segment(count, h * w)] * images}
+        patches = images * (self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size) ** 2
+        reduced = shrink(reduced, segments, pad)
+        return Encoded({**reduced, "mm_encoder_outputs": {"image": out}}, images * h * w, patches)
