@@ -1,7 +1,7 @@
 """Limits of a request: latency, time to the first token, memory, and how often they must hold.
 
-Knows numbers and their valid ranges, and how budgets from several sources combine. Knows nothing of models, points or
-clocks, and reads no environment by itself: the caller passes the mapping.
+Knows numbers and their valid ranges, and how budgets from several sources combine. Knows nothing of
+models, points or clocks, and reads no environment by itself: the caller passes the mapping.
 """
 
 import math
@@ -17,7 +17,12 @@ ON_DEADLINE = ("finish", "stop")
 MAX_LATENCY_MS = 3_600_000.0
 MAX_VRAM_GB = 4096.0
 
-_NUMBERS = {"latency_ms": MAX_LATENCY_MS, "ttft_ms": MAX_LATENCY_MS, "vram_gb": MAX_VRAM_GB, "attainment": 1.0}
+_NUMBERS = {
+    "latency_ms": MAX_LATENCY_MS,
+    "ttft_ms": MAX_LATENCY_MS,
+    "vram_gb": MAX_VRAM_GB,
+    "attainment": 1.0,
+}
 _CHOICES = {"on_infeasible": ON_INFEASIBLE, "on_deadline": ON_DEADLINE}
 _DEFAULTS: dict[str, Any] = {"attainment": 0.95, "on_infeasible": "cheapest", "on_deadline": "finish"}
 _UNSET: Any = None
@@ -25,15 +30,17 @@ _UNSET: Any = None
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one request may cost. Every argument left out (or None) is *not set*: it takes no part in `merge` and reads
-    as its default.
+    """What one request may cost. Every argument left out (or None) is *not set*: it takes no part in
+    `merge` and reads as its default.
 
     Attributes:
         latency_ms: Deadline for the last token, counted from the request's arrival: queueing is included.
         ttft_ms: Deadline for the first token, from arrival likewise.
         vram_gb: GiB that the request may take above the resting set (the weights are not counted).
-        attainment: Share of the feasible requests that must keep their deadlines, above 0 and below 1; 0.95 if not set.
-        on_infeasible: When no operating point fits: run the ``cheapest`` (the default), or ``refuse`` before any work.
+        attainment: Share of the feasible requests that must keep their deadlines, above 0 and below 1;
+            0.95 if not set.
+        on_infeasible: When no operating point fits: run the ``cheapest`` (the default), or ``refuse``
+            before any work.
         on_deadline: At the deadline let generation ``finish`` (the default), or ``stop`` it there.
         given: Names of the fields that were set.
 
@@ -96,7 +103,8 @@ class Budget:
         ``..._ON_INFEASIBLE`` and ``..._ON_DEADLINE`` from the mapping given; empty means not set.
 
         Raises:
-            BudgetError: For a value that is no number, out of range, or not one of the choices; names the variable.
+            BudgetError: For a value that is no number, out of range, or not one of the choices; names the
+                variable.
         """
         values: dict[str, Any] = {}
         for name in (*_NUMBERS, *_CHOICES):
@@ -115,8 +123,8 @@ class Budget:
     def merge(self, *stronger: "Budget | None") -> "Budget":
         """This budget with the set fields of stronger ones put over it, each stronger than the one before.
 
-        The order, weakest first: Python, policy file, environment, command line, the request itself. Per field: a
-        request that sets only `latency_ms` keeps the memory limit of the policy file.
+        The order, weakest first: Python, policy file, environment, command line, the request itself. Per
+        field: a request that sets only `latency_ms` keeps the memory limit of the policy file.
         """
         values = self.to_dict()
         for budget in stronger:

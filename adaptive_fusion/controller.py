@@ -1,75 +1,79 @@
 """The control law: from predicted costs, budgets and what requests really took, the operating point to run.
 
-Knows numbers: candidates with a quality and a prediction, limits, and measurements. Knows nothing of models, images,
-policies or queues; the clock is injected and memory readings are arguments.
+Knows numbers: candidates with a quality and a prediction, limits, and measurements. Knows nothing of
+models, images, policies or queues; the clock is injected and memory readings are arguments.
 
-The law, per measured quantity (time to the first token, total latency), with y(o, x) the predicted milliseconds of
-operating point o on request x:
+The law, per measured quantity (time to the first token, total latency), with y(o, x) the predicted
+milliseconds of operating point o on request x:
 
-- residual ``r = ln(measured / y) - m - d_o``, where m is the common drift and d_o the point's own; ``e`` is r clipped
-  to +-0.7; ``m += 0.08 e``; ``d_o = 0.995 d_o + 0.03 e``;
-- margin: ``q += 0.05 (1[r > q] - (1 - attainment))``, from 0.4, one q for each attainment level in use. This is the
-  online quantile tracker of adaptive conformal inference (Gibbs and Candes 2021, eq. 2): whatever the load does, the
-  share of requests with r > q tends to 1 - attainment;
-- step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of the last 4
-  residuals is added to m and S starts again; downward likewise, above 1.0;
-- choice: the highest quality with ``y exp(m + d_o + q) <= limit - elapsed`` for every limit set, where elapsed counts
-  queueing; ties go to the cheaper point. If none fits: the cheapest that fits in memory, marked infeasible, or
-  `InfeasibleBudgetError` when the budget asks for refusal;
-- a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and a miss. If r <= 0 the cut came before the
-  expected end and says nothing: it is counted, not learned;
-- memory: a point fits if ``predicted * v <= min(free, vram_gb)``, with v the upper envelope of measured / predicted:
-  its maximum x 1.05, forgotten by 0.02 % a request; an out-of-memory error raises v by 5 %;
-- hysteresis, only after out of memory (on predicted memory) and overload (on predicted time): points predicted to need
-  as much as the one that failed are out at once; after 25 clean requests the ceiling rises by one step (x 1.25), until
-  it is gone; a failure within the trial doubles the wait, up to 1,600.
+- residual ``r = ln(measured / y) - m - d_o``, where m is the common drift and d_o the point's own; ``e``
+  is r clipped to +-0.7; ``m += 0.08 e``; ``d_o = 0.995 d_o + 0.03 e``;
+- margin: ``q += 0.05 (miss - (1 - attainment))``, from 0.4, one q for each attainment level in use: the
+  tracker of adaptive conformal inference (Gibbs and Candes 2021, eq. 2). A missed deadline counts always,
+  a kept one only where the margin ruled out a better point, so that requests that are easy anyway do not
+  use up the margin of the others and the room that a coarse ladder leaves is used: whatever the load does,
+  misses <= (1 - attainment) n + (q_n - q_0) / 0.05. Where the plan was not thought to fit, and for the
+  levels of other requests, miss is ``1[r > q]``;
+- step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of
+  the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
+- choice: the highest quality with ``y exp(m + d_o + q) <= limit - elapsed`` for every limit set, where
+  elapsed counts queueing; ties go to the cheaper point. If none fits: the cheapest that fits in memory,
+  marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal;
+- a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and a miss. If r <= 0 the cut came
+  before the expected end and says nothing of the drift: then it only counts as a miss, and only if the
+  plan was thought to fit;
+- memory: a point fits if ``predicted * v <= min(free, vram_gb)``, with v the upper envelope of measured /
+  predicted: its maximum x 1.05, forgotten by 0.02 % a request; an out-of-memory error raises v by 5 %;
+- hysteresis, only after out of memory (on predicted memory) and overload (on predicted time): points
+  predicted to need as much as the one that failed are out at once; after 25 clean requests the ceiling
+  rises by one step (x 1.25), until it is gone; a failure within the trial doubles the wait, up to 1,600.
 """
 
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.decisions import Measurement, Prediction, Rejected
+from adaptive_fusion.drift import CLIP, Ceiling, Drift, number
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 from adaptive_fusion.point import OperatingPoint
 
 SCHEMA = 1
 MISS_KINDS = ("oom", "overload", "timeout")
-MAX_POINTS = 256
-MAX_LEVELS = 16
 STALE_S = 600.0
 
-_CLIP = 0.7
-_COMMON_GAIN = 0.08
-_POINT_GAIN, _POINT_KEEP = 0.03, 0.995
-_MARGIN_GAIN, _MARGIN_START, _MARGIN_MAX = 0.05, 0.4, 3.0
-_SLACK, _UP, _DOWN = 0.12, 0.6, 1.0
-_BOUND = 8.0
 _MEMORY_HEADROOM, _MEMORY_FORGET = math.log(1.05), 0.0002
-_STEP, _WAIT, _MAX_WAIT = 1.25, 25, 1600
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An operating point on offer for one request, with its expected quality in [0, 1] and predicted cost."""
+    """An operating point on offer for one request, with its expected quality in [0, 1] and predicted cost.
+
+    `key` is the name under which its own drift is kept: the same for every request, also where the point's
+    pixel budget follows the size of the image. Empty, it becomes the point's name.
+    """
 
     point: OperatingPoint
     quality: float
     predicted: Prediction
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", self.point.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What the controller chose and why.
 
-    `margin` is the factor on the predicted time of the tightest limit (drift and safety together); `rejected` holds
-    the points of higher quality that did not fit, with reasons. `feasible` is the controller's own opinion.
+    `margin` is the factor on the predicted time of the tightest limit (drift and safety together);
+    `rejected` holds the points of higher quality that did not fit, with reasons; `limited` names the
+    limits that ruled them out. `feasible` is the controller's own opinion.
     """
 
     candidate: Candidate
@@ -77,7 +81,10 @@ class Choice:
     margin: float
     reason: str
     rejected: tuple[Rejected, ...]
+    budget: Budget
+    elapsed_ms: float
     decided_s: float
+    limited: tuple[str, ...] = ()
 
     @property
     def point(self) -> OperatingPoint:
@@ -85,127 +92,21 @@ class Choice:
         return self.candidate.point
 
 
-class _Drift:
-    """Log-space correction and margin of one measured quantity; see the module for the law."""
-
-    __slots__ = ("common", "down", "margins", "points", "recent", "steps", "up")
-
-    def __init__(self) -> None:
-        self.common = 0.0
-        self.points: dict[OperatingPoint, float] = {}
-        self.margins: dict[float, float] = {}
-        self.up = self.down = 0.0
-        self.recent: deque[float] = deque(maxlen=4)
-        self.steps = 0
-
-    def margin(self, attainment: float) -> float:
-        found = self.margins.get(attainment)
-        if found is None:
-            if len(self.margins) >= MAX_LEVELS:
-                del self.margins[next(iter(self.margins))]
-            found = self.margins[attainment] = _MARGIN_START
-        return found
-
-    def learn(self, point: OperatingPoint, log_ratio: float, censored: bool = False) -> None:
-        own = self.points.get(point, 0.0)
-        residual = log_ratio - self.common - own
-        if censored and residual <= 0.0:
-            return
-        for level, margin in self.margins.items():
-            missed = 1.0 if censored or residual > margin else 0.0
-            margin += _MARGIN_GAIN * (missed - 1.0 + level)
-            self.margins[level] = min(max(margin, 0.0), _MARGIN_MAX)
-        error = min(max(residual, -_CLIP), _CLIP)
-        common = self.common + _COMMON_GAIN * error
-        if point not in self.points and len(self.points) >= MAX_POINTS:
-            del self.points[next(iter(self.points))]
-        self.points[point] = _POINT_KEEP * own + _POINT_GAIN * error
-        self.recent.append(error)
-        self.up = max(0.0, self.up + error - _SLACK)
-        self.down = max(0.0, self.down - error - _SLACK)
-        if self.up > _UP or self.down > _DOWN:
-            common += median(self.recent)
-            self.up = self.down = 0.0
-            self.steps += 1
-        self.common = min(max(common, -_BOUND), _BOUND)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "common": self.common,
-            "points": [{"point": point.to_dict(), "log": value} for point, value in self.points.items()],
-            "margins": [{"attainment": level, "log": value} for level, value in self.margins.items()],
-            "up": self.up,
-            "down": self.down,
-            "recent": list(self.recent),
-            "steps": self.steps,
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.common = _number(state["common"], -_BOUND, _BOUND)
-        self.up, self.down = (_number(state[name], 0.0, 2.0) for name in ("up", "down"))
-        self.recent.extend(_number(value, -_CLIP, _CLIP) for value in state["recent"])
-        self.steps = int(_number(state["steps"], 0, 1e15))
-        for row in state["points"][:MAX_POINTS]:
-            self.points[OperatingPoint.from_dict(row["point"])] = _number(row["log"], -_BOUND, _BOUND)
-        for row in state["margins"][:MAX_LEVELS]:
-            self.margins[_number(row["attainment"], 0.0, 1.0)] = _number(row["log"], 0.0, _MARGIN_MAX)
-
-
-class _Ceiling:
-    """A limit that falls at once and rises in steps after clean requests."""
-
-    __slots__ = ("clean", "limit", "on_trial", "top", "wait")
-
-    def __init__(self) -> None:
-        self.limit, self.top = math.inf, 0.0
-        self.wait, self.clean, self.on_trial = _WAIT, 0, False
-
-    def drop(self, value: float) -> None:
-        if self.on_trial:
-            self.wait = min(2 * self.wait, _MAX_WAIT)
-        self.limit, self.top = min(self.limit, value), max(self.top, value)
-        self.clean, self.on_trial = 0, False
-
-    def passed(self) -> None:
-        if math.isinf(self.limit) and not self.on_trial:
-            return
-        self.clean += 1
-        if self.clean < self.wait:
-            return
-        self.clean = 0
-        if math.isinf(self.limit):
-            self.wait, self.on_trial = _WAIT, False
-            return
-        self.limit, self.on_trial = self.limit * _STEP, True
-        if self.limit > self.top:
-            self.limit, self.top = math.inf, 0.0
-
-    def state(self) -> dict[str, Any]:
-        limit = None if math.isinf(self.limit) else self.limit
-        return {"limit": limit, "top": self.top, "wait": self.wait, "clean": self.clean, "on_trial": self.on_trial}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.limit = math.inf if state["limit"] is None else _number(state["limit"], 0.0, 1e15)
-        self.top = _number(state["top"], 0.0, 1e15)
-        self.wait = int(_number(state["wait"], 1, _MAX_WAIT))
-        self.clean = int(_number(state["clean"], 0, _MAX_WAIT))
-        self.on_trial = bool(state["on_trial"])
-
-
 class Controller:
     """Chooses operating points and learns from what they took; thread-safe and deterministic.
 
     Args:
-        memory_margin: Where the memory envelope starts: factor on the predicted peak, the profile's `memory_margin`.
+        memory_margin: Where the memory envelope starts: factor on the predicted peak, the profile's
+            `memory_margin`.
         clock: Seconds, monotonic; only the age of a decision is taken from it.
     """
 
     def __init__(self, *, memory_margin: float = 1.25, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._ttft, self._latency = _Drift(), _Drift()
-        self._memory = math.log(_number(memory_margin, 1.0, 4.0))
-        self._memory_ceiling, self._time_ceiling = _Ceiling(), _Ceiling()
+        self._ttft, self._latency = Drift(), Drift()
+        self._memory = math.log(number(memory_margin, 1.0, 4.0))
+        self._memory_ceiling, self._time_ceiling = Ceiling(), Ceiling()
         self._counts = dict.fromkeys(
             ("decisions", "infeasible", "refused", "updates", "misses", "ooms", "ignored"), 0
         )
@@ -224,8 +125,9 @@ class Controller:
             candidates: The lane's operating points with quality and prediction, in any order, at least one.
             budget: The limits of this request.
             elapsed_ms: Milliseconds since the request arrived, queueing included.
-            free_memory_gb: GiB that can still be had; None means there is no reading. A reading that is negative or not
-                finite is not believed: only the candidate that needs least memory is then considered.
+            free_memory_gb: GiB that can still be had; None means there is no reading. A reading that is
+                negative or not finite is not believed: only the candidate that needs least memory is then
+                considered.
 
         Raises:
             InfeasibleBudgetError: If nothing fits and the budget says ``refuse``.
@@ -241,7 +143,11 @@ class Controller:
                 predicted = candidate.predicted
                 ttft = predicted.encode_ms + predicted.prefill_ms
                 total = ttft + predicted.decode_ms
-                if 0.0 <= ttft <= total < inf and 0.0 <= predicted.peak_memory_gb < inf and -inf < candidate.quality < inf:
+                if (
+                    0.0 <= ttft <= total < inf
+                    and 0.0 <= predicted.peak_memory_gb < inf
+                    and -inf < candidate.quality < inf
+                ):
                     usable.append((-candidate.quality, total, index, ttft))
                 else:
                     counts["ignored"] += 1
@@ -258,7 +164,7 @@ class Controller:
                 else:
                     counts["ignored"] += 1
                     usable = [min(usable, key=lambda row: candidates[row[2]].predicted.peak_memory_gb)]
-            limits: list[tuple[str, float, _Drift, float]] = []
+            limits: list[tuple[str, float, Drift, float]] = []
             for name, limit, drift in (
                 ("latency", budget.latency_ms, self._latency),
                 ("ttft", budget.ttft_ms, self._ttft),
@@ -267,6 +173,7 @@ class Controller:
                     limits.append((name, limit - elapsed_ms, drift, drift.margin(budget.attainment)))
             envelope = math.exp(self._memory)
             rejected: list[Rejected] = []
+            limited: tuple[str, ...] = ()
             for _, total, index, ttft in usable:
                 candidate = candidates[index]
                 point = candidate.point
@@ -280,110 +187,143 @@ class Controller:
                     why = "overload: too near a point that was too slow"
                 else:
                     for name, left, drift, safety in limits:
-                        factor = math.exp(drift.common + drift.points.get(point, 0.0) + safety)
+                        factor = math.exp(drift.common + drift.points.get(candidate.key, 0.0) + safety)
                         expected = factor * (total if name == "latency" else ttft)
                         if expected > left:
                             why = f"{name} {expected:.0f} > {left:.0f} ms"
+                            if name not in limited:
+                                limited += (name,)
                             break
                         if expected > tightest * left:
                             tightest, margin = expected / left if left else 1.0, factor
                             reason = f"best quality that fits: {name} {expected:.0f} <= {left:.0f} ms"
                 if not why:
-                    return Choice(candidate, True, margin, reason, tuple(rejected), now)
+                    return Choice(
+                        candidate, True, margin, reason, tuple(rejected), budget, elapsed_ms, now, limited
+                    )
                 rejected.append(Rejected(point, why, candidate.predicted))
             counts["infeasible"] += 1
             fallback = self._cheapest(candidates, usable, memory_left / envelope)
             why = next(row.reason for row in rejected if row.point == fallback.point)
             if budget.on_infeasible == "refuse":
                 counts["refused"] += 1
-                raise InfeasibleBudgetError(f"no operating point fits the budget; the cheapest, {fallback.point.name}: {why}")
+                raise InfeasibleBudgetError(
+                    f"no operating point fits the budget; the cheapest, {fallback.point.name}: {why}"
+                )
             margin = 1.0
             if limits:
                 _, _, drift, safety = limits[0]
-                margin = math.exp(drift.common + drift.points.get(fallback.point, 0.0) + safety)
+                margin = math.exp(drift.common + drift.points.get(fallback.key, 0.0) + safety)
             others = tuple(row for row in rejected if row.point != fallback.point)
-            return Choice(fallback, False, margin, f"nothing fits, cheapest taken: {why}", others, now)
+            reason = f"nothing fits, cheapest taken: {why}"
+            return Choice(fallback, False, margin, reason, others, budget, elapsed_ms, now, limited)
 
     def _cheapest(
-        self, candidates: Sequence[Candidate], usable: Sequence[tuple[float, float, int, float]], memory_left: float
+        self,
+        candidates: Sequence[Candidate],
+        usable: Sequence[tuple[float, float, int, float]],
+        memory_left: float,
     ) -> Candidate:
-        """Fastest of those that fit in memory (late is better than out of memory), else the least in memory."""
+        """Fastest of those that fit in memory (late is better than out of memory), else the least in
+        memory.
+        """
         memory_left = min(memory_left, self._memory_ceiling.limit)
         rows = [(total, candidates[index]) for _, total, index, _ in usable]
         fitting = [row for row in rows if row[1].predicted.peak_memory_gb < memory_left]
         if fitting:
-            return min(fitting, key=lambda row: (row[0] * math.exp(self._latency.points.get(row[1].point, 0.0))))[1]
+            return min(fitting, key=lambda row: row[0] * math.exp(self._latency.points.get(row[1].key, 0.0)))[
+                1
+            ]
         return min(rows, key=lambda row: (row[1].predicted.peak_memory_gb, row[0]))[1]
 
     def update(
-        self,
-        point: OperatingPoint,
-        predicted: Prediction,
-        measurement: Measurement,
-        *,
-        elapsed_ms: float = 0.0,
-        decided_s: float | None = None,
+        self, choice: Choice, measurement: Measurement, *, ran: Candidate | None = None, lost_ms: float = 0.0
     ) -> None:
         """Learn from a finished request.
 
         Args:
-            point: The point that ran.
-            predicted: What was predicted for it.
-            measurement: What it took; values that are negative or not finite are ignored and counted, each by itself.
-            elapsed_ms: The part of the measured times that lay before the decision, such as queueing.
-            decided_s: `Choice.decided_s`; a decision more than ten minutes old is stale: ignored and counted.
+            choice: What `choose` returned for it. If that is more than ten minutes old it is stale:
+                ignored and counted.
+            measurement: What it took, `ttft_ms` and `latency_ms` counted from arrival as `elapsed_ms` was;
+                values that are negative or not finite are ignored and counted, each by itself.
+            ran: The candidate that really ran, if not the chosen one (after out of memory, or exploring).
+            lost_ms: The part of the measured times that failed tries took.
         """
         now = self._clock()
+        candidate = choice.candidate if ran is None else ran
+        predicted = candidate.predicted
+        before = choice.elapsed_ms + lost_ms
         with self._lock:
             self._counts["updates"] += 1
-            if decided_s is not None and not now - decided_s <= STALE_S:
+            if not now - choice.decided_s <= STALE_S:
                 self._counts["ignored"] += 1
                 return
-            latency = self._log_ratio(measurement.latency_ms - elapsed_ms, predicted.latency_ms)
-            ttft = self._log_ratio(measurement.ttft_ms - elapsed_ms, predicted.ttft_ms)
-            if latency is not None:
-                self._latency.learn(point, latency)
-                self._memory_ceiling.passed()
-                self._time_ceiling.passed()
-            if ttft is not None:
-                self._ttft.learn(point, ttft)
+            for name, drift, limit, measured, expected in (
+                (
+                    "latency",
+                    self._latency,
+                    choice.budget.latency_ms,
+                    measurement.latency_ms,
+                    predicted.latency_ms,
+                ),
+                ("ttft", self._ttft, choice.budget.ttft_ms, measurement.ttft_ms, predicted.ttft_ms),
+            ):
+                ratio = self._log_ratio(measured - before, expected)
+                if ratio is None:
+                    continue
+                signal = None
+                if limit is not None and choice.feasible:
+                    allowed = 1.0 - choice.budget.attainment
+                    if measured > limit:
+                        signal = 1.0 - allowed
+                    else:
+                        signal = -allowed if ran is None and name in choice.limited else 0.0
+                drift.learn(candidate.key, ratio, choice.budget.attainment, signal)
+            self._memory_ceiling.passed()
+            self._time_ceiling.passed()
             if measurement.peak_memory_gb != 0.0:
                 memory = self._log_ratio(measurement.peak_memory_gb, predicted.peak_memory_gb)
                 if memory is not None:
-                    bounded = min(max(memory, -_CLIP), _CLIP) + _MEMORY_HEADROOM
-                    self._memory = max(bounded, self._memory - _MEMORY_FORGET, _MEMORY_HEADROOM - _CLIP)
+                    bounded = min(max(memory, -CLIP), CLIP) + _MEMORY_HEADROOM
+                    self._memory = max(bounded, self._memory - _MEMORY_FORGET, _MEMORY_HEADROOM - CLIP)
 
     def miss(
         self,
-        point: OperatingPoint,
-        predicted: Prediction,
+        choice: Choice,
         censored_ms: float,
         *,
         kind: str = "timeout",
-        elapsed_ms: float = 0.0,
+        ran: Candidate | None = None,
+        lost_ms: float = 0.0,
     ) -> None:
-        """Learn from a request that did not finish.
+        """Learn from a request, or a try of it, that did not finish.
 
         Args:
-            point: The point that ran.
-            predicted: What was predicted for it.
+            choice: What `choose` returned for it.
             censored_ms: When it was cut off, from arrival: the latency is at least this.
-            kind: ``timeout`` (stopped at its deadline), ``overload`` (far too slow, or the queue overflowed) or ``oom``.
-            elapsed_ms: The part of `censored_ms` that lay before the decision.
+            kind: ``timeout`` (stopped at its deadline), ``overload`` (given up as far too slow) or ``oom``
+                (this try ran out of memory; if the request is tried again, `update` or `miss` follows).
+            ran: The candidate that really ran, if not the chosen one.
+            lost_ms: The part of `censored_ms` that earlier failed tries took.
 
         Raises:
             ConfigError: For an unknown kind.
         """
         if kind not in MISS_KINDS:
             raise ConfigError(f"kind of miss is {kind!r}; expected one of {', '.join(MISS_KINDS)}")
+        candidate = choice.candidate if ran is None else ran
+        predicted = candidate.predicted
+        attainment = choice.budget.attainment
         with self._lock:
             self._counts["misses"] += 1
-            log_ratio = self._log_ratio(censored_ms - elapsed_ms, predicted.latency_ms)
-            if log_ratio is not None:
-                self._latency.learn(point, log_ratio, censored=True)
+            ratio = self._log_ratio(censored_ms - choice.elapsed_ms - lost_ms, predicted.latency_ms)
+            if ratio is not None:
+                late = kind != "oom" and choice.feasible and choice.budget.latency_ms is not None
+                signal = attainment if late else None
+                self._latency.learn(candidate.key, ratio, attainment, signal, censored=True)
             if kind == "oom":
                 self._counts["ooms"] += 1
-                self._memory = min(self._memory + _MEMORY_HEADROOM, _CLIP + _MEMORY_HEADROOM)
+                self._memory = min(self._memory + _MEMORY_HEADROOM, CLIP + _MEMORY_HEADROOM)
                 if 0.0 < predicted.peak_memory_gb < math.inf:
                     self._memory_ceiling.drop(predicted.peak_memory_gb)
             elif kind == "overload" and 0.0 < predicted.latency_ms < math.inf:
@@ -412,7 +352,9 @@ class Controller:
             }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> "Controller":
+    def from_state(
+        cls, state: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic
+    ) -> "Controller":
         """A controller that goes on where `state` was taken.
 
         Raises:
@@ -424,17 +366,11 @@ class Controller:
         try:
             controller._latency.restore(state["latency"])
             controller._ttft.restore(state["ttft"])
-            controller._memory = _number(state["memory"], -1.0, 2.0)
+            controller._memory = number(state["memory"], -1.0, 2.0)
             controller._memory_ceiling.restore(state["memory_ceiling"])
             controller._time_ceiling.restore(state["time_ceiling"])
             for name in controller._counts:
-                controller._counts[name] = int(_number(state["counts"][name], 0, 1e15))
+                controller._counts[name] = int(number(state["counts"][name], 0, 1e15))
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"controller state is incomplete or malformed: {error!r}") from None
         return controller
-
-
-def _number(value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"controller value is {value!r}; expected a number from {low:g} to {high:g}")
-    return float(value)

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,7 @@ from adaptive_fusion.video import Video, decode_video, from_animation, from_fram
 __all__ = [
     "DEFAULT",
     "Limits",
+    "Media",
     "MediaSource",
     "Video",
     "content_hash",
@@ -52,8 +53,8 @@ Media = Image.Image | Video
 MediaSource = str | os.PathLike[str] | bytes | Image.Image | Array | Sequence[Image.Image | Array] | Video
 
 _HASH_VERSION = "1"
-_HASH_SIDE = 512  # a picture is hashed at most this large: SHA-256 over a whole 4K frame takes 17 ms
-_HASH_CLIP_SIDE = 96
+_HASH_SIDE = 384  # a picture is hashed at most this large: SHA-256 over a whole 4K frame takes 17 ms
+_HASH_CLIP_SIDE = 64
 _HEAD_BYTES = 32
 _FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF, MP4/MOV, WebM/MKV, AVI"
 _DEMUXERS = {"MP4": "mov", "MKV": "matroska", "AVI": "avi"}
@@ -149,7 +150,7 @@ def content_hash(source: MediaSource) -> str:
     """SHA-256 (hex) that names a medium in logs and finds duplicates; not a cache key.
 
     Encoded media (paths, bytes) hash all their bytes. Decoded ones hash mode, dtype, shape and every n-th
-    pixel, so that 4K takes about a millisecond; differences smaller than the step (8 pixels at 4K) can go
+    pixel, so that 4K takes about a millisecond; differences smaller than the step (10 pixels at 4K) can go
     unseen. An RGB image and the equal uint8 array share a hash. Every field is prefixed by its length.
 
     Raises:
@@ -268,7 +269,8 @@ def _digest(*fields: str | bytes) -> str:
     digest = hashlib.sha256()
     for field in (_HASH_VERSION, *fields):
         data = field.encode() if isinstance(field, str) else field
-        digest.update(b"%d:" % len(data) + data)
+        digest.update(b"%d:" % len(data))
+        digest.update(data)
     return digest.hexdigest()
 
 
@@ -285,9 +287,9 @@ def _thin(array: Array, side: int) -> tuple[bytes, ...]:
     axis = 1 if array.ndim == 4 else 0
     height, width = array.shape[axis : axis + 2]
     across, down = _steps(width, height, side)
-    rows = slice(down // 2, height // down * down, down)
-    columns = slice(across // 2, width // across * across, across)
-    small = array[:, rows, columns] if axis else array[rows, columns]
+    rows = np.arange(down // 2, height // down * down, down)
+    columns = np.arange(across // 2, width // across * across, across)
+    small = array.take(rows, axis).take(columns, axis + 1)  # half the time of slicing both at once
     mode = "L" if array.ndim == 2 else {3: "RGB", 4: "RGBA"}.get(array.shape[-1], "")
     return mode.encode(), array.dtype.str.encode(), repr(array.shape).encode(), small.tobytes()
 
@@ -301,9 +303,6 @@ def _thin_image(image: Image.Image) -> tuple[bytes, ...]:
     if image.mode in ("P", "PA"):
         small = small.convert("RGBA")  # equal indices mean nothing without their palette
     dtype = "|u1" if image.mode in ("L", "RGB", "RGBA") else ""
-    shape: tuple[Any, ...] = (
-        image.height,
-        image.width,
-        *([len(image.mode)] if len(image.getbands()) > 1 else []),
-    )
+    bands = len(image.getbands())
+    shape = (image.height, image.width, bands) if bands > 1 else (image.height, image.width)
     return image.mode.encode(), dtype.encode(), repr(shape).encode(), small.tobytes()

@@ -134,31 +134,24 @@ class Tree:
                 raise PolicyError(
                     f"tree node {node} splits feature {self.feature[node]} at {threshold}; expected numbers"
                 )
-            number(self.value[node], f"value of tree node {node}")
+        object.__setattr__(self, "value", numbers(self.value, "value of a tree"))
+        object.__setattr__(self, "threshold", tuple(map(float, self.threshold)))
 
-    def nested(self, node: int = 0) -> Any:
+    def nested(self) -> Any:
         """The tree as ``(feature, threshold, missing_left, left, right)`` or a leaf's value: fast to walk."""
         built: dict[int, Any] = {}
-        for i in reversed(range(node, len(self.value))):
+        for i in reversed(range(len(self.value))):
             if self.left[i] == -1:
                 built[i] = self.value[i]
             else:
                 children = built[self.left[i]], built[self.right[i]]
                 built[i] = (self.feature[i], self.threshold[i], self.missing_left[i], *children)
-        return built[node]
+        return built[0]
 
     def predict(self, rows: Matrix) -> Matrix:
         """Leaf values ``[n]`` of rows ``[n, features]``, all rows walking down at once."""
-        feature, threshold, value = (
-            np.asarray(self.feature),
-            np.asarray(self.threshold),
-            np.asarray(self.value),
-        )
-        left, right, missing_left = (
-            np.asarray(self.left),
-            np.asarray(self.right),
-            np.asarray(self.missing_left, bool),
-        )
+        feature, left, right = map(np.asarray, (self.feature, self.left, self.right))
+        threshold, missing_left, value = map(np.asarray, (self.threshold, self.missing_left, self.value))
         at = np.zeros(len(rows), np.intp)
         going = np.flatnonzero(left[at] >= 0)
         while going.size:
@@ -203,7 +196,7 @@ class Tree:
             whole("left"),
             whole("right"),
             tuple(bool(m) for m in whole("missing_left")),
-            numbers(table["value"], "value of a tree"),
+            tuple(table["value"]) if isinstance(table["value"], list) else (),
         )
 
 

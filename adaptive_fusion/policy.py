@@ -97,6 +97,9 @@ class Policy:
             object.__setattr__(self, what, value)
         check_keys(self.lanes, "lanes", LANES)
         object.__setattr__(self, "lanes", {lane: tuple(self.lanes[lane]) for lane in LANES})
+        files = [path.name for path in self.fusion_weights]
+        if len(set(files)) != len(files):
+            raise PolicyError(f"fusion_weights has files {files}; expected each name once")
         for lane, ladder in self.lanes.items():
             names = [rung.name for rung in ladder]
             qualities = [rung.quality for rung in ladder]
@@ -185,16 +188,15 @@ class Policy:
             target = folder / path.name
             if not (target.exists() and target.samefile(path)):
                 shutil.copyfile(path, target)
+            part(folder, path.name, ".safetensors")  # what cannot be loaded again must not pass for saved
         (folder / POLICY_FILE).write_text(self.to_toml(), encoding="utf-8")
         return folder
 
     @classmethod
     def load(cls, name_or_path: str | Path, *, allow_pickle: bool = False) -> "Policy":
-        """Load a shipped policy by name, or one's own: its folder, its ``policy.toml``, or a ``vision_tower``
-        JSON.
+        """Load a shipped policy by name, or a path: a folder, a .toml file or a ``vision_tower`` .json file.
 
-        A shipped name wins over a folder of that name in the working directory (write ``./balanced`` for
-        that).
+        A shipped name wins over a folder of that name in the working directory; ``./balanced`` is the folder.
 
         Args:
             name_or_path: What to load.
@@ -256,6 +258,9 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
     folder = path.parent
     lanes = check_keys(table["lanes"], "lanes", LANES)
     quality, weights = table.get("quality_model"), table.get("fusion_weights", [])
+    budget = table.get("budget", {})
+    if not isinstance(budget, Mapping):
+        raise PolicyError(f"budget is {budget!r}; expected a table of limits")
     if not isinstance(weights, list):
         raise PolicyError(f"fusion_weights is {weights!r}; expected a list of .safetensors files")
     return Policy(
@@ -269,9 +274,7 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
         threshold=table["threshold"],
         explore=table.get("explore", 0.0),
         lanes={lane: _read_ladder(lane, lanes[lane]) for lane in LANES},
-        budget=Budget.from_dict(
-            check_keys(table.get("budget", {}), "budget", (), Budget.__dataclass_fields__)
-        ),
+        budget=Budget.from_dict(budget),
         quality_model=None
         if quality is None
         else QualityModel.from_dict(read_json(part(folder, quality, ".json"))),

@@ -45,8 +45,8 @@ _TASKS: dict[str, tuple[str, str]] = {
 _KINDS = {"where": "other", "compare": "other"}
 _ENGLISH = {task: frozenset(english.split("|")) for task, (english, _) in _TASKS.items()}
 _CHINESE = {task: re.compile(chinese) for task, (_, chinese) in _TASKS.items()}
-_YES_NO_START = frozenset(
-    ["is", "are", "was", "were", "do", "does", "did", "has", "have", "had", "can", "could", "will", "would", "should", "isn't", "aren't"]
+_YES_NO_START = re.compile(
+    r"(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|isn|aren|don|doesn)\b"
 )
 _YES_NO_TEXT = re.compile(
     r"yes or no|yes/no|true or false|是否|是不是|有没有|对吗|吗[?\uff1f]?$|能不能|会不会"
@@ -92,7 +92,7 @@ def _asks(text: str, words: list[str]) -> dict[str, bool]:
         task: not said.isdisjoint(_ENGLISH[task]) or (chinese and _CHINESE[task].search(text) is not None)
         for task in _TASKS
     }
-    asks["yesno"] = bool(words and words[0] in _YES_NO_START) or _YES_NO_TEXT.search(text) is not None
+    asks["yesno"] = _YES_NO_START.match(text) is not None or _YES_NO_TEXT.search(text) is not None
     return asks
 
 

@@ -236,7 +236,7 @@ class QualityModel:
 
 
 def constant_router(p_complex: float = 0.5) -> PlainRouter:
-    """A router that reads nothing and always says `p_complex`, in (0, 1): for policies whose lanes are alike."""
+    """A router that reads nothing and always says `p_complex`, in (0, 1), for lanes that are alike."""
     return PlainRouter(Inputs(()), LinearModel((), (), math.log(p_complex / (1 - p_complex))))
 
 

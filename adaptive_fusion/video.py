@@ -174,7 +174,8 @@ def decode_video(name: str, file: IO[bytes], demuxer: str, limits: Limits) -> Vi
 
     All packets are read first, undecoded: that gives the exact time of every frame, the keyframes to seek
     to, and the work ahead, whatever the header claims. Frames come upright (by the display matrix) and
-    shrunk to `limits.max_side`.
+    shrunk to `limits.max_side`. A file that ends before what its header lists is refused; Matroska, WebM and
+    fragmented MP4 list nothing, being made for streaming, and count as far as they go.
 
     Args:
         file: seekable; FFmpeg reads nothing else (the demuxer is fixed, references are refused).

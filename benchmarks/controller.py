@@ -2,20 +2,23 @@
 
     python benchmarks/controller.py [--requests N] [--attainment A] [--trace FILE.csv] [--json] [--plot PNG]
 
-Times, qualities and memory of the eight operating points are a stated model (`LADDER`), not a measurement; what is real
-is the controller, called once per request as a runner calls it. Half of the requests are simple. Rows:
+Times, qualities and memory of the eight operating points are a stated model (`LADDER`), not a measurement;
+what is real is the controller, called once per request as a runner calls it. Half of the requests are
+simple. Rows:
 
-- ``native``: the first point, always; ``best static``: the point that, known in hindsight, has the highest quality of
-  those that held the target on this trace (the cheapest if none did);
-- ``aimd``, ``pid``: the same predictions and memory envelope as ours, with a share of the deadline that they adapt:
-  additive increase and multiplicative decrease balanced at the target's miss rate; simple-pid on latency / deadline;
+- ``native``: the first point, always; ``best static``: the point that, known in hindsight, has the highest
+  quality of those that held the target on this trace (the cheapest if none did);
+- ``aimd``, ``pid``: the same predictions and memory envelope as ours, with a share of the deadline that
+  they adapt: additive increase and multiplicative decrease balanced at the target's miss rate; simple-pid
+  on latency / deadline;
 - ``ours``; ``oracle``: knows each request's true cost beforehand.
 
-Attainment counts feasible requests only: those that the cheapest point would have met under the load of the moment.
-``misses`` is the mean number of misses in the 20 requests after a step up of load, ``recover`` the median number of
-requests after its end until quality (relative to the oracle's, over 20 requests) is back at 98 % of its usual level.
-A trace file has a header and a column ``load`` (factor on every time); optional: ``work`` (patches relative to a usual
-request), ``simple`` (0 or 1), ``elapsed_ms`` (queueing), ``free_gb``.
+Attainment counts feasible requests only: those that the cheapest point would have met under the load of
+the moment. ``misses`` is the mean number of misses in the 20 requests after a step up of load, ``recover``
+the median number of requests after its end until quality (relative to the oracle's, over 20 requests) is
+back at 98 % of its usual level. A trace file has a header and a column ``load`` (factor on every time);
+optional: ``work`` (patches relative to a usual request), ``simple`` (0 or 1), ``elapsed_ms`` (queueing),
+``free_gb``.
 """
 
 import argparse
@@ -43,7 +46,8 @@ DEADLINE_MS = 220.0
 NOISE, POINT_NOISE, MEMORY_NOISE = 0.12, 0.03, 0.03
 PERIOD = 500
 
-# (fusion, downsample, share of the pixels, quality on dense requests, on simple ones, log error of the profile)
+# (fusion, downsample, share of the pixels, quality on dense requests, on simple ones, log error of the
+# profile)
 LADDER = (
     ("native", 1.0, 1.00, 0.900, 0.970, 0.05),
     ("weighted", 1.0, 0.75, 0.885, 0.970, -0.08),
@@ -64,11 +68,16 @@ CHEAPEST = len(LADDER) - 1
 
 
 def predict(work: float, down: float, share: float) -> Prediction:
-    """The stated cost model: milliseconds and GiB of a point on a request of `work` usual requests' patches."""
+    """The stated cost model: milliseconds and GiB of a point on a request of `work` usual requests'
+    patches.
+    """
     patches = work * share
     tokens = patches * down * down
     return Prediction(
-        100 * patches + 10 * patches * patches, 20 + 70 * tokens, 30 + 10 * tokens, 0.1 + 0.5 * patches + 0.4 * tokens
+        100 * patches + 10 * patches * patches,
+        20 + 70 * tokens,
+        30 + 10 * tokens,
+        0.1 + 0.5 * patches + 0.4 * tokens,
     )
 
 
@@ -130,7 +139,15 @@ def make_trace(
     free = np.full(n, 8.0) if free is None else free
     zero = np.zeros(n)
     return Trace(
-        name, bucket, kind, load, zero if elapsed is None else elapsed, free, np.r_[free[:1], free[:-1]], times, memory
+        name,
+        bucket,
+        kind,
+        load,
+        zero if elapsed is None else elapsed,
+        free,
+        np.r_[free[:1], free[:-1]],
+        times,
+        memory,
     )
 
 
@@ -161,14 +178,15 @@ def build(name: str, n: int, seed: int) -> Trace:
 class Row(Protocol):
     """One way of choosing: returns the index of a point, then hears what it took.
 
-    `bucket` and `simple` say which request it is (an index into `CANDIDATES`), `left_ms` is what is left of the deadline.
+    `bucket` and `simple` say which request it is (an index into `CANDIDATES`), `left_ms` is what is left
+    of the deadline, `lost_ms` what tries that ran out of memory took.
     """
 
     def choose(self, bucket: int, simple: int, left_ms: float, free_gb: float) -> int: ...
 
-    def update(self, bucket: int, index: int, left_ms: float, took_ms: float, peak_gb: float) -> None: ...
+    def update(self, index: int, lost_ms: float, took_ms: float, peak_gb: float) -> None: ...
 
-    def out_of_memory(self, bucket: int, index: int, took_ms: float) -> None: ...
+    def out_of_memory(self, index: int, lost_ms: float, took_ms: float) -> None: ...
 
 
 class Ours:
@@ -180,40 +198,52 @@ class Ours:
         self.index = {id(point): i for i, point in enumerate(POINTS)}
 
     def choose(self, bucket: int, simple: int, left_ms: float, free_gb: float) -> int:
-        choice = self.controller.choose(
-            CANDIDATES[bucket][simple],
+        self.candidates = CANDIDATES[bucket][simple]
+        self.choice = self.controller.choose(
+            self.candidates,
             self.budget,
             elapsed_ms=DEADLINE_MS - left_ms,
             free_memory_gb=free_gb,
         )
-        return self.index[id(choice.candidate.point)]
+        return self.index[id(self.choice.candidate.point)]
 
-    def update(self, bucket: int, index: int, left_ms: float, took_ms: float, peak_gb: float) -> None:
-        taken = Measurement(0.0, 0.0, 0.0, 0.0, 0.4 * took_ms, took_ms, 0, 0, 0, 0, peak_gb)
-        self.controller.update(POINTS[index], PREDICTED[bucket][index], taken)
+    def ran(self, index: int) -> Candidate | None:
+        candidate = self.candidates[index]
+        return None if candidate is self.choice.candidate else candidate
 
-    def out_of_memory(self, bucket: int, index: int, took_ms: float) -> None:
-        self.controller.miss(POINTS[index], PREDICTED[bucket][index], took_ms, kind="oom")
+    def update(self, index: int, lost_ms: float, took_ms: float, peak_gb: float) -> None:
+        latency = self.choice.elapsed_ms + lost_ms + took_ms
+        ttft = self.choice.elapsed_ms + lost_ms + 0.4 * took_ms
+        taken = Measurement(0.0, 0.0, 0.0, 0.0, ttft, latency, 0, 0, 0, 0, peak_gb)
+        self.controller.update(self.choice, taken, ran=self.ran(index), lost_ms=lost_ms)
+
+    def out_of_memory(self, index: int, lost_ms: float, took_ms: float) -> None:
+        cut = self.choice.elapsed_ms + lost_ms + took_ms
+        self.controller.miss(self.choice, cut, kind="oom", ran=self.ran(index), lost_ms=lost_ms)
 
 
 class Share:
-    """Base of aimd and pid: best quality with predicted time within a share of what is left of the deadline."""
+    """Base of aimd and pid: best quality with predicted time within a share of what is left of the
+    deadline.
+    """
 
     def __init__(self) -> None:
         self.share = 0.7
         self.envelope = 1.1
+        self.left_ms = DEADLINE_MS
 
     def choose(self, bucket: int, simple: int, left_ms: float, free_gb: float) -> int:
+        self.left_ms = left_ms
         left, free = self.share * left_ms, free_gb / self.envelope
         for index, predicted in enumerate(PREDICTED[bucket]):
             if predicted.latency_ms <= left and predicted.peak_memory_gb <= free:
                 return index
         return CHEAPEST
 
-    def update(self, bucket: int, index: int, left_ms: float, took_ms: float, peak_gb: float) -> None:
-        self.adapt(took_ms / max(left_ms, 1.0))
+    def update(self, index: int, lost_ms: float, took_ms: float, peak_gb: float) -> None:
+        self.adapt((lost_ms + took_ms) / max(self.left_ms, 1.0))
 
-    def out_of_memory(self, bucket: int, index: int, took_ms: float) -> None:
+    def out_of_memory(self, index: int, lost_ms: float, took_ms: float) -> None:
         self.envelope = min(self.envelope * 1.05, 2.0)
 
     def adapt(self, used: float) -> None:
@@ -221,7 +251,9 @@ class Share:
 
 
 class Aimd(Share):
-    """Additive increase, multiplicative decrease, balanced so that a share `1 - attainment` of requests misses."""
+    """Additive increase, multiplicative decrease, balanced so that a share `1 - attainment` of requests
+    misses.
+    """
 
     def __init__(self, attainment: float, decrease: float = 0.75) -> None:
         super().__init__()
@@ -229,7 +261,9 @@ class Aimd(Share):
         self.increase = 0.7 * (1 - decrease) * (1 - attainment) / attainment
 
     def adapt(self, used: float) -> None:
-        self.share = max(0.05, self.share * self.decrease) if used > 1 else min(1.5, self.share + self.increase)
+        self.share = (
+            max(0.05, self.share * self.decrease) if used > 1 else min(1.5, self.share + self.increase)
+        )
 
 
 class Pid(Share):
@@ -261,8 +295,8 @@ class Outcome:
 def run(trace: Trace, row: Row, *, timed: int = 4000, chunk: int = 10_000) -> Outcome:
     """Feed a trace through a row, one request at a time.
 
-    An out-of-memory error costs 30 % of the failed try's time and the request is tried again lower down, at most twice.
-    Decision and update are timed together on the first `timed` requests.
+    An out-of-memory error costs 30 % of the failed try's time and the request is tried again lower down,
+    at most twice. Decision and update are timed together on the first `timed` requests.
     """
     chosen: list[int] = []
     latency: list[float] = []
@@ -270,7 +304,15 @@ def run(trace: Trace, row: Row, *, timed: int = 4000, chunk: int = 10_000) -> Ou
     clock = time.perf_counter
     for first in range(0, len(trace.load), chunk):
         part = slice(first, first + chunk)
-        columns = (trace.bucket, trace.simple, trace.elapsed, trace.free, trace.probed, trace.times, trace.memory)
+        columns = (
+            trace.bucket,
+            trace.simple,
+            trace.elapsed,
+            trace.free,
+            trace.probed,
+            trace.times,
+            trace.memory,
+        )
         for bucket, simple, elapsed, free, probed, times, memory in zip(
             *(column[part].tolist() for column in columns), strict=True
         ):
@@ -280,14 +322,14 @@ def run(trace: Trace, row: Row, *, timed: int = 4000, chunk: int = 10_000) -> Ou
             decide = clock() - begin
             lost, tries = 0.0, 1
             while memory[index] > free and tries < 3:
+                row.out_of_memory(index, lost, 0.3 * times[index])
                 lost += 0.3 * times[index]
-                row.out_of_memory(bucket, index, lost)
                 index = CHEAPEST if tries == 2 else index + math.ceil((CHEAPEST - index) / 2)
                 tries += 1
             took = times[index] if memory[index] <= free else math.inf
             if took < math.inf:
                 begin = clock()
-                row.update(bucket, index, left, took, memory[index])
+                row.update(index, lost, took, memory[index])
                 if len(spent) < timed:
                     spent.append(decide + clock() - begin)
             chosen.append(index)
@@ -311,17 +353,21 @@ def fixed(trace: Trace, index: int) -> Outcome:
 
 
 def best_static(trace: Trace, attainment: float) -> Outcome:
-    """In hindsight: of the points that held the target the one of highest quality, else the one that held most."""
+    """In hindsight: of the points that held the target the one of highest quality, else the one that held
+    most.
+    """
     outcomes = [fixed(trace, index) for index in range(len(LADDER))]
     scores = [score(trace, outcome) for outcome in outcomes]
     held = [i for i, s in enumerate(scores) if s["attainment"] >= attainment]
-    key: Callable[[int], float] = lambda i: scores[i]["quality"] if held else scores[i]["attainment"]  # noqa: E731
-    return outcomes[max(held or range(len(LADDER)), key=key)]
+    key: Callable[[int], float] = lambda i: scores[i]["quality"] if held else scores[i]["attainment"]  #
+    noqa: E731 return outcomes[max(held or range(len(LADDER)), key=key)]
 
 
 def feasible(trace: Trace) -> NDArray[np.bool_]:
     """Would the cheapest point have met the deadline, and fitted in memory?"""
-    return (trace.times[:, CHEAPEST] + trace.elapsed <= DEADLINE_MS) & (trace.memory[:, CHEAPEST] <= trace.free)
+    return (trace.times[:, CHEAPEST] + trace.elapsed <= DEADLINE_MS) & (
+        trace.memory[:, CHEAPEST] <= trace.free
+    )
 
 
 def score(trace: Trace, outcome: Outcome, usual: "Outcome | None" = None) -> dict[str, float]:
@@ -419,7 +465,9 @@ def plot(results: dict[str, dict[str, dict[str, float]]], attainment: float, pat
     figure, axes = pyplot.subplots(1, len(results), figsize=(3.2 * len(results), 3.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
         for row, values in rows.items():
-            axis.scatter(values["attainment"], values["quality"], label=row, marker="*" if row == "ours" else "o")
+            axis.scatter(
+                values["attainment"], values["quality"], label=row, marker="*" if row == "ours" else "o"
+            )
         axis.axvline(attainment, linestyle=":", color="grey")
         axis.set(title=name, xlabel="attainment")
     axes[0][0].set_ylabel("mean quality")
@@ -462,13 +510,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dump(report, sys.stdout, indent=1)
         print()
         return 0
-    columns = ("attainment", "quality", "of_oracle", "misses", "misses_max", "recover", "recover_max", "decision_us")
+    columns = (
+        "attainment",
+        "quality",
+        "of_oracle",
+        "misses",
+        "misses_max",
+        "recover",
+        "recover_max",
+        "decision_us",
+    )
     print(f"{'trace':11}{'row':12}" + "".join(f"{name:>12}" for name in columns))
     for name, rows in results.items():
         for row, values in rows.items():
             cells = (f"{values[c]:12.4f}" if c in values else " " * 12 for c in columns)
             print(f"{name:11}{row:12}" + "".join(cells))
-    print(f"{sum(len(t.load) for t in traces)} requests a row in {seconds:.1f} s; target {options.attainment}")
+    print(
+        f"{sum(len(t.load) for t in traces)} requests a row in {seconds:.1f} s; target {options.attainment}"
+    )
     return 0
 
 

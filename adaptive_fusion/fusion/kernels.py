@@ -61,20 +61,23 @@ def weighted_sum(levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[in
     return _accumulate(levels, rows, lengths)
 
 
-def segment_mean(features: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean over each image's patches: ``[N, D]`` to ``[n_images, D]``, in float32 (float64 for float64).
+def global_pool(levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """Each level's mean over each image: L times ``[N, D]`` to ``[n_images, L, D]``, float32 (or float64).
 
-    A matrix product per segment (a row of 1/length times the patches); half precision is summed in float32
-    instead, because its matrix product would round every mean. Differentiable. Raises ConfigError if
-    lengths do not fit.
+    One matrix product per image and level: a row of equal shares times the patches. Half precision is
+    summed in float32 by that product and rounded once. Differentiable. Raises ConfigError if shapes do not
+    fit.
     """
-    check_packed([features], lengths)
+    check_packed(levels, lengths)
+    parts = [torch.split(level, list(lengths)) for level in levels]
     means = []
-    for segment in torch.split(features, list(lengths)):
-        if segment.dtype in (torch.float32, torch.float64):
-            means.append(torch.mv(segment.t(), segment.new_full((len(segment),), 1 / len(segment))))
-        else:
-            means.append(segment.sum(0, dtype=torch.float32) / len(segment))
+    for image, length in enumerate(lengths):
+        # A power of two is exact in half precision, where 1 / length is not; the rest of the factor follows
+        # in float32.
+        share = 0.5 ** (length - 1).bit_length()
+        row = levels[0].new_full((length,), share)
+        sums = torch.stack([torch.mv(part[image].t(), row) for part in parts])
+        means.append(sums.to(_wide(sums.dtype)) * (1 / (share * length)))
     return torch.stack(means)
 
 
@@ -95,7 +98,7 @@ class CompiledSum:
     kind.
     """
 
-    def __init__(self, max_shapes: int = 8) -> None:
+    def __init__(self, max_shapes: int = 8, backend: str | Callable[..., Any] = "inductor") -> None:
         limit = torch._dynamo.config.recompile_limit
         if not 1 <= max_shapes <= limit:
             raise ConfigError(
@@ -103,7 +106,7 @@ class CompiledSum:
             )
         self.max_shapes = max_shapes
         self.kinds: set[tuple[Any, ...]] = set()
-        self._run = torch.compile(_plain_sum, dynamic=True)
+        self._run = torch.compile(_plain_sum, dynamic=True, backend=backend)
 
     def __call__(self, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
         check_packed(levels, lengths)

@@ -144,9 +144,9 @@ class DeepStackFusion(nn.Module):
         self._check([features], lengths)
         return tap.gate(features, lengths)
 
-    def compile_kernels(self, max_shapes: int = 8) -> None:
+    def compile_kernels(self, max_shapes: int = 8, backend: str = "inductor") -> None:
         """Sum levels with `CompiledSum` at inference, for at most `max_shapes` kinds of input."""
-        combine = CompiledSum(max_shapes)
+        combine = CompiledSum(max_shapes, backend)
         for tap in self.taps:
             cast(TapFusion, tap).combine = combine
 

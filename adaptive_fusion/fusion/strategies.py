@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from adaptive_fusion.fusion.kernels import Combine, segment_mean, weighted_sum
+from adaptive_fusion.fusion.kernels import Combine, global_pool, weighted_sum
 from adaptive_fusion.fusion.registry import Registry
 from adaptive_fusion.fusion.weights import Adapters, FixedWeights, GatedWeights, LevelWeights, UnitWeights
 
@@ -146,5 +146,5 @@ class Gated(Mixed):
         self.gate_bias = nn.Parameter(torch.zeros(()))
 
     def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
-        pooled = segment_mean(features, lengths)
-        return 2 * torch.sigmoid(pooled @ self.gate_weight.to(pooled.dtype) + self.gate_bias.to(pooled.dtype))
+        pooled = global_pool([features], lengths)[:, 0]
+        return 2 * torch.sigmoid((pooled * self.gate_weight).sum(1) + self.gate_bias)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from adaptive_fusion.fusion.kernels import expand_rows, segment_mean
+from adaptive_fusion.fusion.kernels import expand_rows, global_pool
 
 
 class LevelWeights(nn.Module, ABC):
@@ -72,9 +72,8 @@ class GatedWeights(LevelWeights):
         """Weights ``[n_images, L]``, each row of sum 1."""
         if self.weight is None or self.bias is None:
             return torch.ones(1, 1, device=levels[0].device)
-        pooled = torch.stack([segment_mean(level, lengths) for level in levels])
-        scores = torch.einsum("lnd,ld->nl", pooled, self.weight.to(pooled.dtype)) + self.bias.to(pooled.dtype)
-        gates = torch.sigmoid(scores)
+        pooled = global_pool(levels, lengths)
+        gates = torch.sigmoid((pooled * self.weight).sum(2) + self.bias)
         return gates / gates.sum(1, keepdim=True)
 
 

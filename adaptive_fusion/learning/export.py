@@ -38,7 +38,7 @@ def export_classifier(estimator: Any) -> tuple[Model, Calibration]:
         ConfigError: For another estimator, other classes than 0 and 1, or one with parts that are not
             exported.
     """
-    classes = list(getattr(estimator, "classes_", ()))
+    classes = np.asarray(getattr(estimator, "classes_", ())).tolist()
     if classes != [0, 1]:
         raise ConfigError(f"{type(estimator).__name__} has classes {classes}; expected [0, 1]")
     if not isinstance(estimator, CalibratedClassifierCV):

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -59,17 +59,37 @@ GRID = 16
 """Sides are multiples of this: one visual token of the reference model (2 x 2 patches of 8 px)."""
 
 
+class Icon(NamedTuple):
+    """An icon: its centre and side in pixels, colour and shape."""
+
+    x: float
+    y: float
+    side: float
+    color: str
+    shape: str
+
+
+class Glyph(NamedTuple):
+    """A character and its centre in pixels."""
+
+    x: float
+    y: float
+    char: str
+
+
 @dataclass(frozen=True)
 class Scene:
     """One screen or clip with the answers that are right for it.
 
     ``frames`` holds one image for a still, four to eight for a clip (2 per second). ``answers`` maps each task that
-    can be asked to its only right answer.
+    can be asked to its only right answer. `icons` and `glyphs` say where everything lies in a still, in pixels.
     """
 
     kind: Kind
     frames: tuple[Image.Image, ...]
     answers: dict[Task, str]
+    icons: tuple["Icon", ...] = ()
+    glyphs: tuple["Glyph", ...] = ()
 
     @property
     def task(self) -> Task:
@@ -129,23 +149,26 @@ def _simple(rng: random.Random, split: Split, size: tuple[int, int], effort: flo
     ground = rng.choice(list(GROUNDS))
 
     def propose() -> tuple[str, object]:
-        places = sorted(rng.sample(range(9), rng.choice((1, 1, 2, 3))))
+        places = sorted(rng.sample(range(9), rng.choice((1, 1, 2, 3)) if effort > 0.2 else 1))
         looks = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in places]
-        # The largest icon of a scene fills up to a third of the side, so that a quarter of the pixels will do.
         return "simple" + ground + repr(places) + repr(looks), list(zip(places, looks, strict=True))
 
     image = Image.new("RGB", size, _jitter(rng, GROUNDS[ground]))
     draw = ImageDraw.Draw(image)
-    said = []
-    for place, (color, shape) in _until_split(split, propose):  # type: ignore[attr-defined]
+    said: list[str] = []
+    icons: list[Icon] = []
+    chosen: list[tuple[int, tuple[str, str]]] = _until_split(split, propose)  # type: ignore[assignment]
+    for place, (color, shape) in chosen:
         row, column = divmod(place, 3)
-        side = rng.uniform(0.2, 0.3) * min(size)
-        x = width * (column + 0.5) / 3 + rng.uniform(-0.02, 0.02) * width
-        y = height * (row + 0.5) / 3 + rng.uniform(-0.02, 0.02) * height
+        # An icon alone may be larger than its ninth of the screen; it is kept inside the screen.
+        side = rng.uniform(0.2, 0.3 if len(chosen) > 1 else 0.6) * min(size)
+        x = min(max(width * (column + 0.5 + rng.uniform(-0.06, 0.06)) / 3, side / 2 + 2), width - side / 2 - 2)
+        y = min(max(height * (row + 0.5 + rng.uniform(-0.06, 0.06)) / 3, side / 2 + 2), height - side / 2 - 2)
         _shape(draw, shape, x, y, side, _jitter(rng, COLORS[color]))
+        icons.append(Icon(x, y, side, color, shape))
         said.append(f"{color} {shape} {PLACES[row][column]}")
     said.append(f"{ground} ground")
-    return Scene("simple", (image,), {"describe": ", ".join(said)})
+    return Scene("simple", (image,), {"describe": ", ".join(said)}, tuple(icons))
 
 
 def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: float) -> Scene:
@@ -169,24 +192,31 @@ def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: floa
     image, dark = _textured(rng, size)
     draw = ImageDraw.Draw(image)
     font = _font(rng.choice((10, 11, 12)))
-    said, labels = [], []
+    said: list[str] = []
+    labels: list[str] = []
+    icons: list[Icon] = []
+    glyphs: list[Glyph] = []
     for row, column in _until_split(split, propose):  # type: ignore[attr-defined]
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
         label = "".join(rng.choice(LABEL_CHARS) for _ in range(rng.choice((1, 2, 2))))
         x = (column + 0.5) * bin_w + rng.uniform(-0.5, 0.5)
         y = (row + 0.5) * bin_h + rng.uniform(-0.5, 0.5)
-        _shape(draw, shape, x - 9, y, rng.uniform(11, 14), _jitter(rng, COLORS[color]))
+        side = rng.uniform(11, 14)
+        _shape(draw, shape, x - 9, y, side, _jitter(rng, COLORS[color]))
+        icons.append(Icon(x - 9, y, side, color, shape))
+        glyphs += _glyphs(font, x, y, label)
         draw.text((x, y), label, fill=(245, 245, 245) if dark else (10, 10, 10), font=font, anchor="lm")
         said.append(f"{'abcdefgh'[row]}{column + 1} {color} {shape} {label}")
         labels.append(label)
-    return Scene("dense", (image,), {"describe": ", ".join(said), "read": "\n".join(labels)})
+    answers: dict[Task, str] = {"describe": ", ".join(said), "read": "\n".join(labels)}
+    return Scene("dense", (image,), answers, tuple(icons), tuple(glyphs))
 
 
 def _reading(rng: random.Random, split: Split, size: tuple[int, int], effort: float) -> Scene:
     width, height = size
     image, _ = _textured(rng, size)
     draw = ImageDraw.Draw(image)
-    points = rng.choice((10, 11, 12))
+    points = rng.choice((10, 11, 12) if effort > 0.5 else (10, 11, 12, 14, 16))
     font = _font(points)
     pitch = points + rng.randint(2, 8)
     lines: list[str] = []
@@ -208,12 +238,15 @@ def _reading(rng: random.Random, split: Split, size: tuple[int, int], effort: fl
     panel = (left - 4, top - 3, min(width - 1, left + text_w + 5), min(height - 1, top + text_h + 2))
     draw.rectangle(panel, fill=_jitter(rng, GROUNDS[ground]))
     ink = (15, 15, 15) if ground == "white" else (245, 245, 245) if ground == "black" else (0, 0, 0)
+    glyphs: list[Glyph] = []
     for i, line in enumerate(lines):
         draw.text((left, top + (i + 0.5) * pitch), line, fill=ink, font=font, anchor="lm")
+        glyphs += _glyphs(font, left, top + (i + 0.5) * pitch, line)
     center_x, center_y = (panel[0] + panel[2]) / 2, (panel[1] + panel[3]) / 2
     place = PLACES[min(2, int(3 * center_y / height))][min(2, int(3 * center_x / width))]
     count = f"{len(lines)} line{'s' if len(lines) > 1 else ''}"
-    return Scene("reading", (image,), {"read": "\n".join(lines), "describe": f"{ground} panel {place}, {count}"})
+    answers: dict[Task, str] = {"read": "\n".join(lines), "describe": f"{ground} panel {place}, {count}"}
+    return Scene("reading", (image,), answers, glyphs=tuple(glyphs))
 
 
 def _clip(rng: random.Random, split: Split, size: tuple[int, int], effort: float) -> Scene:
@@ -305,6 +338,12 @@ def _font(points: int) -> ImageFont.FreeTypeFont:
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("this Pillow was built without FreeType; install a wheel of Pillow from PyPI")
     return font
+
+
+def _glyphs(font: ImageFont.FreeTypeFont, x: float, y: float, line: str) -> list[Glyph]:
+    """Centres of the characters of a line that starts at x and is centred on y."""
+    edges = [x + font.getlength(line[:end]) for end in range(len(line) + 1)]
+    return [Glyph((edges[i] + edges[i + 1]) / 2, y, char) for i, char in enumerate(line) if char != " "]
 
 
 _STAR = [(0, -1), (0.24, -0.31), (0.95, -0.31), (0.38, 0.12), (0.59, 0.81)]

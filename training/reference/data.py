@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLProcessor
 
-from adaptive_fusion.reference.screens import KINDS, PROMPTS, Kind, Scene, Split, make_scene
+from adaptive_fusion.reference.screens import COLORS, KINDS, PROMPTS, SHAPES, Kind, Scene, Split, make_scene
 
 IGNORE = -100
+CHARS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ CURRICULUM = (
     Stage(0.25, (64, 112), 0.25, 900, (0.2, 0.32, 0.38, 0.1), both=False),
     Stage(0.50, (96, 144), 0.45, 1300, (0.12, 0.36, 0.40, 0.12), both=False),
     Stage(0.75, (112, 208), 0.7, 1800, (0.12, 0.36, 0.40, 0.12)),
-    Stage(0.92, (160, 288), 0.9, 2600, (0.12, 0.36, 0.40, 0.12)),
+    Stage(0.94, (160, 288), 0.9, 2600, (0.12, 0.36, 0.40, 0.12)),
     Stage(1.00, (256, 384), 1.0, 4500, (0.12, 0.36, 0.40, 0.12)),
 )
 
@@ -79,6 +80,28 @@ def sample_batch(processor: Qwen3VLProcessor, stage: Stage, rng: random.Random, 
         grids.append(grid)
         scenes.append(scene)
     return Encoded(torch.cat(pixels), torch.cat(grids), scenes)
+
+
+def where_targets(batch: Encoded, patch: int = 8, merge: int = 2) -> Tensor:
+    """What lies on each patch, ``[3, merged tokens, 4]``: character, colour, shape; 0 is nothing.
+
+    A character belongs to the patch under its centre; an icon to every patch whose centre it covers.
+    """
+    found = []
+    for scene, (_, h, w) in zip(batch.scenes, batch.grids.tolist(), strict=True):
+        maps = np.zeros((3, h, w), np.int64)
+        sx, sy = w / scene.image.width, h / scene.image.height
+        y, x = np.mgrid[0:h, 0:w] + 0.5
+        for icon in scene.icons:
+            inside = np.maximum(abs(x / sx - icon.x), abs(y / sy - icon.y)) <= max(icon.side / 2, 0.5 / sx)
+            maps[1][inside] = 1 + list(COLORS).index(icon.color)
+            maps[2][inside] = 1 + SHAPES.index(icon.shape)
+        for glyph in scene.glyphs:
+            row, column = min(h - 1, max(0, int(glyph.y * sy))), min(w - 1, max(0, int(glyph.x * sx)))
+            maps[0, row, column] = 1 + CHARS.index(glyph.char)
+        cells = maps.reshape(3, h // merge, merge, w // merge, merge).transpose(0, 1, 3, 2, 4)
+        found.append(torch.from_numpy(cells.reshape(3, -1, merge * merge)))
+    return torch.cat(found, 1)
 
 
 class Rows:

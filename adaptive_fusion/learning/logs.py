@@ -1,0 +1,260 @@
+"""Decision logs as a table: JSONL (rotated too) and Parquet, read with DuckDB out of core, and compaction.
+
+Knows the fields of a log record, and files. Must not know what a label is worth or what is fitted to it.
+
+A line that is not a JSON object (torn, garbage, too long, not UTF-8) is counted and left out; it never stops
+the reading. A field of another type than its column's reads as NULL. Unknown fields are dropped.
+"""
+
+import glob
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+
+COLUMNS: dict[str, str] = {
+    # every record
+    "schema": "BIGINT",
+    "event": "VARCHAR",
+    "time_s": "DOUBLE",
+    "request_id": "VARCHAR",
+    "content_hash": "VARCHAR",
+    "prompt_hash": "VARCHAR",
+    "kind": "VARCHAR",
+    "complexity": "DOUBLE",
+    "features": "JSON",
+    "features_version": "VARCHAR",
+    "prompt_features": "JSON",
+    # decisions
+    "p_complex": "DOUBLE",
+    "lane": "VARCHAR",
+    "point": "JSON",
+    "rung": "VARCHAR",
+    "propensity": "DOUBLE",
+    "policy": "VARCHAR",
+    "budget": "JSON",
+    "feasible": "BOOLEAN",
+    "predicted": "JSON",
+    "reason": "VARCHAR",
+    "measurement": "JSON",
+    "finish_reason": "VARCHAR",
+    "error": "VARCHAR",
+    # labels, feedback, shadow runs
+    "source": "VARCHAR",
+    "source_id": "VARCHAR",
+    "quality": "JSON",
+    "reference_quality": "DOUBLE",
+    "cost": "JSON",
+    "target": "DOUBLE",
+    "rating": "DOUBLE",
+    "weight": "DOUBLE",
+    "slices": "JSON",
+}
+"""The columns of the table ``log`` and their DuckDB types; nested values are kept as JSON text."""
+
+EVENTS = ("decision", "feedback", "label", "shadow")
+"""What a record may be about; one without ``event`` is a decision."""
+
+MAX_LINE = 16 << 20
+"""Longest line in bytes that is read; a longer one counts as broken."""
+
+_READ = (
+    "read_json_objects({files}, format='newline_delimited', ignore_errors=true, maximum_object_size={size})"
+)
+
+
+@dataclass(frozen=True)
+class LogTable:
+    """An open table of log records.
+
+    Attributes:
+        connection: DuckDB connection; the records are its table ``log`` with the columns `COLUMNS`.
+        files: What was read, in order.
+        rows: Records in the table.
+        broken: Lines that were no JSON object, left out.
+    """
+
+    connection: Any
+    files: tuple[Path, ...]
+    rows: int
+    broken: int
+
+
+def log_files(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that `paths` name, sorted, each once.
+
+    A path is a file of any name, a folder (its ``*.jsonl``, rotated ``*.jsonl.N`` and ``*.parquet``, at any
+    depth) or a glob pattern.
+
+    Raises:
+        ConfigError: For a path that names nothing, or no paths at all.
+    """
+    found: set[Path] = set()
+    given = [Path(path) for path in paths]
+    for path in given:
+        if path.is_dir():
+            inside = {file for file in path.rglob("*") if file.is_file() and _is_log(file)}
+        elif path.is_file():
+            inside = {path}
+        else:
+            inside = {Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()}
+        if not inside:
+            raise ConfigError(f"no logs at {path.name!r}; expected a file, a folder with logs or a pattern")
+        found |= inside
+    if not found:
+        raise ConfigError("no logs were named; expected files, folders or patterns")
+    return sorted(found)
+
+
+def _is_log(file: Path) -> bool:
+    stem, _, number = file.name.rpartition(".")
+    return file.suffix in (".jsonl", ".parquet") or (number.isdecimal() and stem.endswith(".jsonl"))
+
+
+@contextmanager
+def open_logs(paths: Iterable[str | Path], *, memory_gb: float = 0.5, threads: int = 2) -> Iterator[LogTable]:
+    """Read logs into a table on disk, in a temporary folder that is removed afterwards.
+
+    Args:
+        paths: See `log_files`.
+        memory_gb: What DuckDB may keep in memory, GiB; the rest is spilled.
+        threads: Threads of DuckDB.
+
+    Raises:
+        ConfigError: If there are no logs, or a Parquet file cannot be read.
+        AdaptiveFusionError: If DuckDB is not installed.
+    """
+    files = log_files(paths)
+    with tempfile.TemporaryDirectory(prefix="adaptive-fusion-") as folder:
+        connection = _connect(Path(folder), memory_gb, threads)
+        try:
+            connection.execute(f"CREATE TABLE log ({_columns()}, broken BOOLEAN)")
+            for file in files:
+                _load(connection, file, Path(folder))
+            broken = int(connection.execute("DELETE FROM log WHERE broken").fetchone()[0])
+            connection.execute("ALTER TABLE log DROP COLUMN broken")
+            rows = int(connection.execute("SELECT count(*) FROM log").fetchone()[0])
+            yield LogTable(connection, tuple(files), rows, broken)
+        finally:
+            connection.close()
+
+
+def compact(
+    paths: Iterable[str | Path], out: str | Path, *, memory_gb: float = 0.5, threads: int = 2
+) -> LogTable:
+    """Write logs into one Parquet file (zstd), replacing `out` only once it is complete.
+
+    Reading it gives the same table as reading the logs. The logs are not removed. Returns what was read, its
+    connection closed.
+
+    Raises:
+        ConfigError: As `open_logs`.
+    """
+    out = Path(out)
+    part = out.with_name(out.name + ".part")
+    with open_logs(paths, memory_gb=memory_gb, threads=threads) as table:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            table.connection.execute(
+                f"COPY (SELECT * FROM log) TO {_quote(part)} (FORMAT parquet, COMPRESSION zstd)"
+            )
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)
+        return table
+
+
+def _connect(folder: Path, memory_gb: float, threads: int) -> Any:
+    try:
+        import duckdb
+    except ImportError as error:
+        raise AdaptiveFusionError(
+            "reading logs needs duckdb: pip install 'adaptive-fusion[train]'"
+        ) from error
+    connection = duckdb.connect(
+        str(folder / "log.duckdb"),
+        config={
+            "memory_limit": f"{memory_gb * 1024:.0f}MiB",
+            "threads": threads,
+            "temp_directory": str(folder / "spill"),
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+        },
+    )
+    return connection
+
+
+def _columns() -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+
+
+def _load(connection: Any, file: Path, folder: Path) -> None:
+    import duckdb
+
+    if file.suffix == ".parquet":
+        try:
+            _load_parquet(connection, file)
+        except duckdb.Error as error:
+            raise ConfigError(f"cannot read {file.name}: {str(error).splitlines()[0]}") from error
+        return
+    if file.stat().st_size == 0:
+        return
+    if file.stat().st_size <= MAX_LINE or not _has_long_line(file):
+        _load_jsonl(connection, file)
+        return
+    clean = folder / "clean.jsonl"
+    _drop_long_lines(file, clean)
+    _load_jsonl(connection, clean)
+    clean.unlink()
+
+
+def _load_jsonl(connection: Any, file: Path) -> None:
+    shape = "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in COLUMNS.items()) + "}"
+    source = _READ.format(files=_quote(file), size=MAX_LINE)
+    names = ", ".join(_expression(name) for name in COLUMNS)
+    connection.execute(
+        f"INSERT INTO log SELECT {names}, broken FROM ("
+        f" SELECT json_transform(json, '{shape}') AS r, coalesce(json_type(json), '') <> 'OBJECT' AS broken"
+        f" FROM {source})"
+    )
+
+
+def _load_parquet(connection: Any, file: Path) -> None:
+    there = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {_quote(file)}").fetchall()}
+    names = ", ".join(
+        f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()
+    )
+    connection.execute(f"INSERT INTO log SELECT {names}, false FROM read_parquet({_quote(file)})")
+
+
+def _expression(name: str) -> str:
+    return "coalesce(r.event, 'decision')" if name == "event" else f"r.{name}"
+
+
+def _quote(value: str | Path) -> str:
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def _has_long_line(file: Path) -> bool:
+    with file.open("rb") as handle:
+        while line := handle.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                return True
+    return False
+
+
+def _drop_long_lines(file: Path, clean: Path) -> None:
+    """Copy `file`; a line that is too long, even for DuckDB's patience, becomes one short broken line."""
+    with file.open("rb") as source, clean.open("wb") as target:
+        while line := source.readline(MAX_LINE):
+            if len(line) < MAX_LINE:
+                target.write(line)
+                continue
+            target.write(b"too long\n")
+            while line and not line.endswith(b"\n"):
+                line = source.readline(MAX_LINE)

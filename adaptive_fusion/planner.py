@@ -1,0 +1,147 @@
+"""From what was measured on a request to a decision: route, candidates with predicted costs, choice.
+
+Wires policy, cost model and controller for one adapter. Runs nothing, loads nothing; every input is an argument.
+"""
+
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.complexity import Complexity
+from adaptive_fusion.controller import Candidate, Choice, Controller
+from adaptive_fusion.cost import CostModel, LengthModel, Work
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.models.base import Adapter, Size
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy import COMPLEX, VIDEO, Policy, Route
+from adaptive_fusion.prompts import prompt_features, prompt_kind
+
+TEMPLATE_TOKENS = 16
+"""What a chat template adds around a question, roughly; the prefill's share of it does not matter."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the planner needs to know of a request; times in milliseconds."""
+
+    kind: str
+    sizes: Sequence[Size]
+    complexities: Sequence[Complexity]
+    prompt: str
+    max_new_tokens: int
+    text_tokens: int
+    batch: int = 1
+    elapsed_ms: float = 0.0
+    free_memory_gb: float | None = None
+    pixels_fixed: bool = False  # preprocessing is over: the knobs before the encoder no longer apply
+
+
+class Planner:
+    """Decides for one adapter with one policy."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        policy: Policy,
+        cost: CostModel,
+        controller: Controller,
+        lengths: LengthModel,
+        rng: random.Random,
+    ) -> None:
+        self.adapter, self.policy, self.cost = adapter, policy, cost
+        self.controller, self.lengths, self._rng = controller, lengths, rng
+
+    def decide(self, ask: Ask, budget: Budget, point: OperatingPoint | None = None) -> Decision:
+        """The decision for `ask` under `budget`; a given `point` is taken as it is, with its prediction.
+
+        Raises:
+            UnsupportedModelError: If `point` has a knob that the model lacks.
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        hardest, route = self.route(ask)
+        features = {k: v for k, v in prompt_features(ask.prompt).items() if v} if ask.prompt else {}
+        if point is not None:
+            self.adapter.require(point)
+            candidates = [self._candidate(point, 1.0, ask)]
+            lane, propensity = "fixed", 1.0
+            choice = self.controller.choose(candidates, replace(budget, on_infeasible="cheapest"), elapsed_ms=ask.elapsed_ms)
+            choice = replace(choice, reason="the point was given", rejected=())
+        else:
+            lane = route.lane
+            candidates = self.candidates(ask, lane, hardest)
+            choice, propensity = self._choose(candidates, budget, ask)
+        return Decision(
+            request_id=uuid.uuid4().hex,
+            kind=ask.kind,
+            complexity=hardest,
+            p_complex=route.score if hardest is not None else None,
+            lane=lane,
+            point=choice.point,
+            predicted=choice.candidate.predicted,
+            reason=choice.reason,
+            policy=self.policy.name,
+            feasible=choice.feasible,
+            propensity=propensity,
+            margin=choice.margin,
+            elapsed_ms=ask.elapsed_ms,
+            budget=budget.to_dict(),
+            prompt_features=features,
+            rejected=choice.rejected,
+        )
+
+    def route(self, ask: Ask) -> tuple[Complexity | None, Route]:
+        """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""
+        if not ask.complexities:
+            return None, self.policy.route(None)
+        routes = [(c, self.policy.route(c, ask.prompt)) for c in ask.complexities]
+        hardest, route = max(routes, key=lambda pair: (pair[1].lane == VIDEO, pair[1].lane == COMPLEX, pair[1].score))
+        return hardest, route
+
+    def candidates(self, ask: Ask, lane: str, complexity: Complexity | None) -> list[Candidate]:
+        """The lane's ladder on this model and these media, each point once, with predicted cost."""
+        native = max((self.adapter.native_pixels(size) for size in ask.sizes), default=1)
+        best: dict[OperatingPoint, float] = {}
+        for rung in self.policy.ladder(lane, complexity, ask.prompt):
+            point = rung.resolve(native)
+            if ask.pixels_fixed:
+                point = replace(point, max_pixels=None, max_fps=None)
+            point, _ = self.adapter.restrict(point)
+            best[point] = max(rung.quality, best.get(point, 0.0))
+        return [self._candidate(point, quality, ask) for point, quality in best.items()]
+
+    def _candidate(self, point: OperatingPoint, quality: float, ask: Ask) -> Candidate:
+        return Candidate(point, quality, self.cost.predict(point, self.work(point, ask)))
+
+    def work(self, point: OperatingPoint, ask: Ask) -> Work:
+        """What `point` makes the model do for `ask`."""
+        plan = self.adapter.plan(ask.sizes, point)
+        new = self.lengths.expected(prompt_kind(ask.prompt), ask.max_new_tokens)
+        return Work(
+            patches=plan.segments,
+            visual_tokens=plan.tokens,
+            prompt_tokens=plan.tokens + ask.text_tokens,
+            new_tokens=new,
+            batch=ask.batch,
+        )
+
+    def _choose(self, candidates: list[Candidate], budget: Budget, ask: Ask) -> tuple[Choice, float]:
+        """The controller's choice, or now and then a random point that fits, with the propensity of either."""
+        limits: dict[str, Any] = {"elapsed_ms": ask.elapsed_ms, "free_memory_gb": ask.free_memory_gb}
+        choice = self.controller.choose(candidates, budget, **limits)
+        explore = self.policy.explore
+        if explore == 0.0 or not choice.feasible:
+            return choice, 1.0
+        lenient = replace(budget, on_infeasible="cheapest")
+        singles = [self.controller.choose([c], lenient, **limits) for c in candidates]
+        fitting = [single for single in singles if single.feasible]
+        share = explore / len(fitting)
+        if self._rng.random() < explore:
+            drawn = self._rng.choice(fitting)
+            greedy = drawn.point == choice.point
+            return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0)
+        return choice, 1 - explore + share
+
+

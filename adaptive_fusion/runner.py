@@ -1,0 +1,460 @@
+"""`AdaptiveRunner`: a vision-language model that spends visual compute per request. The place that wires everything.
+
+One request goes: load and measure the media, decide (policy, cost model, controller), preprocess within the pixel
+budget, encode at the operating point, generate, measure, learn, log. The model is not modified: with the runner gone
+it is what it was.
+"""
+
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.chat import ChatRequest, build_request
+from adaptive_fusion.complexity import measure_complexity
+from adaptive_fusion.controller import Controller
+from adaptive_fusion.cost import CostModel, LengthModel, Profile
+from adaptive_fusion.decisions import Decision, DecisionLog, Measurement, record, text_hash
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion import DeepStackFusion
+from adaptive_fusion.meters import Meter, meter_for
+from adaptive_fusion.models import Adapter, adapter_for
+from adaptive_fusion.models.grid import GridAdapter
+from adaptive_fusion.models.placeholders import restore_prompt
+from adaptive_fusion.oom import run_with_step_down
+from adaptive_fusion.planner import TEMPLATE_TOKENS, Ask, Planner
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy import Policy
+from adaptive_fusion.profiles import find_profile
+from adaptive_fusion.prompts import prompt_kind
+from adaptive_fusion.reference import model_path
+from adaptive_fusion.stream import Stream
+from adaptive_fusion.timing import GenerationClock
+
+# A model keeps M-RoPE state between prefill and decode, so two generations on one model must not interleave,
+# whichever runner they come from.
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer with the decision behind it and what it took.
+
+    `finish_reason` is ``stop`` (the model ended), ``length`` (`max_new_tokens`), ``deadline`` or ``cancelled``.
+    """
+
+    text: str
+    finish_reason: str
+    decision: Decision
+    measurement: Measurement
+
+    @property
+    def met(self) -> bool | None:
+        """Whether every time and memory limit of the budget was kept; None without a limit."""
+        return budget_met(self.decision.budget, self.measurement)
+
+
+def budget_met(budget: Mapping[str, Any], measured: Measurement) -> bool | None:
+    """Whether `measured` keeps the limits set in `budget` (`Budget.to_dict`'s form); None without a limit."""
+    pairs = {
+        "latency_ms": measured.latency_ms,
+        "ttft_ms": measured.ttft_ms,
+        "vram_gb": measured.peak_memory_gb,
+    }
+    checks = [value <= budget[name] for name, value in pairs.items() if name in budget]
+    return all(checks) if checks else None
+
+
+@dataclass
+class _Run:
+    """One attempt's result."""
+
+    sequences: Any
+    reduced_length: int
+    visual_tokens: int
+    patches: int
+    times: tuple[float, float]  # encode started, encode ended
+    clock: GenerationClock
+    ended_s: float
+
+
+class AdaptiveRunner:
+    """Wraps a vision-language model; unknown attributes are those of the model.
+
+    Args:
+        model: A transformers vision-language model in eval mode on its device; see `adaptive_fusion.models`.
+        processor: Its processor.
+        policy: A `Policy`, a shipped policy's name or a path.
+        budget: Limits for every request, the weakest source but one: the policy's defaults are put over it, then the
+            environment's (``ADAPTIVE_FUSION_*``), then the request's own.
+        profile: Measured costs of this model on this machine; None looks for one in the user's cache directory and else
+            starts from an analytic estimate that the first requests correct.
+        log: A `DecisionLog` or a path for one; None logs nothing.
+        clock: Seconds, monotonic.
+        seed: Of the exploring policies' choices.
+
+    Raises:
+        UnsupportedModelError: If the model cannot be driven.
+        PolicyError: If the policy cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        policy: Policy | str | Path = "balanced",
+        budget: Budget | None = None,
+        profile: Profile | None = None,
+        log: DecisionLog | str | Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        seed: int | None = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
+        self.adapter: Adapter = adapter_for(model, processor)
+        for path in self.policy.fusion_weights:
+            self.adapter.add_fusion(DeepStackFusion.from_file(path))
+        self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(os.environ))
+        self.profile, self.profile_note = (profile, "given") if profile else find_profile(model)
+        self.controller = Controller(clock=clock)
+        self.lengths = LengthModel()
+        self.log = DecisionLog(log) if isinstance(log, str | Path) else log
+        self.last: tuple[Decision, Measurement] | None = None
+        self._meter: Meter = meter_for(getattr(model, "device", torch.device("cpu")))
+        self._planner = Planner(
+            self.adapter, self.policy, CostModel(self.profile), self.controller, self.lengths, random.Random(seed)
+        )
+        self._clock = clock
+        self._lock = _LOCKS.setdefault(model, threading.RLock())
+        self._bypass = threading.local()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_path: str | Path = "reference",
+        *,
+        policy: Policy | str | Path = "balanced",
+        budget: Budget | None = None,
+        device: str | torch.device | None = None,
+        profile: Profile | None = None,
+        log: DecisionLog | str | Path | None = None,
+        seed: int | None = None,
+        **model_kwargs: Any,
+    ) -> "AdaptiveRunner":
+        """Load a model and its processor with transformers and wrap them.
+
+        ``reference`` is the embedded reference model. `model_kwargs` go to
+        ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``attn_implementation``, ``device_map``...).
+        No remote code is executed.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if model_kwargs.pop("trust_remote_code", False):
+            raise ConfigError("trust_remote_code is True; expected False: load the model yourself and wrap it")
+        source = str(model_path()) if str(id_or_path) == "reference" else str(id_or_path)
+        model = AutoModelForImageTextToText.from_pretrained(source, **model_kwargs)
+        if device is not None:
+            model = model.to(device)
+        processor = AutoProcessor.from_pretrained(source)
+        return cls(model.eval(), processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names the runner does not have; "model" itself is missing while unpickling or copying.
+        if name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    # Asking
+
+    def chat(
+        self,
+        media: Any,
+        prompt: str | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int = 256,
+        point: OperatingPoint | None = None,
+        **generate_kwargs: Any,
+    ) -> Reply:
+        """Answer one request.
+
+        Args:
+            media: None, a path, encoded bytes, PIL image, array, `Video`, a list of these, or chat messages.
+            prompt: The question.
+            budget: Limits of this request; what it leaves unset comes from the runner's.
+            max_new_tokens: Upper bound of the answer.
+            point: Run exactly this operating point instead of deciding.
+            generate_kwargs: For the model's ``generate`` (sampling, beams...).
+
+        Raises:
+            MediaError: For a medium that cannot be used.
+            UnsupportedModelError: For a `point` that the model cannot run.
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        return self._chat(media, prompt, budget, max_new_tokens, point, None, generate_kwargs)
+
+    def stream(
+        self,
+        media: Any,
+        prompt: str | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int = 256,
+        point: OperatingPoint | None = None,
+        **generate_kwargs: Any,
+    ) -> Stream[Reply]:
+        """As `chat`, but an iterator over pieces of text; its ``reply`` holds the `Reply` once it has ended.
+
+        Closing or abandoning the stream ends the generation at its next token and frees the model.
+        """
+
+        def work(streamer: Any, cancelled: threading.Event) -> Reply:
+            extra = {**generate_kwargs, "streamer": streamer}
+            return self._chat(media, prompt, budget, max_new_tokens, point, cancelled, extra)
+
+        return Stream(work, getattr(self.processor, "tokenizer", self.processor))
+
+    def decide(
+        self, media: Any, prompt: str | None = None, *, budget: Budget | None = None, max_new_tokens: int = 256
+    ) -> Decision:
+        """The decision `chat` would take, without running the model."""
+        arrived = self._clock()
+        request = build_request(media, prompt)
+        return self._planner.decide(self._ask(request, max_new_tokens, arrived), self.budget.merge(budget))
+
+    def generate(self, *args: Any, budget: Budget | None = None, point: OperatingPoint | None = None, **kwargs: Any) -> Any:
+        """Drop-in for ``model.generate(**inputs)`` with the processor's own tensors; the same return type.
+
+        The knobs that still apply after preprocessing are used (fusion, downsampling), with one plan for the whole
+        call. The caller's full prompt and the new tokens are returned at every operating point. Positional inputs,
+        inputs without pixels and calls inside `native` go to the model as they are.
+        """
+        pixels = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
+        if args or not pixels or kwargs.get("input_ids") is None or getattr(self._bypass, "on", False):
+            return self._plain(args, kwargs)
+        arrived = self._clock()
+        limits = self.budget.merge(budget)
+        ids: Tensor = kwargs["input_ids"]
+        complexities = tuple(measure_complexity(array) for array in self.adapter.thumbnails(kwargs))
+        most = int(kwargs.get("max_new_tokens") or getattr(self.model, "generation_config", None).max_new_tokens or 256)  # type: ignore[union-attr]
+        ask = Ask(
+            kind="mixed" if len({c.kind for c in complexities}) > 1 else complexities[0].kind,
+            sizes=self.adapter.sizes(kwargs),
+            complexities=complexities,
+            prompt="",
+            max_new_tokens=most,
+            text_tokens=ids.shape[1],
+            batch=ids.shape[0],
+            elapsed_ms=(self._clock() - arrived) * 1e3,
+            free_memory_gb=self._meter.free_gb(),
+            pixels_fixed=True,
+        )
+        ask = replace(ask, text_tokens=max(1, ids.shape[1] - self.adapter.plan(ask.sizes, NATIVE).tokens // ids.shape[0]))
+        decision = self._planner.decide(ask, limits, point)
+        with self._lock:
+            decision, run, measurement = self._attempts(
+                decision, limits, arrived, None, lambda _: dict(kwargs), dict(kwargs), set(kwargs)
+            )
+        self._settle(decision, measurement, prompt="", content=None, finish=run.clock.stopped_by)
+        sequences = run.sequences
+        if isinstance(sequences, Tensor):
+            return restore_prompt(sequences, run.reduced_length, ids)
+        sequences.sequences = restore_prompt(sequences.sequences, run.reduced_length, ids)
+        return sequences
+
+    @contextmanager
+    def native(self) -> Iterator["AdaptiveRunner"]:
+        """Inside this context (of this thread) every request runs the model untouched."""
+        before = getattr(self._bypass, "on", False)
+        self._bypass.on = True
+        try:
+            yield self
+        finally:
+            self._bypass.on = before
+
+    # How it is done
+
+    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._lock:
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def _ask(self, request: ChatRequest, max_new_tokens: int, arrived: float) -> Ask:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        text = len(tokenizer(request.prompt).input_ids) if tokenizer and request.prompt else 0
+        return Ask(
+            kind=request.kind,
+            sizes=request.sizes,
+            complexities=request.complexities,
+            prompt=request.prompt,
+            max_new_tokens=max_new_tokens,
+            text_tokens=text + TEMPLATE_TOKENS,
+            elapsed_ms=(self._clock() - arrived) * 1e3,
+            free_memory_gb=self._meter.free_gb(),
+        )
+
+    def _chat(
+        self,
+        media: Any,
+        prompt: str | None,
+        budget: Budget | None,
+        max_new_tokens: int,
+        point: OperatingPoint | None,
+        cancelled: threading.Event | None,
+        generate_kwargs: dict[str, Any],
+    ) -> Reply:
+        arrived = self._clock()
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; expected a positive integer")
+        if getattr(self._bypass, "on", False) and point is None:
+            point = NATIVE
+        request = build_request(media, prompt)
+        limits = self.budget.merge(budget)
+        with self._lock:
+            # Decided once the model is free, so that waiting for it counts as elapsed.
+            decision = self._planner.decide(self._ask(request, max_new_tokens, arrived), limits, point)
+
+            def prepare(chosen: OperatingPoint) -> dict[str, Any]:
+                inputs = self.adapter.prepare(request.messages, chosen)
+                device = self.model.device
+                return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}  # type: ignore[arg-type]
+
+            extra = {"max_new_tokens": max_new_tokens, **generate_kwargs}
+            decision, run, measurement = self._attempts(decision, limits, arrived, cancelled, prepare, extra, set())
+        new = run.sequences[0, run.reduced_length :]
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        eos = getattr(self.model, "generation_config").eos_token_id  # noqa: B009  (typed as a tensor by nn.Module)
+        ends = set(eos) if isinstance(eos, list | tuple) else {eos}
+        ended = bool(len(new)) and int(new[-1]) in ends
+        finish = run.clock.stopped_by or ("stop" if ended else "length")
+        self.lengths.observe(prompt_kind(request.prompt), measurement.new_tokens)
+        self._settle(decision, measurement, request.prompt, request.content_hash, finish)
+        return Reply(text.strip(), finish, decision, measurement)
+
+    def _attempts(
+        self,
+        decision: Decision,
+        budget: Budget,
+        arrived: float,
+        cancelled: threading.Event | None,
+        prepare: Callable[[OperatingPoint], dict[str, Any]],
+        extra: dict[str, Any],
+        given: set[str],
+    ) -> tuple[Decision, _Run, Measurement]:
+        """Run the decided point; out of memory steps down the cheaper points, at most three attempts in all."""
+        deadline = None
+        if budget.latency_ms is not None and budget.on_deadline == "stop":
+            deadline = arrived + budget.latency_ms / 1e3
+        used = decision.point
+
+        def attempt(point: OperatingPoint) -> _Run:
+            nonlocal used
+            used = point
+            clock = GenerationClock(self._clock, deadline, cancelled, _synchronizer(self.model))
+            return self._once(point, prepare, extra, given, clock)
+
+        def out_of_memory(point: OperatingPoint, _error: BaseException) -> None:
+            if decision.predicted is not None:
+                elapsed = (self._clock() - arrived) * 1e3
+                self.controller.miss(point, decision.predicted, elapsed, kind="oom", elapsed_ms=decision.elapsed_ms)
+
+        self._meter.start()
+        run = run_with_step_down(attempt, self._steps_down(decision.point), on_oom=out_of_memory)
+        peak = self._meter.stop()
+        if used != decision.point:
+            decision = replace(decision, point=used, reason=f"{decision.reason}; stepped down after running out of memory")
+        began, encoded = run.times
+        first = run.clock.first_s if run.clock.first_s is not None else run.ended_s
+        sequences = run.sequences if isinstance(run.sequences, Tensor) else run.sequences.sequences
+        measurement = Measurement(
+            preprocess_ms=(began - arrived) * 1e3,
+            encode_ms=(encoded - began) * 1e3,
+            prefill_ms=(first - encoded) * 1e3,
+            decode_ms=(run.ended_s - first) * 1e3,
+            ttft_ms=(first - arrived) * 1e3,
+            latency_ms=(run.ended_s - arrived) * 1e3,
+            visual_tokens=run.visual_tokens,
+            prompt_tokens=run.reduced_length,
+            new_tokens=int(sequences.shape[1] - run.reduced_length),
+            patches=run.patches,
+            peak_memory_gb=peak if peak is not None else 0.0,
+        )
+        return decision, run, measurement
+
+    def _once(
+        self,
+        point: OperatingPoint,
+        prepare: Callable[[OperatingPoint], dict[str, Any]],
+        extra: dict[str, Any],
+        given: set[str],
+        clock: GenerationClock,
+    ) -> _Run:
+        inputs = prepare(point)
+        began = self._clock()
+        with torch.no_grad():
+            encoded = self.adapter.encode(inputs, point)
+            synchronize = _synchronizer(self.model)
+            if synchronize is not None:
+                synchronize()
+            ended = self._clock()
+            kwargs = {**{k: v for k, v in extra.items() if k not in given}, **encoded.inputs}
+            criteria = StoppingCriteriaList([*(extra.get("stopping_criteria") or []), clock])
+            sequences = self.model.generate(**{**kwargs, "stopping_criteria": criteria})  # type: ignore[operator]
+        length = int(encoded.inputs["input_ids"].shape[1])
+        return _Run(sequences, length, encoded.visual_tokens, encoded.patches, (began, ended), clock, self._clock())
+
+    def _steps_down(self, point: OperatingPoint) -> list[OperatingPoint]:
+        """`point` and two cheaper ones: half the side of the token grid, then a quarter with a quarter of the pixels."""
+        ladder = [point]
+        for ratio, share in ((0.5, 2), (0.25, 4)):
+            pixels = max(1024, point.max_pixels // share) if point.max_pixels else None
+            cheaper, _ = self.adapter.restrict(
+                replace(point, downsample=min(point.downsample, ratio), max_pixels=pixels)
+            )
+            if cheaper != ladder[-1]:
+                ladder.append(cheaper)
+        return ladder
+
+    def _settle(
+        self, decision: Decision, measurement: Measurement, prompt: str, content: str | None, finish: str | None
+    ) -> None:
+        """Let the controller learn, remember, log."""
+        if decision.predicted is not None:
+            predicted, elapsed = decision.predicted, decision.elapsed_ms
+            if finish in ("deadline", "cancelled"):
+                self.controller.miss(decision.point, predicted, measurement.latency_ms, elapsed_ms=elapsed)
+            else:
+                self.controller.update(decision.point, predicted, measurement, elapsed_ms=elapsed)
+        self.last = decision, measurement
+        if self.log is not None:
+            hashed = text_hash(prompt) if prompt else None
+            self.log.write(
+                record(
+                    decision,
+                    measurement,
+                    time_s=time.time(),
+                    content_hash=content,
+                    prompt_hash=hashed,
+                    finish_reason=finish,
+                )
+            )
+
+
+def _synchronizer(model: Any) -> Callable[[], None] | None:
+    device = getattr(model, "device", torch.device("cpu"))
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return None
