@@ -96,7 +96,8 @@ def _as_list(media: Any) -> list[Any]:
     if isinstance(media, list | tuple):
         return list(media)
     raise ConfigError(
-        f"media is {type(media).__name__}; expected a path, bytes, PIL image, array, Video, a list of these, or messages"
+        f"media is {type(media).__name__}; expected a path, bytes, PIL image, array, Video, a list of these, "
+        "or messages"
     )
 
 

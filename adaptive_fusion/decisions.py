@@ -104,7 +104,10 @@ class Decision:
         if self.complexity is not None and self.p_complex is not None:
             lines.append(f"  complexity {self.complexity.score:.2f}, P(complex) {self.p_complex:.2f}")
         if self.budget:
-            lines.append("  budget " + ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.budget.items()))
+            lines.append(
+                "  budget "
+                + ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.budget.items())
+            )
         if self.predicted is not None:
             p = self.predicted
             lines.append(

@@ -54,8 +54,10 @@ class Planner:
         self.adapter, self.policy, self.cost = adapter, policy, cost
         self.controller, self.lengths, self._rng = controller, lengths, rng
 
-    def decide(self, ask: Ask, budget: Budget, point: OperatingPoint | None = None) -> Decision:
-        """The decision for `ask` under `budget`; a given `point` is taken as it is, with its prediction.
+    def decide(self, ask: Ask, budget: Budget, point: OperatingPoint | None = None) -> tuple[Decision, Choice]:
+        """The decision for `ask` under `budget`, and the choice that the controller learns from afterwards.
+
+        A given `point` is taken as it is, with its prediction.
 
         Raises:
             UnsupportedModelError: If `point` has a knob that the model lacks.
@@ -65,15 +67,17 @@ class Planner:
         features = {k: v for k, v in prompt_features(ask.prompt).items() if v} if ask.prompt else {}
         if point is not None:
             self.adapter.require(point)
-            candidates = [self._candidate(point, 1.0, ask)]
+            candidates = [self.candidate(point, 1.0, ask)]
             lane, propensity = "fixed", 1.0
-            choice = self.controller.choose(candidates, replace(budget, on_infeasible="cheapest"), elapsed_ms=ask.elapsed_ms)
+            choice = self.controller.choose(
+                candidates, replace(budget, on_infeasible="cheapest"), elapsed_ms=ask.elapsed_ms
+            )
             choice = replace(choice, reason="the point was given", rejected=())
         else:
             lane = route.lane
             candidates = self.candidates(ask, lane, hardest)
             choice, propensity = self._choose(candidates, budget, ask)
-        return Decision(
+        decision = Decision(
             request_id=uuid.uuid4().hex,
             kind=ask.kind,
             complexity=hardest,
@@ -91,6 +95,7 @@ class Planner:
             prompt_features=features,
             rejected=choice.rejected,
         )
+        return decision, choice
 
     def route(self, ask: Ask) -> tuple[Complexity | None, Route]:
         """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""
@@ -103,16 +108,19 @@ class Planner:
     def candidates(self, ask: Ask, lane: str, complexity: Complexity | None) -> list[Candidate]:
         """The lane's ladder on this model and these media, each point once, with predicted cost."""
         native = max((self.adapter.native_pixels(size) for size in ask.sizes), default=1)
-        best: dict[OperatingPoint, float] = {}
+        best: dict[OperatingPoint, tuple[float, str]] = {}
         for rung in self.policy.ladder(lane, complexity, ask.prompt):
             point = rung.resolve(native)
             if ask.pixels_fixed:
                 point = replace(point, max_pixels=None, max_fps=None)
             point, _ = self.adapter.restrict(point)
-            best[point] = max(rung.quality, best.get(point, 0.0))
-        return [self._candidate(point, quality, ask) for point, quality in best.items()]
+            if point not in best or rung.quality > best[point][0]:
+                best[point] = rung.quality, rung.name
+        # The rung's name is the same for every size of image, so drift is learned per rung.
+        return [replace(self.candidate(p, quality, ask), key=name) for p, (quality, name) in best.items()]
 
-    def _candidate(self, point: OperatingPoint, quality: float, ask: Ask) -> Candidate:
+    def candidate(self, point: OperatingPoint, quality: float, ask: Ask) -> Candidate:
+        """One point on offer for `ask`, with its predicted cost."""
         return Candidate(point, quality, self.cost.predict(point, self.work(point, ask)))
 
     def work(self, point: OperatingPoint, ask: Ask) -> Work:
@@ -143,5 +151,3 @@ class Planner:
             greedy = drawn.point == choice.point
             return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0)
         return choice, 1 - explore + share
-
-

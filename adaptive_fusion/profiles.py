@@ -31,6 +31,7 @@ from adaptive_fusion.point import OperatingPoint
 MIN_SAMPLES = 8
 MAX_BYTES = 1 << 20
 GIB = float(1 << 30)
+_ROUNDS = 25
 
 Sample = tuple[OperatingPoint, Work, Measurement]
 
@@ -38,7 +39,7 @@ Sample = tuple[OperatingPoint, Work, Measurement]
 def fit_profile(
     samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key: Mapping[str, str]
 ) -> Profile:
-    """Fit a profile to measured requests: non-negative least squares on the relative error, per stage.
+    """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be
     told apart. With samples at several levels of concurrency `sharing` is fitted too, else it stays 1.
@@ -91,7 +92,11 @@ def _median_error(ratios: Sequence[float]) -> float:
 def _fit(
     stage: str, samples: Sequence[tuple[tuple[float, ...], float]]
 ) -> tuple[tuple[float, ...], list[float]]:
-    """Coefficients that minimise the relative error, and measured / predicted of every usable sample."""
+    """Non-negative coefficients of least absolute log error, and measured / predicted of every usable sample.
+
+    Iteratively reweighted least squares: the absolute log error, unlike the squared relative one, neither
+    leans towards small predictions nor follows the requests that another process slowed down.
+    """
     import numpy as np
     from scipy.optimize import nnls
 
@@ -100,12 +105,17 @@ def _fit(
         raise ConfigError(f"{stage} has {len(usable)} usable samples; expected at least {MIN_SAMPLES}")
     matrix = np.array([terms for terms, _ in usable], dtype=np.float64)
     target = np.array([value for _, value in usable], dtype=np.float64)
-    relative = matrix / target[:, None]
-    scale = np.where(relative.max(0) > 0.0, relative.max(0), 1.0)
-    solution, _ = nnls(relative / scale, np.ones(len(target)))
-    coefficients = solution / scale
-    ratios = target / np.maximum(matrix @ coefficients, 1e-12)
-    return tuple(coefficients.tolist()), ratios.tolist()
+    scale = np.where(matrix.max(0) > 0.0, matrix.max(0), 1.0) / float(np.median(target))
+    best, least, weights = np.zeros(matrix.shape[1]), math.inf, 1.0 / target
+    for _ in range(_ROUNDS):
+        solution, _ = nnls(matrix / scale * weights[:, None], target * weights)
+        predicted = np.maximum(matrix @ (solution / scale), 1e-9 * target)
+        error = np.abs(np.log(target / predicted))
+        if error.mean() < least:
+            best, least = solution / scale, float(error.mean())
+        weights = 1.0 / (np.sqrt(predicted * target) * np.sqrt(np.maximum(error, 0.01)))
+    ratios = target / np.maximum(matrix @ best, 1e-12)
+    return tuple(best.tolist()), ratios.tolist()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,22 +21,21 @@ from torch import Tensor, nn
 from transformers import StoppingCriteriaList
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.calibrate import find_profile
 from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.complexity import measure_complexity
-from adaptive_fusion.controller import Controller
-from adaptive_fusion.cost import CostModel, LengthModel, Profile
+from adaptive_fusion.controller import Candidate, Choice, Controller
+from adaptive_fusion.cost import CostModel, LengthModel, Profile, Work
 from adaptive_fusion.decisions import Decision, DecisionLog, Measurement, record, text_hash
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.meters import Meter, meter_for
 from adaptive_fusion.models import Adapter, adapter_for
-from adaptive_fusion.models.grid import GridAdapter
 from adaptive_fusion.models.placeholders import restore_prompt
 from adaptive_fusion.oom import run_with_step_down
 from adaptive_fusion.planner import TEMPLATE_TOKENS, Ask, Planner
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
-from adaptive_fusion.profiles import find_profile
 from adaptive_fusion.prompts import prompt_kind
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.stream import Stream
@@ -89,6 +88,20 @@ class _Run:
     ended_s: float
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What `_attempts` runs: the decision, how a point's inputs are prepared, and what goes to ``generate``."""
+
+    ask: Ask
+    decision: Decision
+    choice: Choice
+    arrived: float
+    prepare: Callable[[OperatingPoint], dict[str, Any]]
+    extra: dict[str, Any]
+    given: set[str]
+    cancelled: threading.Event | None = None
+
+
 class AdaptiveRunner:
     """Wraps a vision-language model; unknown attributes are those of the model.
 
@@ -128,18 +141,21 @@ class AdaptiveRunner:
         for path in self.policy.fusion_weights:
             self.adapter.add_fusion(DeepStackFusion.from_file(path))
         self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(os.environ))
-        self.profile, self.profile_note = (profile, "given") if profile else find_profile(model)
-        self.controller = Controller(clock=clock)
         self.lengths = LengthModel()
         self.log = DecisionLog(log) if isinstance(log, str | Path) else log
         self.last: tuple[Decision, Measurement] | None = None
-        self._meter: Meter = meter_for(getattr(model, "device", torch.device("cpu")))
-        self._planner = Planner(
-            self.adapter, self.policy, CostModel(self.profile), self.controller, self.lengths, random.Random(seed)
-        )
+        self._meter: Meter = meter_for(str(getattr(model, "device", "cpu")))
         self._clock = clock
+        self._rng = random.Random(seed)
+        self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
         self._lock = _LOCKS.setdefault(model, threading.RLock())
         self._bypass = threading.local()
+
+    def use_profile(self, profile: Profile, note: str = "given") -> None:
+        """Predict from `profile` from now on; the controller forgets what it learned about the former one."""
+        self.profile, self.profile_note = profile, note
+        self.controller = Controller(memory_margin=profile.memory_margin, clock=self._clock)
+        self._planner = Planner(self.adapter, self.policy, CostModel(profile), self.controller, self.lengths, self._rng)
 
     @classmethod
     def from_pretrained(
@@ -228,14 +244,26 @@ class AdaptiveRunner:
         return Stream(work, getattr(self.processor, "tokenizer", self.processor))
 
     def decide(
-        self, media: Any, prompt: str | None = None, *, budget: Budget | None = None, max_new_tokens: int = 256
+        self,
+        media: Any,
+        prompt: str | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int = 256,
     ) -> Decision:
         """The decision `chat` would take, without running the model."""
         arrived = self._clock()
         request = build_request(media, prompt)
-        return self._planner.decide(self._ask(request, max_new_tokens, arrived), self.budget.merge(budget))
+        return self._planner.decide(self._ask(request, max_new_tokens, arrived), self.budget.merge(budget))[0]
 
-    def generate(self, *args: Any, budget: Budget | None = None, point: OperatingPoint | None = None, **kwargs: Any) -> Any:
+    def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
+        """What `point` makes the model do for a request that is answered in `new_tokens`."""
+        ask = self._ask(build_request(media, prompt), new_tokens, self._clock())
+        return replace(self._planner.work(point, ask), new_tokens=float(new_tokens))
+
+    def generate(
+        self, *args: Any, budget: Budget | None = None, point: OperatingPoint | None = None, **kwargs: Any
+    ) -> Any:
         """Drop-in for ``model.generate(**inputs)`` with the processor's own tensors; the same return type.
 
         The knobs that still apply after preprocessing are used (fusion, downsampling), with one plan for the whole
@@ -262,13 +290,15 @@ class AdaptiveRunner:
             free_memory_gb=self._meter.free_gb(),
             pixels_fixed=True,
         )
-        ask = replace(ask, text_tokens=max(1, ids.shape[1] - self.adapter.plan(ask.sizes, NATIVE).tokens // ids.shape[0]))
-        decision = self._planner.decide(ask, limits, point)
+        ask = replace(
+            ask,
+            text_tokens=max(1, ids.shape[1] - self.adapter.plan(ask.sizes, NATIVE).tokens // ids.shape[0]),
+        )
         with self._lock:
-            decision, run, measurement = self._attempts(
-                decision, limits, arrived, None, lambda _: dict(kwargs), dict(kwargs), set(kwargs)
-            )
-        self._settle(decision, measurement, prompt="", content=None, finish=run.clock.stopped_by)
+            decision, choice = self._planner.decide(ask, limits, point)
+            task = _Task(ask, decision, choice, arrived, lambda _: dict(kwargs), dict(kwargs), set(kwargs))
+            decision, run, measurement = self._attempts(task)
+        self._log(decision, measurement, prompt="", content=None, finish=run.clock.stopped_by)
         sequences = run.sequences
         if isinstance(sequences, Tensor):
             return restore_prompt(sequences, run.reduced_length, ids)
@@ -324,15 +354,16 @@ class AdaptiveRunner:
         limits = self.budget.merge(budget)
         with self._lock:
             # Decided once the model is free, so that waiting for it counts as elapsed.
-            decision = self._planner.decide(self._ask(request, max_new_tokens, arrived), limits, point)
+            ask = self._ask(request, max_new_tokens, arrived)
+            decision, choice = self._planner.decide(ask, limits, point)
 
             def prepare(chosen: OperatingPoint) -> dict[str, Any]:
                 inputs = self.adapter.prepare(request.messages, chosen)
-                device = self.model.device
-                return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}  # type: ignore[arg-type]
+                return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
             extra = {"max_new_tokens": max_new_tokens, **generate_kwargs}
-            decision, run, measurement = self._attempts(decision, limits, arrived, cancelled, prepare, extra, set())
+            task = _Task(ask, decision, choice, arrived, prepare, extra, set(), cancelled)
+            decision, run, measurement = self._attempts(task)
         new = run.sequences[0, run.reduced_length :]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
@@ -340,69 +371,68 @@ class AdaptiveRunner:
         ends = set(eos) if isinstance(eos, list | tuple) else {eos}
         ended = bool(len(new)) and int(new[-1]) in ends
         finish = run.clock.stopped_by or ("stop" if ended else "length")
-        self.lengths.observe(prompt_kind(request.prompt), measurement.new_tokens)
-        self._settle(decision, measurement, request.prompt, request.content_hash, finish)
+        self.lengths.observe(prompt_kind(request.prompt), measurement.new_tokens, finished=finish == "stop")
+        self._log(decision, measurement, request.prompt, request.content_hash, finish)
         return Reply(text.strip(), finish, decision, measurement)
 
-    def _attempts(
-        self,
-        decision: Decision,
-        budget: Budget,
-        arrived: float,
-        cancelled: threading.Event | None,
-        prepare: Callable[[OperatingPoint], dict[str, Any]],
-        extra: dict[str, Any],
-        given: set[str],
-    ) -> tuple[Decision, _Run, Measurement]:
-        """Run the decided point; out of memory steps down the cheaper points, at most three attempts in all."""
+    def _attempts(self, task: "_Task") -> tuple[Decision, _Run, Measurement]:
+        """Run the decided point, learn from what it took.
+
+        Out of memory steps down to cheaper points, at most three attempts in all.
+        """
+        decision, choice, budget = task.decision, task.choice, task.choice.budget
         deadline = None
         if budget.latency_ms is not None and budget.on_deadline == "stop":
-            deadline = arrived + budget.latency_ms / 1e3
-        used = decision.point
+            deadline = task.arrived + budget.latency_ms / 1e3
+        used, lost_ms = decision.point, 0.0
 
         def attempt(point: OperatingPoint) -> _Run:
             nonlocal used
             used = point
-            clock = GenerationClock(self._clock, deadline, cancelled, _synchronizer(self.model))
-            return self._once(point, prepare, extra, given, clock)
+            clock = GenerationClock(self._clock, deadline, task.cancelled, _synchronizer(self.model))
+            return self._once(point, task, clock)
 
-        def out_of_memory(point: OperatingPoint, _error: BaseException) -> None:
-            if decision.predicted is not None:
-                elapsed = (self._clock() - arrived) * 1e3
-                self.controller.miss(point, decision.predicted, elapsed, kind="oom", elapsed_ms=decision.elapsed_ms)
+        def ran() -> Candidate | None:
+            return None if used == choice.point else self._planner.candidate(used, 0.0, task.ask)
+
+        def out_of_memory(_point: OperatingPoint, _said: str) -> None:
+            nonlocal lost_ms
+            elapsed = (self._clock() - task.arrived) * 1e3
+            self.controller.miss(choice, elapsed, kind="oom", ran=ran(), lost_ms=lost_ms)
+            lost_ms = elapsed - choice.elapsed_ms
 
         self._meter.start()
-        run = run_with_step_down(attempt, self._steps_down(decision.point), on_oom=out_of_memory)
+        ladder = self._steps_down(decision.point)
+        run = run_with_step_down(attempt, ladder, on_oom=out_of_memory, release=_release)
         peak = self._meter.stop()
         if used != decision.point:
-            decision = replace(decision, point=used, reason=f"{decision.reason}; stepped down after running out of memory")
+            reason = f"{decision.reason}; stepped down after running out of memory"
+            decision = replace(decision, point=used, reason=reason)
         began, encoded = run.times
         first = run.clock.first_s if run.clock.first_s is not None else run.ended_s
         sequences = run.sequences if isinstance(run.sequences, Tensor) else run.sequences.sequences
         measurement = Measurement(
-            preprocess_ms=(began - arrived) * 1e3,
+            preprocess_ms=(began - task.arrived) * 1e3,
             encode_ms=(encoded - began) * 1e3,
             prefill_ms=(first - encoded) * 1e3,
             decode_ms=(run.ended_s - first) * 1e3,
-            ttft_ms=(first - arrived) * 1e3,
-            latency_ms=(run.ended_s - arrived) * 1e3,
+            ttft_ms=(first - task.arrived) * 1e3,
+            latency_ms=(run.ended_s - task.arrived) * 1e3,
             visual_tokens=run.visual_tokens,
             prompt_tokens=run.reduced_length,
             new_tokens=int(sequences.shape[1] - run.reduced_length),
             patches=run.patches,
             peak_memory_gb=peak if peak is not None else 0.0,
         )
+        if run.clock.stopped_by is not None:
+            self.controller.miss(choice, measurement.latency_ms, ran=ran(), lost_ms=lost_ms)
+        else:
+            self.controller.update(choice, measurement, ran=ran(), lost_ms=lost_ms)
+        self.last = decision, measurement
         return decision, run, measurement
 
-    def _once(
-        self,
-        point: OperatingPoint,
-        prepare: Callable[[OperatingPoint], dict[str, Any]],
-        extra: dict[str, Any],
-        given: set[str],
-        clock: GenerationClock,
-    ) -> _Run:
-        inputs = prepare(point)
+    def _once(self, point: OperatingPoint, task: "_Task", clock: GenerationClock) -> _Run:
+        inputs = task.prepare(point)
         began = self._clock()
         with torch.no_grad():
             encoded = self.adapter.encode(inputs, point)
@@ -410,14 +440,15 @@ class AdaptiveRunner:
             if synchronize is not None:
                 synchronize()
             ended = self._clock()
-            kwargs = {**{k: v for k, v in extra.items() if k not in given}, **encoded.inputs}
-            criteria = StoppingCriteriaList([*(extra.get("stopping_criteria") or []), clock])
+            extra = {k: v for k, v in task.extra.items() if k not in task.given}
+            kwargs = {**extra, **encoded.inputs}
+            criteria = StoppingCriteriaList([*(task.extra.get("stopping_criteria") or []), clock])
             sequences = self.model.generate(**{**kwargs, "stopping_criteria": criteria})  # type: ignore[operator]
         length = int(encoded.inputs["input_ids"].shape[1])
         return _Run(sequences, length, encoded.visual_tokens, encoded.patches, (began, ended), clock, self._clock())
 
     def _steps_down(self, point: OperatingPoint) -> list[OperatingPoint]:
-        """`point` and two cheaper ones: half the side of the token grid, then a quarter with a quarter of the pixels."""
+        """`point` and two cheaper ones: half the token grid's side, then a quarter with a quarter of the pixels."""
         ladder = [point]
         for ratio, share in ((0.5, 2), (0.25, 4)):
             pixels = max(1024, point.max_pixels // share) if point.max_pixels else None
@@ -428,17 +459,9 @@ class AdaptiveRunner:
                 ladder.append(cheaper)
         return ladder
 
-    def _settle(
+    def _log(
         self, decision: Decision, measurement: Measurement, prompt: str, content: str | None, finish: str | None
     ) -> None:
-        """Let the controller learn, remember, log."""
-        if decision.predicted is not None:
-            predicted, elapsed = decision.predicted, decision.elapsed_ms
-            if finish in ("deadline", "cancelled"):
-                self.controller.miss(decision.point, predicted, measurement.latency_ms, elapsed_ms=elapsed)
-            else:
-                self.controller.update(decision.point, predicted, measurement, elapsed_ms=elapsed)
-        self.last = decision, measurement
         if self.log is not None:
             hashed = text_hash(prompt) if prompt else None
             self.log.write(
@@ -451,6 +474,11 @@ class AdaptiveRunner:
                     finish_reason=finish,
                 )
             )
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _synchronizer(model: Any) -> Callable[[], None] | None:

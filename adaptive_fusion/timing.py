@@ -29,7 +29,12 @@ class GenerationClock(StoppingCriteria):  # type: ignore[misc]
         cancelled: threading.Event | None = None,
         synchronize: Callable[[], None] | None = None,
     ) -> None:
-        self._clock, self._deadline_s, self._cancelled, self._synchronize = clock, deadline_s, cancelled, synchronize
+        self._clock, self._deadline_s, self._cancelled, self._synchronize = (
+            clock,
+            deadline_s,
+            cancelled,
+            synchronize,
+        )
         self.first_s: float | None = None
         self.last_s: float | None = None
         self.steps = 0

@@ -104,7 +104,12 @@ def tiny_dense(processor: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_moe(processor: Any) -> Any:
-    text = {**tiny_text(processor.tokenizer), "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    text = {
+        **tiny_text(processor.tokenizer),
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    }
     config = Qwen3VLMoeConfig(text_config=text, vision_config=tiny_vision(), **token_ids(processor))
     return _random(Qwen3VLMoeForConditionalGeneration(config))
 

@@ -4,7 +4,6 @@ Knows grids and tensors only: the caller says how many merged tokens each image 
 reduced grid into positions and placeholders.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,18 +15,17 @@ from adaptive_fusion.errors import ConfigError
 Grid = tuple[int, int, int]
 """Frames, rows and columns, in merged tokens."""
 
+MAX_WINDOW = 64
+
 
 def window(ratio: float) -> int:
     """Side k of the pooling window for a linear `ratio`; raises ConfigError unless the ratio is 1/k."""
-    ok = (
-        isinstance(ratio, int | float)
-        and not isinstance(ratio, bool)
-        and math.isfinite(ratio)
-        and 0 < ratio <= 1
-    )
-    side = round(1 / ratio) if ok else 0
-    if not ok or abs(side * ratio - 1) > 1e-6:
-        raise ConfigError(f"downsample is {ratio!r}; expected 1/k for a whole k, such as 1.0, 0.5 or 0.25")
+    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    side = round(1 / ratio) if number and 1 / MAX_WINDOW <= ratio <= 1 else 0
+    if side == 0 or abs(side * ratio - 1) > 1e-6:
+        raise ConfigError(
+            f"downsample is {ratio!r}; expected 1/k for a whole k up to {MAX_WINDOW}, such as 0.5 or 0.25"
+        )
     return side
 
 
@@ -65,7 +63,7 @@ def downsample(features: Tensor, grids: Sequence[Grid], ratio: float) -> Tensor:
     pooled = []
     for tokens, (t, h, w) in zip(torch.split(features, counts), grids, strict=True):
         # The permuted view is channels-last in memory, so neither this nor the way back copies.
-        frames = tokens.view(t, h, w, -1).permute(0, 3, 1, 2)
+        frames = tokens.reshape(t, h, w, -1).permute(0, 3, 1, 2)
         cells = F.avg_pool2d(frames, side, ceil_mode=True, count_include_pad=False)
         pooled.append(cells.permute(0, 2, 3, 1).reshape(-1, features.shape[1]))
     return pooled[0] if len(pooled) == 1 else torch.cat(pooled)

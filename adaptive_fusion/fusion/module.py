@@ -115,9 +115,8 @@ class DeepStackFusion(nn.Module):
         """Input of tap `tap_index`'s merger (0 is the first tap).
 
         Args:
-            levels: captured ViT levels by block index, at least those of ``spec.groups[tap_index]``; each
-            the packed
-                patches of all images, ``[patches, d_vision]``.
+            levels: captured ViT levels by block index, at least those of ``spec.groups[tap_index]``, each
+                with the packed patches of all images, ``[patches, d_vision]``.
             lengths: patches per image; for a clip all its frames together, so that it gets one gate.
 
         Returns ``[patches, d_vision]`` in the levels' dtype; it may be the tap's own level itself, so do

@@ -7,16 +7,15 @@ For a tap t with level F_tap, group G_t and adapters ``A_i(F) = F + B_i C_i F``:
 
 `native` injects the model's own tap, `top` zeros. `sum` has a_i = s_t = g_t = 1. In `weighted`, a_i is one
 learned weight per level, normalised over the group, and g_t a learned scalar, 1 at start. In `gated`, both
-are per image: a_i = sigmoid(W_i . GlobalPool(F_i) + b_i), normalised over the group, and g_t = 2 sigmoid(w
-. GlobalPool(F_tap) + b) with w = b = 0 at start.
+are per image: a_i = sigmoid(W_i . GlobalPool(F_i) + b_i), normalised over the group, and
+g_t = 2 sigmoid(w . GlobalPool(F_tap) + b) with w = b = 0 at start.
 
 Identity at start: s_t starts at 0, so an untrained `weighted` or `gated` has F_t = F_tap and g_t = 1. What
 gets gradient when:
 
 - g_t's parameters: from the first step.
 - s_t: from the first step, in a group of several levels. A group of one level has no s_t (it is 1): there
-it would
-  only rescale B_i, and with both at 0 neither could ever move. So B_i of such a group gets gradient at once.
+  it would only rescale B_i, and with both at 0 neither could ever move. So B_i gets gradient at once there.
 - the weights a_i, and B_i of a larger group: as soon as s_t has left 0.
 - C_i: as soon as B_i has left 0.
 

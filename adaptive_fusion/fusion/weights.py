@@ -73,8 +73,10 @@ class GatedWeights(LevelWeights):
         if self.weight is None or self.bias is None:
             return torch.ones(1, 1, device=levels[0].device)
         pooled = global_pool(levels, lengths)
-        gates = torch.sigmoid((pooled * self.weight).sum(2) + self.bias)
-        return gates / gates.sum(1, keepdim=True)
+        scores = (pooled * self.weight).sum(2) + self.bias
+        # softmax of log-sigmoids is sigmoid over the sum of sigmoids, and stays finite where all of them
+        # underflow.
+        return torch.softmax(nn.functional.logsigmoid(scores), dim=1)
 
 
 class Adapters(nn.Module):

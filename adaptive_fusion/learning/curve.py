@@ -23,6 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 _GRID = 200
+_WORK = 20_000_000  # rows that a bootstrap goes through
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Router:
         def along(cheap: FloatArray, strong: FloatArray) -> FloatArray:
             base = float(cheap[order] @ w)
             steps = np.cumsum((strong - cheap)[order] * w)[self._last]
-            return np.append(base, base + steps) / total
+            line: FloatArray = np.append(base, base + steps) / total
+            return line
 
         share = np.append(0.0, np.cumsum(w)[self._last] / total)
         share[-1] = 1.0
@@ -124,7 +126,8 @@ class Router:
 
 
 def resamples(group: IntArray, n: int, seed: int) -> Iterator[FloatArray]:
-    """Row weights ``[n rows]`` of bootstrap resamples of whole groups."""
+    """Row weights ``[rows]`` of `n` bootstrap resamples of whole groups; of many rows fewer, at least 100."""
+    n = min(n, max(100, _WORK // len(group)))
     members = np.unique(group, return_inverse=True)[1]
     size = int(members.max()) + 1
     rng = np.random.default_rng(seed)

@@ -207,8 +207,7 @@ def build_dataset(
 
 
 def cap_weights(data: Dataset, cap: float) -> FloatArray:
-    """Weights ``[n]`` in which no labeller outside the trusted sources has more than the share `cap` of the
-    whole.
+    """Weights ``[n]`` in which no labeller outside the trusted sources has more than `cap` of the whole.
 
     Labellers above it are scaled down to one common level L with L = cap x total; where there are so few of
     them that no level satisfies that, all are scaled down to the smallest one's weight.
@@ -219,19 +218,21 @@ def cap_weights(data: Dataset, cap: float) -> FloatArray:
         return weight
     totals = np.bincount(data.source_id[~free], weights=weight[~free])
     present = np.sort(totals[totals > 0])[::-1]
-    # With the k largest at level L: L = cap * (k L + rest_k); the right k is the first whose next is below L.
-    rest = float(weight[free].sum()) + present.sum() - np.cumsum(present)
-    level = float(present[-1]) if len(present) else 0.0
-    if not len(present) or present[0] <= cap * (rest[0] + present[0]):
+    others = float(weight[free].sum()) + present.sum() - np.cumsum(present)
+    if not len(present) or present[0] <= cap * (others[0] + present[0]):
         return weight
+    level = float(present[-1])
+    # With the k largest at L the total is k L + others[k - 1]; take the first k whose next is within L.
     for k in range(1, len(present) + 1):
-        if k * cap >= 1:
+        if k * cap >= 1 or others[k - 1] <= 0:
             break
-        level = cap * rest[k - 1] / (1 - k * cap)
-        if k == len(present) or present[k] <= level:
+        if k == len(present) or present[k] <= cap * others[k - 1] / (1 - k * cap):
+            level = cap * others[k - 1] / (1 - k * cap)
             break
-    scale = np.minimum(1.0, level / np.maximum(totals, np.finfo(float).tiny))
-    return np.where(free, weight, weight * np.append(scale, 1.0)[np.minimum(data.source_id, len(scale))])
+    scale = np.ones(int(data.source_id.max()) + 1)
+    over = np.flatnonzero(totals > level)
+    scale[over] = level / totals[over]
+    return np.where(free, weight, weight * scale[data.source_id])
 
 
 def _uniform(group: IntArray, seed: int) -> FloatArray:

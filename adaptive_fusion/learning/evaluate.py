@@ -311,8 +311,8 @@ def plot_curves(reports: Sequence[Report], path: str | Path) -> None:
         curve = report.curves["policy"]
         axes.plot(curve.cost, curve.quality, f"C{index}", label=report.policy)
         cost, quality = report.figures["cost"], report.figures["quality"]
-        error = [[quality.mean - quality.low], [quality.high - quality.mean]]
-        axes.errorbar([cost.mean], [quality.mean], yerr=error, fmt=f"C{index}o", capsize=3)
+        bars = [[quality.mean - quality.low], [quality.high - quality.mean]]
+        axes.errorbar([cost.mean], [quality.mean], yerr=bars, fmt=f"C{index}o", capsize=3)
     axes.set_xlabel("mean cost of a request")
     axes.set_ylabel("mean quality")
     axes.legend(frameon=False)

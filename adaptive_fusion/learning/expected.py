@@ -30,7 +30,6 @@ MIN_LABELS = 20
 """Fewest labels of a rung in a lane; with fewer its expected quality stays what it was."""
 MIN_MODEL_ROWS = 200
 """Fewest labels of a rung to fit a model of its quality."""
-_MODEL_ROWS = 50_000
 
 
 def kept(data: Dataset) -> FloatArray:
@@ -107,7 +106,6 @@ def fit_quality_model(
     for name in (name for name in names if name in train.rungs):
         k = train.rungs.index(name)
         rows, judge = np.flatnonzero(np.isfinite(goal[:, k])), np.isfinite(goal_valid[:, k])
-        rows = rows[:: max(1, len(rows) // _MODEL_ROWS)]
         if len(rows) < MIN_MODEL_ROWS or judge.sum() < MIN_LABELS:
             continue
         errors[name], models[name] = _best_model(

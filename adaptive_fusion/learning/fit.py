@@ -12,6 +12,7 @@ clipped to a robust range for the fit, so that no single row has leverage.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,13 +23,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import has_fit_parameter
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.calibrate import CalibratedEstimator, fit_calibration, log_losses, log_odds
 from adaptive_fusion.learning.curve import Router as CurveRouter
 from adaptive_fusion.learning.curve import Threshold, choose_threshold
-from adaptive_fusion.learning.dataset import Dataset, FloatArray, IntArray
+from adaptive_fusion.learning.dataset import BoolArray, Dataset, FloatArray, IntArray
 from adaptive_fusion.learning.evaluate import arm_names, evaluate_policy, scores, two_arms
 from adaptive_fusion.learning.expected import fit_quality_model, lane_qualities, quality_bins
 from adaptive_fusion.learning.export import export_classifier
@@ -152,11 +153,9 @@ def fit_policy(
         router = _fit_router(data, best, valid)
         threshold = _threshold(router, valid, base, objective, seed, n)
         policy = replace(base, name=name, router=router, threshold=threshold.value.mean, quality_model=None)
-        known = data.take(~data.split("test", seed))
-        policy = replace(policy, lanes=lane_qualities(policy, known))
-        model, versus = fit_quality_model(
-            policy, data.take(data.split("train", seed)), data.take(data.split("valid", seed)), seed=seed, n=n
-        )
+        seen = {part: data.take(_some(data.split(part, seed))) for part in ("train", "valid")}
+        policy = replace(policy, lanes=lane_qualities(policy, seen["train"]))
+        model, versus = fit_quality_model(policy, seen["train"], seen["valid"], seed=seed, n=n)
         policy = replace(policy, quality_model=model)
         asked = _prompt_gain(data, candidates, losses, valid, test, base)
         judged = evaluate_policy(policy, test, seed=seed, n=n)
@@ -171,7 +170,7 @@ def fit_policy(
         "candidates": {c.name: _mean_loss(loss, valid) for c, loss in zip(candidates, losses, strict=True)},
         "features": list(router.inputs.names),
         "threshold": asdict(threshold),
-        "expected_quality": quality_bins(policy, known),
+        "expected_quality": quality_bins(policy, seen["train"]),
         "quality_model": versus,
         "prompt_features": asked,
         "test": judged.to_dict(),
@@ -179,7 +178,13 @@ def fit_policy(
     return FittedPolicy(policy, report)
 
 
-def _judging(data: Dataset, rows: Any) -> Any:
+def _some(rows: BoolArray) -> IntArray:
+    """Those rows, evenly thinned out where there are more than means and small models need."""
+    found: IntArray = np.flatnonzero(rows)
+    return found[:: -(-len(found) // _SEARCH_ROWS) or 1]
+
+
+def _judging(data: Dataset, rows: BoolArray) -> BoolArray:
     """The trusted ones of these rows if there are enough of them to judge by, else all."""
     trusted = rows & data.trusted()
     return trusted if trusted.sum() >= MIN_ROWS else rows
@@ -214,15 +219,13 @@ def _candidates(
         del sources["trusted"]
     makers: list[tuple[str, Callable[[], Any]]] = []
     for estimator in estimators:
-        if isinstance(estimator, str):
-            if estimator not in ESTIMATORS:
-                raise ConfigError(
-                    f"estimator is {estimator!r}; expected one of {', '.join(sorted(ESTIMATORS))}"
-                )
-            make, settings = ESTIMATORS[estimator]
-            makers += [(f"{estimator}({v:g})", lambda make=make, v=v: make(v, seed)) for v in settings]
-        else:
-            makers.append((type(estimator).__name__, lambda e=estimator: copy.deepcopy(e)))
+        if not isinstance(estimator, str):
+            makers.append((type(estimator).__name__, partial(copy.deepcopy, estimator)))
+            continue
+        if estimator not in ESTIMATORS:
+            raise ConfigError(f"estimator is {estimator!r}; expected one of {', '.join(sorted(ESTIMATORS))}")
+        make, settings = ESTIMATORS[estimator]
+        makers += [(f"{estimator}({value:g})", partial(make, value, seed)) for value in settings]
     found = [
         (f"{name}, {view}, {source} rows", make, inputs, rows)
         for name, make in makers
@@ -236,7 +239,7 @@ def _candidates(
 
 def _fit(data: Dataset, candidate: _Candidate, rows: IntArray) -> Any:
     """The candidate fitted on rows; a plain model where it can be exported, else the estimator."""
-    places = [data.names.index(name) for name in candidate.inputs.names]
+    places = np.array([data.names.index(name) for name in candidate.inputs.names])
     x = data.x[np.ix_(rows, places)]
     _clip(x)
     estimator = candidate.make()

@@ -70,8 +70,9 @@ def gate(
     """
     data = holdout.take(holdout.trusted(trusted))
     sides = [policy for policy in (candidate, incumbent) if policy is not None]
-    judged = [two_arms(data, *arm_names(policy))[2] for policy in sides]
-    rows = np.logical_and.reduce(judged)
+    rows = np.ones(len(data), dtype=bool)
+    if len(data):
+        rows = np.logical_and.reduce([two_arms(data, *arm_names(policy))[2] for policy in sides])
     if rows.sum() < MIN_ROWS:
         raise ConfigError(
             f"the hold-out has {int(rows.sum())} rows of {', '.join(trusted)}; expected at least {MIN_ROWS}"

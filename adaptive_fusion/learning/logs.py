@@ -216,9 +216,9 @@ def _load(connection: Any, file: Path, folder: Path) -> None:
 def _load_jsonl(connection: Any, file: Path) -> None:
     shape = "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in COLUMNS.items()) + "}"
     source = _READ.format(files=_quote(file), size=MAX_LINE)
-    names = ", ".join(_expression(name) for name in COLUMNS)
+    values = {name: f"r.{name}" for name in COLUMNS}
     connection.execute(
-        f"INSERT INTO log SELECT {names}, broken FROM ("
+        f"INSERT INTO log SELECT {_select(values)}, broken FROM ("
         f" SELECT json_transform(json, '{shape}') AS r, coalesce(json_type(json), '') <> 'OBJECT' AS broken"
         f" FROM {source})"
     )
@@ -226,14 +226,14 @@ def _load_jsonl(connection: Any, file: Path) -> None:
 
 def _load_parquet(connection: Any, file: Path) -> None:
     there = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {_quote(file)}").fetchall()}
-    names = ", ".join(
-        f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()
-    )
-    connection.execute(f"INSERT INTO log SELECT {names}, false FROM read_parquet({_quote(file)})")
+    values = {
+        name: f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()
+    }
+    connection.execute(f"INSERT INTO log SELECT {_select(values)}, false FROM read_parquet({_quote(file)})")
 
 
-def _expression(name: str) -> str:
-    return "coalesce(r.event, 'decision')" if name == "event" else f"r.{name}"
+def _select(values: dict[str, str]) -> str:
+    return ", ".join((values | {"event": f"coalesce({values['event']}, 'decision')"}).values())
 
 
 def _quote(value: str | Path) -> str:

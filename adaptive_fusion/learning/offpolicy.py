@@ -25,9 +25,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.learning.curve import intervals
 from adaptive_fusion.learning.dataset import Dataset, FloatArray, IntArray
 from adaptive_fusion.learning.expected import lanes_of
-from adaptive_fusion.learning.metrics import Interval, bootstrap_mean, bootstrap_ratio
+from adaptive_fusion.learning.metrics import Interval
 from adaptive_fusion.policy import Policy
 
 _FOLDS = 5
@@ -87,6 +88,8 @@ def estimate(
     r, p, pi, q, v = (np.asarray(part, np.float64) for part in (reward, propensity, target, predicted, value))
     if len({part.shape for part in (r, p, pi, q, v)}) > 1 or r.ndim != 1 or not len(r):
         raise ConfigError(f"got shapes {[part.shape for part in (r, p, pi, q, v)]}; expected one, [n]")
+    if not all(np.isfinite(part).all() for part in (r, q, v)):
+        raise ConfigError("rewards and the model's predictions must be finite")
     if not ((p > 0) & (p <= 1)).all() or not ((pi >= 0) & (pi <= 1)).all():
         raise ConfigError(
             f"propensities run from {p.min():g} to {p.max():g}, target probabilities from {pi.min():g} to"
@@ -97,15 +100,16 @@ def estimate(
         raise ConfigError(
             "the target policy takes none of the logged actions; log explored decisions (explore > 0)"
         )
-    options = {"seed": seed, "n": n, "groups": groups}
-    return OffPolicyValue(
-        ips=bootstrap_mean(w * r, **options),  # type: ignore[arg-type]
-        snips=bootstrap_ratio(w * r, w, **options),  # type: ignore[arg-type]
-        doubly_robust=bootstrap_mean(v + w * (r - q), **options),  # type: ignore[arg-type]
-        logged=bootstrap_mean(r, **options),  # type: ignore[arg-type]
-        effective_samples=float(w.sum() ** 2 / (w**2).sum()),
-        decisions=len(r),
-    )
+    parts = {"ips": w * r, "snips": w * r, "doubly_robust": v + w * (r - q), "logged": r}
+
+    def statistics(weight: FloatArray) -> dict[str, float]:
+        found = {name: float(weight @ part / weight.sum()) for name, part in parts.items()}
+        hits = float(weight @ w)
+        return found | {"snips": float(weight @ (w * r)) / hits if hits else np.nan}
+
+    labels = np.arange(len(r)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    figures = intervals(statistics, labels, seed=seed, n=n)
+    return OffPolicyValue(**figures, effective_samples=float(w.sum() ** 2 / (w**2).sum()), decisions=len(r))
 
 
 def reward_model(

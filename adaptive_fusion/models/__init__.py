@@ -27,4 +27,13 @@ def adapter_for(model: nn.Module, processor: Any) -> Adapter:
     )
 
 
-__all__ = ["ADAPTERS", "Adapter", "Encoded", "GridAdapter", "Size", "SquareAdapter", "VisualPlan", "adapter_for"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Encoded",
+    "GridAdapter",
+    "Size",
+    "SquareAdapter",
+    "VisualPlan",
+    "adapter_for",
+]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
@@ -148,7 +148,11 @@ class Adapter(ABC):
         if point.fusion in ("native", "top") or not self.taps:
             return None
         spec = FusionSpec(
-            point.fusion, self.taps, self.levels(point), self.model.config.vision_config.hidden_size, point.adapter_rank
+            point.fusion,
+            self.taps,
+            self.levels(point),
+            self.model.config.vision_config.hidden_size,
+            point.adapter_rank,
         )
         if spec not in self._fusions:
             self.add_fusion(DeepStackFusion(spec))

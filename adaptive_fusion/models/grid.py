@@ -115,7 +115,10 @@ class GridAdapter(Adapter):
         text = self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         kwargs: dict[str, Any] = {}
         if images:
-            kwargs |= {"images": images, "images_kwargs": self._size(self.processor.image_processor, point, 1)}
+            kwargs |= {
+                "images": images,
+                "images_kwargs": self._size(self.processor.image_processor, point, 1),
+            }
         if clips:
             processor = self.processor.video_processor
             # One size holds for all clips of a call; the shortest clip sets it, so none exceeds its budget.
@@ -161,7 +164,7 @@ class GridAdapter(Adapter):
         p, m = int(processor.patch_size), self.merge
         temporal = int(processor.temporal_patch_size)
         found = []
-        for part, (t, h, w) in zip(pixels.split([t * h * w for t, h, w in grids]), grids, strict=True):
+        for part, (t, h, w) in zip(torch.split(pixels, [t * h * w for t, h, w in grids]), grids, strict=True):
             stride = min(p, max(1, -(-max(h, w) * p // THUMBNAIL)))
             # [t, h/m, w/m, m, m, channel, frame of the pair, y, x] -> [t, y, x, channel], first frame of each pair.
             cells = part.view(t, h // m, w // m, m, m, 3, temporal, p, p)[..., 0, ::stride, ::stride]
@@ -186,9 +189,7 @@ class GridAdapter(Adapter):
             small = [pooled_grid(*grid, point.downsample) for grid in merged]
             outputs[kind] = self._features(kind, pixels, inputs[grid_key], merged, point)
             segments[getattr(self.model.config, id_key)] = [
-                Segment(h * w, y * x)
-                for (t, h, w), (_, y, x) in zip(merged, small, strict=True)
-                for _ in range(t)
+                Segment(h * w, y * x) for (t, h, w), (_, y, x) in zip(merged, small, strict=True) for _ in range(t)
             ]
             thw = [(t, h * self.merge, w * self.merge) for t, h, w in small]
             reduced[grid_key] = torch.tensor(thw, dtype=inputs[grid_key].dtype, device=inputs[grid_key].device)

@@ -4,6 +4,7 @@
 takes one fixed resolution, so a pixel budget has nothing to save.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ class SquareAdapter(Adapter):
     """Drives Gemma 3: images only, `downsample` only."""
 
     knobs = frozenset({"downsample"})
-    refusals = {
+    refusals: Mapping[str, str] = {
         **dict.fromkeys(("fusion", "layers", "adapter_rank"), "the model has no DeepStack taps"),
         "max_pixels": "the encoder resizes every image to one fixed square, so fewer pixels save nothing",
         "max_fps": "the model takes images only",
@@ -36,7 +37,7 @@ class SquareAdapter(Adapter):
 
     @property
     def _side(self) -> int:
-        return int(round(self.model.config.mm_tokens_per_image**0.5))
+        return math.isqrt(int(self.model.config.mm_tokens_per_image))
 
     def native_pixels(self, size: Size) -> int:
         return int(self.model.config.vision_config.image_size) ** 2
@@ -52,7 +53,11 @@ class SquareAdapter(Adapter):
     def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
         return dict(
             self.processor.apply_chat_template(
-                list(messages), tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                list(messages),
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
             )
         )
 
@@ -84,6 +89,8 @@ class SquareAdapter(Adapter):
             out.pooler_output = pooled.view(images, h * w, width)
         pad = getattr(getattr(self.processor, "tokenizer", None), "pad_token_id", None) or 0
         segments = {self.model.config.image_token_id: [Segment(count, h * w)] * images}
-        patches = images * (self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size) ** 2
+        patches = (
+            images * (self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size) ** 2
+        )
         reduced = shrink(reduced, segments, pad)
         return Encoded({**reduced, "mm_encoder_outputs": {"image": out}}, images * h * w, patches)

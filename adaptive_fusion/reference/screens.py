@@ -132,7 +132,12 @@ def make_scene(kind: Kind, seed: int, split: Split, sides: tuple[int, int] = (25
     if kind == "clip":
         low, high = max(5, low // 2), max(6, high // 2)
     size = rng.randint(low, high) * GRID, rng.randint(low, high) * GRID
-    draw: dict[Kind, Callable[..., Scene]] = {"simple": _simple, "dense": _dense, "reading": _reading, "clip": _clip}
+    draw: dict[Kind, Callable[..., Scene]] = {
+        "simple": _simple,
+        "dense": _dense,
+        "reading": _reading,
+        "clip": _clip,
+    }
     return draw[kind](rng, split, size, effort)
 
 
@@ -196,7 +201,8 @@ def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: floa
     labels: list[str] = []
     icons: list[Icon] = []
     glyphs: list[Glyph] = []
-    for row, column in _until_split(split, propose):  # type: ignore[attr-defined]
+    spots: list[tuple[int, int]] = _until_split(split, propose)  # type: ignore[assignment]
+    for row, column in spots:
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
         label = "".join(rng.choice(LABEL_CHARS) for _ in range(rng.choice((1, 2, 2))))
         x = (column + 0.5) * bin_w + rng.uniform(-0.5, 0.5)
@@ -355,9 +361,7 @@ _POLYGONS = {
 }
 
 
-def _shape(
-    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, side: float, color: tuple[int, int, int]
-) -> None:
+def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, side: float, color: tuple[int, int, int]) -> None:
     """Draw ``shape`` centred at (x, y) within a square of ``side`` pixels."""
     r = side / 2
     if shape == "circle":

@@ -66,7 +66,7 @@ def test_tap_fusion_is_deterministic_and_leaves_its_inputs_alone(strategy: str, 
     first, second = run(fusion, levels, LENGTHS), run(fusion, levels, LENGTHS)
     for (fused, gate), (again, gate_again) in zip(first, second, strict=True):
         assert fused.shape == (sum(LENGTHS), WIDTH) and fused.dtype == dtype
-        assert gate.shape == (len(LENGTHS),) and bool((gate >= 0).all())
+        assert gate.shape == (len(LENGTHS),) and bool(gate.isfinite().all())
         assert torch.equal(fused, again) and torch.equal(gate, gate_again)
     assert all(torch.equal(level, before[i]) for i, level in levels.items())
 
@@ -128,7 +128,7 @@ def test_standalone_fusion_is_deterministic_per_image_and_differentiable(strateg
     assert fused.shape == (3, 12, 5)
     assert torch.equal(fused, fusion(levels, grids))
     torch.testing.assert_close(fusion([level[1:2] for level in levels], grids), fused[1:2])
-    fused.square().sum().backward()
+    torch.autograd.backward(fused.square().sum())
     reached = [level.grad is not None and bool(level.grad.any()) for level in levels]
     assert reached == ([False, False, True] if strategy == "top" else [True, True, True])
     assert all(torch.equal(level.detach(), was) for level, was in zip(levels, before, strict=True))

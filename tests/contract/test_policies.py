@@ -1,6 +1,8 @@
 """What every shipped policy must do."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,15 @@ def test_the_policies_differ_as_their_names_say() -> None:
         last = [cost(policy.ladder(lane)[-1]) for policy in (latency, balanced, quality)]
         assert first == sorted(first)
         assert last == sorted(last)
+
+
+def test_the_recipe_makes_policies_that_load(tmp_path: Path) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "training" / "policies" / "first_router.py"
+    for out in ("once", "again"):
+        command = [sys.executable, str(recipe), "--scenes", "40", "--out", str(tmp_path / out)]
+        subprocess.run(command, check=True, capture_output=True)
+    for name in SHIPPED:
+        policy = Policy.load(tmp_path / "once" / name)
+        assert policy.lanes == Policy.load(name).lanes  # only the router was fitted on less
+        for path in (tmp_path / "once" / name).iterdir():
+            assert path.read_bytes() == (tmp_path / "again" / name / path.name).read_bytes()

@@ -12,7 +12,13 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 
 POINTS = [
     OperatingPoint(fusion, layers, ratio, adapter_rank=rank)
-    for fusion, layers, rank in (("native", 3, 0), ("top", 3, 0), ("sum", 6, 0), ("weighted", 6, 4), ("gated", 12, 8))
+    for fusion, layers, rank in (
+        ("native", 3, 0),
+        ("top", 3, 0),
+        ("sum", 6, 0),
+        ("weighted", 6, 4),
+        ("gated", 12, 8),
+    )
     for ratio in (1.0, 0.5, 0.25)
 ]
 
@@ -29,7 +35,12 @@ def text(words: str) -> dict[str, Any]:
 def messages(request: pytest.FixtureRequest, noise_image: Any, clip: Any) -> list[dict[str, Any]]:
     content = {
         "one": [image(noise_image(96, 64)), text("Describe the screen.")],
-        "several": [image(noise_image(96, 64)), text("and"), image(noise_image(48, 112, 1)), text("Compare.")],
+        "several": [
+            image(noise_image(96, 64)),
+            text("and"),
+            image(noise_image(48, 112, 1)),
+            text("Compare."),
+        ],
         "video": [{"type": "video", "video": clip}, text("What happens?")],
         "mixed": [image(noise_image(80, 80)), {"type": "video", "video": clip}, text("Same?")],
         "text": [text("Hello")],
@@ -71,7 +82,9 @@ def test_a_left_padded_batch_equals_its_rows(any_model: Any, processor: Any, noi
     adapter = adapter_for(any_model, processor)
     rows = [
         [{"role": "user", "content": [image(noise_image(w, h, i)), text(words)]}]
-        for i, (w, h, words) in enumerate([(96, 64, "Describe."), (48, 48, "Read the text, all of it."), (32, 160, "?")])
+        for i, (w, h, words) in enumerate(
+            [(96, 64, "Describe."), (48, 48, "Read the text, all of it."), (32, 160, "?")]
+        )
     ]
     texts = [processor.apply_chat_template(row, tokenize=False, add_generation_prompt=True) for row in rows]
     images = [part["image"] for row in rows for part in row[0]["content"] if part["type"] == "image"]

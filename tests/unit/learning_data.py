@@ -49,7 +49,7 @@ def p_hard(row: np.ndarray, reads: bool) -> float:
 
 
 def oracle_labels(n: int, seed: int, *, asks: bool = True) -> list[dict[str, Any]]:
-    """Oracle labels of `n` inputs: a third are hard for the cheap rung; each content twice, under two questions."""
+    """Oracle labels of `n` inputs, nearly half hard for the cheap rung; each content under two questions."""
     rng = np.random.default_rng(seed)
     records = []
     for index in range(n):

@@ -86,7 +86,7 @@ def test_gradients(lengths: list[int]) -> None:
 def test_frozen_levels_get_no_gradient_and_weights_do() -> None:
     levels = [torch.randn(6, 3, requires_grad=index == 1) for index in range(3)]
     weights = torch.randn(3, requires_grad=True)
-    weighted_sum(levels, weights, [6]).sum().backward()
+    torch.autograd.backward(weighted_sum(levels, weights, [6]).sum())
     assert [level.grad is None for level in levels] == [True, False, True]
     torch.testing.assert_close(weights.grad, torch.stack([level.detach().sum() for level in levels]))
 
@@ -98,7 +98,7 @@ def test_scratch_memory_of_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         first = weighted_sum(levels, weights, [6])
     second = weighted_sum(levels, weights, [6])
-    second.sum().backward()
+    torch.autograd.backward(second.sum())
     assert torch.equal(first, second.detach()) and weights.grad is not None
 
 
@@ -147,7 +147,7 @@ def test_compilation_is_bounded_and_changes_nothing() -> None:
 def test_compiled_sum_leaves_training_to_the_differentiable_kernel() -> None:
     fast = CompiledSum(max_shapes=1, backend="eager")
     weights = torch.tensor([0.5, 0.5], requires_grad=True)
-    fast([torch.ones(4, 2), torch.ones(4, 2)], weights, [4]).sum().backward()
+    torch.autograd.backward(fast([torch.ones(4, 2), torch.ones(4, 2)], weights, [4]).sum())
     torch.testing.assert_close(weights.grad, torch.tensor([8.0, 8.0]))
     assert not fast.kinds
 

@@ -1,4 +1,4 @@
-"""The fusion law of the taps: what it computes, what it starts at, what learns when, and what its file holds."""
+"""The fusion law of the taps: what it computes, where it starts, what learns when, what its file holds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ def spec(strategy: str, layers: int, rank: int = 0) -> FusionSpec:
 
 
 class Mergers(nn.Module):
-    """A stand-in for the model's pretrained mergers: LayerNorm, 2 x 2 tokens side by side, two linear layers."""
+    """As the mergers of the model: LayerNorm, four patches side by side, two linear layers; frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_identity_at_start_and_change_after_one_step(strategy: str, layers: int,
 
     optimizer = torch.optim.SGD(fusion.parameters(), lr=0.05)
     target = torch.randn(native.shape, generator=torch.Generator().manual_seed(3))
-    (before - target).square().mean().backward()
+    torch.autograd.backward((before - target).square().mean())
     optimizer.step()
     assert (injected(fusion, mergers, levels) - native).abs().max() > 1e-5
 
@@ -81,7 +81,7 @@ def test_what_gets_gradient_when(strategy: str, layers: int, rank: int) -> None:
     moved: list[set[str]] = []
     for _ in range(3):
         optimizer.zero_grad()
-        injected(fusion, mergers, levels).square().mean().backward()
+        torch.autograd.backward(injected(fusion, mergers, levels).square().mean())
         moved.append(
             {name for name, p in fusion.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         )
@@ -97,7 +97,7 @@ def test_what_gets_gradient_when(strategy: str, layers: int, rank: int) -> None:
 
 
 def test_the_law_in_full() -> None:
-    """F_t = F_tap + s (sum a_i (F_i + B_i C_i F_i) - F_tap), a from pooled features, against a plain evaluation."""
+    """F_t = F_tap + s (sum a_i (F_i + B_i C_i F_i) - F_tap) and the gate, against a plain evaluation."""
     torch.manual_seed(4)
     fusion, levels = DeepStackFusion(spec("gated", 6, 4)), captured()
     for parameter in fusion.parameters():
@@ -148,12 +148,23 @@ def test_constants_of_the_untrained_strategies() -> None:
         assert total.gate(index, levels[TAPS[index]], LENGTHS) == 1.0
 
 
+def test_gates_stay_finite_and_normalised_when_every_sigmoid_underflows() -> None:
+    fusion, levels = DeepStackFusion(spec("gated", 6)), captured()
+    parameters = dict(fusion.named_parameters())
+    parameters["taps.0.mix"].data.fill_(1.0)
+    parameters["taps.0.weights.bias"].data.copy_(torch.tensor([-500.0, -501.0]))
+    share = torch.sigmoid(torch.tensor(1.0))
+    fused = fusion.fuse(0, levels, LENGTHS)
+    low, high = (levels[i] for i in fusion.spec.groups[0])
+    torch.testing.assert_close(fused, share * low + (1 - share) * high)
+
+
 def test_training_does_not_reach_frozen_features_and_reaches_live_ones() -> None:
     fusion, levels = DeepStackFusion(spec("gated", 6, 4)), captured()
     for level in levels.values():
         level.requires_grad_()
-    fusion.taps[0].mix.data.fill_(0.5)  # type: ignore[union-attr]
-    fusion.fuse(0, levels, LENGTHS).square().sum().backward()
+    dict(fusion.named_parameters())["taps.0.mix"].data.fill_(0.5)
+    torch.autograd.backward(fusion.fuse(0, levels, LENGTHS).square().sum())
     group = fusion.spec.groups[0]
     assert {i for i, level in levels.items() if level.grad is not None} == set(group)
 
@@ -241,7 +252,7 @@ def test_a_file_that_does_not_fit_is_refused_with_what_was_found(tmp_path: Path)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
 
 
-def test_compiled_kernels_give_the_same_tap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_give_the_same_tap() -> None:
     fusion, levels = DeepStackFusion(spec("gated", 12, 4)), captured()
     for parameter in fusion.parameters():
         nn.init.normal_(parameter, std=0.3)

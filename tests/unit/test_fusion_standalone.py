@@ -47,7 +47,7 @@ def test_gates_learn_per_image_and_every_part_gets_gradient() -> None:
     optimizer = torch.optim.SGD(fusion.parameters(), lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        (fusion(levels) - levels[2]).square().mean().backward()
+        torch.autograd.backward((fusion(levels) - levels[2]).square().mean())
         optimizer.step()
     assert all(p.grad is not None and bool(p.grad.any()) for p in fusion.parameters())
     aligned = [fusion.projections[i](level).flatten(0, 1) for i, level in enumerate(levels)]

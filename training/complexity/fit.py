@@ -25,12 +25,14 @@ from scipy.optimize import nnls
 from scipy.stats import rankdata
 
 from adaptive_fusion import _complexity_features
-from adaptive_fusion.complexity import FEATURE_NAMES, VERSION, measure_complexity
+from adaptive_fusion._complexity_features import IMAGE_FEATURES, image_features, take_sample
+from adaptive_fusion.complexity import VERSION
+from adaptive_fusion.media import load_media
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SCORE_FEATURES = (
-    "grey_entropy", "hue_entropy", "chroma_colours", "corners_64", "flat_regions", "edge_objects"
+    "grey_entropy", "hue_entropy", "chroma_colours", "corners", "flat_regions", "edge_objects"
 )  # fmt: skip
 """Each rises with complexity in every category; forward selection on any four of them picks nearly these."""
 
@@ -95,11 +97,11 @@ def extract(data: Path, rows: list[dict[str, str]], cache: Path, quiet: bool) ->
 
 
 def _measure(path: Path, content: str, extractor: str) -> Array:
-    return measure_complexity(path).vector()
+    return np.array(image_features(take_sample(load_media(path))))  # needs no coefficients to begin with
 
 
 def select(features: Array, names: tuple[str, ...]) -> Array:
-    return features[:, [FEATURE_NAMES.index(name) for name in names]]
+    return features[:, [IMAGE_FEATURES.index(name) for name in names]]
 
 
 def ranks(categories: Array, scores: Array) -> Array:

@@ -118,7 +118,10 @@ def build_processor() -> Qwen3VLProcessor:
         max_frames=16,
     )
     return Qwen3VLProcessor(
-        image_processor=images, tokenizer=build_tokenizer(), video_processor=videos, chat_template=CHAT_TEMPLATE
+        image_processor=images,
+        tokenizer=build_tokenizer(),
+        video_processor=videos,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -176,6 +179,23 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLFor
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+@torch.no_grad()
+def whiten(model: Qwen3VLForConditionalGeneration, pixels: torch.Tensor) -> None:
+    """Start the patch embedding as a PCA whitening of `pixels` ``[patches, 384]`` (both frames of a pair alike).
+
+    Screens are mostly flat: without this the strokes of a character hide behind the ground's brightness.
+    """
+    conv = model.model.visual.patch_embed.proj
+    flat = pixels.view(-1, 3, 2, PATCH * PATCH)[:, :, 0].reshape(len(pixels), -1)
+    flat = flat[flat.view(len(flat), 3, -1).std(-1).mean(-1) > 0.05]
+    mean = flat.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((flat - mean).T))
+    values, vectors = values.flip(0)[: conv.out_channels], vectors.flip(1)[:, : conv.out_channels]
+    filters = 0.5 * (vectors / (values + 3e-3).sqrt()).T
+    conv.weight.copy_((filters.view(-1, 3, 1, PATCH, PATCH) / 2).expand_as(conv.weight))
+    conv.bias.copy_(-(filters @ mean))
 
 
 def save(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, folder: Path) -> None:

@@ -9,10 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import ImageDraw
 from torch import Tensor
 from transformers import Qwen3VLProcessor
 
-from adaptive_fusion.reference.screens import COLORS, KINDS, PROMPTS, SHAPES, Kind, Scene, Split, make_scene
+from adaptive_fusion.reference import screens
+from adaptive_fusion.reference.screens import (
+    COLORS,
+    KINDS,
+    PROMPTS,
+    SHAPES,
+    Glyph,
+    Icon,
+    Kind,
+    Scene,
+    Split,
+    make_scene,
+)
 
 IGNORE = -100
 CHARS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -28,15 +41,17 @@ class Stage:
     patches: int  # patch budget of one process's batch
     mix: tuple[float, float, float, float]  # simple, dense, reading, clip
     both: bool = True  # rows at the full point and at a random one; else one row at either
+    pages: float = 0.2  # share of the patches that go to packed pages, which only the encoder's own losses see
 
 
+EVEN = (0.12, 0.36, 0.40, 0.12)
 CURRICULUM = (
-    Stage(0.08, (64, 80), 0.15, 700, (0.5, 0.22, 0.22, 0.06), both=False),
-    Stage(0.25, (64, 112), 0.25, 900, (0.2, 0.32, 0.38, 0.1), both=False),
-    Stage(0.50, (96, 144), 0.45, 1300, (0.12, 0.36, 0.40, 0.12), both=False),
-    Stage(0.75, (112, 208), 0.7, 1800, (0.12, 0.36, 0.40, 0.12)),
-    Stage(0.94, (160, 288), 0.9, 2600, (0.12, 0.36, 0.40, 0.12)),
-    Stage(1.00, (256, 384), 1.0, 4500, (0.12, 0.36, 0.40, 0.12)),
+    Stage(0.30, (64, 128), 0.25, 1000, EVEN, both=False, pages=1.0),
+    Stage(0.45, (64, 112), 0.25, 1000, (0.25, 0.30, 0.35, 0.1), both=False, pages=0.15),
+    Stage(0.62, (96, 144), 0.45, 1300, EVEN, both=False, pages=0.15),
+    Stage(0.80, (112, 208), 0.7, 1800, EVEN, pages=0.1),
+    Stage(0.94, (160, 288), 0.9, 2600, EVEN, pages=0.0),
+    Stage(1.00, (256, 384), 1.0, 4500, EVEN, pages=0.0),
 )
 
 
@@ -66,20 +81,70 @@ def encode_scene(processor: Qwen3VLProcessor, scene: Scene, budget: float = 1.0)
 
 
 def sample_batch(processor: Qwen3VLProcessor, stage: Stage, rng: random.Random, split: Split) -> Encoded:
-    """Stills or clips (one modality a batch) until the patch budget is full."""
-    clips = rng.random() < stage.mix[-1]
+    """Stills or clips (one modality a batch), then packed pages, until the patch budget is full."""
+    clips = rng.random() < stage.mix[-1] and stage.pages < 1
+    pages = 0.0 if clips else stage.pages
     pixels, grids, scenes = [], [], []
     total = 0
-    while total < stage.patches:
-        kind: Kind = "clip" if clips else rng.choices(KINDS[:-1], stage.mix[:-1])[0]
-        scene = make_scene(kind, rng.getrandbits(40), split, stage.sides, stage.effort)
-        shrink = rng.random() < (0.5 if kind in ("simple", "clip") else 0.12)
-        patches, grid = encode_scene(processor, scene, rng.uniform(0.12, 0.7) if shrink else 1.0)
+
+    def add(scene: Scene, budget: float) -> None:
+        nonlocal total
+        patches, grid = encode_scene(processor, scene, budget)
         total += len(patches)
         pixels.append(patches)
         grids.append(grid)
         scenes.append(scene)
+
+    while total < stage.patches * (1 - pages):
+        kind: Kind = "clip" if clips else rng.choices(KINDS[:-1], stage.mix[:-1])[0]
+        scene = make_scene(kind, rng.getrandbits(40), split, stage.sides, stage.effort)
+        shrink = rng.random() < (0.5 if kind in ("simple", "clip") else 0.12)
+        add(scene, rng.uniform(0.12, 0.7) if shrink else 1.0)
+    while total < stage.patches:
+        add(make_page(rng, (64, 128)), 1.0)
     return Encoded(torch.cat(pixels), torch.cat(grids), scenes)
+
+
+def make_page(rng: random.Random, sides: tuple[int, int]) -> Scene:
+    """A screen packed with characters and icons, for the encoder's own losses: no question is asked of it."""
+    low, high = sides[0] // screens.GRID, sides[1] // screens.GRID
+    size = rng.randint(low, high) * screens.GRID, rng.randint(low, high) * screens.GRID
+    image, dark = screens._textured(rng, size)
+    draw = ImageDraw.Draw(image)
+    glyphs: list[Glyph] = []
+    icons: list[Icon] = []
+    y = float(rng.randint(6, 10))
+    while y < size[1] - 5:
+        points = rng.choice((10, 11, 12, 12, 14))
+        side = rng.choice((12, 13, 14, 24, 36)) if rng.random() < 0.3 else 13
+        font = screens._font(points)
+        pitch = max(points, side if rng.random() < 0.5 else points) + rng.randint(1, 6)
+        middle = y + (pitch - points) / 2
+        shade = rng.randint(0, 70)
+        ink = (255 - shade,) * 3 if dark else (shade,) * 3
+        if rng.random() < 0.3:
+            ground = rng.choice(list(screens.GROUNDS.values()))
+            draw.rectangle((0, y - 7, size[0], y + pitch - 7), fill=ground)
+            ink = (0, 0, 0) if sum(ground) > 300 else (245, 245, 245)
+        x = rng.uniform(2, 10)
+        while x < size[0] - 8:
+            if rng.random() < 0.35:
+                edge = min(side, pitch + 1)
+                color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+                if x + edge > size[0]:
+                    break
+                screens._shape(draw, shape, x + edge / 2, middle, edge, screens._jitter(rng, COLORS[color]))
+                icons.append(Icon(x + edge / 2, middle, edge, color, shape))
+                x += edge + rng.uniform(1, 8)
+            else:
+                word = "".join(rng.choice(CHARS) for _ in range(rng.randint(1, 6)))
+                if x + font.getlength(word) > size[0]:
+                    break
+                draw.text((x, middle), word, fill=ink, font=font, anchor="lm")
+                glyphs += screens._glyphs(font, x, middle, word)
+                x += font.getlength(word) + rng.uniform(3, 14)
+        y += pitch
+    return Scene("dense", (image,), {}, tuple(icons), tuple(glyphs))
 
 
 def where_targets(batch: Encoded, patch: int = 8, merge: int = 2) -> Tensor:

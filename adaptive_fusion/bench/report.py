@@ -1,0 +1,179 @@
+"""Benchmark results as terminal tables and PNG plots. Draws what it is given; computes nothing."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from adaptive_fusion.errors import AdaptiveFusionError
+
+WIDTH = 190
+"""Columns of a table when the output is not a terminal."""
+
+
+def console() -> Console:
+    """Stdout, wide enough for a table when it is piped."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
+
+
+def quality_tables(result: Mapping[str, Any]) -> list[Table]:
+    """One table per slice; qualities with their 95 % bootstrap intervals, times as median / 95th percentile."""
+    tables = []
+    for name, records in result["slices"].items():
+        table = Table(title=f"{name} ({records[0]['n']} questions)")
+        for head in ("row", "quality", "CIDEr-D", "BLEU-4", "matching", "token acc.", "tokens"):
+            table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
+        for head in ("encode ms", "prefill ms", "TTFT ms", "total ms", "peak MiB"):
+            table.add_column(head, justify="right", no_wrap=True)
+        front = set(result["pareto"]) if name == result["pareto_slice"] else set()
+        for record in records:
+            timed = "ttft_ms" in record
+            table.add_row(
+                record["row"] + (" *" if record["row"] in front else ""),
+                _interval(record["quality"]),
+                _interval(record["cider"], 2),
+                _interval(record["bleu4"], 1),
+                _interval(record["matching"]),
+                _interval(record["token_accuracy"]),
+                f"{record['visual_tokens']:.0f}" if timed else "-",
+                *(_spread(record.get(key)) for key in ("encode_ms", "prefill_ms", "ttft_ms", "latency_ms")),
+                f"{record['peak_memory_gb'] * 1024:.1f}" if timed else "-",
+            )
+        if front:
+            table.caption = "* on the Pareto front of mean TTFT and quality"
+        tables.append(table)
+    return tables
+
+
+def knob_table(result: Mapping[str, Any]) -> Table:
+    """Each slice at each row, with the share of native's own value that is kept."""
+    table = Table(title="What each knob keeps of native (95 % bootstrap intervals)")
+    for head in ("slice", "row", "tokens", "quality", "kept", "token acc.", "kept", "CIDEr-D", "kept"):
+        table.add_column(head, justify="left" if head in ("slice", "row") else "right", no_wrap=True)
+    for name, records in result["slices"].items():
+        for record in records:
+            kept = record.get("kept", {})
+            table.add_row(
+                name,
+                record["row"],
+                f"{record['visual_tokens']:.0f}" if "visual_tokens" in record else "-",
+                _interval(record["quality"]),
+                _interval(kept.get("quality"), percent=True),
+                _interval(record["token_accuracy"]),
+                _interval(kept.get("token_accuracy"), percent=True),
+                _interval(record["cider"], 2),
+                _interval(kept.get("cider"), percent=True),
+            )
+        table.add_section()
+    return table
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """Paired comparisons; `sure` where the interval excludes no difference."""
+    table = Table(title="Paired comparisons (95 % bootstrap intervals)")
+    for head in ("slice", "metric", "what", "value", "sure"):
+        table.add_column(head, no_wrap=True)
+    for entry in result["comparisons"]:
+        ratio, value = entry["kind"] == "ratio", entry["value"]
+        neutral = 1.0 if ratio else 0.0
+        what = f"{entry['a']} {'/' if ratio else '-'} {entry['b']}"
+        sure = "-" if value is None else "yes" if not value["low"] <= neutral <= value["high"] else "no"
+        table.add_row(entry["slice"], entry["metric"], what, _interval(value, percent=ratio), sure)
+    return table
+
+
+def cost_table(result: Mapping[str, Any]) -> Table:
+    """Medians, and in brackets the ratio to native."""
+    table = Table(title=f"{result['size']}, {result['image']} x {result['image']} pixels, {result['repeats']} repeats")
+    for head in (
+        "row",
+        "patches",
+        "tokens",
+        "encode ms",
+        "prefill ms",
+        "encode + prefill",
+        "decode ms/token",
+        "peak GiB",
+    ):
+        table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
+    for record in result["rows"]:
+        cells = []
+        for key, digits in (
+            ("encode_ms", 0),
+            ("prefill_ms", 0),
+            ("encode_prefill_ms", 0),
+            ("decode_ms_per_token", 1),
+            ("peak_memory_gb", 3),
+        ):
+            ratio = record[f"{key}_ratio"]
+            cells.append(f"{record[key]:.{digits}f}" + ("" if ratio is None else f" ({ratio:.2f})"))
+        name = record["row"] + (f" [{record['lane']} lane]" if record["lane"] else "")
+        table.add_row(name.replace("[", "\\["), str(record["patches"]), str(record["visual_tokens"]), *cells)
+    return table
+
+
+def plot_quality(result: Mapping[str, Any], path: Path) -> None:
+    """Quality (CIDEr-D without a task score) against mean TTFT of every row, with the Pareto front, as PNG."""
+    plt = _pyplot()
+    records = [r for r in result["slices"][result["pareto_slice"]] if "ttft_ms" in r]
+    figure, axes = plt.subplots(figsize=(9, 6))
+    worth = {r["row"]: r["quality"] or r["cider"] for r in records}
+    at = {r["row"]: (r["ttft_ms"]["mean"], worth[r["row"]]["mean"]) for r in records}
+    axes.plot(*zip(*(at[row] for row in result["pareto"]), strict=True), color="0.6", lw=1.5, label="Pareto front")
+    for row, (x, y) in at.items():
+        value = worth[row]
+        errors = [[max(0.0, y - value["low"])], [max(0.0, value["high"] - y)]]
+        axes.errorbar(x, y, errors, fmt="*" if row == "adaptive" else "o", ms=12 if row == "adaptive" else 5, alpha=0.8)
+        axes.annotate(row, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set_xlabel("mean TTFT, ms")
+    axes.set_ylabel("mean quality" if records[0]["quality"] else "CIDEr-D")
+    axes.set_title(f"{result['model']}, {result['pareto_slice']} set, {records[0]['n']} questions")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_costs(result: Mapping[str, Any], path: Path) -> None:
+    """Encode and prefill of every row as bars, as PNG."""
+    plt = _pyplot()
+    rows = result["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.5))
+    names = [record["row"] for record in rows]
+    encode = [record["encode_ms"] for record in rows]
+    axes.barh(names, encode, label="encode")
+    axes.barh(names, [record["prefill_ms"] for record in rows], left=encode, label="prefill")
+    axes.set_xlabel("ms (median)")
+    axes.set_title(f"{result['size']}, {result['image']} x {result['image']} pixels")
+    axes.legend()
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise AdaptiveFusionError("plots need matplotlib: pip install 'adaptive-fusion[train]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=130)
+    _pyplot().close(figure)
+
+
+def _interval(value: Mapping[str, float] | None, digits: int = 3, *, percent: bool = False) -> str:
+    if value is None:
+        return "-"
+    scale, digits, unit = (100, 1, " %") if percent else (1, digits, "")
+    mean, low, high = (f"{scale * value[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean}{unit} ({low}..{high})"
+
+
+def _spread(value: Mapping[str, float] | None) -> str:
+    return "-" if value is None else f"{value['median']:.0f} / {value['p95']:.0f}"

@@ -1,0 +1,70 @@
+"""The command line: one typer app put together from one sub-app per file in `commands`.
+
+Knows which commands there are, and that a library error ends the process with exit code 2. Must not know what
+commands do; nothing heavy is imported until one runs.
+"""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from adaptive_fusion.commands import bench, calibrate, demo, doctor, explain, policies, run
+from adaptive_fusion.commands.output import BAD_INPUT, complain
+from adaptive_fusion.errors import AdaptiveFusionError
+
+COMMANDS = (run.app, explain.app, demo.app, doctor.app, policies.app, calibrate.app)
+"""Apps whose commands stand at the top level."""
+GROUPS = {"bench": bench.app}
+"""Apps that are a group of commands of their own."""
+
+
+class _Root(TyperGroup):
+    """Turns the library's errors into one line and an exit code, whichever command raised them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AdaptiveFusionError as error:
+            complain(f"{type(error).__name__}: {error}")
+            raise typer.Exit(BAD_INPUT) from error
+
+
+app = typer.Typer(
+    name="adaptive-fusion",
+    cls=_Root,
+    help="Spend a vision-language model's visual compute per request, within a latency and memory budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in COMMANDS:
+    app.add_typer(_command)
+for _name, _group in GROUPS.items():
+    app.add_typer(_group, name=_name)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from adaptive_fusion import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the ``adaptive-fusion`` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

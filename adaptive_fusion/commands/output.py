@@ -1,0 +1,134 @@
+"""How commands print: JSON lines or tables on standard output, errors and progress on standard error.
+
+Knows consoles, exit codes and the library's errors. Must not know of models or policies.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from adaptive_fusion.errors import AdaptiveFusionError
+
+if TYPE_CHECKING:
+    from adaptive_fusion.decisions import Decision
+
+BAD_INPUT = 2
+"""Exit code when an input or a value was refused."""
+_PLAIN_WIDTH = 120
+
+Result = tuple[dict[str, Any], RenderableType]
+"""What a command found on one input: fields of its JSON object, and its form for people."""
+
+
+def console() -> Console:
+    """Standard output; wide enough for tables where it is not a terminal."""
+    found = Console(highlight=False, markup=False)
+    return found if found.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+
+
+def complain(text: str) -> None:
+    """One line on standard error."""
+    typer.echo(printable(text), err=True)
+
+
+def emit(values: Mapping[str, Any]) -> None:
+    """One JSON object on one line."""
+    typer.echo(json.dumps(values, allow_nan=False))
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: neither an answer nor a file name may drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def describe(error: AdaptiveFusionError) -> dict[str, str]:
+    """An error as fields of a JSON object."""
+    return {"error": str(error), "error_type": type(error).__name__}
+
+
+@contextmanager
+def refusing(inputs: Sequence[str], as_json: bool) -> Iterator[None]:
+    """Ends the command with exit code 2 on a library error that concerns the whole call, not one input."""
+    try:
+        yield
+    except AdaptiveFusionError as error:
+        complain(f"{type(error).__name__}: {error}")
+        if as_json:
+            for name in inputs:
+                emit({"input": name, **describe(error)})
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def each(files: Sequence[str], as_json: bool, work: Callable[[str], Result]) -> None:
+    """Do `work` on every file and print each result; a refused file is reported and the others go on.
+
+    Raises:
+        typer.Exit: With code 2 after the last file, if any was refused.
+    """
+    out = console()
+    refused = False
+    with progress(len(files), as_json) as advance:
+        for name in files:
+            try:
+                fields, shown = work(name)
+            except AdaptiveFusionError as error:
+                refused = True
+                complain(f"{name}: {type(error).__name__}: {error}")
+                if as_json:
+                    emit({"input": name, **describe(error)})
+            else:
+                if as_json:
+                    emit({"input": name, **fields})
+                else:
+                    out.print(shown)
+            advance()
+    if refused:
+        raise typer.Exit(BAD_INPUT)
+
+
+class Advance(Protocol):
+    """Moves a progress bar on by one step; `total` corrects how many there are."""
+
+    def __call__(self, total: int = ...) -> None: ...
+
+
+@contextmanager
+def progress(total: int, as_json: bool) -> Iterator[Advance]:
+    """A bar on standard error for more than one step, if that is a terminal."""
+    errors = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=as_json or not errors.is_terminal) as bar:
+        task = bar.add_task("", total=total, visible=total > 1)
+
+        def advance(total: int = total) -> None:
+            bar.update(task, advance=1, total=total, visible=total > 1)
+
+        yield advance
+
+
+def decision_fields(decision: "Decision") -> dict[str, Any]:
+    """A decision as fields of a JSON object; what `run` and `explain` have in common."""
+    from dataclasses import asdict
+
+    complexity = decision.complexity
+    return {
+        "request_id": decision.request_id,
+        "kind": decision.kind,
+        "complexity": complexity.score if complexity else None,
+        "p_complex": decision.p_complex,
+        "features": dict(complexity.features) if complexity else {},
+        "policy": decision.policy,
+        "lane": decision.lane,
+        "point": decision.point.to_dict(),
+        "reason": decision.reason,
+        "feasible": decision.feasible,
+        "budget": dict(decision.budget),
+        "margin": decision.margin,
+        "predicted": asdict(decision.predicted) if decision.predicted else None,
+        "rejected": [{"point": row.point.to_dict(), "reason": row.reason} for row in decision.rejected],
+    }

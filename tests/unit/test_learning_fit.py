@@ -1,0 +1,336 @@
+"""From labels to a policy folder: right, the same every time, robust against hostile rows, and refused if worse."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from learning_data import (
+    CHEAP,
+    COSTS,
+    MIDDLE,
+    RUNGS,
+    STRONG,
+    base_policy,
+    oracle_labels,
+    p_hard,
+    subject,
+    write_jsonl,
+)
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
+
+from adaptive_fusion.calibration import Isotonic
+from adaptive_fusion.errors import ConfigError, PolicyError
+from adaptive_fusion.learning.calibrate import fit_calibration
+from adaptive_fusion.learning.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.evaluate import evaluate_policy, scores
+from adaptive_fusion.learning.fit import fit_policy
+from adaptive_fusion.learning.gate import GateRefused
+from adaptive_fusion.learning.labels import label_record
+from adaptive_fusion.learning.train import Trained, train
+from adaptive_fusion.plain import TreeModel
+from adaptive_fusion.policy import Policy
+from adaptive_fusion.router import EstimatorRouter, PlainRouter
+
+RECORDS = 2400
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("logs") / "labels.jsonl", oracle_labels(RECORDS, 1))
+
+
+@pytest.fixture(scope="module")
+def data(logs: Path) -> Dataset:
+    return build_dataset([logs], cheap=CHEAP, rungs=RUNGS)
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    path = write_jsonl(tmp_path_factory.mktemp("fresh") / "labels.jsonl", oracle_labels(3000, 2))
+    return build_dataset([path], cheap=CHEAP, rungs=RUNGS)
+
+
+@pytest.fixture(scope="module")
+def trained(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train([logs], tmp_path_factory.mktemp("out"), base=base_policy(), n=100)
+
+
+def accuracy(policy: Policy, data: Dataset) -> float:
+    return float(np.mean((scores(policy, data) >= 0.5) == data.y))
+
+
+def test_the_router_is_as_good_as_the_rule_behind_the_labels(trained: Trained, fresh: Dataset) -> None:
+    policy = trained.fitted.policy
+    asked = fresh.columns(["prompt_read"])[:, 0]
+    best = np.array([p_hard(row, bool(reads)) for row, reads in zip(fresh.x, asked, strict=True)])
+    assert np.mean(np.abs(scores(policy, fresh) - best)) < 0.03
+    assert accuracy(policy, fresh) > np.mean((best >= 0.5) == fresh.y) - 0.01
+    report = evaluate_policy(policy, fresh, n=100)
+    assert report.figures["kept"].mean > 0.98 - 0.005 and report.figures["cost_share"].mean < 0.85
+    assert report.figures["calibration_error"].mean < 0.04
+    assert trained.fitted.report["test"]["figures"]["apgr"]["mean"] == pytest.approx(
+        report.figures["apgr"].mean, abs=0.03
+    )
+
+
+def test_what_the_question_adds_is_found_and_used(trained: Trained) -> None:
+    gain = trained.fitted.report["prompt_features"]
+    assert gain["with"]["log_loss"] < gain["without"]["log_loss"] - 0.1
+    assert gain["with"]["apgr"] > gain["without"]["apgr"] + 0.04
+    assert "prompt_read" in trained.fitted.policy.router.inputs.names
+
+
+def test_the_question_is_left_out_where_it_says_nothing(tmp_path: Path) -> None:
+    records = oracle_labels(1200, 3, asks=False)
+    for i, record in enumerate(records):
+        record["prompt_features"]["prompt_read"] = float(i % 2)
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    fitted = fit_policy(data, base_policy(), estimators=("logistic",), n=50)
+    assert not fitted.policy.router.inputs.reads_prompt and fitted.report["prompt_features"]
+
+
+def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path, tmp_path: Path) -> None:
+    lines = logs.read_text().splitlines(keepends=True)
+    (tmp_path / "labels.jsonl").write_text("".join(lines[::-1]))
+    again = train([tmp_path / "labels.jsonl"], tmp_path / "out", base=base_policy(), n=100, jobs=1).folder
+    names = sorted(path.name for path in trained.folder.iterdir())
+    assert (
+        names
+        == sorted(path.name for path in again.iterdir())
+        == [
+            "README.md",
+            "policy.toml",
+            "report.json",
+            "router.json",
+        ]
+    )
+    for name in names:
+        assert (again / name).read_bytes() == (trained.folder / name).read_bytes(), name
+    other = train(
+        [logs], tmp_path / "seed", base=base_policy(), n=100, seed=1, estimators=("logistic",)
+    ).folder
+    assert (other / "router.json").read_bytes() != (trained.folder / "router.json").read_bytes()
+
+
+def test_the_folder_loads_and_its_card_has_figures_data_slices_and_limits(trained: Trained) -> None:
+    policy = Policy.load(trained.folder)
+    assert policy == trained.fitted.policy
+    report = json.loads((trained.folder / "report.json").read_text())
+    card = (trained.folder / "README.md").read_text()
+    apgr = report["test"]["figures"]["apgr"]
+    assert f"| APGR | {apgr['mean']:.4f} | {apgr['low']:.4f} to {apgr['high']:.4f} |" in card
+    assert report["data"]["sha256"] in card and "| scene | " in card and "## Limits" in card
+    assert "adaptive-fusion train labels.jsonl --objective quality" in card
+    assert report["gate"]["accepted"] is True
+
+
+def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(trained: Trained, data: Dataset) -> None:
+    policy = trained.fitted.policy
+    rows = data.split("train", 0)
+    kept = 1 - (data.reference - data.quality[:, RUNGS.index(CHEAP)])
+    goes = scores(policy, data) >= policy.threshold
+    (cheap,) = policy.lanes["weighted"]
+    assert cheap.quality == pytest.approx(kept[rows & ~goes].mean())
+    strong, middle, last = policy.lanes["gated"]
+    assert (strong.quality, last.quality) == pytest.approx((1.0, kept[rows & goes].mean()))
+    assert strong.quality > middle.quality > last.quality
+    bins = trained.fitted.report["expected_quality"]
+    falling = bins["rungs"][CHEAP]
+    assert len(bins["edges"]) == 3 and falling == sorted(falling, reverse=True)
+    assert sum(bins["rows"]) == rows.sum()
+
+
+def test_the_objective_cost_is_cheaper_and_quality_more_careful(data: Dataset, trained: Trained) -> None:
+    cost = fit_policy(data, base_policy(), objective="cost", estimators=("logistic",), n=100)
+    share = {
+        name: report["threshold"]["share"]["mean"]
+        for name, report in (("cost", cost.report), ("quality", trained.fitted.report))
+    }
+    assert share["cost"] < share["quality"]
+    assert cost.report["threshold"]["quality"]["mean"] >= 0.98
+    assert trained.fitted.report["threshold"]["quality"]["low"] >= 0.98
+
+
+def test_boosted_trees_win_where_a_line_cannot(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    records = []
+    for i, row in enumerate(rng.uniform(-1, 1, size=(1500, 4))):
+        hard = row[0] * row[1] > 0
+        kept = 0.4 if hard else 0.9
+        quality = {STRONG: 0.9, CHEAP: kept}
+        records.append(
+            label_record(subject(row, i), "oracle", quality=quality, reference_quality=0.9, cost=COSTS)
+        )
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    fitted = fit_policy(data, base_policy(), n=50)
+    router = fitted.policy.router
+    assert isinstance(router, PlainRouter) and isinstance(router.model, TreeModel)
+    assert fitted.report["test"]["figures"]["accuracy"]["mean"] > 0.95
+    read = Policy.load(fitted.policy.save(tmp_path / "out"))
+    assert (scores(read, data) == scores(fitted.policy, data)).all()
+
+
+def test_a_quality_model_is_kept_only_where_choosing_by_it_wins(tmp_path: Path) -> None:
+    def records(crossing: bool) -> list[dict[str, Any]]:
+        rng = np.random.default_rng(5)
+        out = []
+        for i, row in enumerate(rng.normal(size=(1600, 4))):
+            hard = row[0] > 0
+            # among hard inputs the middle rung fails on one half, the cheap rung on the other
+            low, high = (0.3, 0.8) if crossing and row[2] > 0 else (0.8, 0.3)
+            quality = {STRONG: 0.9, MIDDLE: low if hard else 0.9, CHEAP: high if hard else 0.9}
+            out.append(
+                label_record(subject(row, i), "oracle", quality=quality, reference_quality=0.9, cost=COSTS)
+            )
+        return out
+
+    found = {}
+    for crossing in (True, False):
+        path = write_jsonl(tmp_path / f"{crossing}.jsonl", records(crossing))
+        data = build_dataset([path], cheap=CHEAP, rungs=RUNGS)
+        found[crossing] = fit_policy(data, base_policy(), estimators=("logistic",), n=100)
+    model = found[True].policy.quality_model
+    assert model is not None and found[True].report["quality_model"]["gain"]["low"] > 0.02
+    assert found[False].policy.quality_model is None and not found[False].report["quality_model"]["used"]
+    read = Policy.load(found[True].policy.save(tmp_path / "out"))
+    assert read.quality_model == model
+
+
+def test_an_estimator_of_ones_own_is_calibrated_and_kept_as_it_is(
+    data: Dataset, fresh: Dataset, tmp_path: Path
+) -> None:
+    class Own:
+        """Without sample weights, and miscalibrated on purpose."""
+
+        def fit(self, X: Any, y: Any) -> None:
+            self.inner = GaussianNB().fit(np.nan_to_num(X), y)
+
+        def predict_proba(self, X: Any) -> Any:
+            return self.inner.predict_proba(np.nan_to_num(X)) ** 8 / 2
+
+    own = Own()
+    fitted = fit_policy(data, base_policy(), estimators=(own,), n=50)
+    assert isinstance(fitted.policy.router, EstimatorRouter) and not hasattr(own, "inner")
+    assert fitted.report["test"]["figures"]["calibration_error"]["mean"] < 0.08
+    assert accuracy(fitted.policy, fresh) > 0.8
+
+    known = fit_policy(data, base_policy(), estimators=(GaussianNB(),), n=50).policy
+    folder = known.save(tmp_path / "out")
+    with pytest.raises(PolicyError, match="allow_pickle"):
+        Policy.load(folder)
+    read = Policy.load(folder, allow_pickle=True)
+    assert (scores(read, fresh) == scores(known, fresh)).all()
+
+
+def test_isotonic_calibration_is_taken_only_where_a_line_is_wrong(data: Dataset) -> None:
+    rng = np.random.default_rng(0)
+    n = 6000
+    raw = rng.uniform(-3, 3, n)
+    some = replace(data, y=np.zeros(n), weight=np.ones(n), group=np.arange(n))
+    straight = replace(some, y=(rng.random(n) < 1 / (1 + np.exp(-2 * raw))).astype(float))
+    steps = replace(
+        some, y=(rng.random(n) < np.where(raw < -1, 0.05, np.where(raw < 2, 0.5, 0.95))).astype(float)
+    )
+    assert not isinstance(fit_calibration(raw, straight), Isotonic)
+    found = fit_calibration(raw, steps)
+    assert isinstance(found, Isotonic)
+    assert found.batch(np.array([-2.0, 0.0, 2.5])) == pytest.approx([0.05, 0.5, 0.95], abs=0.06)
+    few = steps.take(np.arange(500))
+    assert not isinstance(fit_calibration(raw[:500], few), Isotonic)
+    # a score that ranks the wrong way round is not turned round
+    assert fit_calibration(-raw, straight).batch(np.array([-3.0, 3.0])) == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+def hostile(share: float, source: str, *, ids: int, extreme: bool) -> list[dict[str, Any]]:
+    """Labels that say the opposite of the truth, with features that pull hardest."""
+    rng = np.random.default_rng(9)
+    out = []
+    for i in range(round(RECORDS * share / (1 - share))):
+        row = rng.normal(size=4) * (1000 if extreme else 1.5)
+        hard = p_hard(row / (1000 if extreme else 1), True) > 0.5
+        quality = {CHEAP: 1.0 if hard else 0.0, STRONG: 1.0}
+        known = subject(row, 10**7 + i, reads=True)
+        out.append(
+            label_record(
+                known, source, quality=quality, reference_quality=1.0, cost=COSTS, source_id=f"u{i % ids}"
+            )
+        )
+    return out
+
+
+@pytest.mark.parametrize("source", ["feedback", "oracle"])
+@pytest.mark.parametrize("extreme", [True, False], ids=["extreme", "plausible"])
+@pytest.mark.parametrize("ids", [1, 40])
+def test_five_percent_hostile_rows_are_refused_or_cost_less_than_two_points(
+    source: str, extreme: bool, ids: int, trained: Trained, fresh: Dataset, tmp_path: Path
+) -> None:
+    poisoned = oracle_labels(RECORDS, 1) + hostile(0.05, source, ids=ids, extreme=extreme)
+    path = write_jsonl(tmp_path / "l.jsonl", poisoned)
+    clean = accuracy(trained.fitted.policy, fresh)
+    try:
+        found = train([path], tmp_path / "out", base=trained.fitted.policy, estimators=("logistic",), n=50)
+    except GateRefused:
+        assert not (tmp_path / "out").exists()
+        return
+    assert accuracy(found.fitted.policy, fresh) > clean - 0.02
+
+
+def test_the_hostile_rows_do_harm_where_nothing_defends(
+    data: Dataset, fresh: Dataset, tmp_path: Path
+) -> None:
+    path = write_jsonl(
+        tmp_path / "l.jsonl", oracle_labels(RECORDS, 1) + hostile(0.05, "oracle", ids=1, extreme=True)
+    )
+    poisoned = build_dataset([path], cheap=CHEAP, rungs=RUNGS)
+    naive = LogisticRegression().fit(poisoned.x[:, :4], poisoned.y)
+    honest = LogisticRegression().fit(data.x[:, :4], data.y)
+    assert naive.score(fresh.x[:, :4], fresh.y) < honest.score(fresh.x[:, :4], fresh.y) - 0.2
+
+
+def test_a_worse_candidate_is_refused_with_the_figures_unless_forced(
+    trained: Trained, tmp_path: Path
+) -> None:
+    records = oracle_labels(600, 4)
+    rng = np.random.default_rng(0)
+    for record in records:  # features that say nothing: the candidate can only guess
+        record["features"] = {name: float(rng.normal()) for name in record["features"]}
+        record["prompt_features"] = {}
+    honest = oracle_labels(600, 5)
+    path = write_jsonl(tmp_path / "l.jsonl", [{**r, "source": "feedback"} for r in records] + honest[:300])
+    out = tmp_path / "out"
+    common = {"base": base_policy(), "incumbent": trained.folder, "estimators": (_Guess(),), "n": 50}
+    with pytest.raises(GateRefused, match=r"worse than trained: apgr_difference is -0\.\d+ \(95 % interval"):
+        train([path], out, **common)
+    assert not out.exists()
+    forced = train([path], out, force=True, **common)
+    assert not forced.verdict.accepted and "REFUSED, written by force" in (out / "README.md").read_text()
+
+
+class _Guess:
+    def fit(self, X: Any, y: Any) -> None: ...
+
+    def predict_proba(self, X: Any) -> Any:
+        p = np.abs(np.sin(1e4 * X[:, 0]))
+        return np.stack([1 - p, p], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimators": ("forest",)}, "'forest'"),
+        ({"estimators": ()}, "no estimator"),
+        ({"objective": "speed"}, "'speed'"),
+    ],
+)
+def test_wrong_options_are_named(data: Dataset, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit_policy(data, base_policy(), n=10, **{"estimators": ("logistic",), **options})
+
+
+def test_too_few_labels_of_a_class_are_refused_with_the_numbers(data: Dataset) -> None:
+    with pytest.raises(ConfigError, match="and 0 complex"):
+        fit_policy(data.take(data.y == 0), base_policy())
