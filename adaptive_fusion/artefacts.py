@@ -72,9 +72,7 @@ def part(folder: Path, name: Any, *suffixes: str) -> Path:
         raise PolicyError(f"the policy names the file {name!r}; expected a plain name ending in {kinds}")
     path = folder / name
     if not path.is_file():
-        raise PolicyError(
-            f"the policy names the file {name!r}, which is not in its folder; expected a {kinds} file"
-        )
+        raise PolicyError(f"the policy names the file {name!r}, which is not in its folder; expected a {kinds} file")
     if path.resolve().parent != folder.resolve():
         raise PolicyError(f"the policy's file {name!r} is a link out of its folder; expected the file itself")
     return path

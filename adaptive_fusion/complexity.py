@@ -107,7 +107,7 @@ def measure_complexity(
 
 
 def human_score(features: dict[str, float]) -> float:
-    """Score in (0, 1) of a set of features: a logistic function of a linear one, fitted on human judgement.
+    """Score in [0, 1] of a set of features: a logistic function of a linear one, fitted on human judgement.
 
     Source: ridge regression with weights of at least 0 on within-category ranks of SAVOIAS (Saraee, Jalal &
     Betke 2020). Coefficients, figures and the hash of the data are in `data/complexity-v1.json`.
@@ -117,9 +117,8 @@ def human_score(features: dict[str, float]) -> float:
     for name, mean, scale, weight in zip(
         fitted["features"], fitted["mean"], fitted["scale"], fitted["weight"], strict=True
     ):
-        # Beyond what was seen in fitting, more of one feature says nothing more.
-        total += weight * min(4.0, max(-4.0, (features[name] - mean) / scale))
-    return 1.0 / (1.0 + math.exp(-total))
+        total += weight * (features[name] - mean) / scale
+    return 0.5 + 0.5 * math.tanh(total / 2)  # the logistic function, which cannot overflow in this form
 
 
 @cache

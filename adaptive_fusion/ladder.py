@@ -67,8 +67,6 @@ class Rung:
     def from_dict(cls, values: Mapping[str, Any]) -> "Rung":
         """Read `to_dict`'s form; raises ConfigError for unknown knobs and values out of range."""
         if "quality" not in values:
-            raise PolicyError(
-                f"a rung has {sorted(values)} and no quality; expected its expected quality, 0 to 1"
-            )
+            raise PolicyError(f"a rung has {sorted(values)} and no quality; expected its expected quality, 0 to 1")
         point = {key: value for key, value in values.items() if key not in ("quality", "pixel_share")}
         return cls(OperatingPoint.from_dict(point), values["quality"], values.get("pixel_share", 1.0))

@@ -52,8 +52,6 @@ def point_to_legacy(point: OperatingPoint) -> dict[str, Any]:
         PolicyError: If the point limits pixels or frames, for which that form has no name.
     """
     if point.max_pixels is not None or point.max_fps is not None:
-        raise PolicyError(
-            f"{point.name} limits pixels or frames; the vision_tower form holds {', '.join(_KNOBS)}"
-        )
+        raise PolicyError(f"{point.name} limits pixels or frames; the vision_tower form holds {', '.join(_KNOBS)}")
     values = {key: getattr(point, knob) for key, knob in _KNOBS.items()}
     return {"vision_tower": {**values, "use_adapter": point.adapter_rank > 0}}

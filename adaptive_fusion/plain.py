@@ -21,20 +21,14 @@ MAX_NODES = 1_000_000
 """Most nodes an ensemble may have: a bound for what a file can make this process allocate and walk."""
 
 
-def check_keys(
-    values: Any, what: str, required: Collection[str], optional: Collection[str] = ()
-) -> Mapping[str, Any]:
+def check_keys(values: Any, what: str, required: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
     """`values` if it is a table with all required and no unknown keys; else a PolicyError."""
     if not isinstance(values, Mapping):
-        raise PolicyError(
-            f"{what} is {type(values).__name__}; expected a table of {', '.join(sorted(required))}"
-        )
+        raise PolicyError(f"{what} is {type(values).__name__}; expected a table of {', '.join(sorted(required))}")
     unknown = sorted(str(key) for key in set(values) - set(required) - set(optional))
     missing = sorted(set(required) - set(values))
     if unknown or missing:
-        found = " and ".join(
-            f"{word} {keys}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys
-        )
+        found = " and ".join(f"{word} {keys}" for word, keys in (("unknown", unknown), ("missing", missing)) if keys)
         raise PolicyError(f"{what} has {found} keys; expected {', '.join(sorted({*required, *optional}))}")
     return values
 
@@ -73,9 +67,7 @@ class LinearModel:
         object.__setattr__(self, "fill", numbers(self.fill, "fill"))
         object.__setattr__(self, "bias", number(self.bias, "bias"))
         if len(self.weights) != len(self.fill):
-            raise PolicyError(
-                f"{len(self.weights)} weights and {len(self.fill)} fill values; expected as many"
-            )
+            raise PolicyError(f"{len(self.weights)} weights and {len(self.fill)} fill values; expected as many")
 
     @property
     def width(self) -> int:
@@ -187,9 +179,7 @@ class Tree:
 
         threshold = table["threshold"]
         if not isinstance(threshold, list):
-            raise PolicyError(
-                f"threshold of a tree is {type(threshold).__name__}; expected a list of numbers"
-            )
+            raise PolicyError(f"threshold of a tree is {type(threshold).__name__}; expected a list of numbers")
         return cls(
             whole("feature"),
             tuple(math.inf if t is None else number(t, "threshold of a tree") for t in threshold),
@@ -225,9 +215,7 @@ class TreeModel:
     @property
     def width(self) -> int:
         """How many values a row must have at least."""
-        used = (
-            f for tree in self.trees for f, left in zip(tree.feature, tree.left, strict=True) if left >= 0
-        )
+        used = (f for tree in self.trees for f, left in zip(tree.feature, tree.left, strict=True) if left >= 0)
         return max(used, default=-1) + 1
 
     def raw(self, row: Sequence[float]) -> float:

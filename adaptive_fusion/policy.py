@@ -120,9 +120,7 @@ class Policy:
             return Route(score, VIDEO)
         return Route(score, COMPLEX if score >= self.threshold else SIMPLE)
 
-    def ladder(
-        self, lane: str, complexity: Complexity | None = None, prompt: str | None = None
-    ) -> tuple[Rung, ...]:
+    def ladder(self, lane: str, complexity: Complexity | None = None, prompt: str | None = None) -> tuple[Rung, ...]:
         """The lane's rungs in the policy's order, with this request's expected quality where a model has it.
 
         Raises:
@@ -135,9 +133,7 @@ class Policy:
         rungs, model = self.lanes[lane], self.quality_model
         if model is None or complexity is None:
             return rungs
-        expected = model.expected(
-            [rung.name for rung in rungs], complexity, self._asked(model.inputs, prompt)
-        )
+        expected = model.expected([rung.name for rung in rungs], complexity, self._asked(model.inputs, prompt))
         return tuple(replace(rung, quality=expected.get(rung.name, rung.quality)) for rung in rungs)
 
     @staticmethod
@@ -179,9 +175,7 @@ class Policy:
 
             joblib.dump(self.router.estimator, folder / "router.joblib")
         else:
-            raise PolicyError(
-                f"cannot save a {type(self.router).__name__}; expected PlainRouter or EstimatorRouter"
-            )
+            raise PolicyError(f"cannot save a {type(self.router).__name__}; expected PlainRouter or EstimatorRouter")
         if self.quality_model is not None:
             write_json(folder / "quality.json", self.quality_model.to_dict())
         for path in self.fusion_weights:
@@ -275,9 +269,7 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
         explore=table.get("explore", 0.0),
         lanes={lane: _read_ladder(lane, lanes[lane]) for lane in LANES},
         budget=Budget.from_dict(budget),
-        quality_model=None
-        if quality is None
-        else QualityModel.from_dict(read_json(part(folder, quality, ".json"))),
+        quality_model=None if quality is None else QualityModel.from_dict(read_json(part(folder, quality, ".json"))),
         fusion_weights=tuple(part(folder, name, ".safetensors") for name in weights),
     )
 
@@ -287,9 +279,7 @@ def _read_router(path: Path, inputs: Inputs, allow_pickle: bool) -> Router:
         return EstimatorRouter(inputs, load_pickled(path, allow_pickle))
     router = PlainRouter.from_dict(read_json(path))
     if router.inputs != inputs:
-        raise PolicyError(
-            f"{path.name} has features {router.inputs}; expected {inputs}, as {POLICY_FILE} says"
-        )
+        raise PolicyError(f"{path.name} has features {router.inputs}; expected {inputs}, as {POLICY_FILE} says")
     return router
 
 

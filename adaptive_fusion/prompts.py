@@ -48,9 +48,7 @@ _CHINESE = {task: re.compile(chinese) for task, (_, chinese) in _TASKS.items()}
 _YES_NO_START = re.compile(
     r"(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|isn|aren|don|doesn)\b"
 )
-_YES_NO_TEXT = re.compile(
-    r"yes or no|yes/no|true or false|是否|是不是|有没有|对吗|吗[?\uff1f]?$|能不能|会不会"
-)
+_YES_NO_TEXT = re.compile(r"yes or no|yes/no|true or false|是否|是不是|有没有|对吗|吗[?\uff1f]?$|能不能|会不会")
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _CJK_RUN = re.compile(_CJK.pattern + "+")

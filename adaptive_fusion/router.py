@@ -54,9 +54,7 @@ class Inputs:
             ("prompt", self.prompt, PROMPT_VERSION, self.reads_prompt),
         ):
             if read and found != here:
-                raise PolicyError(
-                    f"fitted on {what} features of version {found!r}; expected {here!r}: fit it again"
-                )
+                raise PolicyError(f"fitted on {what} features of version {found!r}; expected {here!r}: fit it again")
 
     @property
     def reads_image(self) -> bool:
@@ -75,14 +73,9 @@ class Inputs:
             PolicyError: If `complexity` was measured by another version of the extractor.
         """
         if self.reads_image and complexity.version != self.complexity:
-            raise PolicyError(
-                f"complexity is of version {complexity.version!r}; expected {self.complexity!r}"
-            )
+            raise PolicyError(f"complexity is of version {complexity.version!r}; expected {self.complexity!r}")
         features, asked = complexity.features, prompt or {}
-        row = [
-            asked.get(name, math.nan) if name in _PROMPT else features.get(name, math.nan)
-            for name in self.names
-        ]
+        row = [asked.get(name, math.nan) if name in _PROMPT else features.get(name, math.nan) for name in self.names]
         return [x if -math.inf < x < math.inf else math.nan for x in row]
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,9 +95,7 @@ class Inputs:
         """Raise PolicyError unless `model` reads rows of this many values."""
         exact = isinstance(model, LinearModel)
         if model.width > len(self.names) or (exact and model.width != len(self.names)):
-            raise PolicyError(
-                f"{what} reads {model.width} features and {len(self.names)} are named; expected as many"
-            )
+            raise PolicyError(f"{what} reads {model.width} features and {len(self.names)} are named; expected as many")
 
 
 class Router(Protocol):

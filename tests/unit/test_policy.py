@@ -9,12 +9,12 @@ import joblib
 import numpy as np
 import pytest
 import tomli_w
-from adaptive_fusion.complexity import FEATURE_NAMES, VERSION, Complexity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.complexity import FEATURE_NAMES, VERSION, Complexity
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, PolicyError
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.plain import LinearModel, Tree, TreeModel
@@ -186,9 +186,7 @@ def test_fusion_weights_travel_with_the_policy(tmp_path: Path) -> None:
         ({"fusion_weights": "w.safetensors"}, r"expected a list of .safetensors"),
     ],
 )
-def test_a_wrong_file_is_refused_with_what_was_found(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_file_is_refused_with_what_was_found(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     policy().save(tmp_path)
     values: dict[str, Any] = tomllib.loads((tmp_path / "policy.toml").read_text())
     for key, value in change.items():
@@ -282,15 +280,11 @@ def test_pickled_routers_load_only_where_allowed(tmp_path: Path) -> None:
 )
 def test_only_shipped_names_are_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        PolicyError, match=r"unknown policy .*balanced, latency, native, quality|holds no policy.toml"
-    ):
+    with pytest.raises(PolicyError, match=r"unknown policy .*balanced, latency, native, quality|holds no policy.toml"):
         Policy.load(name)
 
 
-def test_a_shipped_name_wins_over_a_folder_and_a_path_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shipped_name_wins_over_a_folder_and_a_path_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy().save(tmp_path / "balanced")
     monkeypatch.chdir(tmp_path)
     assert Policy.load("balanced").name == "balanced"
@@ -330,9 +324,7 @@ def test_the_older_form_is_read_and_written(tmp_path: Path, wrap: Any) -> None:
     )
 )
 def test_every_point_that_the_older_form_can_hold_survives_it(point: OperatingPoint) -> None:
-    whole = Policy(
-        "one", constant_router(), 0.5, dict.fromkeys(("weighted", "gated", "video"), (Rung(point),))
-    )
+    whole = Policy("one", constant_router(), 0.5, dict.fromkeys(("weighted", "gated", "video"), (Rung(point),)))
     assert Policy.from_legacy(json.loads(json.dumps(whole.to_legacy()))).ladder("gated") == (Rung(point),)
 
 
@@ -360,9 +352,7 @@ def test_what_the_older_form_cannot_hold_is_not_written() -> None:
     with pytest.raises(PolicyError, match=r"mine has .*; the vision_tower form holds one point"):
         policy().to_legacy()
     point = OperatingPoint(max_pixels=4096)
-    limited = Policy(
-        "p", constant_router(), 0.5, dict.fromkeys(("weighted", "gated", "video"), (Rung(point),))
-    )
+    limited = Policy("p", constant_router(), 0.5, dict.fromkeys(("weighted", "gated", "video"), (Rung(point),)))
     with pytest.raises(PolicyError, match="limits pixels"):
         limited.to_legacy()
     with pytest.raises(AdaptiveFusionError, match="vision_tower is list"):

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adaptive_fusion.complexity import FEATURE_NAMES, VERSION, Complexity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import CalibratedClassifierCV
@@ -23,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from adaptive_fusion.calibration import Isotonic, Platt
+from adaptive_fusion.complexity import FEATURE_NAMES, VERSION, Complexity
 from adaptive_fusion.errors import ConfigError, PolicyError
 from adaptive_fusion.learning.export import export_classifier, export_model
 from adaptive_fusion.plain import LinearModel, Tree, TreeModel, model_from_dict
@@ -90,9 +90,7 @@ def test_exported_predictions_equal_scikit_learn_on_10_000_rows(name: str) -> No
     # The same by name, from a measured image and a question; what is absent counts as missing.
     for row, p in zip(rows[:20], expected[:20], strict=True):
         image = {k: v for k, v in zip(IMAGE, row, strict=False) if not math.isnan(v)}
-        asked = {
-            k: v for k, v in zip(NAMES[len(IMAGE) :], row[len(IMAGE) :], strict=True) if not math.isnan(v)
-        }
+        asked = {k: v for k, v in zip(NAMES[len(IMAGE) :], row[len(IMAGE) :], strict=True) if not math.isnan(v)}
         assert again.p_complex(complexity(**image), asked) == pytest.approx(p, abs=1e-9)
 
 
@@ -188,27 +186,21 @@ def stump(feature: int = 0, threshold: float = 0.5) -> Tree:
 
 def tree_router() -> dict[str, Any]:
     """JSON of a router whose tree parts missing values (threshold infinity) from all others."""
-    router = PlainRouter(
-        Inputs(IMAGE), TreeModel((stump(), stump(2, math.inf))), Isotonic((-2.0, 2.0), (0.1, 0.9))
-    )
+    router = PlainRouter(Inputs(IMAGE), TreeModel((stump(), stump(2, math.inf))), Isotonic((-2.0, 2.0), (0.1, 0.9)))
     values: dict[str, Any] = json.loads(json.dumps(router.to_dict(), allow_nan=False))
     assert PlainRouter.from_dict(values) == router
     return values
 
 
 def test_a_threshold_of_infinity_parts_missing_values() -> None:
-    tree = Tree(
-        (0, 0, 0), (math.inf, 0.0, 0.0), (1, -1, -1), (2, -1, -1), (False, False, False), (0.0, -1.0, 1.0)
-    )
+    tree = Tree((0, 0, 0), (math.inf, 0.0, 0.0), (1, -1, -1), (2, -1, -1), (False, False, False), (0.0, -1.0, 1.0))
     model = TreeModel((tree,))
     assert [model.raw([x]) for x in (1e308, math.nan)] == [-1.0, 1.0]
     assert model.raw_batch(np.array([[1e308], [math.nan]])).tolist() == [-1.0, 1.0]
 
 
 def paths(values: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    )
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     return [at] * bool(at) + [path for key, value in inner for path in paths(value, (*at, key))]
 
 
@@ -217,9 +209,7 @@ def paths(values: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     st.sampled_from(paths(tree_router())),
     st.sampled_from([None, "x", True, -7, 1e400, math.nan, [], {}, {"surprise": 1}, 10**9]),
 )
-def test_a_damaged_router_is_refused_with_the_librarys_error_or_still_works(
-    path: tuple[Any, ...], value: Any
-) -> None:
+def test_a_damaged_router_is_refused_with_the_librarys_error_or_still_works(path: tuple[Any, ...], value: Any) -> None:
     values = tree_router()
     target = values
     for key in path[:-1]:
@@ -236,9 +226,7 @@ def test_a_damaged_router_is_refused_with_the_librarys_error_or_still_works(
 @pytest.mark.parametrize("key", ["schema", "features", "model", "calibration"])
 def test_missing_and_unknown_keys_are_named(key: str) -> None:
     values = tree_router()
-    with pytest.raises(
-        PolicyError, match=f"unknown \\['extra_{key}'\\] keys" if key != "schema" else "unknown"
-    ):
+    with pytest.raises(PolicyError, match=f"unknown \\['extra_{key}'\\] keys" if key != "schema" else "unknown"):
         PlainRouter.from_dict({**values, f"extra_{key}": 1})
     del values[key]
     with pytest.raises(PolicyError, match=key):

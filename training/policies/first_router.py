@@ -81,9 +81,7 @@ def human(scores: Path) -> Labelled:
         rated.sort()
         tail = int(len(rated) * TAIL)
         for part, label in ((rated[:tail], False), (rated[-tail:], True)):
-            found += [
-                (measure_complexity(scores.parent / name).features, label, category) for _, name in part
-            ]
+            found += [(measure_complexity(scores.parent / name).features, label, category) for _, name in part]
     return found
 
 
@@ -256,22 +254,16 @@ def table(title: str, counts: dict[str, tuple[int, int]]) -> str:
     lines = [f"| {title} | accuracy | 95 % interval | n |", "|---|---|---|---|"]
     for group, (right, total) in rows.items():
         interval = binomtest(right, total).proportion_ci(method="wilson")
-        lines.append(
-            f"| {group} | {right / total:.3f} | {interval.low:.3f} to {interval.high:.3f} | {total} |"
-        )
+        lines.append(f"| {group} | {right / total:.3f} | {interval.low:.3f} to {interval.high:.3f} | {total} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--human", type=Path, help="CSV of file,category,score; images beside it")
     parser.add_argument("--screens", type=Path, help="folder of screenshots of pages full of text")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "policies")
-    parser.add_argument(
-        "--scenes", type=int, default=400, help="simple scenes to fit on, and as many complex ones"
-    )
+    parser.add_argument("--scenes", type=int, default=400, help="simple scenes to fit on, and as many complex ones")
     args = parser.parse_args()
 
     fitted, held = synthetic(range(args.scenes)), synthetic(range(10**6, 10**6 + args.scenes // 2))

@@ -1,0 +1,179 @@
+"""What every model family must do through its adapter: native is native, knobs that apply work, others are refused.
+
+Real classes of transformers with tiny random weights; the processors are the families' own.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
+
+from adaptive_fusion.complexity import measure_complexity
+from adaptive_fusion.errors import UnsupportedModelError
+from adaptive_fusion.models import Size, adapter_for
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy import Policy
+from adaptive_fusion.runner import AdaptiveRunner
+from tests.conftest import _random, tiny_text, tiny_vision, token_ids
+
+
+def qwen25(processor: Any) -> tuple[Any, Any]:
+    text = {**tiny_text(processor.tokenizer), "max_position_embeddings": 2048}
+    text.pop("head_dim")
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 8,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 32,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **token_ids(processor))
+    )
+    videos = Qwen2VLVideoProcessor(
+        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 1024, "longest_edge": 147456}
+    )
+    return model, Qwen2_5_VLProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        video_processor=videos,
+        chat_template=processor.chat_template,
+    )
+
+
+def qwen35(processor: Any) -> tuple[Any, Any]:
+    text = {**tiny_text(processor.tokenizer), "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    text["rope_parameters"] = {**text["rope_parameters"], "partial_rotary_factor": 1.0}
+    vision = {k: v for k, v in tiny_vision().items() if k != "deepstack_visual_indexes"}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **token_ids(processor))
+    return Qwen3_5ForConditionalGeneration(config), processor
+
+
+def gemma3(processor: Any) -> tuple[Any, Any]:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=processor.tokenizer.backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "boi_token": "<|vision_start|>",
+            "eoi_token": "<|vision_end|>",
+        },
+    )
+    ids = token_ids(processor)
+    text = {k: v for k, v in tiny_text(tokenizer).items() if k != "rope_parameters"}
+    config = Gemma3Config(
+        text_config={**text, "sliding_window": 512},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        mm_tokens_per_image=16,
+        image_token_index=ids["image_token_id"],
+        boi_token_index=ids["vision_start_token_id"],
+        eoi_token_index=ids["vision_end_token_id"],
+    )
+    template = processor.chat_template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|>")
+    images = Gemma3ImageProcessor(size={"height": 64, "width": 64})
+    built = Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
+    return Gemma3ForConditionalGeneration(config), built
+
+
+FAMILIES = {"Qwen2.5-VL": qwen25, "Qwen3.5": qwen35, "Gemma 3": gemma3}
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, processor: Any) -> tuple[str, Any, Any]:
+    model, its_processor = FAMILIES[request.param](processor)
+    return request.param, _random(model), its_processor
+
+
+def ask(*images: Any) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "Describe the screen."}]}]
+
+
+def test_native_equals_generate_and_downsampling_drops_tokens(family: Any, noise_image: Any) -> None:
+    _, model, processor = family
+    adapter = adapter_for(model, processor)
+    inputs = adapter.prepare(ask(noise_image(96, 64), noise_image(64, 64, 1)), NATIVE)
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    native = adapter.encode(inputs, NATIVE)
+    assert torch.equal(model.generate(**native.inputs, max_new_tokens=6, do_sample=False), expected)
+    tokens = [native.visual_tokens]
+    for ratio in (0.5, 0.25):
+        point = OperatingPoint(downsample=ratio)
+        encoded = adapter.encode(inputs, point)
+        assert encoded.visual_tokens == adapter.plan(adapter.sizes(inputs), point).tokens
+        model.generate(**encoded.inputs, max_new_tokens=3, do_sample=False)
+        tokens.append(encoded.visual_tokens)
+    assert tokens[0] > tokens[1] > tokens[2] >= 2
+
+
+def test_knobs_that_do_not_apply_are_refused_by_name_or_set_aside(family: Any) -> None:
+    name, model, processor = family
+    adapter = adapter_for(model, processor)
+    point = OperatingPoint("gated", 12, 0.5, 8192, 8)
+    with pytest.raises(UnsupportedModelError, match="fusion: .*no DeepStack taps"):
+        adapter.require(point)
+    kept, reasons = adapter.restrict(point)
+    assert kept.downsample == 0.5 and (kept.fusion, kept.layers, kept.adapter_rank) == ("native", 3, 0)
+    assert (kept.max_pixels == 8192) == (name != "Gemma 3") and reasons
+
+
+def test_the_pixel_budget_is_kept_where_it_applies(family: Any, noise_image: Any) -> None:
+    name, model, processor = family
+    if name == "Gemma 3":
+        assert "max_pixels" in adapter_for(model, processor).refusals
+        return
+    adapter = adapter_for(model, processor)
+    point = OperatingPoint(max_pixels=4096)
+    inputs = adapter.prepare(ask(noise_image(160, 128)), point)
+    (size,) = adapter.sizes(inputs)
+    assert size.height * size.width <= 4096
+    assert adapter.encode(inputs, point).patches == adapter.plan([Size(1, 128, 160)], point).patches
+
+
+def test_images_are_put_back_together_from_the_processors_tensors(family: Any, noise_image: Any) -> None:
+    _, model, processor = family
+    adapter = adapter_for(model, processor)
+    smooth = noise_image(4, 4).resize((64, 64))
+    (found,) = adapter.thumbnails(adapter.prepare(ask(smooth), NATIVE))
+    assert found.shape == (64, 64, 3)
+    assert abs(found.astype(int) - torch.tensor(list(smooth.getdata())).view(64, 64, 3).numpy()).max() <= 1
+
+
+def test_the_runner_drives_every_family_with_a_shipped_policy(family: Any, noise_image: Any) -> None:
+    _, model, processor = family
+    runner = AdaptiveRunner(model, processor, policy=Policy.load("balanced"))
+    reply = runner.chat(noise_image(96, 64), "Describe the screen.", max_new_tokens=4)
+    assert reply.decision.lane in ("weighted", "gated") and reply.measurement.new_tokens >= 1
+    inputs = runner.adapter.prepare(ask(noise_image(96, 64)), NATIVE)
+    out = runner.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert torch.equal(out[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert measure_complexity(runner.adapter.thumbnails(inputs)[0]).score >= 0

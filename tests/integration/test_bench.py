@@ -1,0 +1,128 @@
+"""The benchmarks on real models, small: what they print is what ran."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from adaptive_fusion.bench.cost import Workload, build_random, cost_rows, measure_costs
+from adaptive_fusion.bench.quality import ADAPTIVE, CHANCE, KNOB_ROWS, MIXED, SHUFFLED, evaluate, gated, rows_for
+from adaptive_fusion.bench.scenes import reference_items
+from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
+from adaptive_fusion.bench.trial import caption_likelihood
+from adaptive_fusion.commands.bench import app
+from adaptive_fusion.models import adapter_for
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy import Policy
+from adaptive_fusion.runner import AdaptiveRunner
+
+SMALL = Shape(64, 4, 2, 1, 96, Vision(64, 8, 96, (1, 3, 5), 2), tied=True)
+
+
+@pytest.mark.parametrize("point", [NATIVE, OperatingPoint("top", downsample=0.5)], ids=lambda p: p.name)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_likelihoods_equal_one_full_forward_each(
+    tiny_dense: Any, processor: Any, noise_image: Any, clip: Any, kind: str, point: OperatingPoint
+) -> None:
+    adapter = adapter_for(tiny_dense, processor)
+    part = {"type": kind, kind: clip if kind == "video" else noise_image(96, 64)}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "Describe the screen."}]}]
+    encoded = adapter.encode(adapter.prepare(messages, point), point)
+    captions = ["red circle top", "b3 blue ring K7, c4 green bar 2", "A"]
+    found, right = caption_likelihood(adapter, encoded, captions)
+    ids = encoded.inputs["input_ids"]
+    for caption, likely, share in zip(captions, found, right, strict=True):
+        tail = [*processor.tokenizer(caption, add_special_tokens=False).input_ids, processor.tokenizer.eos_token_id]
+        full = torch.cat([ids, torch.tensor([tail])], dim=1)
+        types = torch.nn.functional.pad(encoded.inputs["mm_token_type_ids"], (0, len(tail)))
+        inputs = {**encoded.inputs, "input_ids": full, "mm_token_type_ids": types}
+        inputs["attention_mask"] = torch.ones_like(full)
+        with torch.no_grad():
+            logits = tiny_dense(**inputs).logits[0, ids.shape[1] - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()
+        assert likely == pytest.approx(float(expected), abs=1e-3)
+        assert share == pytest.approx(float((logits.argmax(-1) == torch.tensor(tail)).float().mean()))
+
+
+def test_every_scene_is_encoded_once_per_row(tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = AdaptiveRunner(tiny_dense, processor, policy="balanced")
+    items = reference_items(2, (64, 96))
+    rows = rows_for(runner.adapter, [*KNOB_ROWS[1:2], gated(0.25)])
+    seen: list[str] = []
+    encode = runner.adapter.encode
+
+    def counting(inputs: Any, point: OperatingPoint) -> Any:
+        seen.append(point.name)
+        return encode(inputs, point)
+
+    monkeypatch.setattr(runner.adapter, "encode", counting)
+    steps: list[int] = []
+    result = evaluate(
+        runner.adapter, items, rows, runner.decide, max_new_tokens=4, advance=lambda: steps.append(1)
+    )  # fmt: skip
+    assert list(rows) == ["native@1", "native@0.5", "gated12r8@0.25"]
+    assert len(steps) == len(items) * 4 and len(seen) == len(steps) + len(rows)  # each row once more to warm up
+    mixed = {record["row"]: record for record in result["slices"][MIXED]}
+    assert set(mixed) == {*rows, ADAPTIVE, SHUFFLED, CHANCE}
+    assert mixed["native@1"]["visual_tokens"] > 3 * mixed["native@0.5"]["visual_tokens"]
+    assert mixed["native@1"]["patches"] == mixed["native@0.5"]["patches"] > mixed[ADAPTIVE]["patches"]
+    assert mixed[CHANCE]["matching"]["mean"] == 0.25
+    timed = mixed[ADAPTIVE]
+    parts = sum(timed[key]["mean"] for key in ("preprocess_ms", "encode_ms", "prefill_ms"))
+    assert parts == pytest.approx(timed["ttft_ms"]["mean"], rel=1e-6)
+    json.dumps(result, allow_nan=False)
+
+
+def test_quality_of_a_captioned_folder_from_the_command_line(tmp_path: Path, noise_image: Any) -> None:
+    for index in range(2):
+        noise_image(64, 64, index).save(tmp_path / f"{index}.png")
+    captions = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(2)],
+        "annotations": [{"image_id": i, "caption": f"noise number {i}"} for i in range(2)],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    data = ["--data", str(tmp_path), "--captions", str(tmp_path / "captions.json"), "--max-new-tokens", "4"]
+    done = CliRunner().invoke(
+        app, ["quality", *data, "--points", "native@0.5/25%", "--json", "--plot", str(tmp_path / "out.png")]
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [record["row"] for record in result["slices"]["captions"]] == [
+        "native@1", "native@0.5/25%", ADAPTIVE, SHUFFLED, CHANCE,
+    ]  # fmt: skip
+    assert result["slices"]["captions"][-1]["quality"] is None and result["pareto"]
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.format == "PNG"
+    refused = CliRunner().invoke(app, ["quality", "--data", str(tmp_path)])
+    assert refused.exit_code == 2
+
+
+def test_cost_from_the_command_line() -> None:
+    arguments = ["--size", "reference", "--image", "128", "--repeats", "1", "--points", "top"]
+    done = CliRunner().invoke(app, ["cost", *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    rows = {row["row"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    lane = {rung.name for rung in Policy.load("balanced").lanes["weighted"]}
+    assert set(rows) == {"native@1", "top@1", *lane}
+    assert rows["native@1"]["encode_prefill_ms_ratio"] == 1.0
+    assert all(rows[name]["lane"] and rows[name]["patches"] < rows["native@1"]["patches"] for name in lane)
+    for wrong in (["--size", "3b"], ["--points", "quick@1"], ["--policy", "none-such"]):
+        assert CliRunner().invoke(app, ["cost", *arguments, *wrong]).exit_code == 2
+
+
+def test_a_random_model_of_a_shape_runs_every_row() -> None:
+    model = build_random(SMALL)
+    assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert all(bool(torch.isfinite(p).all()) and bool(p.any()) for p in model.parameters())
+    adapter = adapter_for(model, ShapeProcessor())
+    rows = cost_rows(Policy.load("balanced"))
+    found = measure_costs(adapter, rows, Workload(side=256, new_tokens=2), repeats=1)
+    assert set(found) == set(rows)
+    for name, [measured] in found.items():
+        plan = adapter.plan([Workload(256).size()], rows[name].resolve(256 * 256))
+        assert (measured.patches, measured.visual_tokens) == (plan.patches, plan.tokens), name
+        assert measured.new_tokens == 2

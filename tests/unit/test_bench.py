@@ -1,0 +1,212 @@
+"""Questions, scores and tables of the benchmarks, without a model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from adaptive_fusion.bench import report
+from adaptive_fusion.bench.cost import summarise_costs
+from adaptive_fusion.bench.folder import folder_items
+from adaptive_fusion.bench.quality import (
+    CHANCE,
+    KNOB_ROWS,
+    MIXED,
+    ROWS,
+    SHUFFLED,
+    Answer,
+    compare,
+    pareto_front,
+    score_all,
+    slices,
+    summarise,
+)
+from adaptive_fusion.bench.scenes import SCORES, hard_negatives, reference_items
+from adaptive_fusion.commands.bench import _rung
+from adaptive_fusion.decisions import Measurement
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.ladder import Rung
+from adaptive_fusion.point import FUSIONS, OperatingPoint
+from adaptive_fusion.reference.screens import KINDS, make_scene
+
+ITEMS = reference_items(4, (64, 96))
+TIME = Measurement(1.0, 40.0, 9.0, 50.0, 50.0, 100.0, 64, 80, 10, 256, 0.5)
+
+
+def answers(texts: list[str], measurement: Measurement | None = None, right: bool = True) -> list[Answer]:
+    likely = (-1.0, -2.0, -2.0, -2.0) if right else (-3.0, -2.0, -2.0, -2.0)
+    return [Answer(text, likely, 1.0, measurement) for text in texts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(KINDS), st.integers(0, 10**6))
+def test_a_hard_negative_is_one_change_away_and_wrong(kind: Any, seed: int) -> None:
+    scene = make_scene(kind, seed, "eval", (64, 128))
+    truth = scene.answers[scene.task]
+    wrong = hard_negatives(truth, kind)
+    assert wrong == hard_negatives(truth, kind) and len(set(wrong)) == len(wrong) == 3
+    score = SCORES["clips" if kind == "clip" else kind]
+    for caption in wrong:
+        assert score(caption, [truth]) < 1.0
+        if kind == "reading":
+            assert sum(a != b for a, b in zip(caption, truth, strict=True)) == 1
+        else:
+            assert sum(a != b for a, b in zip(caption.split(), truth.split(), strict=True)) == 1
+
+
+def test_the_mixed_set_is_half_simple_and_the_right_answer_scores_one() -> None:
+    parts = slices(ITEMS)
+    assert {name: len(chosen) for name, chosen in parts.items()} == {
+        "simple": 12, "dense": 4, "reading": 4, "clips": 4, MIXED: 24,
+    }  # fmt: skip
+    assert all(item.score is not None and item.score(item.references[0], item.references) == 1.0 for item in ITEMS)
+    with pytest.raises(ConfigError, match="scenes is 1"):
+        reference_items(1)
+
+
+def test_tables_and_comparisons_of_known_answers() -> None:
+    truths = [item.references[0] for item in ITEMS]
+    parts = slices(ITEMS)
+    half = [text if item.slice != "dense" else "" for text, item in zip(truths, ITEMS, strict=True)]
+    faster = replace(TIME, ttft_ms=25.0, visual_tokens=16)
+    rows = {
+        "native@1": answers(truths, TIME),
+        "native@0.25": answers(half, faster, right=False),
+        "adaptive": answers(truths, faster),
+        SHUFFLED: [Answer(truths[-1])] * len(ITEMS),
+        CHANCE: [Answer(truths[-1])] * len(ITEMS),
+    }
+    scores = score_all(ITEMS, rows)
+    tables = summarise(ITEMS, scores, draws=50)
+    dense = {record["row"]: record for record in tables["dense"]}
+    assert dense["native@1"]["quality"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert dense["native@1"]["bleu4"]["mean"] == pytest.approx(100)
+    assert dense["native@0.25"]["kept"]["quality"]["mean"] == 0.0
+    assert dense["native@0.25"]["matching"]["mean"] == 0.0
+    assert dense[SHUFFLED]["matching"]["mean"] == 0.25 and "ttft_ms" not in dense[SHUFFLED]
+    mixed = {record["row"]: record for record in tables[MIXED]}
+    lost = len(parts["dense"]) / len(ITEMS)
+    assert mixed["native@0.25"]["quality"]["mean"] == pytest.approx(1 - lost)
+    assert mixed["adaptive"]["ttft_ms"] == {"median": 25.0, "p95": 25.0, "mean": 25.0}
+    found = {(c["a"], c["b"], c["slice"], c["metric"]): c["value"] for c in compare(ITEMS, scores, draws=50)}
+    assert found["adaptive", "native@1", MIXED, "ttft_ms"]["mean"] == 0.5
+    assert found["adaptive", "native@1", MIXED, "visual_tokens"]["mean"] == 0.25
+    assert found["native@0.25", "native@1", "dense", "quality"]["mean"] == -1.0
+    assert found["adaptive", "native@0.25", MIXED, "matching"] is None  # its matching is 0: no ratio to speak of
+    assert pareto_front(tables[MIXED]) == ["adaptive"]
+
+
+def test_report_shows_every_row_and_the_plot_is_a_picture(tmp_path: Path) -> None:
+    truths = [item.references[0] for item in ITEMS]
+    rows = {"native@1": answers(truths, TIME), "native@0.5": answers(truths, replace(TIME, ttft_ms=30.0))}
+    rows |= {SHUFFLED: answers(truths), CHANCE: answers(truths)}
+    scores = score_all(ITEMS, rows)
+    tables = summarise(ITEMS, scores, draws=20)
+    result = {
+        "model": "m",
+        "slices": tables,
+        "comparisons": compare(ITEMS, scores, draws=20),
+        "pareto_slice": MIXED,
+        "pareto": pareto_front(tables[MIXED]),
+    }
+    for shown in (report.quality_tables(result), [report.knob_table(result)]):
+        out = report.console()
+        with out.capture() as capture:
+            for table in shown:
+                out.print(table)
+        text = capture.get()
+        assert all(row in text for row in rows) and all(name in text for name in tables)
+    report.plot_quality(result, tmp_path / "front.png")
+    with Image.open(tmp_path / "front.png") as image:
+        assert image.format == "PNG" and len(np.unique(np.asarray(image))) > 10
+
+
+def test_costs_are_ratios_to_native_of_the_same_round() -> None:
+    slow, fast = replace(TIME, encode_ms=100.0), replace(TIME, encode_ms=20.0, prefill_ms=1.0)
+    found = {"native@1": [slow, TIME], "native@0.25": [replace(fast, encode_ms=50.0), fast]}
+    native, quarter = summarise_costs(found, {"native@0.25"})
+    assert (native["encode_ms_ratio"], quarter["encode_ms_ratio"]) == (1.0, 0.5)
+    assert quarter["lane"] == "weighted" and native["lane"] is None
+    assert quarter["decode_ms_per_token"] == pytest.approx(50 / 9)
+
+
+RUNGS = st.builds(
+    Rung,
+    st.builds(
+        OperatingPoint,
+        st.sampled_from(FUSIONS),
+        st.sampled_from((3, 6, 12)),
+        st.sampled_from((1.0, 0.5, 0.25)),
+        st.none() | st.integers(1024, 1 << 20),
+        st.sampled_from((0, 4, 8)),
+    ),
+    pixel_share=st.sampled_from((1.0, 0.5, 0.125)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(RUNGS)
+def test_a_rungs_name_reads_back(rung: Rung) -> None:
+    assert _rung(rung.name).name == rung.name
+
+
+def test_default_rows_are_named_once_each() -> None:
+    for rows in (ROWS, KNOB_ROWS):
+        assert len({rung.name for rung in rows}) == len(rows)
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    for index in range(3):
+        Image.new("RGB", (48, 32), (80 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+def write(folder: Path, **values: Any) -> Path:
+    base: dict[str, Any] = {
+        "images": [{"id": i, "file_name": f"{i}.png"} for i in range(3)],
+        "annotations": [{"image_id": i % 2, "caption": f"caption {i}"} for i in range(4)],
+    }
+    path = folder / "captions.json"
+    path.write_text(json.dumps({**base, **values}))
+    return path
+
+
+def test_a_coco_folder_gives_one_question_per_captioned_image(coco: Path) -> None:
+    items = folder_items(coco, write(coco), "Describe.")
+    assert [(item.media.name, item.references) for item in items] == [
+        ("0.png", ("caption 0", "caption 2")),
+        ("1.png", ("caption 1", "caption 3")),
+    ]
+    record = summarise(items, score_all(items, {"native@1": answers(["caption 0", "x"])}), draws=20)["captions"][0]
+    assert record["quality"] is None and record["matching"] is None and record["cider"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": None}, "lists images and annotations"),
+        ({"annotations": [{"image_id": 9, "caption": "x"}]}, "image_id 9"),
+        ({"annotations": [{"image_id": 1}]}, "caption None"),
+        ({"annotations": [{"image_id": 1, "caption": "x"}]}, "1 images have captions"),
+        ({"images": [{"id": i, "file_name": "../0.png"} for i in range(2)]}, "inside the data folder"),
+        ({"images": [{"id": i, "file_name": "none.png"} for i in range(2)]}, "'none.png'"),
+    ],
+)
+def test_a_bad_captions_file_is_refused(coco: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        folder_items(coco, write(coco, **values), "Describe.")
+
+
+def test_an_unreadable_captions_file_is_refused(coco: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        folder_items(coco, coco / "absent.json", "?")
+    (coco / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        folder_items(coco, coco / "bad.json", "?")
