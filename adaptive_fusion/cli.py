@@ -13,10 +13,8 @@ from adaptive_fusion.commands import bench, calibrate, demo, doctor, explain, po
 from adaptive_fusion.commands.output import BAD_INPUT, complain
 from adaptive_fusion.errors import AdaptiveFusionError
 
-COMMANDS = (run.app, explain.app, demo.app, doctor.app, policies.app, calibrate.app)
-"""Apps whose commands stand at the top level."""
-GROUPS = {"bench": bench.app}
-"""Apps that are a group of commands of their own."""
+SUB_APPS = (run.app, explain.app, demo.app, doctor.app, policies.app, calibrate.app, bench.app)
+"""An app without a name puts its command at the top level; one with a name is a group of commands."""
 
 
 class _Root(TyperGroup):
@@ -38,10 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in COMMANDS:
-    app.add_typer(_command)
-for _name, _group in GROUPS.items():
-    app.add_typer(_group, name=_name)
+for _sub_app in SUB_APPS:
+    app.add_typer(_sub_app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -19,8 +19,9 @@ All coefficients are non-negative, so that more work is never predicted to cost 
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Any
 
 from adaptive_fusion.decisions import Prediction
@@ -222,8 +223,9 @@ class CostModel:
         )
 
 
-def _dot(coefficients: Sequence[float], terms: Sequence[float]) -> float:
-    return sum([c * t for c, t in zip(coefficients, terms, strict=True)])
+def _dot(coefficients: tuple[float, ...], terms: tuple[float, ...]) -> float:
+    total: float = sum(map(mul, coefficients, terms))
+    return total
 
 
 class LengthModel:

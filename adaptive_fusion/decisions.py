@@ -78,7 +78,8 @@ class Decision:
 
     `p_complex` is P(the cheap lane loses more than the tolerance); `complexity.score` is agreement with human
     judgement: two numbers. `propensity` is the probability with which `point` was chosen (1.0 unless exploring), so
-    that explored traffic can be evaluated off-policy.
+    that explored traffic can be evaluated off-policy. `rung` names the ladder's step, the same for every size of input,
+    where `point` holds the pixels of this one.
     """
 
     request_id: str
@@ -90,6 +91,7 @@ class Decision:
     predicted: Prediction | None
     reason: str
     policy: str
+    rung: str = ""
     feasible: bool = True
     propensity: float = 1.0
     margin: float = 1.0
@@ -148,6 +150,7 @@ def record(
         "p_complex": decision.p_complex,
         "lane": decision.lane,
         "point": decision.point.to_dict(),
+        "rung": decision.rung,
         "propensity": decision.propensity,
         "policy": decision.policy,
         "budget": dict(decision.budget),

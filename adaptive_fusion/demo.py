@@ -122,7 +122,8 @@ def summarise(rows: Sequence[Row]) -> Summary:
     adaptive = [row.adaptive.measurement for row in rows]
 
     def saved(name: str) -> float:
-        return 1 - sum(getattr(took, name) for took in adaptive) / sum(getattr(took, name) for took in native)
+        spent, before = (sum(float(getattr(took, name)) for took in side) for side in (adaptive, native))
+        return 1 - spent / before
 
     return Summary(
         files=len(rows),

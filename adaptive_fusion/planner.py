@@ -87,6 +87,7 @@ class Planner:
             predicted=choice.candidate.predicted,
             reason=choice.reason,
             policy=self.policy.name,
+            rung=choice.candidate.key,
             feasible=choice.feasible,
             propensity=propensity,
             margin=choice.margin,
@@ -106,7 +107,10 @@ class Planner:
         return hardest, route
 
     def candidates(self, ask: Ask, lane: str, complexity: Complexity | None) -> list[Candidate]:
-        """The lane's ladder on this model and these media, each point once, with predicted cost."""
+        """The lane's ladder on this model and these media, each point once, with predicted cost.
+
+        A share of the native pixels is taken of the largest medium: one budget holds for all of a request.
+        """
         native = max((self.adapter.native_pixels(size) for size in ask.sizes), default=1)
         best: dict[OperatingPoint, tuple[float, str]] = {}
         for rung in self.policy.ladder(lane, complexity, ask.prompt):

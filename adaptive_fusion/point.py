@@ -64,6 +64,8 @@ class OperatingPoint:
         ):
             raise ConfigError(f"max_fps is {fps!r}; expected None or a number above 0, at most 120")
         object.__setattr__(self, "downsample", float(self.downsample))
+        for name in ("layers", "adapter_rank"):
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def name(self) -> str:

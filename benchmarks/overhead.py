@@ -98,11 +98,10 @@ def main() -> None:
         print(json.dumps(result))
         return
     run = result["runner"]
-    print(
-        f"{run['patches']} patches, {run['new_tokens']} tokens, {run['pairs']} pairs: "
-        f"model.generate {run['model_ms']:.1f} ms, runner.generate {run['runner_ms']:.1f} ms, overhead {100 * run['overhead']:+.2f} % "
-        f"(quartiles {100 * run['overhead_quartile_low']:+.2f} to {100 * run['overhead_quartile_high']:+.2f} %)"
-    )
+    low, middle, high = (100 * run[key] for key in ("overhead_quartile_low", "overhead", "overhead_quartile_high"))
+    print(f"{run['patches']} patches, {run['new_tokens']} new tokens, median of {run['pairs']} pairs:")
+    print(f"  model.generate {run['model_ms']:.1f} ms, runner.generate {run['runner_ms']:.1f} ms")
+    print(f"  overhead {middle:+.2f} % (quartiles {low:+.2f} to {high:+.2f} %)")
     for name, value in result["decision_ms"].items():
         print(f"features + route + plan, {name}: {value:.2f} ms")
 

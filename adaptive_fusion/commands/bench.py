@@ -38,7 +38,7 @@ def quality(
     policy: PolicyName = "balanced",
     scenes: Annotated[
         int, typer.Option(help="Scenes of each slice (three times as many simple ones); images with --data.")
-    ] = 8,
+    ] = 12,
     points: Points = None,
     knobs: Annotated[
         bool, typer.Option(help="Only native, its downsamplings and no taps, and what each keeps.")

@@ -29,7 +29,7 @@ def open_runner(model: str, policy: str, log: Path | None = None) -> "AdaptiveRu
     """
     loaded = Policy.load(policy)
     folder = Path(model).expanduser()
-    is_folder = _is_dir(folder)
+    is_folder = bool(model) and _is_dir(folder)
     if model != "reference" and not is_folder and not _HUB_ID.fullmatch(model):
         raise ConfigError(f"model is {model[:200]!r}, which is no folder; {_EXPECTED}")
     try:

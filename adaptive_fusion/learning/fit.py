@@ -40,6 +40,9 @@ from adaptive_fusion.router import EstimatorRouter, Inputs, PlainRouter, Router
 MIN_ROWS = 20
 """Fewest rows of either class to fit on, and of rows in each of the other parts."""
 
+MAX_BINS = 63
+"""Of the boosted ensembles; scikit-learn finds each bin of weighted rows with a sort of its own."""
+
 _SEARCH_ROWS = 40_000
 _CLIP_ROWS = 50_000
 _CLIP_SCALES = 8.0
@@ -68,6 +71,7 @@ def _logistic(c: float, seed: int) -> Any:
 
 def _boosted(leaves: int, seed: int) -> Any:
     return HistGradientBoostingClassifier(
+        max_bins=MAX_BINS,
         max_leaf_nodes=leaves,
         learning_rate=0.08,
         max_iter=80,
@@ -118,6 +122,7 @@ def fit_policy(
     objective: str = "quality",
     estimators: Sequence[str | Classifier] = ("logistic", "hgb"),
     seed: int = 0,
+    leave_out: Sequence[str] = (),
     jobs: int = 2,
     n: int = 500,
 ) -> FittedPolicy:
@@ -134,6 +139,7 @@ def fit_policy(
         estimators: Names from `ESTIMATORS`, or estimators of one's own (copied before they are fitted). One
             that cannot be exported to plain parameters is saved as ``.joblib``.
         seed: Of splits, fits and bootstraps.
+        leave_out: Features that the router must not read, such as sizes that the labelled inputs do not cover.
         jobs: Threads of the search.
         n: Resamples of the bootstraps.
 
@@ -145,7 +151,7 @@ def fit_policy(
     valid, test = (data.take(_judging(data, usable & data.split(part, seed))) for part in ("valid", "test"))
     _check(data.y[train], len(valid), len(test))
     with threadpool_limits(1, user_api="blas"):  # the order of sums must not depend on the machine's cores
-        candidates = _candidates(data, train, estimators, seed)
+        candidates = _candidates(data, train, estimators, leave_out, seed)
         losses = Parallel(n_jobs=jobs, prefer="threads")(
             delayed(_losses)(data, candidate, valid) for candidate in candidates
         )
@@ -200,14 +206,20 @@ def _check(y: FloatArray, valid: int, test: int) -> None:
 
 
 def _candidates(
-    data: Dataset, train: IntArray, estimators: Sequence[str | Classifier], seed: int
+    data: Dataset,
+    train: IntArray,
+    estimators: Sequence[str | Classifier],
+    leave_out: Sequence[str],
+    seed: int,
 ) -> list[_Candidate]:
     x = data.x[train[:: max(1, len(train) // _CLIP_ROWS)]]
     useful = [
         name
         for name, column in zip(data.names, x.T, strict=True)
-        if np.isfinite(column).any() and np.nanmin(column) < np.nanmax(column)
+        if name not in leave_out and np.isfinite(column).any() and np.nanmin(column) < np.nanmax(column)
     ]
+    if unknown := sorted(set(leave_out) - set(data.names)):
+        raise ConfigError(f"cannot leave out {unknown}; expected some of {', '.join(data.names)}")
     if not useful:
         raise ConfigError("no feature varies in the labelled logs; expected complexity or prompt features")
     image = [name for name in useful if name not in PROMPT_FEATURE_NAMES]
@@ -244,11 +256,13 @@ def _fit(data: Dataset, candidate: _Candidate, rows: IntArray) -> Any:
     _clip(x)
     estimator = candidate.make()
     y = data.y[rows].astype(np.int64)
-    weight = data.weight[rows] / data.weight[rows].mean()
-    if isinstance(estimator, Pipeline):
-        estimator.fit(x, y, **{f"{estimator.steps[-1][0]}__sample_weight": weight})
+    weight = data.weight[rows]
+    if (weight == weight[0]).all():
+        estimator.fit(x, y)
+    elif isinstance(estimator, Pipeline):
+        estimator.fit(x, y, **{f"{estimator.steps[-1][0]}__sample_weight": weight / weight.mean()})
     elif has_fit_parameter(estimator, "sample_weight"):
-        estimator.fit(x, y, sample_weight=weight)
+        estimator.fit(x, y, sample_weight=weight / weight.mean())
     else:
         estimator.fit(x, y)
     try:

@@ -73,7 +73,8 @@ def _sacrebleu_class() -> "type[BLEU]":
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise AdaptiveFusionError("BLEU needs sacrebleu: pip install 'adaptive-fusion[train]'") from error
-    return BLEU
+    found: type[BLEU] = BLEU
+    return found
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:

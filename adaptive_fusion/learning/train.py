@@ -41,6 +41,7 @@ def train(
     estimators: Sequence[str | Classifier] = ("logistic", "hgb"),
     trusted: Sequence[str] = TRUSTED,
     source_cap: float = 0.02,
+    leave_out: Sequence[str] = (),
     force: bool = False,
     seed: int = 0,
     jobs: int = 2,
@@ -63,6 +64,7 @@ def train(
         estimators: See `fit_policy`.
         trusted: Sources of labels that may judge at the gate.
         source_cap: Largest share of the weight of one labeller outside the trusted sources.
+        leave_out: Features that the router must not read.
         force: Write the policy although the gate refuses it.
         seed: Of splits, fits and bootstraps.
         jobs: Threads.
@@ -85,7 +87,15 @@ def train(
         paths, cheap=cheap, rungs=rungs, tolerance=tolerance, source_cap=source_cap, threads=jobs
     )
     fitted = fit_policy(
-        data, start, name=name, objective=objective, estimators=estimators, seed=seed, jobs=jobs, n=n
+        data,
+        start,
+        name=name,
+        objective=objective,
+        estimators=estimators,
+        seed=seed,
+        leave_out=leave_out,
+        jobs=jobs,
+        n=n,
     )
     holdout = data.take(data.split("test", seed))
     verdict = gate(fitted.policy, against, holdout, trusted=trusted, seed=seed, n=n)
@@ -93,7 +103,9 @@ def train(
         raise GateRefused(f"the new policy is worse than {against.name}: " + "; ".join(verdict.reasons))
     command = (
         f"adaptive-fusion train {' '.join(path.name for path in paths)} --objective {objective}"
-        f" --tolerance {tolerance:g} --seed {seed} --out DIR"
+        f" --tolerance {tolerance:g} --seed {seed}"
+        + "".join(f" --leave-out {feature}" for feature in leave_out)
+        + " --out DIR"
     )
     return Trained(fitted, verdict, _write(Path(out), fitted, verdict, against.name, command))
 

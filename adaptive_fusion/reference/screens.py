@@ -322,13 +322,15 @@ def _textured(rng: random.Random, size: tuple[int, int]) -> tuple[Image.Image, b
     style = rng.choice(("flat", "noise", "stripes", "checks", "gradient"))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     period = rng.randint(6, 24)
-    field = {
-        "flat": lambda: np.zeros((height, width), np.float32),
-        "noise": lambda: noise.normal(0, 5, (height, width)).astype(np.float32),
-        "stripes": lambda: ((x + (y if rng.random() < 0.5 else 0)) // period % 2) * 14 - 7,
-        "checks": lambda: ((x // period + y // period) % 2) * 14 - 7,
-        "gradient": lambda: (x / width + y / height - 1) * 18,
-    }[style]()
+    field = np.zeros((height, width), np.float32)
+    if style == "noise":
+        field = noise.normal(0, 5, (height, width)).astype(np.float32)
+    elif style == "stripes":
+        field = ((x + (y if rng.random() < 0.5 else 0)) // period % 2) * 14 - 7
+    elif style == "checks":
+        field = ((x // period + y // period) % 2) * 14 - 7
+    elif style == "gradient":
+        field = (x / width + y / height - 1) * 18
     pixels = np.clip(base + field[..., None], 0, 255).astype(np.uint8)
     return Image.fromarray(pixels), dark
 

@@ -139,7 +139,7 @@ def test_knobs_that_do_not_apply_are_refused_by_name_or_set_aside(family: Any) -
     name, model, processor = family
     adapter = adapter_for(model, processor)
     point = OperatingPoint("gated", 12, 0.5, 8192, 8)
-    with pytest.raises(UnsupportedModelError, match="fusion: .*no DeepStack taps"):
+    with pytest.raises(UnsupportedModelError, match=r"fusion: .*no DeepStack taps"):
         adapter.require(point)
     kept, reasons = adapter.restrict(point)
     assert kept.downsample == 0.5 and (kept.fusion, kept.layers, kept.adapter_rank) == ("native", 3, 0)

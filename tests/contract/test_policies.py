@@ -118,7 +118,7 @@ def test_the_policies_differ_as_their_names_say() -> None:
 
 def test_the_recipe_makes_policies_that_load(tmp_path: Path) -> None:
     recipe = Path(__file__).resolve().parents[2] / "training" / "policies" / "first_router.py"
-    command = [sys.executable, str(recipe), "--scenes", "24", "--out", str(tmp_path)]
+    command = [sys.executable, str(recipe), "--scenes", "12", "--out", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True)
     for name in SHIPPED:
         policy = Policy.load(tmp_path / name)

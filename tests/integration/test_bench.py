@@ -10,7 +10,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from adaptive_fusion.bench.cost import Workload, build_random, cost_rows, measure_costs
-from adaptive_fusion.bench.quality import ADAPTIVE, CHANCE, KNOB_ROWS, MIXED, SHUFFLED, evaluate, gated, rows_for
+from adaptive_fusion.bench.quality import (
+    ADAPTIVE,
+    CHANCE,
+    KNOB_ROWS,
+    MIXED,
+    SHUFFLED,
+    SUM,
+    TOP,
+    evaluate,
+    gated,
+    rows_for,
+    weighted,
+)
 from adaptive_fusion.bench.scenes import reference_items
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
 from adaptive_fusion.bench.trial import caption_likelihood
@@ -119,7 +131,7 @@ def test_a_random_model_of_a_shape_runs_every_row() -> None:
     assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert all(bool(torch.isfinite(p).all()) and bool(p.any()) for p in model.parameters())
     adapter = adapter_for(model, ShapeProcessor())
-    rows = cost_rows(Policy.load("balanced"))
+    rows = cost_rows(Policy.load("balanced"), [TOP, SUM, gated(), weighted(0.25)])
     found = measure_costs(adapter, rows, Workload(side=256, new_tokens=2), repeats=1)
     assert set(found) == set(rows)
     for name, [measured] in found.items():

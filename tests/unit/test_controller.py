@@ -335,7 +335,7 @@ def test_a_memory_probe_that_lies_gives_the_least_hungry_point() -> None:
 # Faults
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -346,7 +346,7 @@ def test_a_memory_probe_that_lies_gives_the_least_hungry_point() -> None:
             numbers,
             numbers,
         ),
-        max_size=60,
+        max_size=30,
     )
 )
 def test_no_input_leaves_a_state_that_is_not_finite(

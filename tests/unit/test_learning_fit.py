@@ -1,6 +1,5 @@
-"""From labels to a policy folder: right, the same every time, robust against hostile rows, and refused if worse."""
+"""From labels to a policy: as good as the rule behind the labels, calibrated, and no more complex than it pays."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from learning_data import (
     subject,
     write_jsonl,
 )
-from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 
 from adaptive_fusion.calibration import Isotonic
@@ -27,15 +25,13 @@ from adaptive_fusion.errors import ConfigError, PolicyError
 from adaptive_fusion.learning.calibrate import fit_calibration
 from adaptive_fusion.learning.dataset import Dataset, build_dataset
 from adaptive_fusion.learning.evaluate import evaluate_policy, scores
-from adaptive_fusion.learning.fit import fit_policy
-from adaptive_fusion.learning.gate import GateRefused
+from adaptive_fusion.learning.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.labels import label_record
-from adaptive_fusion.learning.train import Trained, train
 from adaptive_fusion.plain import TreeModel
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.router import EstimatorRouter, PlainRouter
 
-RECORDS = 2400
+RECORDS = 1600
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +51,16 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def trained(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train([logs], tmp_path_factory.mktemp("out"), base=base_policy(), n=100)
+def trained(data: Dataset) -> FittedPolicy:
+    return fit_policy(data, base_policy(), n=100)
 
 
 def accuracy(policy: Policy, data: Dataset) -> float:
     return float(np.mean((scores(policy, data) >= 0.5) == data.y))
 
 
-def test_the_router_is_as_good_as_the_rule_behind_the_labels(trained: Trained, fresh: Dataset) -> None:
-    policy = trained.fitted.policy
+def test_the_router_is_as_good_as_the_rule_behind_the_labels(trained: FittedPolicy, fresh: Dataset) -> None:
+    policy = trained.policy
     asked = fresh.columns(["prompt_read"])[:, 0]
     best = np.array([p_hard(row, bool(reads)) for row, reads in zip(fresh.x, asked, strict=True)])
     assert np.mean(np.abs(scores(policy, fresh) - best)) < 0.03
@@ -72,16 +68,15 @@ def test_the_router_is_as_good_as_the_rule_behind_the_labels(trained: Trained, f
     report = evaluate_policy(policy, fresh, n=100)
     assert report.figures["kept"].mean > 0.98 - 0.005 and report.figures["cost_share"].mean < 0.85
     assert report.figures["calibration_error"].mean < 0.04
-    assert trained.fitted.report["test"]["figures"]["apgr"]["mean"] == pytest.approx(
-        report.figures["apgr"].mean, abs=0.03
-    )
+    said = trained.report["test"]["figures"]["apgr"]
+    assert said["low"] <= report.figures["apgr"].mean <= said["high"]
 
 
-def test_what_the_question_adds_is_found_and_used(trained: Trained) -> None:
-    gain = trained.fitted.report["prompt_features"]
+def test_what_the_question_adds_is_found_and_used(trained: FittedPolicy) -> None:
+    gain = trained.report["prompt_features"]
     assert gain["with"]["log_loss"] < gain["without"]["log_loss"] - 0.1
-    assert gain["with"]["apgr"] > gain["without"]["apgr"] + 0.04
-    assert "prompt_read" in trained.fitted.policy.router.inputs.names
+    assert gain["with"]["apgr"] > gain["without"]["apgr"] + 0.02
+    assert "prompt_read" in trained.policy.router.inputs.names
 
 
 def test_the_question_is_left_out_where_it_says_nothing(tmp_path: Path) -> None:
@@ -93,43 +88,10 @@ def test_the_question_is_left_out_where_it_says_nothing(tmp_path: Path) -> None:
     assert not fitted.policy.router.inputs.reads_prompt and fitted.report["prompt_features"]
 
 
-def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path, tmp_path: Path) -> None:
-    lines = logs.read_text().splitlines(keepends=True)
-    (tmp_path / "labels.jsonl").write_text("".join(lines[::-1]))
-    again = train([tmp_path / "labels.jsonl"], tmp_path / "out", base=base_policy(), n=100, jobs=1).folder
-    names = sorted(path.name for path in trained.folder.iterdir())
-    assert (
-        names
-        == sorted(path.name for path in again.iterdir())
-        == [
-            "README.md",
-            "policy.toml",
-            "report.json",
-            "router.json",
-        ]
-    )
-    for name in names:
-        assert (again / name).read_bytes() == (trained.folder / name).read_bytes(), name
-    other = train(
-        [logs], tmp_path / "seed", base=base_policy(), n=100, seed=1, estimators=("logistic",)
-    ).folder
-    assert (other / "router.json").read_bytes() != (trained.folder / "router.json").read_bytes()
-
-
-def test_the_folder_loads_and_its_card_has_figures_data_slices_and_limits(trained: Trained) -> None:
-    policy = Policy.load(trained.folder)
-    assert policy == trained.fitted.policy
-    report = json.loads((trained.folder / "report.json").read_text())
-    card = (trained.folder / "README.md").read_text()
-    apgr = report["test"]["figures"]["apgr"]
-    assert f"| APGR | {apgr['mean']:.4f} | {apgr['low']:.4f} to {apgr['high']:.4f} |" in card
-    assert report["data"]["sha256"] in card and "| scene | " in card and "## Limits" in card
-    assert "adaptive-fusion train labels.jsonl --objective quality" in card
-    assert report["gate"]["accepted"] is True
-
-
-def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(trained: Trained, data: Dataset) -> None:
-    policy = trained.fitted.policy
+def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(
+    trained: FittedPolicy, data: Dataset
+) -> None:
+    policy = trained.policy
     rows = data.split("train", 0)
     kept = 1 - (data.reference - data.quality[:, RUNGS.index(CHEAP)])
     goes = scores(policy, data) >= policy.threshold
@@ -138,21 +100,21 @@ def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(trained: Traine
     strong, middle, last = policy.lanes["gated"]
     assert (strong.quality, last.quality) == pytest.approx((1.0, kept[rows & goes].mean()))
     assert strong.quality > middle.quality > last.quality
-    bins = trained.fitted.report["expected_quality"]
+    bins = trained.report["expected_quality"]
     falling = bins["rungs"][CHEAP]
     assert len(bins["edges"]) == 3 and falling == sorted(falling, reverse=True)
     assert sum(bins["rows"]) == rows.sum()
 
 
-def test_the_objective_cost_is_cheaper_and_quality_more_careful(data: Dataset, trained: Trained) -> None:
+def test_the_objective_cost_is_cheaper_and_quality_more_careful(data: Dataset, trained: FittedPolicy) -> None:
     cost = fit_policy(data, base_policy(), objective="cost", estimators=("logistic",), n=100)
     share = {
         name: report["threshold"]["share"]["mean"]
-        for name, report in (("cost", cost.report), ("quality", trained.fitted.report))
+        for name, report in (("cost", cost.report), ("quality", trained.report))
     }
     assert share["cost"] < share["quality"]
     assert cost.report["threshold"]["quality"]["mean"] >= 0.98
-    assert trained.fitted.report["threshold"]["quality"]["low"] >= 0.98
+    assert trained.report["threshold"]["quality"]["low"] >= 0.98
 
 
 def test_boosted_trees_win_where_a_line_cannot(tmp_path: Path) -> None:
@@ -245,79 +207,6 @@ def test_isotonic_calibration_is_taken_only_where_a_line_is_wrong(data: Dataset)
     assert fit_calibration(-raw, straight).batch(np.array([-3.0, 3.0])) == pytest.approx([0.5, 0.5], abs=0.05)
 
 
-def hostile(share: float, source: str, *, ids: int, extreme: bool) -> list[dict[str, Any]]:
-    """Labels that say the opposite of the truth, with features that pull hardest."""
-    rng = np.random.default_rng(9)
-    out = []
-    for i in range(round(RECORDS * share / (1 - share))):
-        row = rng.normal(size=4) * (1000 if extreme else 1.5)
-        hard = p_hard(row / (1000 if extreme else 1), True) > 0.5
-        quality = {CHEAP: 1.0 if hard else 0.0, STRONG: 1.0}
-        known = subject(row, 10**7 + i, reads=True)
-        out.append(
-            label_record(
-                known, source, quality=quality, reference_quality=1.0, cost=COSTS, source_id=f"u{i % ids}"
-            )
-        )
-    return out
-
-
-@pytest.mark.parametrize("source", ["feedback", "oracle"])
-@pytest.mark.parametrize("extreme", [True, False], ids=["extreme", "plausible"])
-@pytest.mark.parametrize("ids", [1, 40])
-def test_five_percent_hostile_rows_are_refused_or_cost_less_than_two_points(
-    source: str, extreme: bool, ids: int, trained: Trained, fresh: Dataset, tmp_path: Path
-) -> None:
-    poisoned = oracle_labels(RECORDS, 1) + hostile(0.05, source, ids=ids, extreme=extreme)
-    path = write_jsonl(tmp_path / "l.jsonl", poisoned)
-    clean = accuracy(trained.fitted.policy, fresh)
-    try:
-        found = train([path], tmp_path / "out", base=trained.fitted.policy, estimators=("logistic",), n=50)
-    except GateRefused:
-        assert not (tmp_path / "out").exists()
-        return
-    assert accuracy(found.fitted.policy, fresh) > clean - 0.02
-
-
-def test_the_hostile_rows_do_harm_where_nothing_defends(
-    data: Dataset, fresh: Dataset, tmp_path: Path
-) -> None:
-    path = write_jsonl(
-        tmp_path / "l.jsonl", oracle_labels(RECORDS, 1) + hostile(0.05, "oracle", ids=1, extreme=True)
-    )
-    poisoned = build_dataset([path], cheap=CHEAP, rungs=RUNGS)
-    naive = LogisticRegression().fit(poisoned.x[:, :4], poisoned.y)
-    honest = LogisticRegression().fit(data.x[:, :4], data.y)
-    assert naive.score(fresh.x[:, :4], fresh.y) < honest.score(fresh.x[:, :4], fresh.y) - 0.2
-
-
-def test_a_worse_candidate_is_refused_with_the_figures_unless_forced(
-    trained: Trained, tmp_path: Path
-) -> None:
-    records = oracle_labels(600, 4)
-    rng = np.random.default_rng(0)
-    for record in records:  # features that say nothing: the candidate can only guess
-        record["features"] = {name: float(rng.normal()) for name in record["features"]}
-        record["prompt_features"] = {}
-    honest = oracle_labels(600, 5)
-    path = write_jsonl(tmp_path / "l.jsonl", [{**r, "source": "feedback"} for r in records] + honest[:300])
-    out = tmp_path / "out"
-    common = {"base": base_policy(), "incumbent": trained.folder, "estimators": (_Guess(),), "n": 50}
-    with pytest.raises(GateRefused, match=r"worse than trained: apgr_difference is -0\.\d+ \(95 % interval"):
-        train([path], out, **common)
-    assert not out.exists()
-    forced = train([path], out, force=True, **common)
-    assert not forced.verdict.accepted and "REFUSED, written by force" in (out / "README.md").read_text()
-
-
-class _Guess:
-    def fit(self, X: Any, y: Any) -> None: ...
-
-    def predict_proba(self, X: Any) -> Any:
-        p = np.abs(np.sin(1e4 * X[:, 0]))
-        return np.stack([1 - p, p], axis=1)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -329,6 +218,16 @@ class _Guess:
 def test_wrong_options_are_named(data: Dataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fit_policy(data, base_policy(), n=10, **{"estimators": ("logistic",), **options})
+
+
+def test_features_can_be_left_out(data: Dataset) -> None:
+    fitted = fit_policy(
+        data, base_policy(), estimators=("logistic",), leave_out=("edge_density", "prompt_read"), n=10
+    )
+    assert {"grey_entropy"} < set(fitted.policy.router.inputs.names)
+    assert not {"edge_density", "prompt_read"} & set(fitted.policy.router.inputs.names)
+    with pytest.raises(ConfigError, match="'size'"):
+        fit_policy(data, base_policy(), leave_out=("size",))
 
 
 def test_too_few_labels_of_a_class_are_refused_with_the_numbers(data: Dataset) -> None:

@@ -1,12 +1,20 @@
 """Off-policy estimates against the truth of a simulation in which plain averaging is wrong."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from learning_data import CHEAP, RUNGS, base_policy, subject, write_jsonl
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.offpolicy import estimate, reward_model
+from adaptive_fusion.learning.dataset import build_dataset
+from adaptive_fusion.learning.labels import shadow_record
+from adaptive_fusion.learning.offpolicy import estimate, off_policy, reward_model
+from adaptive_fusion.plain import LinearModel
+from adaptive_fusion.router import Inputs, PlainRouter
 
 ACTIONS = 3
 
@@ -66,6 +74,23 @@ def test_the_value_of_another_policy_is_found_where_averaging_is_wrong(
         assert value.effective_samples < value.decisions == n
     assert abs(np.mean([value.ips.mean for value in found]) - truth) < 0.02
     assert sum(value.doubly_robust.low <= truth <= value.doubly_robust.high for value in found) >= runs - 1
+
+
+def test_a_policys_value_is_read_from_the_logs_of_another(truth: float, tmp_path: Path) -> None:
+    x, action, p, reward = logged(4000, 7, None)
+    records = []
+    for i, row in enumerate(x):
+        known, name = subject(row, i), RUNGS[action[i]]
+        hashes = {"content_hash": known.content_hash, "kind": "image", "features": dict(known.features)}
+        records.append({"schema": 1, "request_id": str(i), "rung": name, "propensity": p[i], **hashes})
+        records.append(shadow_record(str(i), {name: reward[i]}))
+    data = build_dataset([write_jsonl(tmp_path / "log.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    router = PlainRouter(Inputs(("edge_density",)), LinearModel((50.0,), (0.0,), 25.0))
+    value = off_policy(replace(base_policy(), router=router), data, n=100)
+    assert value.decisions == 4000 and value.logged.mean == pytest.approx(reward.mean())
+    assert abs(value.doubly_robust.mean - truth) < 0.02 and abs(value.logged.mean - truth) > 0.05
+    with pytest.raises(ConfigError, match="no logged decision"):
+        off_policy(base_policy(), replace(data, propensity=np.full(len(data), np.nan)))
 
 
 def test_doubly_robust_survives_a_wrong_model_or_wrong_propensities(truth: float) -> None:

@@ -240,7 +240,7 @@ the question is not read yet.
   counts.
 - Human complexity stands in for the quality that the cheap lane loses; a plain image with one line of small
   print looks simple and is not.
-- Fitted on images with sides of at most 640 pixels and synthetic screens of 256 to 1,024.
+- Fitted on photographs and graphics with sides of at most 640 pixels and screens of 256 to 1,024.
 
 ## Command
 
