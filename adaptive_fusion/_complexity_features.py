@@ -163,9 +163,7 @@ def _thin_pil(image: Image.Image, width: int, height: int) -> Bytes:
 
 def _thin_array(array: np.ndarray[Any, np.dtype[Any]], width: int, height: int) -> Bytes:
     if array.dtype == np.uint8 and array.flags.c_contiguous and width != array.shape[1]:
-        small = cv2.resize(
-            array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT
-        )  # as Pillow's NEAREST
+        small = cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)  # as Pillow's NEAREST
     else:
         small = array[_nearest(array.shape[0], height)]
         small = small if width == array.shape[1] else small[:, _nearest(array.shape[1], width)]

@@ -107,9 +107,7 @@ class Controller:
         self._ttft, self._latency = Drift(), Drift()
         self._memory = math.log(number(memory_margin, 1.0, 4.0))
         self._memory_ceiling, self._time_ceiling = Ceiling(), Ceiling()
-        self._counts = dict.fromkeys(
-            ("decisions", "infeasible", "refused", "updates", "misses", "ooms", "ignored"), 0
-        )
+        self._counts = dict.fromkeys(("decisions", "infeasible", "refused", "updates", "misses", "ooms", "ignored"), 0)
 
     def choose(
         self,
@@ -198,9 +196,7 @@ class Controller:
                             tightest, margin = expected / left if left else 1.0, factor
                             reason = f"best quality that fits: {name} {expected:.0f} <= {left:.0f} ms"
                 if not why:
-                    return Choice(
-                        candidate, True, margin, reason, tuple(rejected), budget, elapsed_ms, now, limited
-                    )
+                    return Choice(candidate, True, margin, reason, tuple(rejected), budget, elapsed_ms, now, limited)
                 rejected.append(Rejected(point, why, candidate.predicted))
             counts["infeasible"] += 1
             fallback = self._cheapest(candidates, usable, memory_left / envelope)
@@ -231,9 +227,7 @@ class Controller:
         rows = [(total, candidates[index]) for _, total, index, _ in usable]
         fitting = [row for row in rows if row[1].predicted.peak_memory_gb < memory_left]
         if fitting:
-            return min(fitting, key=lambda row: row[0] * math.exp(self._latency.points.get(row[1].key, 0.0)))[
-                1
-            ]
+            return min(fitting, key=lambda row: row[0] * math.exp(self._latency.points.get(row[1].key, 0.0)))[1]
         return min(rows, key=lambda row: (row[1].predicted.peak_memory_gb, row[0]))[1]
 
     def update(
@@ -352,9 +346,7 @@ class Controller:
             }
 
     @classmethod
-    def from_state(
-        cls, state: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic
-    ) -> "Controller":
+    def from_state(cls, state: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> "Controller":
         """A controller that goes on where `state` was taken.
 
         Raises:

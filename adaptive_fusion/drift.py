@@ -55,9 +55,7 @@ class Drift:
             found = self.margins[attainment] = _MARGIN_START
         return found
 
-    def learn(
-        self, key: str, log_ratio: float, level: float, signal: float | None, *, censored: bool = False
-    ) -> None:
+    def learn(self, key: str, log_ratio: float, level: float, signal: float | None, *, censored: bool = False) -> None:
         """Take in one request: `signal` moves the margin of its own level; None stands for the quantile
         rule.
         """

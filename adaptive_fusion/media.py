@@ -114,9 +114,7 @@ def load_media(source: MediaSource, *, limits: Limits = DEFAULT) -> Media:
             return to_rgb(image)
 
 
-def open_image(
-    source: str | os.PathLike[str] | bytes | Image.Image, *, limits: Limits = DEFAULT
-) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes | Image.Image, *, limits: Limits = DEFAULT) -> Image.Image:
     """Open an image, header checked but not decoded, for callers that need only a thumbnail.
 
     A JPEG can then be decoded at 1/2, 1/4 or 1/8 (`image.draft("RGB", size)`); finish with `to_rgb`, after
@@ -132,9 +130,7 @@ def open_image(
     file = _open_source(source)
     form = _checked_format(file, limits)
     if form in _DEMUXERS:
-        raise MediaError(
-            f"{file.name} is a video ({form}); an image is needed: PNG, JPEG, WebP, GIF, BMP or TIFF"
-        )
+        raise MediaError(f"{file.name} is a video ({form}); an image is needed: PNG, JPEG, WebP, GIF, BMP or TIFF")
     with decoding(file.name):
         # Given a path, Pillow owns the file and closes it once decoded.
         opened = file.data if isinstance(file.data, Path) else BytesIO(file.data)
@@ -185,9 +181,7 @@ def _open_source(source: object) -> _File:
         )
     text = os.fspath(source)
     if not isinstance(text, str) or _URL.match(text):
-        raise MediaError(
-            f"{str(text)[:80]!r} is not a local path and URLs are never fetched; give a path or bytes"
-        )
+        raise MediaError(f"{str(text)[:80]!r} is not a local path and URLs are never fetched; give a path or bytes")
     path = Path(text)
     name = repr(path.name[-80:])
     try:
@@ -281,9 +275,7 @@ def _steps(width: int, height: int, side: int) -> tuple[int, int]:
 def _thin(array: Array, side: int) -> tuple[bytes, ...]:
     """Mode, dtype, shape and pixels of (H, W[, C]) or (T, H, W, C), thinned to the middle of every step."""
     if array.ndim not in (2, 3, 4) or array.size == 0 or array.dtype.kind not in "bufi":
-        raise MediaError(
-            f"array of dtype {array.dtype} and shape {array.shape} is neither an image nor a clip"
-        )
+        raise MediaError(f"array of dtype {array.dtype} and shape {array.shape} is neither an image nor a clip")
     axis = 1 if array.ndim == 4 else 0
     height, width = array.shape[axis : axis + 2]
     across, down = _steps(width, height, side)

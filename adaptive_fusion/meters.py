@@ -79,9 +79,7 @@ class CudaMeter:
         """See `Meter`. What was measured but does not fit into the headroom is 0, not unknown."""
         try:
             free = float(self.probe.mem_get_info(self.device)[0])
-            cached = float(self.probe.memory_reserved(self.device)) - float(
-                self.probe.memory_allocated(self.device)
-            )
+            cached = float(self.probe.memory_reserved(self.device)) - float(self.probe.memory_allocated(self.device))
             lost = float(self.probe.memory_stats(self.device).get("inactive_split_bytes.all.current", 0))
         except Exception:
             self.failures += 1

@@ -36,9 +36,7 @@ _ROUNDS = 25
 Sample = tuple[OperatingPoint, Work, Measurement]
 
 
-def fit_profile(
-    samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key: Mapping[str, str]
-) -> Profile:
+def fit_profile(samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key: Mapping[str, str]) -> Profile:
     """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be
@@ -89,9 +87,7 @@ def _median_error(ratios: Sequence[float]) -> float:
     return median(abs(ratio - 1.0) for ratio in ratios)
 
 
-def _fit(
-    stage: str, samples: Sequence[tuple[tuple[float, ...], float]]
-) -> tuple[tuple[float, ...], list[float]]:
+def _fit(stage: str, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[tuple[float, ...], list[float]]:
     """Non-negative coefficients of least absolute log error, and measured / predicted of every usable sample.
 
     Iteratively reweighted least squares: the absolute log error, unlike the squared relative one, neither

@@ -45,17 +45,11 @@ class Video:
     def __post_init__(self) -> None:
         frames, times = self.frames, self.timestamps_s
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or min(frames.shape) < 1:
-            raise MediaError(
-                f"clip frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3)"
-            )
+            raise MediaError(f"clip frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3)")
         if len(frames) < 2 or len(times) != len(frames):
-            raise MediaError(
-                f"a clip needs T >= 2 frames and T timestamps, got {len(frames)} and {len(times)}"
-            )
+            raise MediaError(f"a clip needs T >= 2 frames and T timestamps, got {len(frames)} and {len(times)}")
         if times[0] < 0 or not all(a <= b < math.inf for a, b in pairwise(times)):
-            raise MediaError(
-                f"clip timestamps must be finite, at least 0 and not decreasing, got {times[:8]}"
-            )
+            raise MediaError(f"clip timestamps must be finite, at least 0 and not decreasing, got {times[:8]}")
         if not 0 < self.duration_s < math.inf or self.total_frames < len(frames):
             raise MediaError(
                 f"a clip needs a finite duration above 0 and total_frames >= T, "
@@ -123,9 +117,7 @@ def from_frames(name: str, frames: Array | Sequence[Any], limits: Limits) -> Vid
             return picture
         pictures.append(_shrink(picture, fit(*picture.size, limits.max_side)))
     if len(sizes := {p.size for p in pictures}) > 1:
-        raise MediaError(
-            f"{name} has frames of {len(sizes)} sizes, such as {sorted(sizes)[:2]}; a clip has one size"
-        )
+        raise MediaError(f"{name} has frames of {len(sizes)} sizes, such as {sorted(sizes)[:2]}; a clip has one size")
     times = tuple(i / limits.video_fps for i in chosen)
     return Video(_stack(pictures), times, total / limits.video_fps, total)
 
@@ -151,9 +143,7 @@ def from_animation(name: str, image: Image.Image, limits: Limits) -> Video | Ima
             )
         image.load()
         if count % stride == 0:
-            kept.append(
-                (time_s, _shrink(to_rgb(image), fit(*size, limits.max_side)) if count else to_rgb(image))
-            )
+            kept.append((time_s, _shrink(to_rgb(image), fit(*size, limits.max_side)) if count else to_rgb(image)))
         if len(kept) > 2 * limits.max_frames:
             kept, stride = kept[::2], stride * 2
         shown_s = float(image.info.get("duration", 0)) / 1000

@@ -59,8 +59,7 @@ LADDER = (
     ("weighted", 0.25, 0.10, 0.500, 0.920, 0.03),
 )
 POINTS = tuple(
-    OperatingPoint(fusion, 3, down, None if share == 1.0 else int(share * 2**20))
-    for fusion, down, share, *_ in LADDER
+    OperatingPoint(fusion, 3, down, None if share == 1.0 else int(share * 2**20)) for fusion, down, share, *_ in LADDER
 )
 QUALITY = np.array([[row[3] for row in LADDER], [row[4] for row in LADDER]])
 BIAS = np.array([row[5] for row in LADDER])
@@ -261,9 +260,7 @@ class Aimd(Share):
         self.increase = 0.7 * (1 - decrease) * (1 - attainment) / attainment
 
     def adapt(self, used: float) -> None:
-        self.share = (
-            max(0.05, self.share * self.decrease) if used > 1 else min(1.5, self.share + self.increase)
-        )
+        self.share = max(0.05, self.share * self.decrease) if used > 1 else min(1.5, self.share + self.increase)
 
 
 class Pid(Share):
@@ -275,9 +272,7 @@ class Pid(Share):
             from simple_pid import PID
         except ModuleNotFoundError:
             raise SystemExit("the pid row needs simple-pid: pip install simple-pid") from None
-        self.pid = PID(
-            *gains, setpoint=setpoint, sample_time=None, output_limits=(0.05, 1.5), starting_output=0.7
-        )
+        self.pid = PID(*gains, setpoint=setpoint, sample_time=None, output_limits=(0.05, 1.5), starting_output=0.7)
 
     def adapt(self, used: float) -> None:
         self.share = self.pid(used, dt=1.0)
@@ -364,9 +359,7 @@ def best_static(trace: Trace, attainment: float) -> Outcome:
 
 def feasible(trace: Trace) -> NDArray[np.bool_]:
     """Would the cheapest point have met the deadline, and fitted in memory?"""
-    return (trace.times[:, CHEAPEST] + trace.elapsed <= DEADLINE_MS) & (
-        trace.memory[:, CHEAPEST] <= trace.free
-    )
+    return (trace.times[:, CHEAPEST] + trace.elapsed <= DEADLINE_MS) & (trace.memory[:, CHEAPEST] <= trace.free)
 
 
 def score(trace: Trace, outcome: Outcome, usual: "Outcome | None" = None) -> dict[str, float]:
@@ -426,8 +419,7 @@ def compare(trace: Trace, attainment: float, setpoint: float) -> dict[str, dict[
         "oracle": best,
     }
     return {
-        name: {**score(trace, outcome, best), "decision_us": outcome.decision_us}
-        for name, outcome in outcomes.items()
+        name: {**score(trace, outcome, best), "decision_us": outcome.decision_us} for name, outcome in outcomes.items()
     }
 
 
@@ -485,9 +477,7 @@ def plot(results: dict[str, dict[str, dict[str, float]]], attainment: float, pat
     figure, axes = pyplot.subplots(1, len(results), figsize=(3.2 * len(results), 3.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
         for row, values in rows.items():
-            axis.scatter(
-                values["attainment"], values["quality"], label=row, marker="*" if row == "ours" else "o"
-            )
+            axis.scatter(values["attainment"], values["quality"], label=row, marker="*" if row == "ours" else "o")
         axis.axvline(attainment, linestyle=":", color="grey")
         axis.set(title=name, xlabel="attainment")
     axes[0][0].set_ylabel("mean quality")
@@ -547,9 +537,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row, values in rows.items():
             cells = (f"{values[c]:12.4f}" if c in values else " " * 12 for c in columns)
             print(f"{name:11}{row:12}" + "".join(cells))
-    print(
-        f"{sum(len(t.load) for t in traces)} requests a row in {seconds:.1f} s; target {options.attainment}"
-    )
+    print(f"{sum(len(t.load) for t in traces)} requests a row in {seconds:.1f} s; target {options.attainment}")
     print("must hold: " + ("; ".join(failed) or "all of it holds"))
     return 0
 

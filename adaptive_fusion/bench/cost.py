@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from adaptive_fusion.bench.quality import NATIVE
-from adaptive_fusion.bench.quality import ROWS as QUALITY_ROWS
+from adaptive_fusion.bench.answers import NATIVE
+from adaptive_fusion.bench.answers import ROWS as QUALITY_ROWS
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, shape
 from adaptive_fusion.bench.trial import run_request
 from adaptive_fusion.decisions import Measurement

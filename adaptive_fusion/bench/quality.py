@@ -1,23 +1,17 @@
-"""What each operating point is worth and what it takes: answers, scores and times of every row on every
-question.
+"""What each operating point is worth and what it takes: scores and times of every row, per slice, with intervals.
 
-Knows adapters, questions and metrics. Must not know how a table is drawn. No figure here is anything but
-measured.
+Knows answers and metrics. Must not know how a table is drawn. No figure here is anything but measured.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_fusion.bench.answers import ADAPTIVE, NATIVE, RATIOS, Answer, Decide, answer_all, gated, native, weighted
 from adaptive_fusion.bench.scenes import Item
-from adaptive_fusion.bench.trial import caption_likelihood, run_request
-from adaptive_fusion.chat import ChatRequest, build_request
-from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.cider import cider_d
@@ -32,52 +26,13 @@ from adaptive_fusion.learning.metrics import (
     matching_accuracy,
     tokenize,
 )
-from adaptive_fusion.meters import meter_for
 from adaptive_fusion.models import Adapter
-from adaptive_fusion.point import OperatingPoint
 
 FloatArray = npt.NDArray[np.float64]
-Decide = Callable[[Any, str], Decision]
 
-NATIVE, ADAPTIVE, SHUFFLED, CHANCE, MIXED = "native@1", "adaptive", "shuffled", "chance", "mixed"
 DRAWS = 1000
-RATIOS = (1.0, 0.5, 0.25)
 STAGES = ("preprocess_ms", "encode_ms", "prefill_ms", "decode_ms", "ttft_ms", "latency_ms")
-
-
-def gated(ratio: float = 1.0) -> Rung:
-    """`gated` at its fullest: 12 levels, adapters of rank 8."""
-    return Rung(OperatingPoint("gated", 12, ratio, adapter_rank=8))
-
-
-def weighted(ratio: float = 1.0) -> Rung:
-    """`weighted` at its usual size: 6 levels, adapters of rank 4."""
-    return Rung(OperatingPoint("weighted", 6, ratio, adapter_rank=4))
-
-
-def native(ratio: float = 1.0) -> Rung:
-    """The model's own taps."""
-    return Rung(OperatingPoint(downsample=ratio))
-
-
-TOP, SUM = Rung(OperatingPoint("top")), Rung(OperatingPoint("sum", 12))
-ROWS = (*(kind(ratio) for ratio in RATIOS for kind in (native, gated, weighted)), TOP, SUM)
-KNOB_ROWS = (*map(native, RATIOS), TOP)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one row made of one question; `measurement` is None where no request ran (shuffled, chance)."""
-
-    text: str
-    likelihoods: tuple[float, ...] = ()
-    token_accuracy: float | None = None
-    measurement: Measurement | None = None
-
-
-def rows_for(adapter: Adapter, rungs: Sequence[Rung]) -> dict[str, Rung]:
-    """Native and those of `rungs` that this model can run as they are, by name, each once."""
-    return {rung.name: rung for rung in (native(), *rungs) if not adapter.restrict(rung.point)[1]}
+MIXED = "mixed"
 
 
 def evaluate(
@@ -106,106 +61,6 @@ def evaluate(
         "pareto_slice": everything,
         "pareto": pareto_front(tables[everything]),
     }
-
-
-def answer_all(
-    adapter: Adapter,
-    items: Sequence[Item],
-    rows: Mapping[str, Rung],
-    decide: Decide | None = None,
-    *,
-    max_new_tokens: int = 160,
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, list[Answer]]:
-    """Every row's answer to every item, plus `shuffled` and `chance`.
-
-    Rows take turns on each item, in an order that rotates, so that a slow minute of the machine falls on all
-    of them. Each (item, row) is encoded once. `shuffled` scores native's answers (and captions) on another
-    image of the same slice; `chance` is that other image's own right answer.
-
-    Args:
-        decide: Gives the decision for a medium and a prompt; adds the row `adaptive`, its time included.
-        advance: Called after each (item, row).
-    """
-    names = [*rows, *([ADAPTIVE] if decide else [])]
-    meter = meter_for(str(adapter.model.device))
-    partners = _partners(items)
-    answers: dict[str, dict[int, Answer]] = {name: {} for name in names}
-    shuffled: dict[int, Answer] = {}
-    _warm_up(adapter, items[0], rows, meter)
-    for index, item in enumerate(items):
-        request = build_request(item.media, item.prompt)
-        turn = index % len(names)
-        for name in (*names[turn:], *names[:turn]):
-            other = items[partners[index]] if name == NATIVE else None
-            answer, swapped = _answer(adapter, request, item, rows.get(name), decide, meter, max_new_tokens, other)
-            answers[name][index] = answer
-            if swapped is not None:
-                shuffled[partners[index]] = swapped
-            advance()
-    result = {name: [answers[name][i] for i in range(len(items))] for name in names}
-    if shuffled:
-        result[SHUFFLED] = [shuffled[i] for i in range(len(items))]
-    back = {partner: index for index, partner in enumerate(partners)}
-    result[CHANCE] = [Answer(items[back[i]].references[0]) for i in range(len(items))]
-    return result
-
-
-def _partners(items: Sequence[Item]) -> list[int]:
-    """For each item the next one of its slice, the last one's being the first."""
-    members: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        members.setdefault(item.slice, []).append(index)
-    partners = [0] * len(items)
-    for group in members.values():
-        for here, there in zip(group, (*group[1:], group[0]), strict=True):
-            partners[here] = there
-    return partners
-
-
-def _warm_up(adapter: Adapter, item: Item, rows: Mapping[str, Rung], meter: Any) -> None:
-    """Everything once, so that no row pays for building its fusion module or for first calls."""
-    request = build_request(item.media, item.prompt)
-    for rung in rows.values():
-        point = _resolved(adapter, request, rung)
-        run_request(adapter, partial(adapter.prepare, request.messages, point), point, meter, max_new_tokens=2)
-
-
-def _resolved(adapter: Adapter, request: ChatRequest, rung: Rung) -> OperatingPoint:
-    return rung.resolve(max(adapter.native_pixels(size) for size in request.sizes))
-
-
-def _answer(
-    adapter: Adapter,
-    request: ChatRequest,
-    item: Item,
-    rung: Rung | None,
-    decide: Decide | None,
-    meter: Any,
-    most: int,
-    other: Item | None,
-) -> tuple[Answer, Answer | None]:
-    """One row's answer to `item`; with `other`, what the same image makes of that item's captions as well."""
-    earlier = 0.0
-    if rung is not None:
-        point = _resolved(adapter, request, rung)
-    else:
-        assert decide is not None  # rows without a rung are the adaptive one
-        began = time.perf_counter()
-        point = decide(request.media[0], item.prompt).point
-        earlier = (time.perf_counter() - began) * 1e3
-    prepare = partial(adapter.prepare, request.messages, point)
-    outcome = run_request(adapter, prepare, point, meter, max_new_tokens=most, earlier_ms=earlier)
-    text = adapter.processor.tokenizer.decode(outcome.tokens, skip_special_tokens=True).strip()
-    likely, right = caption_likelihood(adapter, outcome.encoded, (item.references[0], *item.negatives))
-    answer = Answer(text, tuple(likely), right[0], outcome.measurement)
-    if other is None:
-        return answer, None
-    likely, right = caption_likelihood(adapter, outcome.encoded, (other.references[0], *other.negatives))
-    return answer, Answer(text, tuple(likely), right[0])
-
-
-# Scores
 
 
 @dataclass(frozen=True)
@@ -259,9 +114,6 @@ def _matched(item: Item, likelihoods: Sequence[float]) -> float | None:
 
 def _column(values: Any) -> FloatArray:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-# Tables
 
 
 def summarise(

@@ -57,8 +57,9 @@ def quality(
         if (data is None) != (captions is None):
             raise ConfigError("--data and --captions belong together; got only one of them")
         from adaptive_fusion.bench import report
+        from adaptive_fusion.bench.answers import KNOB_ROWS, ROWS, rows_for
         from adaptive_fusion.bench.folder import folder_items
-        from adaptive_fusion.bench.quality import KNOB_ROWS, ROWS, evaluate, rows_for
+        from adaptive_fusion.bench.quality import evaluate
         from adaptive_fusion.bench.scenes import reference_items
         from adaptive_fusion.commands.session import open_runner
 

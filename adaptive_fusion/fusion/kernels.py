@@ -31,13 +31,9 @@ def check_packed(levels: Sequence[Tensor], lengths: Sequence[int]) -> None:
     shapes = {(tuple(level.shape), level.dtype, level.device) for level in levels}
     if len(shapes) > 1 or levels[0].ndim != 2 or not levels[0].is_floating_point():
         found = sorted(f"{list(level.shape)} {level.dtype} on {level.device}" for level in levels)
-        raise ConfigError(
-            f"levels are {found}; expected floating [patches, width] tensors of one shape, dtype, device"
-        )
+        raise ConfigError(f"levels are {found}; expected floating [patches, width] tensors of one shape, dtype, device")
     if any(length < 1 for length in lengths) or sum(lengths) != levels[0].shape[0]:
-        raise ConfigError(
-            f"lengths {list(lengths)} do not add up, each at least 1, to {levels[0].shape[0]} patches"
-        )
+        raise ConfigError(f"lengths {list(lengths)} do not add up, each at least 1, to {levels[0].shape[0]} patches")
 
 
 def weighted_sum(levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -101,9 +97,7 @@ class CompiledSum:
     def __init__(self, max_shapes: int = 8, backend: str | Callable[..., Any] = "inductor") -> None:
         limit = torch._dynamo.config.recompile_limit
         if not 1 <= max_shapes <= limit:
-            raise ConfigError(
-                f"max_shapes is {max_shapes!r}; expected 1 to {limit} (torch's own limit of recompiles)"
-            )
+            raise ConfigError(f"max_shapes is {max_shapes!r}; expected 1 to {limit} (torch's own limit of recompiles)")
         self.max_shapes = max_shapes
         self.kinds: set[tuple[Any, ...]] = set()
         self._run = torch.compile(_plain_sum, dynamic=True, backend=backend)
@@ -132,9 +126,7 @@ def _plain_sum(levels: list[Tensor], rows: Tensor) -> Tensor:
 def _weight_rows(weights: Tensor, levels: int, images: int) -> Tensor:
     rows = weights[None] if weights.ndim == 1 else weights
     if rows.ndim != 2 or rows.shape[1] != levels or rows.shape[0] not in (1, images):
-        raise ConfigError(
-            f"weights are {list(weights.shape)}; expected [{levels}] or [{images}, {levels}] (per image)"
-        )
+        raise ConfigError(f"weights are {list(weights.shape)}; expected [{levels}] or [{images}, {levels}] (per image)")
     return rows if rows.dtype == torch.float64 else rows.float()
 
 

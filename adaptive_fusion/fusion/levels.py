@@ -43,9 +43,7 @@ def select_levels(depth: int, taps: Sequence[int], layers: int) -> tuple[int, ..
     while len(chosen) < min(layers, depth):
         open_lower = [i for i in lower_half if i not in chosen]
         lacks_lower = needs_lower and len(lower_half) - len(open_lower) < LOWER_QUOTA
-        candidates = (
-            open_lower if lacks_lower and open_lower else [i for i in range(depth) if i not in chosen]
-        )
+        candidates = open_lower if lacks_lower and open_lower else [i for i in range(depth) if i not in chosen]
         anchors = (-1, depth, *chosen)
         chosen.add(max(candidates, key=lambda i: (sorted(abs(i - a) for a in anchors), -i)))
     return tuple(sorted(chosen))

@@ -188,9 +188,7 @@ class DeepStackFusion(nn.Module):
     def _check(self, features: Sequence[Tensor], lengths: Sequence[int]) -> None:
         check_packed(features, lengths)
         if features[0].shape[1] != self.spec.d_vision:
-            raise ConfigError(
-                f"levels are {features[0].shape[1]} wide; expected d_vision {self.spec.d_vision}"
-            )
+            raise ConfigError(f"levels are {features[0].shape[1]} wide; expected d_vision {self.spec.d_vision}")
 
 
 def apply_gate(tokens: Tensor, gate: Tensor | float, lengths: Sequence[int]) -> Tensor:
@@ -203,9 +201,7 @@ def apply_gate(tokens: Tensor, gate: Tensor | float, lengths: Sequence[int]) -> 
         return tokens if gate == 1.0 else tokens * gate
     check_packed([tokens], lengths)
     if gate.shape != (len(lengths),):
-        raise ConfigError(
-            f"gate has shape {list(gate.shape)}; expected [{len(lengths)}], one value per image"
-        )
+        raise ConfigError(f"gate has shape {list(gate.shape)}; expected [{len(lengths)}], one value per image")
     return (tokens * expand_rows(gate[:, None], lengths)).to(tokens.dtype)
 
 

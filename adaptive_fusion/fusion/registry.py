@@ -20,9 +20,7 @@ class Registry(Generic[T]):
 
         def add(entry: type[T]) -> type[T]:
             if name in self._entries:
-                raise ConfigError(
-                    f"{self._kind} {name!r} is registered already, among {', '.join(self.names())}"
-                )
+                raise ConfigError(f"{self._kind} {name!r} is registered already, among {', '.join(self.names())}")
             self._entries[name] = entry
             return entry
 

@@ -36,9 +36,7 @@ class LevelFusion(nn.Module, ABC):
         super().__init__()
         sizes = [*widths, width] if width is not None else [*widths]
         if not widths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in sizes):
-            raise ConfigError(
-                f"widths are {list(widths)!r}, width is {width!r}; expected integers of at least 1"
-            )
+            raise ConfigError(f"widths are {list(widths)!r}, width is {width!r}; expected integers of at least 1")
         self.widths = tuple(widths)
         self.width = widths[-1] if width is None else width
         self.projections = nn.ModuleList(
@@ -65,9 +63,7 @@ class LevelFusion(nn.Module, ABC):
             len(shape) != 3 or shape[0] != batch or 0 in shape or shape[2] != d
             for shape, d in zip(found, self.widths, strict=True)
         ):
-            raise ConfigError(
-                f"levels have shapes {found}; expected [batch, tokens, width], widths {self.widths}"
-            )
+            raise ConfigError(f"levels have shapes {found}; expected [batch, tokens, width], widths {self.widths}")
         grids = [_square(level.shape[1]) for level in levels] if grids is None else list(grids)
         if [h * w for h, w in grids] != [level.shape[1] for level in levels]:
             raise ConfigError(f"grids are {grids!r}; expected rows x columns of the levels {found}")
@@ -138,9 +134,7 @@ class GatedFusion(MixedFusion):
 def _square(tokens: int) -> Grid:
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ConfigError(
-            f"a level has {tokens} tokens, no square; give its grid, and drop class tokens before"
-        )
+        raise ConfigError(f"a level has {tokens} tokens, no square; give its grid, and drop class tokens before")
     return side, side
 
 

@@ -90,9 +90,7 @@ class Adapters(nn.Module):
         self.down = nn.Parameter(torch.randn(levels, rank, width) / math.sqrt(width))
         self.up = nn.Parameter(torch.zeros(levels, width, rank))
 
-    def add_to(
-        self, fused: Tensor, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
+    def add_to(self, fused: Tensor, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
         """``fused + sum of weights[image, i] * B_i C_i F_i``, as one product of the L rank-r codes."""
         rows = expand_rows(weights, lengths).to(fused.dtype)
         codes = [

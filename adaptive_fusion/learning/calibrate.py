@@ -47,9 +47,7 @@ def log_losses(p: FloatArray, y: FloatArray) -> FloatArray:
     return -np.where(y > 0.5, np.log(p), np.log1p(-p))
 
 
-def fit_calibration(
-    raw: FloatArray, data: Dataset, shapes: Sequence[str] = ("platt", "isotonic")
-) -> Calibration:
+def fit_calibration(raw: FloatArray, data: Dataset, shapes: Sequence[str] = ("platt", "isotonic")) -> Calibration:
     """Calibrate scores ``[n]`` on the labels of `data`: Platt's line, or isotonic where there are enough rows
     and it is better, by more than one standard error, on the half of the contents that it was not fitted
     on."""
@@ -60,9 +58,7 @@ def fit_calibration(
     gain = np.empty(len(y))
     for fit, judge in ((half, ~half), (~half, half)):
         line, steps = (shape(raw[fit], y[fit], weight[fit]) for shape in (_platt, _isotonic))
-        gain[judge] = log_losses(line.batch(raw[judge]), y[judge]) - log_losses(
-            steps.batch(raw[judge]), y[judge]
-        )
+        gain[judge] = log_losses(line.batch(raw[judge]), y[judge]) - log_losses(steps.batch(raw[judge]), y[judge])
     better = gain.mean() > gain.std() / np.sqrt(len(gain))
     return (_isotonic if better else _platt)(raw, y, weight)
 

@@ -37,9 +37,7 @@ def cider_d(
     Raises ConfigError if the lengths differ, a sample has no reference, or the corpus is empty.
     """
     if len(candidates) != len(references):
-        raise ConfigError(
-            f"got {len(candidates)} candidates for {len(references)} samples; one each is needed"
-        )
+        raise ConfigError(f"got {len(candidates)} candidates for {len(references)} samples; one each is needed")
     for index, group in enumerate(references):
         if not group:
             raise ConfigError(f"sample {index} has no reference; at least one is needed")
@@ -49,9 +47,7 @@ def cider_d(
     if not corpus:
         raise ConfigError("document frequencies need at least one image's references; got none")
 
-    documents = Counter(
-        gram for group in corpus for gram in {g for tokens in group for g in _ngrams(tokens, n)}
-    )
+    documents = Counter(gram for group in corpus for gram in {g for tokens in group for g in _ngrams(tokens, n)})
     log_size = math.log(len(corpus))
 
     def vectorise(tokens: Tokens) -> tuple[dict[tuple[str, ...], float], FloatArray]:

@@ -120,9 +120,7 @@ class Router:
 
         share = np.append(0.0, np.cumsum(w)[self._last] / total)
         share[-1] = 1.0
-        return Curve(
-            self._threshold, share, along(arms.cheap, arms.strong), along(arms.cheap_cost, arms.strong_cost)
-        )
+        return Curve(self._threshold, share, along(arms.cheap, arms.strong), along(arms.cheap_cost, arms.strong_cost))
 
 
 def resamples(group: IntArray, n: int, seed: int) -> Iterator[FloatArray]:
@@ -239,9 +237,7 @@ def choose_threshold(
     )
 
 
-def calibration_error(
-    p: FloatArray, y: FloatArray, weight: FloatArray | None = None, bins: int = 15
-) -> float:
+def calibration_error(p: FloatArray, y: FloatArray, weight: FloatArray | None = None, bins: int = 15) -> float:
     """Expected calibration error: mean distance of predicted from seen frequency over equal-width bins of
     `p`.
 

@@ -248,9 +248,7 @@ def _uniform(group: IntArray, seed: int) -> FloatArray:
 def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     run = table.connection.execute
     run(_rows_query(rungs), [VERSION])
-    other = int(run("SELECT count(*) FROM labels").fetchone()[0]) - int(
-        run("SELECT count(*) FROM rows").fetchone()[0]
-    )
+    other = int(run("SELECT count(*) FROM labels").fetchone()[0]) - int(run("SELECT count(*) FROM rows").fetchone()[0])
     keys = run('SELECT grp, source, source_id, tie, taken FROM "rows"').fetchnumpy()
     order = np.lexsort([np.asarray(keys[name]) for name in ("tie", "source_id", "source", "grp")])
 
@@ -347,9 +345,9 @@ def _slices(run: Any, order: IntArray) -> dict[str, tuple[IntArray, tuple[str, .
     """Slicings by name: the kind of input, and whatever the labels name."""
     run('CREATE TABLE kinds AS SELECT DISTINCT slices, kind FROM "rows" ORDER BY slices, kind')
     found = run("SELECT slices, kind FROM kinds ORDER BY rowid").fetchall()
-    codes = run(
-        'SELECT k.rowid AS code FROM "rows" r JOIN kinds k USING (slices, kind) ORDER BY r.rowid'
-    ).fetchnumpy()["code"]
+    codes = run('SELECT k.rowid AS code FROM "rows" r JOIN kinds k USING (slices, kind) ORDER BY r.rowid').fetchnumpy()[
+        "code"
+    ]
     tables = [{"kind": kind, **_named(text)} for text, kind in found]
     out = {}
     for name in sorted({name for table in tables for name in table}):

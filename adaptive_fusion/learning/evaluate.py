@@ -150,9 +150,7 @@ def two_arms(data: Dataset, cheap: str, strong: str) -> tuple[Arms, FloatArray, 
     low, high = of(data.cost, cheap), of(data.cost, strong)
     rows = np.isfinite(weak) & np.isfinite(best) & np.isfinite(y) & ~data.video
     if not rows.any():
-        raise ConfigError(
-            f"no label says what the rung {cheap!r} keeps; label inputs at the policy's own rungs"
-        )
+        raise ConfigError(f"no label says what the rung {cheap!r} keeps; label inputs at the policy's own rungs")
     priced = bool(np.isfinite(low[rows]).all() and np.isfinite(high[rows]).all())
     low, high = (low, high) if priced else (np.zeros(len(data)), np.ones(len(data)))
     arms = Arms(weak[rows], best[rows], low[rows], high[rows], data.group[rows])

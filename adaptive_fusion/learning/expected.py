@@ -153,9 +153,7 @@ def _best_model(
         "hgb": export_model(boosted.fit(x, y, sample_weight=None if even else weight)),
     }
     error = {
-        name: float(
-            np.mean((y_valid - (y.mean() if model is None else np.clip(model.raw_batch(x_valid), 0, 1))) ** 2)
-        )
+        name: float(np.mean((y_valid - (y.mean() if model is None else np.clip(model.raw_batch(x_valid), 0, 1))) ** 2))
         for name, model in fitted.items()
     }
     best = "ridge" if error["ridge"] <= error["hgb"] else "hgb"

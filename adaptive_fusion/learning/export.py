@@ -45,9 +45,7 @@ def export_classifier(estimator: Any) -> tuple[Model, Calibration]:
         return export_model(estimator), Platt()
     fitted = estimator.calibrated_classifiers_
     if len(fitted) != 1:
-        raise ConfigError(
-            f"the calibration holds {len(fitted)} classifiers; expected 1: pass it a FrozenEstimator"
-        )
+        raise ConfigError(f"the calibration holds {len(fitted)} classifiers; expected 1: pass it a FrozenEstimator")
     return export_model(fitted[0].estimator), _calibration(fitted[0].calibrators[0])
 
 
@@ -61,9 +59,7 @@ def export_model(estimator: Any) -> Model:
     if isinstance(last, _LINEAR):
         return _linear(last, steps)
     found = " after ".join(type(step).__name__ for step in (last, *reversed(steps)))
-    raise ConfigError(
-        f"cannot export {found}; expected one of {_CHOICES} (the linear ones also in a pipeline)"
-    )
+    raise ConfigError(f"cannot export {found}; expected one of {_CHOICES} (the linear ones also in a pipeline)")
 
 
 def _thaw(estimator: Any) -> Any:
@@ -87,9 +83,7 @@ def _linear(last: Any, steps: list[Any]) -> LinearModel:
             if fill.shape != weights.shape or not np.isfinite(fill).all():
                 raise ConfigError("the imputer met a feature without a single value; leave that feature out")
         else:
-            raise ConfigError(
-                f"cannot export {type(step).__name__}; expected SimpleImputer or StandardScaler"
-            )
+            raise ConfigError(f"cannot export {type(step).__name__}; expected SimpleImputer or StandardScaler")
     return LinearModel(tuple(weights.tolist()), tuple(fill.tolist()), bias)
 
 
@@ -124,7 +118,5 @@ def _calibration(calibrator: Any) -> Calibration:
         return Isotonic(tuple(x.tolist()), tuple(np.clip(y, 0.0, 1.0).tolist()))
     slope, intercept = getattr(calibrator, "a_", math.nan), getattr(calibrator, "b_", math.nan)
     if not (math.isfinite(slope) and math.isfinite(intercept)):
-        raise ConfigError(
-            f"cannot export {type(calibrator).__name__}; expected method='sigmoid' or 'isotonic'"
-        )
+        raise ConfigError(f"cannot export {type(calibrator).__name__}; expected method='sigmoid' or 'isotonic'")
     return Platt(-float(slope), -float(intercept))

@@ -103,8 +103,7 @@ def gate(
     figures = intervals(statistics, data.group, seed=seed, n=n)
     bounds = {"apgr_difference": 0.0, "quality_at_equal_cost": 0.0, "quality_difference": -data.tolerance}
     reasons = tuple(
-        f"{name} is {found.mean:.4f} (95 % interval {found.low:.4f} to {found.high:.4f});"
-        f" expected {bound:g} or more"
+        f"{name} is {found.mean:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}); expected {bound:g} or more"
         for name, bound in bounds.items()
         if (found := figures.get(name)) is not None and found.high < bound
     )

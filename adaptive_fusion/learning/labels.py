@@ -6,8 +6,9 @@ that one reader takes logs and labels alike; `join_labels` makes one table of th
 """
 
 import csv
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,7 @@ def human_labels(
             failed.append((row["path"], str(error)))
             continue
         weight = 1.0 if given == ["label"] else abs(2 * target - 1)
-        labels.append(
-            label_record(subject, "human", target=target, weight=weight, source_id=source_id or file.name)
-        )
+        labels.append(label_record(subject, "human", target=target, weight=weight, source_id=source_id or file.name))
     return labels, failed
 
 
@@ -247,10 +246,26 @@ def shadow_record(
     }
 
 
+def append_records(records: Iterable[Mapping[str, Any]], out: str | Path) -> int:
+    """Append records to a JSONL file, made with its folder if need be; returns how many.
+
+    Raises:
+        ValueError: For a number that JSON does not have.
+    """
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with out.open("a", encoding="utf-8") as handle:
+        for record in records:
+            handle.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+            written += 1
+    return written
+
+
 _JOIN = f"""
 CREATE TABLE joined AS
 WITH decided AS (
-  SELECT request_id, min(rowid) AS subject, min(rung) AS rung, min(propensity) AS propensity
+  SELECT request_id, min(rowid) AS subject, min(nullif(rung, '')) AS rung, min(propensity) AS propensity
   FROM log WHERE event = 'decision'
     AND request_id IN (SELECT request_id FROM log WHERE event IN ('feedback', 'shadow'))
   GROUP BY request_id

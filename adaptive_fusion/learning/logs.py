@@ -63,9 +63,7 @@ EVENTS = ("decision", "feedback", "label", "shadow")
 MAX_LINE = 16 << 20
 """Longest line in bytes that is read; a longer one counts as broken."""
 
-_READ = (
-    "read_json_objects({files}, format='newline_delimited', ignore_errors=true, maximum_object_size={size})"
-)
+_READ = "read_json_objects({files}, format='newline_delimited', ignore_errors=true, maximum_object_size={size})"
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,7 @@ def open_logs(paths: Iterable[str | Path], *, memory_gb: float = 0.5, threads: i
             connection.close()
 
 
-def compact(
-    paths: Iterable[str | Path], out: str | Path, *, memory_gb: float = 0.5, threads: int = 2
-) -> LogTable:
+def compact(paths: Iterable[str | Path], out: str | Path, *, memory_gb: float = 0.5, threads: int = 2) -> LogTable:
     """Write logs into one Parquet file (zstd), replacing `out` only once it is complete.
 
     Reading it gives the same table as reading the logs. The logs are not removed. Returns what was read, its
@@ -160,9 +156,7 @@ def compact(
     with open_logs(paths, memory_gb=memory_gb, threads=threads) as table:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            table.connection.execute(
-                f"COPY (SELECT * FROM log) TO {_quote(part)} (FORMAT parquet, COMPRESSION zstd)"
-            )
+            table.connection.execute(f"COPY (SELECT * FROM log) TO {_quote(part)} (FORMAT parquet, COMPRESSION zstd)")
             os.replace(part, out)
         finally:
             part.unlink(missing_ok=True)
@@ -173,9 +167,7 @@ def _connect(folder: Path, memory_gb: float, threads: int) -> Any:
     try:
         import duckdb
     except ImportError as error:
-        raise AdaptiveFusionError(
-            "reading logs needs duckdb: pip install 'adaptive-fusion[train]'"
-        ) from error
+        raise AdaptiveFusionError("reading logs needs duckdb: pip install 'adaptive-fusion[train]'") from error
     connection = duckdb.connect(
         str(folder / "log.duckdb"),
         config={
@@ -226,9 +218,7 @@ def _load_jsonl(connection: Any, file: Path) -> None:
 
 def _load_parquet(connection: Any, file: Path) -> None:
     there = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {_quote(file)}").fetchall()}
-    values = {
-        name: f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()
-    }
+    values = {name: f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()}
     connection.execute(f"INSERT INTO log SELECT {_select(values)}, false FROM read_parquet({_quote(file)})")
 
 

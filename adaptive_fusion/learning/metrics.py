@@ -35,9 +35,7 @@ def tokenize(text: str) -> list[str]:
     return _TOKEN.findall(unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'"))
 
 
-def bleu_statistics(
-    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
-) -> IntArray:
+def bleu_statistics(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> IntArray:
     """Return each sample's sufficient statistics for BLEU-4 over token lists, shape [samples, 10].
 
     Columns: matches of order 1-4, candidate n-grams of order 1-4, candidate length, closest reference length.
@@ -46,9 +44,7 @@ def bleu_statistics(
     Raises ConfigError on unequal lengths or no reference, AdaptiveFusionError without sacrebleu.
     """
     if len(candidates) != len(references) or not all(references):
-        raise ConfigError(
-            f"got {len(candidates)} candidates, {len(references)} samples; each needs a reference"
-        )
+        raise ConfigError(f"got {len(candidates)} candidates, {len(references)} samples; each needs a reference")
     bleu = _sacrebleu_class()(tokenize="none", force=True, effective_order=True)
     scores = [
         bleu.sentence_score(" ".join(candidate), [" ".join(tokens) for tokens in group])
@@ -267,9 +263,7 @@ def _labels(size: int, groups: npt.ArrayLike | None) -> IntArray:
         return np.arange(size)
     names = np.asarray(groups)
     if names.shape != (size,):
-        raise ConfigError(
-            f"groups must hold one label for each of {size} samples; got shape {list(names.shape)}"
-        )
+        raise ConfigError(f"groups must hold one label for each of {size} samples; got shape {list(names.shape)}")
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 

@@ -97,9 +97,7 @@ def estimate(
         )
     w = pi / p
     if not w.any():
-        raise ConfigError(
-            "the target policy takes none of the logged actions; log explored decisions (explore > 0)"
-        )
+        raise ConfigError("the target policy takes none of the logged actions; log explored decisions (explore > 0)")
     parts = {"ips": w * r, "snips": w * r, "doubly_robust": v + w * (r - q), "logged": r}
 
     def statistics(weight: FloatArray) -> dict[str, float]:
@@ -112,9 +110,7 @@ def estimate(
     return OffPolicyValue(**figures, effective_samples=float(w.sum() ** 2 / (w**2).sum()), decisions=len(r))
 
 
-def reward_model(
-    x: FloatArray, action: IntArray, reward: FloatArray, groups: IntArray, actions: int
-) -> FloatArray:
+def reward_model(x: FloatArray, action: IntArray, reward: FloatArray, groups: IntArray, actions: int) -> FloatArray:
     """Cross-fitted ridge regression of the reward per action, ``[n, actions]``, on features and (of few
     features) their squares and products; an action with fewer than 20 rewards in a fit gets the mean
     reward."""

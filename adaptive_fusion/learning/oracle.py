@@ -152,11 +152,7 @@ def _done(out: Path, rungs: set[str]) -> set[tuple[Any, Any]]:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if (
-                isinstance(record, dict)
-                and isinstance(record.get("quality"), dict)
-                and rungs <= set(record["quality"])
-            ):
+            if isinstance(record, dict) and isinstance(record.get("quality"), dict) and rungs <= set(record["quality"]):
                 found.add((record.get("content_hash"), record.get("prompt_hash")))
     if whole < out.stat().st_size:
         with out.open("rb+") as handle:
@@ -171,9 +167,7 @@ def _run(
         for item, subject in todo:
             yield item, subject, _score(scorer, item, rungs)
         return
-    results = Parallel(n_jobs=jobs, return_as="generator")(
-        delayed(_score)(scorer, item, rungs) for item, _ in todo
-    )
+    results = Parallel(n_jobs=jobs, return_as="generator")(delayed(_score)(scorer, item, rungs) for item, _ in todo)
     for (item, subject), scores in zip(todo, results, strict=True):
         yield item, subject, scores
 
@@ -296,9 +290,7 @@ class ModelScorer:
         for rung in _with_native(rungs):
             values[rung.name], cost[rung.name] = self.model.loglik(item, text, rung)
             if not math.isfinite(values[rung.name]):
-                raise ConfigError(
-                    f"log-likelihood under {rung.name} is {values[rung.name]}; expected a number"
-                )
+                raise ConfigError(f"log-likelihood under {rung.name} is {values[rung.name]}; expected a number")
         full = values[NATIVE_RUNG.name]
         quality = {name: min(1.0, math.exp(value - full)) for name, value in values.items()}
         return Scores(quality, 1.0, cost)

@@ -78,14 +78,10 @@ def train(
     start = base if isinstance(base, Policy) else Policy.load(base)
     other = start if incumbent is None else incumbent
     against = other if isinstance(other, Policy) else Policy.load(other)
-    rungs = list(
-        dict.fromkeys(r.name for p in (start, against) for ladder in p.lanes.values() for r in ladder)
-    )
+    rungs = list(dict.fromkeys(r.name for p in (start, against) for ladder in p.lanes.values() for r in ladder))
     cheap = start.lanes["weighted"][0].name
     paths = [Path(path) for path in logs]
-    data = build_dataset(
-        paths, cheap=cheap, rungs=rungs, tolerance=tolerance, source_cap=source_cap, threads=jobs
-    )
+    data = build_dataset(paths, cheap=cheap, rungs=rungs, tolerance=tolerance, source_cap=source_cap, threads=jobs)
     fitted = fit_policy(
         data,
         start,
@@ -162,11 +158,7 @@ def card(fitted: FittedPolicy, verdict: Verdict, against: str, command: str) -> 
         "## Gate",
         "",
         f"Against `{against}` on {verdict.rows} trusted stills: "
-        + (
-            "accepted."
-            if verdict.accepted
-            else "REFUSED, written by force: " + "; ".join(verdict.reasons) + "."
-        ),
+        + ("accepted." if verdict.accepted else "REFUSED, written by force: " + "; ".join(verdict.reasons) + "."),
         "",
         "## Data",
         "",
@@ -203,8 +195,7 @@ def _slice_lines(slices: Mapping[str, Mapping[str, Mapping[str, float]]]) -> lis
     lines += ["| slicing | slice | rows | to the strong arm | quality | lost |", "|---|---|---|---|---|---|"]
     for slicing, table in slices.items():
         lines += [
-            f"| {slicing} | {name} | {v['rows']} | {v['strong_share']:.1%} | {v['quality']:.4f} |"
-            f" {v['lost']:.4f} |"
+            f"| {slicing} | {name} | {v['rows']} | {v['strong_share']:.1%} | {v['quality']:.4f} | {v['lost']:.4f} |"
             for name, v in table.items()
         ]
     return [*lines, ""]

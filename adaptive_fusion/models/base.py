@@ -20,12 +20,16 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """One image (`frames` 1) or clip before the processor: frames, height and width in pixels."""
+    """One image (`frames` 1) or clip: frames, height and width in pixels.
+
+    `exact` says that the processor is already through with it, so that it is not resized any more.
+    """
 
     frames: int
     height: int
     width: int
     clip: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,8 @@ class GridAdapter(Adapter):
 
     def _resized(self, size: Size, max_pixels: int | None) -> tuple[int, int]:
         """Height and width after the processor's own resize, per frame."""
+        if size.exact:
+            return size.height, size.width
         processor = self.processor.video_processor if size.clip else self.processor.image_processor
         low, high = _limits(processor)
         factor = processor.patch_size * processor.merge_size
@@ -144,7 +146,7 @@ class GridAdapter(Adapter):
         patch = int(self.model.config.vision_config.patch_size)
         temporal = int(self.model.config.vision_config.temporal_patch_size)
         return [
-            Size(t * temporal if kind == "video" else t, h * patch, w * patch, clip=kind == "video")
+            Size(t * temporal if kind == "video" else t, h * patch, w * patch, kind == "video", exact=True)
             for kind, (_, grid_key, _) in KINDS.items()
             for t, h, w in _grids(inputs, grid_key)
         ]

@@ -63,7 +63,7 @@ class SquareAdapter(Adapter):
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
         pixels = inputs.get("pixel_values")
-        return [] if pixels is None else [Size(1, pixels.shape[-2], pixels.shape[-1])] * pixels.shape[0]
+        return [] if pixels is None else [Size(1, pixels.shape[-2], pixels.shape[-1], exact=True)] * pixels.shape[0]
 
     def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
         pixels = inputs.get("pixel_values")

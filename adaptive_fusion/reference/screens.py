@@ -17,12 +17,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Kind = Literal["simple", "dense", "reading", "clip"]
+T = TypeVar("T")
 Split = Literal["train", "eval"]
 Task = Literal["describe", "read", "event"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -141,7 +142,7 @@ def make_scene(kind: Kind, seed: int, split: Split, sides: tuple[int, int] = (25
     return draw[kind](rng, split, size, effort)
 
 
-def _until_split(split: Split, propose: Callable[[], tuple[str, object]]) -> object:
+def _until_split(split: Split, propose: Callable[[], tuple[str, T]]) -> T:
     """Draw until the signature falls on the asked side of the split."""
     while True:
         key, value = propose()
@@ -153,7 +154,7 @@ def _simple(rng: random.Random, split: Split, size: tuple[int, int], effort: flo
     width, height = size
     ground = rng.choice(list(GROUNDS))
 
-    def propose() -> tuple[str, object]:
+    def propose() -> tuple[str, list[tuple[int, tuple[str, str]]]]:
         places = sorted(rng.sample(range(9), rng.choice((1, 1, 2, 3)) if effort > 0.2 else 1))
         looks = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in places]
         return "simple" + ground + repr(places) + repr(looks), list(zip(places, looks, strict=True))
@@ -162,7 +163,7 @@ def _simple(rng: random.Random, split: Split, size: tuple[int, int], effort: flo
     draw = ImageDraw.Draw(image)
     said: list[str] = []
     icons: list[Icon] = []
-    chosen: list[tuple[int, tuple[str, str]]] = _until_split(split, propose)  # type: ignore[assignment]
+    chosen: list[tuple[int, tuple[str, str]]] = _until_split(split, propose)
     for place, (color, shape) in chosen:
         row, column = divmod(place, 3)
         # An icon alone may be larger than its ninth of the screen; it is kept inside the screen.
@@ -184,7 +185,7 @@ def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: floa
     columns = [c for c in range(BINS) if cell_w / 2 <= (c + 0.5) * bin_w <= width - cell_w / 2]
     rows = [r for r in range(BINS) if cell_h / 2 <= (r + 0.5) * bin_h <= height - cell_h / 2]
 
-    def propose() -> tuple[str, object]:
+    def propose() -> tuple[str, list[tuple[int, int]]]:
         wanted = rng.randint(max(2, round(5 * effort)), max(3, round(15 * effort)))
         spots: list[tuple[int, int]] = []
         for spot in rng.sample([(r, c) for r in rows for c in columns], len(rows) * len(columns)):
@@ -201,7 +202,7 @@ def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: floa
     labels: list[str] = []
     icons: list[Icon] = []
     glyphs: list[Glyph] = []
-    spots: list[tuple[int, int]] = _until_split(split, propose)  # type: ignore[assignment]
+    spots: list[tuple[int, int]] = _until_split(split, propose)
     for row, column in spots:
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
         label = "".join(rng.choice(LABEL_CHARS) for _ in range(rng.choice((1, 2, 2))))
@@ -260,11 +261,11 @@ def _clip(rng: random.Random, split: Split, size: tuple[int, int], effort: float
     frames_n = rng.choice((4, 6, 8))
     event = rng.choice(("moves", "turns", "appears", "disappears"))
 
-    def propose() -> tuple[str, object]:
+    def propose() -> tuple[str, list[tuple[int, int]]]:
         spots = rng.sample([(r, c) for r in range(4) for c in range(4)], rng.randint(1, max(1, round(4 * effort))))
         return "clip" + repr(spots), spots
 
-    spots: list[tuple[int, int]] = _until_split(split, propose)  # type: ignore[assignment]
+    spots: list[tuple[int, int]] = _until_split(split, propose)
     looks = rng.sample([(c, s) for c in COLORS for s in SHAPES], len(spots))
     ground = _jitter(rng, GROUNDS[rng.choice(list(GROUNDS))])
     side = rng.uniform(0.13, 0.2) * min(size)
@@ -302,7 +303,7 @@ def _clip(rng: random.Random, split: Split, size: tuple[int, int], effort: float
 def _word(rng: random.Random, split: Split) -> str:
     """A pronounceable word of two to six letters, or a number of two to four digits."""
 
-    def propose() -> tuple[str, object]:
+    def propose() -> tuple[str, str]:
         if rng.random() < 0.3:
             word = "".join(rng.choice(DIGITS) for _ in range(rng.randint(2, 4)))
         else:
@@ -310,7 +311,7 @@ def _word(rng: random.Random, split: Split) -> str:
             word = "".join(rng.choice((CONSONANTS, VOWELS)[(start + i) % 2]) for i in range(rng.randint(2, 6)))
         return word, word
 
-    return str(_until_split(split, propose))
+    return _until_split(split, propose)
 
 
 def _textured(rng: random.Random, size: tuple[int, int]) -> tuple[Image.Image, bool]:
@@ -354,9 +355,9 @@ def _glyphs(font: ImageFont.FreeTypeFont, x: float, y: float, line: str) -> list
     return [Glyph((edges[i] + edges[i + 1]) / 2, y, char) for i, char in enumerate(line) if char != " "]
 
 
-_STAR = [(0, -1), (0.24, -0.31), (0.95, -0.31), (0.38, 0.12), (0.59, 0.81)]
+_STAR: list[tuple[float, float]] = [(0, -1), (0.24, -0.31), (0.95, -0.31), (0.38, 0.12), (0.59, 0.81)]
 _STAR += [(0, 0.4), (-0.59, 0.81), (-0.38, 0.12), (-0.95, -0.31), (-0.24, -0.31)]
-_POLYGONS = {
+_POLYGONS: dict[str, list[tuple[float, float]]] = {
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
     "diamond": [(0, -1), (0.8, 0), (0, 1), (-0.8, 0)],
     "star": _STAR,

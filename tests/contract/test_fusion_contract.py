@@ -32,9 +32,7 @@ def captured(dtype: torch.dtype) -> dict[int, Tensor]:
     return {i: torch.randn(sum(LENGTHS), WIDTH).to(dtype) for i in LEVELS}
 
 
-def run(
-    fusion: DeepStackFusion, levels: dict[int, Tensor], lengths: list[int]
-) -> list[tuple[Tensor, Tensor]]:
+def run(fusion: DeepStackFusion, levels: dict[int, Tensor], lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
     """Merger input and gate (one value per image) of every tap."""
     with torch.no_grad():
         outputs = []
@@ -118,9 +116,7 @@ def test_untrained_fusion_is_the_identity_bit_for_bit(strategy: str, dtype: torc
 def test_standalone_fusion_is_deterministic_per_image_and_differentiable(strategy: str) -> None:
     fusion = trained(STANDALONE.get(strategy)(widths=[4, 6, 5], width=5))
     torch.manual_seed(2)
-    levels = [
-        torch.randn(3, tokens, width, requires_grad=True) for tokens, width in ((24, 4), (6, 6), (12, 5))
-    ]
+    levels = [torch.randn(3, tokens, width, requires_grad=True) for tokens, width in ((24, 4), (6, 6), (12, 5))]
     grids = [(4, 6), (2, 3), (3, 4)]
     before = [level.detach().clone() for level in levels]
 

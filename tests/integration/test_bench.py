@@ -9,20 +9,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from adaptive_fusion.bench.answers import ADAPTIVE, CHANCE, KNOB_ROWS, SHUFFLED, SUM, TOP, gated, rows_for, weighted
 from adaptive_fusion.bench.cost import Workload, build_random, cost_rows, measure_costs
-from adaptive_fusion.bench.quality import (
-    ADAPTIVE,
-    CHANCE,
-    KNOB_ROWS,
-    MIXED,
-    SHUFFLED,
-    SUM,
-    TOP,
-    evaluate,
-    gated,
-    rows_for,
-    weighted,
-)
+from adaptive_fusion.bench.quality import MIXED, evaluate
 from adaptive_fusion.bench.scenes import reference_items
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
 from adaptive_fusion.bench.trial import caption_likelihood

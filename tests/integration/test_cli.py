@@ -236,6 +236,17 @@ def test_demo_shows_native_beside_adaptive(tmp_path: Path, monkeypatch: pytest.M
         assert picture.format == "PNG"
 
 
+def test_doctor_reports_on_this_machine() -> None:
+    result = call("doctor", "--json")
+    (report,) = rows_of(result.stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    broken = [name for name, check in checks.items() if check["status"] == "broken"]
+    assert (result.exit_code, report["ok"]) == ((1, False) if broken else (0, True))
+    assert "sdpa" in checks["attention"]["found"] and "float32" in checks["device cpu"]["found"]
+    assert "visual tokens" in checks["reference model"]["found"] and checks["profile"]["found"]
+    assert all(check["advice"] for check in checks.values() if check["status"] != "ok")
+
+
 def test_right_share_counts_true_parts_that_were_stated() -> None:
     assert demo.right_share("red circle left, gray ground", "gray ground, Red Circle left") == 1
     assert demo.right_share("AB 12\nCD", "CD\nAB 13") == 0.5
@@ -263,35 +274,28 @@ def test_a_model_folder_that_cannot_be_loaded_is_a_config_error(damage: str, tmp
     assert [row["error_type"] for row in rows_of(result.stdout)] == ["ConfigError"] * 2
 
 
-AUDITED = """
-import sys
-def audit(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        raise SystemExit(f"network: {event} {arguments}")
-sys.addaudithook(audit)
-from adaptive_fusion.cli import main
-main()
-"""
+def test_an_unknown_hub_id_offline_is_a_config_error_without_network() -> None:
+    reached: list[str] = []
+    watching = True
 
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("socket.connect", "socket.getaddrinfo"):
+            reached.append(f"{event} {arguments}")
 
-def alone(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own that ends on the first attempt to reach a network."""
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", AUDITED, *arguments]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    sys.addaudithook(audit)  # cannot be taken off again, only silenced
+    result = call("run", "a.png", "--prompt", "?", "--model", "nobody/nothing-at-all")
+    watching = False
+    assert result.exit_code == 2 and result.stdout == "" and not reached
+    assert result.stderr.startswith("ConfigError: model 'nobody/nothing-at-all' cannot be loaded")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_in_a_process_of_its_own_json_is_all_that_is_printed(folder: Path) -> None:
     files = [str(folder / "missing.png"), str(folder / "palette.png")]
-    found = alone("run", *files, "--prompt", "?", "--max-new-tokens", "1", "--json")
+    command = [sys.executable, "-m", "adaptive_fusion.cli", "run", *files, "--prompt", "?", "--max-new-tokens", "1"]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([*command, "--json"], env=environ, capture_output=True, text=True, timeout=300)
     assert found.returncode == 2
     missing, palette = rows_of(found.stdout)
     assert "error" in missing and palette.keys() >= RUN_KEYS
     assert found.stderr == f"{files[0]}: MediaError: {missing['error']}\n"
-
-
-def test_an_unknown_hub_id_offline_is_a_config_error_without_network() -> None:
-    found = alone("run", "a.png", "--prompt", "?", "--model", "nobody/nothing-at-all")
-    assert found.returncode == 2 and found.stdout == ""
-    assert found.stderr.startswith("ConfigError: model 'nobody/nothing-at-all' cannot be loaded")
-    assert len(found.stderr.splitlines()) == 1

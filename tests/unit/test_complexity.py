@@ -81,9 +81,7 @@ def test_any_pixels_give_finite_features_twice_alike_and_stay_unchanged(array: A
 
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["L", "RGB", "RGBA"]), st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
-def test_pil_image_and_array_of_the_same_pixels_agree_exactly(
-    width: int, height: int, mode: str, seed: int
-) -> None:
+def test_pil_image_and_array_of_the_same_pixels_agree_exactly(width: int, height: int, mode: str, seed: int) -> None:
     width, height = max(width, -(-height // 200)), max(height, -(-width // 200))
     shape = (height, width) if mode == "L" else (height, width, len(mode))
     array = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -158,9 +156,7 @@ def test_small_print_shows_at_native_resolution_only() -> None:
     assert measure_complexity(thick).features["strokes"] == 0.0
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGBa", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"])
 def test_every_mode_is_measured_as_its_rgb(mode: str) -> None:
     image = screen(60)
     between = {"RGBa": "RGBA", "I": "L", "F": "L"}.get(mode, "RGB")
@@ -187,9 +183,7 @@ def test_paths_bytes_transparency_and_orientation(tmp_path: Path) -> None:
     exif[0x0112] = 6
     image.save(stream, "PNG", exif=exif)
     assert measure_complexity(Image.open(stream)) == measure_complexity(stream.getvalue())
-    assert measure_complexity(Image.open(stream)) == measure_complexity(
-        image.transpose(Image.Transpose.ROTATE_270)
-    )
+    assert measure_complexity(Image.open(stream)) == measure_complexity(image.transpose(Image.Transpose.ROTATE_270))
 
 
 def test_result_does_not_depend_on_where_in_memory_the_buffers_lie() -> None:
@@ -296,9 +290,7 @@ def test_complexity_is_frozen() -> None:
 
 
 def load_recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "complexity_fit", ROOT / "training" / "complexity" / "fit.py"
-    )
+    spec = importlib.util.spec_from_file_location("complexity_fit", ROOT / "training" / "complexity" / "fit.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -204,9 +204,7 @@ def test_an_estimate_ten_times_off_is_corrected_within_a_dozen_requests() -> Non
             choice = controller.choose(LADDER, LOOSE)
             controller.update(choice, took(factor * choice.candidate.predicted.latency_ms))
         state = controller.state()["latency"]
-        assert state["common"] + state["points"][choice.candidate.key] == pytest.approx(
-            math.log(factor), abs=0.5
-        )
+        assert state["common"] + state["points"][choice.candidate.key] == pytest.approx(math.log(factor), abs=0.5)
 
 
 def test_timeouts_enter_as_misses_with_a_censored_value() -> None:
@@ -234,13 +232,9 @@ def test_a_retry_after_out_of_memory_is_learned_for_the_point_that_ran() -> None
     choice = controller.choose(LADDER, Budget(latency_ms=150, ttft_ms=60))
     before = controller.state()["latency"]
     controller.miss(choice, 30.0, kind="oom")
-    controller.update(
-        choice, took(80.0, ttft=50.0), ran=LADDER[2], lost_ms=30.0
-    )  # 50 ms of its own, as predicted
+    controller.update(choice, took(80.0, ttft=50.0), ran=LADDER[2], lost_ms=30.0)  # 50 ms of its own, as predicted
     after = controller.state()["latency"]
-    assert (
-        LADDER[2].key in after["points"] and after["points"][LADDER[1].key] == before["points"][LADDER[1].key]
-    )
+    assert LADDER[2].key in after["points"] and after["points"][LADDER[1].key] == before["points"][LADDER[1].key]
     assert abs(after["common"] - before["common"]) < 0.02
 
 
@@ -479,9 +473,7 @@ def simulation() -> ModuleType:
 
 @pytest.mark.parametrize("attainment", [0.95, 0.99])
 @pytest.mark.parametrize("trace", ["stationary", "step", "sine", "burst", "squeeze"])
-def test_what_must_hold_on_the_simulated_traces(
-    simulation: ModuleType, trace: str, attainment: float
-) -> None:
+def test_what_must_hold_on_the_simulated_traces(simulation: ModuleType, trace: str, attainment: float) -> None:
     drawn = simulation.build(trace, 3000, seed=7)
     best = simulation.oracle(drawn)
     ours = simulation.score(drawn, simulation.run(drawn, simulation.Ours(attainment)), best)

@@ -85,9 +85,7 @@ def test_an_exact_fit_recovers_the_truth_on_requests_not_seen() -> None:
     model = CostModel(fit_profile([sample(rng) for _ in range(120)], KEY))
     for _ in range(50):
         point, work, _ = sample(rng)
-        assert parts(model.predict(point, work)) == pytest.approx(
-            parts(CostModel(TRUE).predict(point, work)), rel=1e-3
-        )
+        assert parts(model.predict(point, work)) == pytest.approx(parts(CostModel(TRUE).predict(point, work)), rel=1e-3)
     assert model.profile.samples == 120 and max(model.profile.errors.values()) < 1e-3
 
 
@@ -103,18 +101,13 @@ def test_a_noisy_fit_is_non_negative_close_and_enveloped() -> None:
     assert errors[len(errors) // 2] < 0.08
     peaks = sorted(abs(model.predict(p, w).peak_memory_gb / m.peak_memory_gb - 1) for p, w, m in held_out)
     assert peaks[int(0.95 * len(peaks))] < 0.15
-    over = [
-        m.peak_memory_gb / (model.predict(p, w).peak_memory_gb * profile.memory_margin)
-        for p, w, m in held_out
-    ]
+    over = [m.peak_memory_gb / (model.predict(p, w).peak_memory_gb * profile.memory_margin) for p, w, m in held_out]
     assert max(over) < 1.02 and profile.memory_margin < 1.3
 
 
 def test_sharing_is_fitted_from_concurrent_requests() -> None:
     rng = random.Random(2)
-    samples = [sample(rng) for _ in range(80)] + [
-        sample(rng, concurrency=3, slow=1 + 0.4 * 2) for _ in range(20)
-    ]
+    samples = [sample(rng) for _ in range(80)] + [sample(rng, concurrency=3, slow=1 + 0.4 * 2) for _ in range(20)]
     profile = fit_profile(samples, KEY)
     assert profile.sharing == pytest.approx(0.4, rel=0.02)
     point, work, measured = sample(rng, concurrency=3, slow=1.8)
@@ -227,9 +220,7 @@ def test_answer_lengths_are_learned_per_kind() -> None:
     for _ in range(60):
         model.observe("read", 8)
         model.observe("describe", 120)
-    assert model.expected("read", 1000) == pytest.approx(8) and model.expected(
-        "describe", 1000
-    ) == pytest.approx(120)
+    assert model.expected("read", 1000) == pytest.approx(8) and model.expected("describe", 1000) == pytest.approx(120)
     assert 8 < model.expected("new", 1000) < 120
     for _ in range(20):
         model.observe("describe", 30, finished=False)  # cut off short of the expectation: says nothing

@@ -61,9 +61,7 @@ def test_gradient_is_shared_by_the_tokens_of_a_window() -> None:
     torch.testing.assert_close(features.grad[:, 0].view(3, 5), expected)
 
 
-@pytest.mark.parametrize(
-    "ratio", [0, -0.5, 2, 0.3, 0.75, 10**400, 5e-324, math.nan, math.inf, "0.5", None, True]
-)
+@pytest.mark.parametrize("ratio", [0, -0.5, 2, 0.3, 0.75, 10**400, 5e-324, math.nan, math.inf, "0.5", None, True])
 def test_bad_ratio_is_named(ratio: float) -> None:
     with pytest.raises(ConfigError, match=rf"downsample is {ratio!r}.*0\.25"):
         downsample(torch.zeros(4, 2), [(1, 2, 2)], ratio)

@@ -137,9 +137,7 @@ def test_compilation_is_bounded_and_changes_nothing() -> None:
     for levels_used in (2, 3, 4, 5, 2, 3):
         for patches in (8, 12, 20):
             levels, weights = make(levels_used, [patches], 4, torch.float32, False)
-            torch.testing.assert_close(
-                fast(levels, weights, [patches]), exact_sum(levels, weights, [patches]).float()
-            )
+            torch.testing.assert_close(fast(levels, weights, [patches]), exact_sum(levels, weights, [patches]).float())
     assert len(fast.kinds) == 2
     assert len(compiled) == 2
 

@@ -17,10 +17,7 @@ LENGTHS = [8, 12, 4]
 
 def captured(dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {
-        i: (torch.randn(sum(LENGTHS), WIDTH, generator=generator) * (1 + i / 4)).to(dtype)
-        for i in range(DEPTH)
-    }
+    return {i: (torch.randn(sum(LENGTHS), WIDTH, generator=generator) * (1 + i / 4)).to(dtype) for i in range(DEPTH)}
 
 
 def spec(strategy: str, layers: int, rank: int = 0) -> FusionSpec:
@@ -82,9 +79,7 @@ def test_what_gets_gradient_when(strategy: str, layers: int, rank: int) -> None:
     for _ in range(3):
         optimizer.zero_grad()
         torch.autograd.backward(injected(fusion, mergers, levels).square().mean())
-        moved.append(
-            {name for name, p in fusion.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-        )
+        moved.append({name for name, p in fusion.named_parameters() if p.grad is not None and p.grad.abs().max() > 0})
         optimizer.step()
 
     names = {name for name, _ in fusion.named_parameters()}
@@ -117,18 +112,12 @@ def test_the_law_in_full() -> None:
                 alphas.append(torch.sigmoid(torch.as_tensor(score)))
             total = torch.zeros(len(image), WIDTH)
             for position, level in enumerate(group):
-                low = (
-                    levels[level][image]
-                    @ state["adapters.down"][position].t()
-                    @ state["adapters.up"][position].t()
-                )
+                low = levels[level][image] @ state["adapters.down"][position].t() @ state["adapters.up"][position].t()
                 total += alphas[position] / sum(alphas) * (levels[level][image] + low)
             own = levels[tap][image]
             images.append(own + state.get("mix", torch.tensor(1.0)) * (total - own))
         with torch.no_grad():
-            torch.testing.assert_close(
-                fusion.fuse(index, levels, LENGTHS), torch.cat(images), rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(fusion.fuse(index, levels, LENGTHS), torch.cat(images), rtol=1e-4, atol=1e-4)
             gate = fusion.gate(index, levels[tap], LENGTHS)
         pooled = torch.stack([part.mean(0) for part in torch.split(levels[tap], LENGTHS)])
         expected = 2 * torch.sigmoid(pooled @ state["gate_weight"] + state["gate_bias"])

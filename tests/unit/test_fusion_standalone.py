@@ -34,9 +34,7 @@ def test_levels_of_other_resolutions_are_interpolated_onto_the_deepest_grid() ->
 
 def test_only_levels_of_another_width_are_projected() -> None:
     fusion = WeightedFusion([4, 6, 4])
-    assert [name for name, _ in fusion.named_parameters() if "projections" in name] == [
-        "projections.1.weight"
-    ]
+    assert [name for name, _ in fusion.named_parameters() if "projections" in name] == ["projections.1.weight"]
     assert fusion([torch.randn(2, 9, width) for width in (4, 6, 4)]).shape == (2, 9, 4)
 
 
@@ -75,9 +73,7 @@ def test_levels_that_do_not_fit_are_named(
         WeightedFusion([4, 4])([torch.zeros(shape) for shape in shapes], grids)
 
 
-@pytest.mark.parametrize(
-    ("widths", "width", "rank"), [([], None, 0), ([4, 0], None, 0), ([4], 0, 0), ([4], 4, -1)]
-)
+@pytest.mark.parametrize(("widths", "width", "rank"), [([], None, 0), ([4, 0], None, 0), ([4], 0, 0), ([4], 4, -1)])
 def test_bad_sizes_are_refused(widths: list[int], width: int | None, rank: int) -> None:
     with pytest.raises(ConfigError, match="expected"):
         WeightedFusion(widths, width, rank)

@@ -163,15 +163,11 @@ def test_a_report_stands_beside_its_baselines(data: Dataset) -> None:
     oracle, apgr = figures["oracle_apgr"].mean, figures["apgr"].mean
     assert figures["gap_closed"].mean == pytest.approx((apgr - 0.5) / (oracle - 0.5))
     assert oracle > apgr > figures["entropy_apgr"].mean > 0.5
-    assert (
-        figures["over_entropy"].low > 0 and figures["over_static"].low > 0 and figures["over_random"].low > 0
-    )
+    assert figures["over_entropy"].low > 0 and figures["over_static"].low > 0 and figures["over_random"].low > 0
     entropy = data.columns(["grey_entropy"])[:, 0]
     above = np.where(entropy > np.median(entropy), data.quality[:, 0], data.quality[:, 2])
     assert figures["entropy_quality"].mean == pytest.approx(above.mean())
-    assert report.static == CHEAP and figures["static_quality"].mean == pytest.approx(
-        data.quality[:, 2].mean()
-    )
+    assert report.static == CHEAP and figures["static_quality"].mean == pytest.approx(data.quality[:, 2].mean())
     for interval in figures.values():
         assert interval.low <= interval.mean <= interval.high
     scene = report.slices["scene"]
@@ -198,19 +194,13 @@ def test_people_and_clips_are_judged_by_what_is_known_of_them(tmp_path: Path) ->
         for i, row in enumerate(rng.normal(size=(60, 4)))
     ]
     clips = [
-        label_record(
-            subject(row, 100 + i, kind="video"), "oracle", quality={STRONG: 0.8}, reference_quality=1.0
-        )
+        label_record(subject(row, 100 + i, kind="video"), "oracle", quality={STRONG: 0.8}, reference_quality=1.0)
         for i, row in enumerate(rng.normal(size=(30, 4)))
     ]
     data = build_dataset([write_jsonl(tmp_path / "l.jsonl", people + clips)], cheap=CHEAP, rungs=RUNGS)
     report = evaluate_policy(policy(linear(5.0, reads=0.0)), data, n=50)
-    assert (
-        report.rows == 60 and report.figures["quality"].mean == 1.0 and report.figures["accuracy"].mean == 1.0
-    )
-    assert (
-        report.figures["cost"].mean == report.figures["strong_share"].mean
-    )  # no costs: the share of strong calls
+    assert report.rows == 60 and report.figures["quality"].mean == 1.0 and report.figures["accuracy"].mean == 1.0
+    assert report.figures["cost"].mean == report.figures["strong_share"].mean  # no costs: the share of strong calls
     assert report.clips == {"rows": 30, "quality": pytest.approx(0.8)}
     other = replace(base_policy(), lanes={lane: (rung("sum3@0.25"),) for lane in LADDERS})
     with pytest.raises(ConfigError, match=r"rung is 'sum3@0\.25'"):

@@ -88,9 +88,7 @@ def test_the_question_is_left_out_where_it_says_nothing(tmp_path: Path) -> None:
     assert not fitted.policy.router.inputs.reads_prompt and fitted.report["prompt_features"]
 
 
-def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(
-    trained: FittedPolicy, data: Dataset
-) -> None:
+def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(trained: FittedPolicy, data: Dataset) -> None:
     policy = trained.policy
     rows = data.split("train", 0)
     kept = 1 - (data.reference - data.quality[:, RUNGS.index(CHEAP)])
@@ -124,9 +122,7 @@ def test_boosted_trees_win_where_a_line_cannot(tmp_path: Path) -> None:
         hard = row[0] * row[1] > 0
         kept = 0.4 if hard else 0.9
         quality = {STRONG: 0.9, CHEAP: kept}
-        records.append(
-            label_record(subject(row, i), "oracle", quality=quality, reference_quality=0.9, cost=COSTS)
-        )
+        records.append(label_record(subject(row, i), "oracle", quality=quality, reference_quality=0.9, cost=COSTS))
     data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
     fitted = fit_policy(data, base_policy(), n=50)
     router = fitted.policy.router
@@ -145,9 +141,7 @@ def test_a_quality_model_is_kept_only_where_choosing_by_it_wins(tmp_path: Path) 
             # among hard inputs the middle rung fails on one half, the cheap rung on the other
             low, high = (0.3, 0.8) if crossing and row[2] > 0 else (0.8, 0.3)
             quality = {STRONG: 0.9, MIDDLE: low if hard else 0.9, CHEAP: high if hard else 0.9}
-            out.append(
-                label_record(subject(row, i), "oracle", quality=quality, reference_quality=0.9, cost=COSTS)
-            )
+            out.append(label_record(subject(row, i), "oracle", quality=quality, reference_quality=0.9, cost=COSTS))
         return out
 
     found = {}
@@ -194,9 +188,7 @@ def test_isotonic_calibration_is_taken_only_where_a_line_is_wrong(data: Dataset)
     raw = rng.uniform(-3, 3, n)
     some = replace(data, y=np.zeros(n), weight=np.ones(n), group=np.arange(n))
     straight = replace(some, y=(rng.random(n) < 1 / (1 + np.exp(-2 * raw))).astype(float))
-    steps = replace(
-        some, y=(rng.random(n) < np.where(raw < -1, 0.05, np.where(raw < 2, 0.5, 0.95))).astype(float)
-    )
+    steps = replace(some, y=(rng.random(n) < np.where(raw < -1, 0.05, np.where(raw < 2, 0.5, 0.95))).astype(float))
     assert not isinstance(fit_calibration(raw, straight), Isotonic)
     found = fit_calibration(raw, steps)
     assert isinstance(found, Isotonic)
@@ -221,9 +213,7 @@ def test_wrong_options_are_named(data: Dataset, options: dict[str, Any], message
 
 
 def test_features_can_be_left_out(data: Dataset) -> None:
-    fitted = fit_policy(
-        data, base_policy(), estimators=("logistic",), leave_out=("edge_density", "prompt_read"), n=10
-    )
+    fitted = fit_policy(data, base_policy(), estimators=("logistic",), leave_out=("edge_density", "prompt_read"), n=10)
     assert {"grey_entropy"} < set(fitted.policy.router.inputs.names)
     assert not {"edge_density", "prompt_read"} & set(fitted.policy.router.inputs.names)
     with pytest.raises(ConfigError, match="'size'"):

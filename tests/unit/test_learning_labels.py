@@ -16,6 +16,7 @@ from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.learning.dataset import SPLITS, Dataset, build_dataset, cap_weights
 from adaptive_fusion.learning.labels import (
     SOURCES,
+    append_records,
     feedback_from_csv,
     feedback_record,
     human_labels,
@@ -83,9 +84,7 @@ def test_feedback_and_shadow_runs_join_their_decision_once(tmp_path: Path) -> No
     data = build(write_jsonl(tmp_path / "log.jsonl", records))
     found = {
         (SOURCES[s], int(x)): (y, taken, p)
-        for s, x, y, taken, p in zip(
-            data.source, data.x[:, 0], data.y, data.taken, data.propensity, strict=True
-        )
+        for s, x, y, taken, p in zip(data.source, data.x[:, 0], data.y, data.taken, data.propensity, strict=True)
     }
     cheap, strong = RUNGS.index(CHEAP), RUNGS.index(STRONG)
     assert found[("feedback", 0)] == (0.0, cheap, 0.5)
@@ -110,10 +109,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     with path.open("a") as handle:
         handle.write("torn")
     data = build(path)
-    report = {
-        k: data.report[k]
-        for k in ("records", "broken_lines", "other_version", "unlabelled", "rows", "no_label")
-    }
+    report = {k: data.report[k] for k in ("records", "broken_lines", "other_version", "unlabelled", "rows", "no_label")}
     assert report == {
         "records": 5,
         "broken_lines": 1,
@@ -233,8 +229,9 @@ def test_people_say_simple_or_complex_or_give_scores_ranked_in_their_group(tmp_p
     found, failed = human_labels(scores, describe)
     assert [r["target"] for r in found] == [0.0, 1.0, 0.5, 0.5, 0.5, 0.5]
     assert [r["weight"] for r in found] == [1, 1, 0, 0, 0, 0] and [path for path, _ in failed] == ["g.png"]
-    write_jsonl(tmp_path / "l.jsonl", found)
-    assert sorted(build(tmp_path / "l.jsonl").y.tolist()) == [0, 0, 0, 0, 0, 1]
+    assert append_records(found[:2], tmp_path / "deep" / "l.jsonl") == 2
+    assert append_records(found[2:], tmp_path / "deep" / "l.jsonl") == len(found) - 2
+    assert sorted(build(tmp_path / "deep" / "l.jsonl").y.tolist()) == [0, 0, 0, 0, 0, 1]
     for columns in ("path,rank", "file,label", "path,label,score"):
         labels.write_text(f"{columns}\n")
         with pytest.raises(ConfigError, match="expected path and label or score"):

@@ -49,9 +49,7 @@ def estimates(n: int, seed: int, explore: float | None):
     choice = target_of(x)
     q = reward_model(x, action, reward, np.arange(n), ACTIONS)
     rows = np.arange(n)
-    return estimate(
-        reward, p, choice == action, predicted=q[rows, action], value=q[rows, choice], seed=seed, n=200
-    )
+    return estimate(reward, p, choice == action, predicted=q[rows, action], value=q[rows, choice], seed=seed, n=200)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +58,7 @@ def truth() -> float:
     return float(quality(x, target_of(x)).mean())
 
 
-@pytest.mark.parametrize(
-    ("n", "explore"), [(5_000, None), (100_000, 0.05)], ids=["5000 drawn", "5 % of 100000"]
-)
+@pytest.mark.parametrize(("n", "explore"), [(5_000, None), (100_000, 0.05)], ids=["5000 drawn", "5 % of 100000"])
 def test_the_value_of_another_policy_is_found_where_averaging_is_wrong(
     n: int, explore: float | None, runs: int, truth: float
 ) -> None:

@@ -65,16 +65,14 @@ def test_each_input_is_scored_once_and_a_killed_run_resumes(tmp_path: Path) -> N
     assert run == LabelRun(2, 5, 0, (("x", "not a number"), ("13", "unlucky")))
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["features"]["edge_density"] for r in records] == [1, 2, 3, 4, 5]
-    assert (
-        records[0]["quality"] == {STRONG: 1.0, "weighted3@1": 0.99, CHEAP: 0.99} and records[0]["time_s"] == 7
-    )
+    assert records[0]["quality"] == {STRONG: 1.0, "weighted3@1": 0.99, CHEAP: 0.99} and records[0]["time_s"] == 7
     data = build_dataset([out], cheap=CHEAP, rungs=RUNGS)
     assert data.report["broken_lines"] == 0 and data.y.sum() == 3  # 3, 4 and 5 lose more than 0.02
 
 
 def test_labels_that_lack_a_rung_are_made_again(tmp_path: Path) -> None:
     out = tmp_path / "l.jsonl"
-    label_inputs(Sums(), [1, 2], LADDER[:1], out, progress=False)
+    label_inputs(Sums(), [1, 2], LADDER[:1], out, progress=False, clock=lambda: 1.0)
     assert label(Sums(), [1, 2, 2], out) == LabelRun(2, 0, 1, ())
     data = build_dataset([out], cheap=CHEAP, rungs=RUNGS)
     assert len(data) == 2 and np.isfinite(data.quality).all()

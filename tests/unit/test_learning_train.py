@@ -71,9 +71,7 @@ def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path
     )
     for name in names:
         assert (again / name).read_bytes() == (trained.folder / name).read_bytes(), name
-    other = train(
-        [logs], tmp_path / "seed", base=base_policy(), n=100, seed=1, estimators=("logistic",)
-    ).folder
+    other = train([logs], tmp_path / "seed", base=base_policy(), n=100, seed=1, estimators=("logistic",)).folder
     assert (other / "router.json").read_bytes() != (trained.folder / "router.json").read_bytes()
 
 
@@ -99,9 +97,7 @@ def hostile(share: float, source: str, *, ids: int, extreme: bool) -> list[dict[
         quality = {CHEAP: 1.0 if hard else 0.0, STRONG: 1.0}
         known = subject(row, 10**7 + i, reads=True)
         out.append(
-            label_record(
-                known, source, quality=quality, reference_quality=1.0, cost=COSTS, source_id=f"u{i % ids}"
-            )
+            label_record(known, source, quality=quality, reference_quality=1.0, cost=COSTS, source_id=f"u{i % ids}")
         )
     return out
 
@@ -124,21 +120,15 @@ def test_five_percent_hostile_rows_are_refused_or_cost_less_than_two_points(
     assert accuracy(found.fitted.policy, fresh) > clean - 0.02
 
 
-def test_the_hostile_rows_do_harm_where_nothing_defends(
-    data: Dataset, fresh: Dataset, tmp_path: Path
-) -> None:
-    path = write_jsonl(
-        tmp_path / "l.jsonl", oracle_labels(RECORDS, 1) + hostile(0.05, "oracle", ids=1, extreme=True)
-    )
+def test_the_hostile_rows_do_harm_where_nothing_defends(data: Dataset, fresh: Dataset, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "l.jsonl", oracle_labels(RECORDS, 1) + hostile(0.05, "oracle", ids=1, extreme=True))
     poisoned = build_dataset([path], cheap=CHEAP, rungs=RUNGS)
     naive = LogisticRegression().fit(poisoned.x[:, :4], poisoned.y)
     honest = LogisticRegression().fit(data.x[:, :4], data.y)
     assert naive.score(fresh.x[:, :4], fresh.y) < honest.score(fresh.x[:, :4], fresh.y) - 0.15
 
 
-def test_a_worse_candidate_is_refused_with_the_figures_unless_forced(
-    trained: Trained, tmp_path: Path
-) -> None:
+def test_a_worse_candidate_is_refused_with_the_figures_unless_forced(trained: Trained, tmp_path: Path) -> None:
     records = oracle_labels(600, 4)
     rng = np.random.default_rng(0)
     for record in records:  # features that say nothing: the candidate can only guess

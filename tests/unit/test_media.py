@@ -263,9 +263,7 @@ def test_animated_images_are_clips_with_their_own_times(form: str) -> None:
     video = load_media(animation(form, [100, 300, 50, 250, 0, 500]))
     assert isinstance(video, Video) and kind(video) == "video" and video.total_frames == 6
     # 0 ms counts as 100 ms; 1.3 s at 2 a second is below the minimum of 4 frames: 0, 2, 3 and 5 are taken.
-    assert video.timestamps_s == pytest.approx((0.0, 0.4, 0.45, 0.8)) and video.duration_s == pytest.approx(
-        1.3
-    )
+    assert video.timestamps_s == pytest.approx((0.0, 0.4, 0.45, 0.8)) and video.duration_s == pytest.approx(1.3)
     assert np.abs(video.frames[:, 0, 0, 0].astype(int) - [0, 20, 30, 50]).max() <= 2
 
 
@@ -491,9 +489,7 @@ def test_an_image_bomb_is_refused_before_it_takes_memory(tmp_path: Path) -> None
         "try:\n    load_media(sys.argv[1])\n"
         "except MediaError:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(bomb)], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", script, str(bomb)], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 32 * 1024  # KiB
 
 
@@ -560,11 +556,7 @@ def test_content_hash_names_the_content(tmp_path: Path) -> None:
     assert len({content_hash(source) for source in sources}) == len(sources)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 6), st.integers(1, 6), st.binary(min_size=36, max_size=36)), max_size=30
-    )
-)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.binary(min_size=36, max_size=36)), max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_different_arrays_have_different_hashes(rows: list[tuple[int, int, bytes]]) -> None:
     arrays = [np.frombuffer(b, np.uint8)[: h * w].reshape(h, w) for h, w, b in rows]

@@ -86,9 +86,7 @@ def test_cider_d_of_a_slice_keeps_the_whole_sets_document_frequencies() -> None:
 @given(other=words, reference=words.filter(lambda tokens: len(tokens) >= 4))
 def test_no_candidate_scores_above_the_reference_itself(other: list[str], reference: list[str]) -> None:
     corpus = [[reference], *SPLIT_REFERENCES, [["unrelated"]]]
-    same, changed, longer = cider_d(
-        [reference, other, [*reference, "extra"]], [[reference]] * 3, df_corpus=corpus
-    )
+    same, changed, longer = cider_d([reference, other, [*reference, "extra"]], [[reference]] * 3, df_corpus=corpus)
     assert same == pytest.approx(10.0)
     assert 0.0 <= changed <= same + 1e-9
     assert longer < same
@@ -130,9 +128,7 @@ def test_bleu4_of_summed_statistics_equals_sacrebleu_on_the_corpus() -> None:
     candidates, references = random_captions(seed=1, samples=60)
     statistics = bleu_statistics(candidates, references)
     for chosen in (range(60), [3, 3, 7, 12, 0, 59], [1]):
-        streams = [
-            [" ".join(references[i][min(k, len(references[i]) - 1)]) for i in chosen] for k in range(5)
-        ]
+        streams = [[" ".join(references[i][min(k, len(references[i]) - 1)]) for i in chosen] for k in range(5)]
         expected = sacrebleu.corpus_bleu(
             [" ".join(candidates[i]) for i in chosen], streams, tokenize="none", force=True
         ).score
@@ -187,9 +183,7 @@ def test_element_recall_counts_each_element_once() -> None:
 
 @quick
 @given(predicted=st.lists(st.integers(0, 5)), more=st.integers(0, 5), truth=st.lists(st.integers(0, 5)))
-def test_element_recall_never_falls_when_more_is_said(
-    predicted: list[int], more: int, truth: list[int]
-) -> None:
+def test_element_recall_never_falls_when_more_is_said(predicted: list[int], more: int, truth: list[int]) -> None:
     before = element_recall(predicted, truth)
     assert 0.0 <= before <= element_recall([*predicted, more], truth) <= 1.0
     assert element_recall(predicted[::-1], truth) == before
@@ -208,8 +202,7 @@ def test_matching_accuracy_wants_the_true_caption_strictly_first() -> None:
 def test_the_bootstrap_interval_of_a_mean_covers_the_truth_about_95_times_in_100() -> None:
     rng = np.random.default_rng(0)
     covered = [
-        not bootstrap_mean(rng.gamma(4.0, 0.25, size=80), seed=trial, n=400).excludes(1.0)
-        for trial in range(1000)
+        not bootstrap_mean(rng.gamma(4.0, 0.25, size=80), seed=trial, n=400).excludes(1.0) for trial in range(1000)
     ]
     assert 0.93 <= float(np.mean(covered)) <= 0.97
 
@@ -252,9 +245,7 @@ def test_the_general_bootstrap_agrees_with_the_fast_one(groups: list[str] | None
     fast = bootstrap_mean(values, seed=5, n=4000, groups=groups)
     general = bootstrap(lambda chosen: values[chosen].mean(), 90, seed=6, n=4000, groups=groups)
     assert general.mean == pytest.approx(fast.mean)
-    assert (general.low, general.high) == pytest.approx(
-        (fast.low, fast.high), abs=0.1 * (fast.high - fast.low)
-    )
+    assert (general.low, general.high) == pytest.approx((fast.low, fast.high), abs=0.1 * (fast.high - fast.low))
 
 
 def test_bootstrap_is_reproducible_and_handles_constants_and_pairs() -> None:

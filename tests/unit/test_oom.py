@@ -21,9 +21,7 @@ def chained(cause: BaseException) -> BaseException:
 
 
 OUT = [
-    torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
-    ),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
     torch.OutOfMemoryError("HIP out of memory. Tried to allocate 20.00 MiB"),
     torch.OutOfMemoryError("XPU out of memory. Tried to allocate 1.00 GiB"),
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),

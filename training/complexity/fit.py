@@ -46,9 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with scores.csv and the images")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="coefficients as JSON")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("runs/complexity"), help="folder of cached features"
-    )
+    parser.add_argument("--cache", type=Path, default=Path("runs/complexity"), help="folder of cached features")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
 

@@ -12,21 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adaptive_fusion.bench import report
+from adaptive_fusion.bench.answers import CHANCE, KNOB_ROWS, ROWS, SHUFFLED, Answer
 from adaptive_fusion.bench.cost import summarise_costs
 from adaptive_fusion.bench.folder import folder_items
-from adaptive_fusion.bench.quality import (
-    CHANCE,
-    KNOB_ROWS,
-    MIXED,
-    ROWS,
-    SHUFFLED,
-    Answer,
-    compare,
-    pareto_front,
-    score_all,
-    slices,
-    summarise,
-)
+from adaptive_fusion.bench.quality import MIXED, compare, pareto_front, score_all, slices, summarise
 from adaptive_fusion.bench.scenes import SCORES, hard_negatives, reference_items
 from adaptive_fusion.commands.bench import _rung
 from adaptive_fusion.decisions import Measurement
