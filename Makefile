@@ -17,7 +17,7 @@ demo: setup
 	$(VENV)/bin/adaptive-fusion demo
 
 test: lint
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2
 
 lint: setup
 	$(VENV)/bin/ruff check .

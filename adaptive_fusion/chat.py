@@ -54,7 +54,7 @@ def is_messages(value: object) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(v, Mapping) and "role" in v for v in value)
 
 
-def build_request(media_or_messages: Any, prompt: str | None) -> ChatRequest:
+def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = False) -> ChatRequest:
     """Load and measure everything that a request names.
 
     Args:
@@ -62,6 +62,7 @@ def build_request(media_or_messages: Any, prompt: str | None) -> ChatRequest:
             inside it is the frames of one clip), or chat messages whose content is a string or a list of parts
             ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``.
         prompt: Asked after the media; with messages it becomes one more user message, or None.
+        hashed: Take the media's content hash too, for a log.
 
     Raises:
         MediaError: For a medium that cannot be used.
@@ -80,11 +81,11 @@ def build_request(media_or_messages: Any, prompt: str | None) -> ChatRequest:
         content = [{"type": "media", "media": source} for source in sources]
         raw = [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
     media: list[Media] = []
-    hashes: list[str] = []
+    hashes: list[str] | None = [] if hashed else None
     texts: list[str] = []
     messages = [_message(message, media, hashes, texts) for message in raw]
     complexities = tuple(measure_complexity(m.frames if isinstance(m, Video) else m) for m in media)
-    joined = hashes[0] if len(hashes) == 1 else "+".join(hashes) or None
+    joined = "+".join(hashes) if hashes else None
     return ChatRequest(tuple(messages), tuple(media), texts[-1] if texts else "", complexities, joined)
 
 
@@ -101,7 +102,7 @@ def _as_list(media: Any) -> list[Any]:
     )
 
 
-def _message(message: dict[str, Any], media: list[Media], hashes: list[str], texts: list[str]) -> dict[str, Any]:
+def _message(message: dict[str, Any], media: list[Media], hashes: list[str] | None, texts: list[str]) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
         raise ConfigError(f"message role is {role!r}; expected system, user or assistant")
@@ -122,7 +123,8 @@ def _message(message: dict[str, Any], media: list[Media], hashes: list[str], tex
             # What it is, not what it was called: an animated image is a clip.
             found = "video" if isinstance(loaded, Video) else "image"
             media.append(loaded)
-            hashes.append(content_hash(source))
+            if hashes is not None:
+                hashes.append(content_hash(source))
             parts.append({"type": found, found: loaded})
         else:
             raise ConfigError(f"message part is {kind!r}; expected text, image or video with its value")

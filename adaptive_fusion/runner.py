@@ -181,10 +181,11 @@ class AdaptiveRunner:
         if model_kwargs.pop("trust_remote_code", False):
             raise ConfigError("trust_remote_code is True; expected False: load the model yourself and wrap it")
         source = str(model_path()) if str(id_or_path) == "reference" else str(id_or_path)
-        model = AutoModelForImageTextToText.from_pretrained(source, **model_kwargs)
+        # Said, not left out: left out, transformers asks on the terminal.
+        model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, **model_kwargs)
         if device is not None:
             model = model.to(device)
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         return cls(model.eval(), processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed)
 
     def __getattr__(self, name: str) -> Any:
@@ -350,7 +351,7 @@ class AdaptiveRunner:
             raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; expected a positive integer")
         if getattr(self._bypass, "on", False) and point is None:
             point = NATIVE
-        request = build_request(media, prompt)
+        request = build_request(media, prompt, hashed=self.log is not None)
         limits = self.budget.merge(budget)
         with self._lock:
             # Decided once the model is free, so that waiting for it counts as elapsed.

@@ -1,4 +1,4 @@
-"""What the runner itself costs: `native` beside ``model.generate``, and features + route + plan.
+"""What the runner itself costs: `native` beside ``model.generate``, and the time of a decision.
 
 A request of 1,024 patches and 40 new tokens on the embedded reference model, in pairs that take turns at going first;
 the overhead is the median over pairs of the relative difference. Run it on an otherwise idle machine:
@@ -8,8 +8,10 @@ the overhead is the median over pairs of the relative difference. Run it on an o
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -17,7 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from adaptive_fusion import AdaptiveRunner
+from adaptive_fusion import AdaptiveRunner, Budget, measure_complexity
+from adaptive_fusion.controller import Controller
+from adaptive_fusion.cost import CostModel, LengthModel
+from adaptive_fusion.models import Size
+from adaptive_fusion.planner import TEMPLATE_TOKENS, Ask, Planner
 from adaptive_fusion.reference.screens import PROMPTS, make_scene
 
 NEW_TOKENS = 40
@@ -68,19 +74,34 @@ def runner_overhead(pairs: int) -> dict[str, float]:
     }
 
 
-def decision_ms(repeats: int) -> dict[str, float]:
-    """Median milliseconds of features + route + plan, for PIL images and decoded arrays."""
-    runner = AdaptiveRunner.from_pretrained("reference", policy="balanced")
+def decision_ms(repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of features, of features + route + plan, and of `decide` with the medium's conversion."""
+    runner = AdaptiveRunner.from_pretrained("reference", policy="balanced", budget=Budget(latency_ms=500))
+    cost = CostModel(runner.profile)
+    planner = Planner(runner.adapter, runner.policy, cost, Controller(), LengthModel(), random.Random(0))
+    prompt = PROMPTS["describe"]
     rng = np.random.default_rng(0)
     found = {}
     for name, (width, height) in SIZES.items():
-        scene = make_scene("dense", 1, "eval", (384, 384)).image.resize((width, height))
-        noisy = np.asarray(scene).astype(np.int16) + rng.integers(-6, 7, (height, width, 1))
-        array = noisy.clip(0, 255).astype(np.uint8)
-        for form, medium in (("PIL", Image.fromarray(array)), ("array", array)):
-            runner.decide(medium, PROMPTS["describe"])
-            times = [timed_ms(lambda m=medium: runner.decide(m, PROMPTS["describe"])) for _ in range(repeats)]
-            found[f"{name} {form}"] = median(times)
+        screen = np.asarray(make_scene("dense", 1, "eval", (384, 384)).image.resize((width, height)))
+        array = (screen.astype(np.int16) + rng.integers(-6, 7, (height, width, 1))).clip(0, 255).astype(np.uint8)
+        size = Size(1, height, width)
+        for form, medium in (("PIL image", Image.fromarray(array)), ("array", array)):
+
+            def plan(medium: Any = medium, size: Size = size) -> None:
+                complexity = measure_complexity(medium)
+                planner.decide(Ask(complexity.kind, [size], [complexity], prompt, 256, TEMPLATE_TOKENS), runner.budget)
+
+            steps: dict[str, Callable[[], Any]] = {
+                "features": partial(measure_complexity, medium),
+                "features + route + plan": plan,
+                "decide, conversion included": partial(runner.decide, medium, prompt),
+            }
+            for call in steps.values():
+                call()
+            found[f"{name} {form}"] = {
+                step: median(timed_ms(call) for _ in range(repeats)) for step, call in steps.items()
+            }
     return found
 
 
@@ -102,8 +123,8 @@ def main() -> None:
     print(f"{run['patches']} patches, {run['new_tokens']} new tokens, median of {run['pairs']} pairs:")
     print(f"  model.generate {run['model_ms']:.1f} ms, runner.generate {run['runner_ms']:.1f} ms")
     print(f"  overhead {middle:+.2f} % (quartiles {low:+.2f} to {high:+.2f} %)")
-    for name, value in result["decision_ms"].items():
-        print(f"features + route + plan, {name}: {value:.2f} ms")
+    for name, steps in result["decision_ms"].items():
+        print(f"{name}: " + ", ".join(f"{step} {value:.2f} ms" for step, value in steps.items()))
 
 
 if __name__ == "__main__":

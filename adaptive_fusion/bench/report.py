@@ -9,7 +9,7 @@ from rich.table import Table
 
 from adaptive_fusion.errors import AdaptiveFusionError
 
-WIDTH = 190
+WIDTH = 220
 """Columns of a table when the output is not a terminal."""
 
 
@@ -25,16 +25,16 @@ def quality_tables(result: Mapping[str, Any]) -> list[Table]:
     for name, records in result["slices"].items():
         table = Table(title=f"{name} ({records[0]['n']} questions)")
         for head in ("row", "quality", "CIDEr-D", "BLEU-4", "matching", "token acc.", "tokens"):
-            table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
+            table.add_column(head, justify="left" if head == "row" else "right", no_wrap=head == "row")
         for head in ("encode ms", "prefill ms", "TTFT ms", "total ms", "peak MiB"):
-            table.add_column(head, justify="right", no_wrap=True)
+            table.add_column(head, justify="right")
         front = set(result["pareto"]) if name == result["pareto_slice"] else set()
         for record in records:
             timed = "ttft_ms" in record
             table.add_row(
                 record["row"] + (" *" if record["row"] in front else ""),
                 _interval(record["quality"]),
-                _interval(record["cider"], 2),
+                _interval(record["cider"]),
                 _interval(record["bleu4"], 1),
                 _interval(record["matching"]),
                 _interval(record["token_accuracy"]),
@@ -64,7 +64,7 @@ def knob_table(result: Mapping[str, Any]) -> Table:
                 _interval(kept.get("quality"), percent=True),
                 _interval(record["token_accuracy"]),
                 _interval(kept.get("token_accuracy"), percent=True),
-                _interval(record["cider"], 2),
+                _interval(record["cider"]),
                 _interval(kept.get("cider"), percent=True),
             )
         table.add_section()
@@ -119,19 +119,20 @@ def plot_quality(result: Mapping[str, Any], path: Path) -> None:
     """Quality (CIDEr-D without a task score) against mean TTFT of every row, with the Pareto front, as PNG."""
     plt = _pyplot()
     records = [r for r in result["slices"][result["pareto_slice"]] if "ttft_ms" in r]
-    figure, axes = plt.subplots(figsize=(9, 6))
+    figure, axes = plt.subplots(figsize=(10, 6))
     worth = {r["row"]: r["quality"] or r["cider"] for r in records}
     at = {r["row"]: (r["ttft_ms"]["mean"], worth[r["row"]]["mean"]) for r in records}
     axes.plot(*zip(*(at[row] for row in result["pareto"]), strict=True), color="0.6", lw=1.5, label="Pareto front")
-    for row, (x, y) in at.items():
-        value = worth[row]
+    colors = plt.get_cmap("tab20").colors
+    for index, (row, (x, y)) in enumerate(at.items()):
+        value, large = worth[row], row == "adaptive"
         errors = [[max(0.0, y - value["low"])], [max(0.0, value["high"] - y)]]
-        axes.errorbar(x, y, errors, fmt="*" if row == "adaptive" else "o", ms=12 if row == "adaptive" else 5, alpha=0.8)
-        axes.annotate(row, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        look = {"fmt": "*" if large else "os^Dv"[index % 5], "ms": 14 if large else 6, "elinewidth": 0.8}
+        axes.errorbar(x, y, errors, color=colors[index % len(colors)], label=row, **look)
     axes.set_xlabel("mean TTFT, ms")
     axes.set_ylabel("mean quality" if records[0]["quality"] else "CIDEr-D")
-    axes.set_title(f"{result['model']}, {result['pareto_slice']} set, {records[0]['n']} questions")
-    axes.legend()
+    axes.set_title(f"{Path(result['model']).name}, {result['pareto_slice']} set, {records[0]['n']} questions")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     _save(figure, path)
 
 
@@ -167,7 +168,7 @@ def _save(figure: Any, path: Path) -> None:
     _pyplot().close(figure)
 
 
-def _interval(value: Mapping[str, float] | None, digits: int = 3, *, percent: bool = False) -> str:
+def _interval(value: Mapping[str, float] | None, digits: int = 2, *, percent: bool = False) -> str:
     if value is None:
         return "-"
     scale, digits, unit = (100, 1, " %") if percent else (1, digits, "")

@@ -73,6 +73,7 @@ class Adapter(ABC):
         self.model: Any = model
         self.processor = processor
         self._fusions: dict[FusionSpec, DeepStackFusion] = {}
+        self._levels: dict[int, tuple[int, ...]] = {}
 
     @classmethod
     @abstractmethod
@@ -142,7 +143,9 @@ class Adapter(ABC):
             return ()
         if point.fusion == "native":
             return self.taps
-        return select_levels(self.depth, self.taps, point.layers)
+        if point.layers not in self._levels:
+            self._levels[point.layers] = select_levels(self.depth, self.taps, point.layers)
+        return self._levels[point.layers]
 
     def fusion(self, point: OperatingPoint) -> DeepStackFusion | None:
         """The module that a point runs: loaded weights if there are any, else the untrained identity.

@@ -38,7 +38,13 @@ class GridAdapter(Adapter):
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
-        self.merge = int(self.model.config.vision_config.spatial_merge_size)
+        vision = self.model.config.vision_config
+        self.merge = int(vision.spatial_merge_size)
+        # Read once: planning asks for them several times a request, and a configuration answers slowly.
+        self._depth, self._patch = int(vision.depth), int(vision.patch_size)
+        self._temporal = int(vision.temporal_patch_size)
+        self._taps = tuple(getattr(vision, "deepstack_visual_indexes", None) or ())
+        self._kv_bytes = self._cache_bytes_per_token()
         if not self.taps:
             why = f"{type(model).__name__} has no DeepStack taps, so there are no levels to fuse"
             self.knobs = frozenset({"downsample", "max_pixels", "max_fps"})
@@ -52,11 +58,11 @@ class GridAdapter(Adapter):
 
     @property
     def depth(self) -> int:
-        return int(self.model.config.vision_config.depth)
+        return self._depth
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return tuple(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+        return self._taps
 
     # What it would cost
 
@@ -86,8 +92,7 @@ class GridAdapter(Adapter):
     def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
         segments: list[int] = []
         tokens = 0
-        patch = int(self.model.config.vision_config.patch_size)
-        temporal = int(self.model.config.vision_config.temporal_patch_size)
+        patch, temporal = self._patch, self._temporal
         for size in sizes:
             height, width = self._resized(size, point.max_pixels)
             frames = -(-size.frames // temporal)
@@ -95,10 +100,9 @@ class GridAdapter(Adapter):
             segments += [rows * columns] * frames
             t, h, w = pooled_grid(frames, rows // self.merge, columns // self.merge, point.downsample)
             tokens += t * h * w
-        return VisualPlan(tuple(segments), tokens, self.levels(point), self.taps, tokens * self._kv_bytes())
+        return VisualPlan(tuple(segments), tokens, self.levels(point), self.taps, tokens * self._kv_bytes)
 
-    def _kv_bytes(self) -> int:
-        """Bytes of key-value cache per token."""
+    def _cache_bytes_per_token(self) -> int:
         text = self.model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -143,8 +147,7 @@ class GridAdapter(Adapter):
         return {"size": {"shortest_edge": min(low, high), "longest_edge": high}}
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
-        patch = int(self.model.config.vision_config.patch_size)
-        temporal = int(self.model.config.vision_config.temporal_patch_size)
+        patch, temporal = self._patch, self._temporal
         return [
             Size(t * temporal if kind == "video" else t, h * patch, w * patch, kind == "video", exact=True)
             for kind, (_, grid_key, _) in KINDS.items()

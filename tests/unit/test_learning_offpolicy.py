@@ -58,7 +58,9 @@ def truth() -> float:
     return float(quality(x, target_of(x)).mean())
 
 
-@pytest.mark.parametrize(("n", "explore"), [(5_000, None), (100_000, 0.05)], ids=["5000 drawn", "5 % of 100000"])
+@pytest.mark.parametrize(
+    ("n", "explore", "runs"), [(5_000, None, 4), (100_000, 0.05, 1)], ids=["5000 drawn", "5 % of 100000"]
+)
 def test_the_value_of_another_policy_is_found_where_averaging_is_wrong(
     n: int, explore: float | None, runs: int, truth: float
 ) -> None:
