@@ -121,21 +121,25 @@ class Planner:
             if point not in best or rung.quality > best[point][0]:
                 best[point] = rung.quality, rung.name
         # The rung's name is the same for every size of image, so drift is learned per rung.
-        return [replace(self.candidate(p, quality, ask), key=name) for p, (quality, name) in best.items()]
+        new = self.expected_tokens(ask)
+        return [replace(self.candidate(p, quality, ask, new), key=name) for p, (quality, name) in best.items()]
 
-    def candidate(self, point: OperatingPoint, quality: float, ask: Ask) -> Candidate:
-        """One point on offer for `ask`, with its predicted cost."""
-        return Candidate(point, quality, self.cost.predict(point, self.work(point, ask)))
+    def expected_tokens(self, ask: Ask) -> float:
+        """How long an answer to this kind of prompt has been."""
+        return self.lengths.expected(prompt_kind(ask.prompt), ask.max_new_tokens)
 
-    def work(self, point: OperatingPoint, ask: Ask) -> Work:
+    def candidate(self, point: OperatingPoint, quality: float, ask: Ask, new: float | None = None) -> Candidate:
+        """One point on offer for `ask`, with its predicted cost for an answer of `new` tokens (else as expected)."""
+        return Candidate(point, quality, self.cost.predict(point, self.work(point, ask, new)))
+
+    def work(self, point: OperatingPoint, ask: Ask, new: float | None = None) -> Work:
         """What `point` makes the model do for `ask`."""
         plan = self.adapter.plan(ask.sizes, point)
-        new = self.lengths.expected(prompt_kind(ask.prompt), ask.max_new_tokens)
         return Work(
             patches=plan.segments,
             visual_tokens=plan.tokens,
             prompt_tokens=plan.tokens + ask.text_tokens,
-            new_tokens=new,
+            new_tokens=self.expected_tokens(ask) if new is None else new,
             batch=ask.batch,
         )
 

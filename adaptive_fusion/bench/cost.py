@@ -178,12 +178,17 @@ def summarise_costs(found: Mapping[str, Sequence[Measurement]], lane: Collection
     return records
 
 
-def adapter_of_size(size: str, device: str = "cpu") -> Adapter:
-    """An adapter over a random model of a published size, or over the embedded reference model.
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def adapter_of_size(size: str, device: str = "cpu", dtype: str = "bfloat16") -> Adapter:
+    """An adapter over a random model of a published size, or over the embedded reference model in its own dtype.
 
     Raises:
-        ConfigError: For an unknown size or one that does not fit into the free memory.
+        ConfigError: For an unknown size or dtype, or a model that does not fit into the free memory.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if size.lower() == "reference":
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -191,4 +196,4 @@ def adapter_of_size(size: str, device: str = "cpu") -> Adapter:
 
         model = AutoModelForImageTextToText.from_pretrained(model_path()).to(device).eval()
         return adapter_for(model, AutoProcessor.from_pretrained(model_path()))
-    return adapter_for(build_random(shape(size), device), ShapeProcessor())
+    return adapter_for(build_random(shape(size), device, DTYPES[dtype]), ShapeProcessor())

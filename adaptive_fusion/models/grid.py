@@ -135,6 +135,9 @@ class GridAdapter(Adapter):
                 "do_sample_frames": False,
                 "video_metadata": [clip.metadata() for clip in clips],
             }
+            if hasattr(processor, "cap_pixels_per_frame"):
+                # The point's own pixel budget is per frame already.
+                kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
         return dict(self.processor(text=[text], return_tensors="pt", **kwargs))
 
     @staticmethod

@@ -111,7 +111,7 @@ def test_cost_from_the_command_line() -> None:
     assert set(rows) == {"native@1", "top@1", *lane}
     assert rows["native@1"]["encode_prefill_ms_ratio"] == 1.0
     assert all(rows[name]["lane"] and rows[name]["patches"] < rows["native@1"]["patches"] for name in lane)
-    for wrong in (["--size", "3b"], ["--points", "quick@1"], ["--policy", "none-such"]):
+    for wrong in (["--size", "3b"], ["--points", "quick@1"], ["--policy", "none-such"], ["--dtype", "int8"]):
         assert CliRunner().invoke(app, ["cost", *arguments, *wrong]).exit_code == 2
 
 
