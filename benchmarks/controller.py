@@ -28,6 +28,7 @@ import math
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -221,7 +222,7 @@ class Ours:
         self.controller.miss(self.choice, cut, kind="oom", ran=self.ran(index), lost_ms=lost_ms)
 
 
-class Share:
+class Share(ABC):
     """Base of aimd and pid: best quality with predicted time within a share of what is left of the
     deadline.
     """
@@ -245,8 +246,9 @@ class Share:
     def out_of_memory(self, index: int, lost_ms: float, took_ms: float) -> None:
         self.envelope = min(self.envelope * 1.05, 2.0)
 
+    @abstractmethod
     def adapt(self, used: float) -> None:
-        raise NotImplementedError
+        """Move the share after a request that used `used` of its time."""
 
 
 class Aimd(Share):

@@ -29,7 +29,7 @@ from adaptive_fusion.media import Limits, Video, content_hash, kind, load_media,
 
 av = pytest.importorskip("av", reason="the extra [video] (PyAV) is not installed")
 
-VIDEOS = Path("/work/shared/data/videos")
+VIDEOS = Path(os.environ.get("ADAPTIVE_FUSION_DATA", "data")) / "videos"
 FPS, SHADE = 12, 5  # of the clips made here: frame i is a flat grey of SHADE * i
 
 
@@ -354,7 +354,7 @@ def test_metadata_gives_transformers_the_true_times() -> None:
     assert metadata["total_num_frames"] > metadata["frames_indices"][-1]
 
 
-@pytest.mark.skipif(not VIDEOS.is_dir(), reason=f"no real clips: {VIDEOS} is absent")
+@pytest.mark.skipif(not VIDEOS.is_dir(), reason="needs the folder videos/ with real clips under $ADAPTIVE_FUSION_DATA")
 @pytest.mark.parametrize("name", ["intel_asl_again.mkv", "opencv_tree.avi", "mmaction_demo.mp4"])
 def test_real_clips_load_with_increasing_times(name: str) -> None:
     video = load_media(VIDEOS / name, limits=Limits(max_frames=4, max_side=160))
