@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adaptive_fusion.cost import Profile
 from adaptive_fusion.models.base import Adapter
@@ -149,8 +149,3 @@ def _requests(adapter: Adapter, pixels: int) -> list[tuple[OperatingPoint, int]]
     ]
     points = dict.fromkeys(adapter.restrict(point)[0] for point in shapes)
     return [(point, tokens) for point in points for tokens in ANSWERS]
-
-
-def describe(profile: Profile, note: str) -> dict[str, Any]:
-    """What `doctor` and the command line show of a profile."""
-    return {"note": note, "samples": profile.samples, "key": dict(profile.key)}
