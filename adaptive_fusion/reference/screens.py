@@ -180,7 +180,7 @@ def _simple(rng: random.Random, split: Split, size: tuple[int, int], effort: flo
 def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: float) -> Scene:
     width, height = size
     bin_w, bin_h = width / BINS, height / BINS
-    cell_w, cell_h = 34, 17
+    cell_w, cell_h = 38, 18
     stride_x, stride_y = -(-cell_w // bin_w), -(-cell_h // bin_h)
     columns = [c for c in range(BINS) if cell_w / 2 <= (c + 0.5) * bin_w <= width - cell_w / 2]
     rows = [r for r in range(BINS) if cell_h / 2 <= (r + 0.5) * bin_h <= height - cell_h / 2]
@@ -197,7 +197,7 @@ def _dense(rng: random.Random, split: Split, size: tuple[int, int], effort: floa
 
     image, dark = _textured(rng, size)
     draw = ImageDraw.Draw(image)
-    font = _font(rng.choice((10, 11, 12)))
+    font = _font(rng.choice((12, 13)))
     said: list[str] = []
     labels: list[str] = []
     icons: list[Icon] = []
@@ -223,7 +223,7 @@ def _reading(rng: random.Random, split: Split, size: tuple[int, int], effort: fl
     width, height = size
     image, _ = _textured(rng, size)
     draw = ImageDraw.Draw(image)
-    points = rng.choice((10, 11, 12) if effort > 0.5 else (10, 11, 12, 14, 16))
+    points = rng.choice((12, 13, 14))
     font = _font(points)
     pitch = points + rng.randint(2, 8)
     lines: list[str] = []

@@ -59,7 +59,7 @@ def test_training_rows_are_the_runners_own_inputs(
             grown[key] = torch.cat([old, torch.full_like(tail, int(key == "attention_mask")).to(old.dtype)], 1)
         expected = reference_model(**grown).logits[0, -len(ids) - 1 : -1]
         patches, grid = data.encode_scene(processor, scene)
-        [(logits, labels)] = train.points(
+        [(logits, labels)], _, _ = train.points(
             reference_model,
             data.Rows(processor),
             data.Encoded(patches, grid, [scene]),
@@ -74,9 +74,49 @@ def test_location_targets_name_what_lies_on_each_patch(recipe: Any, processor: A
     data = recipe["data"]
     scene = data.make_page(random.Random(3), (96, 96))
     patches, grid = data.encode_scene(processor, scene)
-    glyphs, colors, shapes = data.where_targets(data.Encoded(patches, grid, [scene]))
-    assert glyphs.shape == (len(patches) // 4, 4)
-    assert 0 < int((glyphs > 0).sum()) <= len(scene.glyphs) and torch.equal(colors > 0, shapes > 0)
+    found = data.where_targets(data.Encoded(patches, grid, [scene]))
+    assert found.glyphs.shape == (len(patches) // 4, 8)
+    # Half a patch is as wide as the narrowest character, so that next to none of them shares its place.
+    assert 0.95 * len(scene.glyphs) <= int((found.glyphs > 0).sum()) <= len(scene.glyphs)
+    assert torch.equal(found.colors > 0, found.shapes > 0) and bool((found.colors > 0).any())
+    assert found.places.min() == 0 and found.places.max() == 7
+
+
+@pytest.mark.parametrize("kind", ["simple", "dense", "reading"])
+def test_answers_look_at_the_tokens_that_show_what_they_say(recipe: Any, processor: Any, kind: str) -> None:
+    data = recipe["data"]
+    scene = make_scene(kind, 8, "train", (128, 192))  # type: ignore[arg-type]
+    grid = (1, scene.image.height // 16, scene.image.width // 16)
+    row = data.Rows(processor).batch([scene], [data.question(scene)], [grid])
+    ids, visual = row["input_ids"][0], row["input_ids"][0] == processor.image_token_id
+    said = [processor.decode([ids[at + 1]]).strip() for _, at in row["asking"].tolist()]
+    assert [word for word in said if len(word) == 1] == [glyph.char for glyph in scene.glyphs]
+    assert [word for word in said if word in data.COLORS] == [icon.color for icon in scene.icons]
+    assert bool(row["looked_at"].any(1).all()) and not bool((row["looked_at"] & ~visual).any())
+    first = int(visual.nonzero()[0])
+    for word, looked in zip(said, row["looked_at"], strict=True):
+        if len(word) == 1:
+            y, x = divmod(int(looked.nonzero()[0]) - first, grid[2])
+            assert any(g.char == word and (int(g.y // 16), int(g.x // 16)) == (y, x) for g in scene.glyphs)
+
+
+def test_guided_attention_is_taught_without_changing_the_model(recipe: Any, processor: Any) -> None:
+    data, train, build = recipe["data"], recipe["train"], recipe["build"]
+    model, rows = build.build_model(processor.tokenizer), data.Rows(processor)
+    scene = make_scene("dense", 2, "train", (96, 96), 0.3)
+    batch = data.Encoded(*data.encode_scene(processor, scene), [scene])
+    asked = [[data.question(scene)]]
+    [(plain, _)], _, _ = train.points(model, rows, batch, [(1.0,)], asked)
+    gaze = train.Gaze(model)
+    optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=2e-3)
+    [(watched, _)], _, [(before, _)] = train.points(model, rows, batch, [(1.0,)], asked, None, gaze)
+    assert torch.equal(plain, watched)
+    for _ in range(8):
+        _, _, [(loss, mass)] = train.points(model, rows, batch, [(1.0,)], asked, None, gaze)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < before.item() - 0.2 and all(0 < m <= 1 for m in mass)
 
 
 def test_the_shipped_files_are_what_the_recipe_builds(recipe: Any, processor: Any) -> None:
@@ -103,7 +143,8 @@ def test_a_few_steps_lower_the_loss(recipe: Any, processor: Any) -> None:
     optimizers = [train.Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=1e-3)]
     losses = []
     for _ in range(12):
-        [(logits, labels)] = train.points(model, rows, batch, [(1.0,) * 4], [[data.question(s) for s in scenes]])
+        asked = [[data.question(s) for s in scenes]]
+        [(logits, labels)], _, _ = train.points(model, rows, batch, [(1.0,) * 4], asked)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         torch.autograd.backward(loss)
         for optimizer in optimizers:
