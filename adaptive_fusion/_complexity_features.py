@@ -264,9 +264,10 @@ def _detail(scan: Bytes | None) -> tuple[float, float, float, float]:
     middle, left, right = grey[:, _STROKE:-_STROKE], grey[:, : -2 * _STROKE], grey[:, 2 * _STROKE :]
     dark = cv2.min(cv2.subtract(left, middle), cv2.subtract(right, middle))
     bright = cv2.min(cv2.subtract(middle, left), cv2.subtract(middle, right))
-    strokes = cv2.compare(cv2.max(dark, bright), _CONTRAST, cv2.CMP_GT)
+    # threshold, not compare: that takes an array of one pixel for a scalar and refuses it.
+    strokes = cv2.threshold(cv2.max(dark, bright), _CONTRAST, 1, cv2.THRESH_BINARY)[1]
     return (
-        cv2.countNonZero(cv2.compare(step, _CONTRAST, cv2.CMP_GT)) / step.size,
+        cv2.countNonZero(cv2.threshold(step, _CONTRAST, 1, cv2.THRESH_BINARY)[1]) / step.size,
         cv2.countNonZero(strokes) / middle.size,
         cv2.mean(step)[0] / 255,
         cv2.mean(cv2.absdiff(grey[:, 2:], grey[:, :-2]))[0] / 255,

@@ -24,7 +24,7 @@ _NUMBERS = {
     "attainment": 1.0,
 }
 _CHOICES = {"on_infeasible": ON_INFEASIBLE, "on_deadline": ON_DEADLINE}
-_DEFAULTS: dict[str, Any] = {"attainment": 0.95, "on_infeasible": "cheapest", "on_deadline": "finish"}
+_DEFAULTS: dict[str, Any] = {"attainment": 0.95, "on_deadline": "finish"}
 _UNSET: Any = None
 
 
@@ -39,9 +39,10 @@ class Budget:
         vram_gb: GiB that the request may take above the resting set (the weights are not counted).
         attainment: Share of the feasible requests that must keep their deadlines, above 0 and below 1;
             0.95 if not set.
-        on_infeasible: When no operating point fits: run the ``cheapest`` (the default), or ``refuse``
-            before any work.
-        on_deadline: At the deadline let generation ``finish`` (the default), or ``stop`` it there.
+        on_infeasible: When no operating point fits: run the ``cheapest`` all the same, or ``refuse`` before the
+            prefill. The default is ``cheapest``; with ``on_deadline="stop"`` it is ``refuse``.
+        on_deadline: At the deadline let generation ``finish`` (the default), or ``stop`` it there; then an answer
+            that would end late is cut off, and only one that would begin late does not fit.
         given: Names of the fields that were set.
 
     Raises:
@@ -78,6 +79,9 @@ class Budget:
         for name, default in _DEFAULTS.items():
             if name not in given:
                 object.__setattr__(self, name, default)
+        if "on_infeasible" not in given:
+            # A hard deadline starts nothing that is predicted to miss it, unless it is told to.
+            object.__setattr__(self, "on_infeasible", "refuse" if self.on_deadline == "stop" else "cheapest")
         object.__setattr__(self, "given", given)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,14 +5,18 @@ files are `profiles`'s.
 """
 
 import hashlib
+import math
 import os
 import platform
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from adaptive_fusion.cost import Profile
+from adaptive_fusion.budget import MAX_VRAM_GB, Budget
+from adaptive_fusion.cost import SIZES, CostModel, Profile
 from adaptive_fusion.models.base import Adapter
 from adaptive_fusion.point import MIN_PIXELS, NATIVE, OperatingPoint
 from adaptive_fusion.profiles import (
@@ -28,8 +32,9 @@ from adaptive_fusion.profiles import (
 if TYPE_CHECKING:
     from adaptive_fusion.runner import AdaptiveRunner
 
-PIXEL_SHARES = (1.0, 0.5, 0.25, 0.12)
+SIDES = (384, 272, 192, 128)
 ANSWERS = (4, 24)
+CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 RATES = {"cuda": (1e14, 1e12), "cpu": (4e10, 1e10)}
 """Guessed operations and bytes per second of a device, until the first requests correct them."""
 
@@ -110,22 +115,24 @@ def calibrate(
 
     Args:
         runner: The model to measure; its controller starts anew afterwards.
-        repeats: Times each request is measured, after one to warm up.
+        repeats: Rounds over all requests, after one to warm up.
         save: Keep the profile in the user's cache directory, where `find_profile` looks.
         progress: Called with (done, all) after each request.
     """
     from adaptive_fusion.reference.screens import make_scene
 
     image = make_scene("dense", 0, "train", (384, 384)).image
-    plan = _requests(runner.adapter, image.width * image.height)
+    sized = {side: image.resize((side, side)) for side in SIDES}
+    plan = _requests(runner.adapter)
     samples: list[Sample] = []
     total, done = len(plan) * (repeats + 1), 0
-    for point, tokens in plan:
-        for turn in range(repeats + 1):
-            reply = runner.chat(image, "Describe.", point=point, max_new_tokens=tokens, min_new_tokens=tokens)
+    order = random.Random(0)
+    for turn in range(repeats + 1):
+        # In rounds: a request that follows its like finds memory in place, which real ones do not.
+        for side, point, tokens in order.sample(plan, len(plan)):
+            found = _measured(runner, sized[side], point, tokens)
             if turn:
-                measured = reply.measurement
-                samples.append((point, runner.work(image, "Describe.", point, measured.new_tokens), measured))
+                samples.append(found)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -136,16 +143,86 @@ def calibrate(
     return profile
 
 
-def _requests(adapter: Adapter, pixels: int) -> list[tuple[OperatingPoint, int]]:
-    shapes: list[OperatingPoint] = []
-    for share in PIXEL_SHARES:
-        for ratio in (1.0, 0.5, 0.25):
-            limit = None if share == 1.0 else max(MIN_PIXELS, int(pixels * share))
-            shapes.append(replace(NATIVE, downsample=ratio, max_pixels=limit))
-    shapes += [
-        OperatingPoint("weighted", 6, adapter_rank=4),
-        OperatingPoint("gated", 12, adapter_rank=8),
-        OperatingPoint("gated", 12, 0.5, max(MIN_PIXELS, pixels // 4), 8),
+def _measured(runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int) -> Sample:
+    # The memory budget is never reached; without one the peak may go unmeasured.
+    budget = Budget(vram_gb=MAX_VRAM_GB)
+    reply = runner.chat(
+        image, "Describe.", point=point, budget=budget, max_new_tokens=tokens, min_new_tokens=tokens
+    )  # fmt: skip
+    return point, runner.work(image, "Describe.", point, reply.measurement.new_tokens), reply.measurement
+
+
+def check(
+    runner: "AdaptiveRunner", *, progress: Callable[[int, int], None] | None = None
+) -> dict[str, dict[str, float]]:
+    """Relative errors of the profile in use on requests of sizes and shapes that it was not fitted to.
+
+    Returns:
+        For each of encode, prefill, decode and memory: `median` and `p95` of |predicted / measured - 1|, `bias`
+        (its median with the sign), and `constant_p95`, the 95th percentile that the best constant would have (the one
+        for which it is least).
+    """
+    from adaptive_fusion.reference.screens import make_scene
+
+    rng, model = random.Random(0), CostModel(runner.profile)
+    found: dict[str, list[tuple[float, float]]] = {stage: [] for stage in SIZES}
+    jobs = [
+        (index, sides, point)
+        for index, sides in enumerate(CHECK_SIDES)
+        for point in _check_points(runner.adapter, sides)
     ]
-    points = dict.fromkeys(adapter.restrict(point)[0] for point in shapes)
-    return [(point, tokens) for point in points for tokens in ANSWERS]
+    rng.shuffle(jobs)
+    for done, (seed, sides, point) in enumerate(jobs, 1):
+        image = make_scene(rng.choice(("simple", "dense")), seed, "eval", (400, 400)).image.resize(sides)
+        _, work, took = _measured(runner, image, point, rng.choice((6, 16)))
+        said = model.predict(point, work)
+        for stage, predicted, measured in (
+            ("encode", said.encode_ms, took.ttft_ms - took.prefill_ms),
+            ("prefill", said.prefill_ms, took.prefill_ms),
+            ("decode", said.decode_ms, took.decode_ms),
+            ("memory", said.peak_memory_gb, took.peak_memory_gb),
+        ):
+            if measured > 0.0:
+                found[stage].append((predicted, measured))
+        if progress is not None:
+            progress(done, len(jobs))
+    return {stage: _errors(pairs) for stage, pairs in found.items() if pairs}
+
+
+def _check_points(adapter: Adapter, sides: tuple[int, int]) -> list[OperatingPoint]:
+    pixels = sides[0] * sides[1]
+    points = [
+        NATIVE,
+        replace(NATIVE, downsample=0.5),
+        OperatingPoint("gated", 12, adapter_rank=8),
+        OperatingPoint("weighted", 6, 0.5, max(MIN_PIXELS, pixels // 3), 4),
+    ]
+    return list(dict.fromkeys(adapter.restrict(point)[0] for point in points))
+
+
+def _errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    def high(errors: list[float]) -> float:
+        return sorted(errors)[math.ceil(0.95 * len(errors)) - 1]
+
+    errors = [abs(predicted / measured - 1.0) for predicted, measured in pairs]
+    steps = [measured * share / 20 for _, measured in pairs for share in range(2, 41)]
+    best = min(high([abs(constant / measured - 1.0) for _, measured in pairs]) for constant in steps)
+    bias = median(predicted / measured - 1.0 for predicted, measured in pairs)
+    return {"median": median(errors), "bias": bias, "p95": high(errors), "constant_p95": best}
+
+
+def _requests(adapter: Adapter) -> list[tuple[int, OperatingPoint, int]]:
+    """Side of the image, point and tokens of the answer: images of every size, and large ones made small."""
+    largest = SIDES[0]
+    shapes = [(side, replace(NATIVE, downsample=ratio)) for side in SIDES for ratio in (1.0, 0.5, 0.25)]
+    few = max(MIN_PIXELS, largest * largest // 8)
+    shapes += [
+        (largest, OperatingPoint("weighted", 6, adapter_rank=4)),
+        (largest, OperatingPoint("gated", 12, adapter_rank=8)),
+        (SIDES[1], OperatingPoint("gated", 12, 0.5, adapter_rank=8)),
+        (largest, replace(NATIVE, max_pixels=few)),
+        (largest, OperatingPoint("gated", 12, 0.5, 2 * few, 8)),
+        (SIDES[1], OperatingPoint("weighted", 6, 0.5, few, 4)),
+    ]
+    points = dict.fromkeys((side, adapter.restrict(point)[0]) for side, point in shapes)
+    return [(side, point, tokens) for side, point in points for tokens in ANSWERS]

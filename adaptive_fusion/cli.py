@@ -9,11 +9,37 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from adaptive_fusion.commands import bench, calibrate, demo, doctor, explain, policies, run
+from adaptive_fusion.commands import (
+    bench,
+    calibrate,
+    demo,
+    distil,
+    doctor,
+    evaluate,
+    explain,
+    label,
+    logs,
+    policies,
+    run,
+    train,
+)
 from adaptive_fusion.commands.output import BAD_INPUT, complain
 from adaptive_fusion.errors import AdaptiveFusionError
 
-SUB_APPS = (run.app, explain.app, demo.app, doctor.app, policies.app, calibrate.app, bench.app)
+SUB_APPS = (
+    run.app,
+    explain.app,
+    demo.app,
+    doctor.app,
+    policies.app,
+    calibrate.app,
+    bench.app,
+    label.app,
+    train.app,
+    evaluate.app,
+    logs.app,
+    distil.app,
+)
 """An app without a name puts its command at the top level; one with a name is a group of commands."""
 
 

@@ -46,6 +46,7 @@ _MAX_FRAMES = 8
 _FULL_FRAMES = 3
 _CHANGE = 24
 _CUT_AREA, _CUT_HISTOGRAM = 0.5, 0.3
+_STILL_PEAK = 0.02
 _COEFFICIENTS = "data/complexity-v1.json"
 
 
@@ -119,6 +120,17 @@ def human_score(features: dict[str, float]) -> float:
     ):
         total += weight * (features[name] - mean) / scale
     return 0.5 + 0.5 * math.tanh(total / 2)  # the logistic function, which cannot overflow in this form
+
+
+def is_still(complexity: Complexity) -> bool:
+    """Whether nothing that is visible at 64 pixels changes in a clip, so that few of its frames show all of it."""
+    features = complexity.features
+    return (
+        complexity.kind == "video"
+        and features["motion_area"] == 0.0
+        and features["motion_peak"] < _STILL_PEAK
+        and features["scene_cuts"] == 0.0
+    )
 
 
 @cache

@@ -18,7 +18,10 @@ milliseconds of operating point o on request x:
   the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
 - choice: the highest quality with ``y exp(m + d_o + q) <= limit - elapsed`` for every limit set, where
   elapsed counts queueing; ties go to the cheaper point. If none fits: the cheapest that fits in memory,
-  marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal;
+  marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer is cut off
+  at the deadline, refusal needs more: a first token that is predicted, without margin, after the deadline;
+- a refusal measures nothing, so it lowers m by 0.02: else a controller that refuses everything would never
+  find out that the load is over;
 - a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and a miss. If r <= 0 the cut came
   before the expected end and says nothing of the drift: then it only counts as a miss, and only if the
   plan was thought to fit;
@@ -201,8 +204,10 @@ class Controller:
             counts["infeasible"] += 1
             fallback = self._cheapest(candidates, usable, memory_left / envelope)
             why = next(row.reason for row in rejected if row.point == fallback.point)
-            if budget.on_infeasible == "refuse":
-                counts["refused"] += 1
+            if budget.on_infeasible == "refuse" and self._hopeless(
+                fallback, budget, elapsed_ms, memory_left / envelope
+            ):
+                self._refuse()
                 raise InfeasibleBudgetError(
                     f"no operating point fits the budget; the cheapest, {fallback.point.name}: {why}"
                 )
@@ -229,6 +234,36 @@ class Controller:
         if fitting:
             return min(fitting, key=lambda row: row[0] * math.exp(self._latency.points.get(row[1].key, 0.0)))[1]
         return min(rows, key=lambda row: (row[1].predicted.peak_memory_gb, row[0]))[1]
+
+    def _hopeless(self, fallback: Candidate, budget: Budget, elapsed_ms: float, memory_left: float) -> bool:
+        """Whether starting is no use: always, if nothing fits, but where a late end is cut off."""
+        if budget.on_deadline != "stop" or budget.latency_ms is None:
+            return True
+        if not fallback.predicted.peak_memory_gb < min(memory_left, self._memory_ceiling.limit):
+            return True
+        first_ms = fallback.predicted.ttft_ms * self._ttft.factor(fallback.key)
+        return first_ms > budget.latency_ms - elapsed_ms
+
+    def _refuse(self) -> None:
+        self._counts["refused"] += 1
+        self._latency.fade()
+        self._ttft.fade()
+
+    def refused(self, choice: Choice) -> None:
+        """Take note that `choice` was given up before its prefill, being too late for its deadline."""
+        with self._lock:
+            self._refuse()
+
+    def slowdown(self, key: str) -> float:
+        """How much later than predicted the first token of a candidate's `key` lately came, as a factor."""
+        with self._lock:
+            return self._ttft.factor(key)
+
+    @property
+    def informed(self) -> bool:
+        """Whether any request was learned from."""
+        with self._lock:
+            return self._counts["updates"] + self._counts["misses"] > 0
 
     def update(
         self, choice: Choice, measurement: Measurement, *, ran: Candidate | None = None, lost_ms: float = 0.0

@@ -11,7 +11,7 @@ the whole batch of B, and t new tokens per sequence:
 - prefill = p0 + p1 T + p2 T^2 / B
 - decode = (t - 1) (d0 + d1 B + d2 (T + B t / 2)): the first token comes with the prefill
 - times of all three x (1 + k (concurrency - 1))
-- peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F
+- peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F + m5 P, with P pixels of the media as they came
 
 All coefficients are non-negative, so that more work is never predicted to cost less.
 """
@@ -32,7 +32,7 @@ VERSION = 1
 MAX_KINDS = 256
 
 _FUSED = frozenset({"gated", "sum", "weighted"})
-SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 5}
+SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class Work:
         new_tokens: Tokens to generate per sequence; an expectation may be fractional.
         batch: Sequences generated together.
         concurrency: Requests that share the device while this one runs, itself included.
+        source_pixels: Pixels of all media before they are resized; 0 if the processor is through with them.
 
     Raises:
         ConfigError: For a count that is negative or not finite.
@@ -58,6 +59,7 @@ class Work:
     new_tokens: float = 1.0
     batch: int = 1
     concurrency: int = 1
+    source_pixels: int = 0
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -66,6 +68,7 @@ class Work:
             ("new_tokens", 0),
             ("batch", 1),
             ("concurrency", 1),
+            ("source_pixels", 0),
         ):
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a finite number from {low}")
@@ -96,12 +99,13 @@ def decode_terms(work: Work) -> tuple[float, ...]:
 
 
 def memory_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
-    """What m0 to m4 multiply."""
+    """What m0 to m5 multiply."""
     patches = work.patches
     total = sum(patches)
     largest = max(patches, default=0)
     fused = total * point.layers if point.fusion in _FUSED else 0
-    return (1.0, total, largest * largest, work.prompt_tokens + work.batch * work.new_tokens, fused)
+    tokens = work.prompt_tokens + work.batch * work.new_tokens
+    return (1.0, total, largest * largest, tokens, fused, work.source_pixels)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Profile:
         encode: e0 to e5. Preprocessing is in it: it is all that comes before the prefill.
         prefill: p0 to p2.
         decode: d0 to d2.
-        memory: m0 to m4, the central estimate.
+        memory: m0 to m5, the central estimate.
         memory_margin: Largest measured / predicted peak x 1.05: where the controller's memory envelope
             starts.
         sharing: k, the slowdown per further concurrent request; 1 is time sharing.

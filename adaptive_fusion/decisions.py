@@ -9,16 +9,21 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.complexity import Complexity
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.prompts import PROMPT_VERSION
 
 SCHEMA = 1
 MAX_STRING = 2000
+THUMBS = {"up": 1.0, "down": 0.0}
+"""Ratings in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ class Measurement:
 
     Times are milliseconds on a monotonic clock: `preprocess_ms` (media to tensors), `encode_ms` (vision encoder and
     fusion), `prefill_ms`, `decode_ms`, `ttft_ms` (to the first token) and `latency_ms` (all of it).
-    `peak_memory_gb` is the high-water mark less the resting set, in GiB.
+    `peak_memory_gb` is the high-water mark less the resting set, in GiB; 0.0 if it was not measured, as on processors
+    without a memory budget.
     """
 
     preprocess_ms: float
@@ -100,8 +106,8 @@ class Decision:
     prompt_features: Mapping[str, float] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
 
-    def explain(self) -> str:
-        """Budget, prediction, margin and the rejected points with their reasons, as readable lines."""
+    def explain(self, took: Measurement | None = None) -> str:
+        """Budget, prediction, margin, what it `took` and the rejected points with their reasons, as readable lines."""
         lines = [f"{self.kind} -> {self.lane} lane -> {self.point.name}: {self.reason}"]
         if self.complexity is not None and self.p_complex is not None:
             lines.append(f"  complexity {self.complexity.score:.2f}, P(complex) {self.p_complex:.2f}")
@@ -115,6 +121,12 @@ class Decision:
             lines.append(
                 f"  predicted encode {p.encode_ms:.1f} + prefill {p.prefill_ms:.1f} + decode {p.decode_ms:.1f} ms"
                 f" (x{self.margin:.2f} margin), {p.peak_memory_gb:.3f} GiB"
+            )
+        if took is not None:
+            memory = f", {took.peak_memory_gb:.3f} GiB" if took.peak_memory_gb else ""
+            lines.append(
+                f"  took encode {took.ttft_ms - took.prefill_ms:.1f} + prefill {took.prefill_ms:.1f} + decode "
+                f"{took.decode_ms:.1f} = {took.latency_ms:.1f} ms{memory}, {took.new_tokens} tokens"
             )
         lines += [f"  not {r.point.name}: {r.reason}" for r in self.rejected]
         return "\n".join(lines)
@@ -147,6 +159,7 @@ def record(
         "features": dict(decision.complexity.features) if decision.complexity else {},
         "features_version": decision.complexity.version if decision.complexity else None,
         "prompt_features": dict(decision.prompt_features),
+        "prompt_version": PROMPT_VERSION if decision.prompt_features else None,
         "p_complex": decision.p_complex,
         "lane": decision.lane,
         "point": decision.point.to_dict(),
@@ -160,6 +173,27 @@ def record(
         "measurement": asdict(measurement) if measurement else None,
         "finish_reason": finish_reason,
         "error": error,
+    }
+
+
+def feedback_record(
+    request_id: str, rating: float | str, *, source_id: str | None = None, time_s: float = 0.0
+) -> dict[str, Any]:
+    """A user's opinion of one answer as a log record: ``up``, ``down``, or a rating from 0 to 1.
+
+    Raises:
+        ConfigError: For another rating.
+    """
+    value = THUMBS.get(rating, math.nan) if isinstance(rating, str) else float(rating)
+    if not 0 <= value <= 1:
+        raise ConfigError(f"rating is {rating!r}; expected up, down or a number from 0 to 1")
+    return {
+        "schema": SCHEMA,
+        "event": "feedback",
+        "time_s": time_s,
+        "request_id": request_id,
+        "rating": value,
+        "source_id": source_id,
     }
 
 
@@ -206,6 +240,23 @@ class DecisionLog:
                 self.written += 1
             except OSError:
                 self.dropped += 1
+
+    def feedback(
+        self, request_id: str, rating: float | str, *, source_id: str | None = None, time_s: float | None = None
+    ) -> None:
+        """Append a user's rating of the answer with that `request_id` (``reply.decision.request_id``).
+
+        Args:
+            request_id: Of the decision; learning joins the rating to it.
+            rating: ``up``, ``down`` or a number from 0 to 1.
+            source_id: Who rates, as a pseudonym: of each one's ratings of a request the last counts.
+            time_s: Seconds since the epoch; now, if left out.
+
+        Raises:
+            ConfigError: For another rating.
+        """
+        now = time.time() if time_s is None else time_s
+        self.write(feedback_record(request_id, rating, source_id=source_id, time_s=now))
 
     def _rotate(self, incoming: int) -> None:
         try:

@@ -25,6 +25,7 @@ _POINT_GAIN, _POINT_KEEP = 0.03, 0.995
 _MARGIN_GAIN, _MARGIN_START = 0.05, 0.4
 _SLACK, _UP, _DOWN = 0.12, 0.6, 1.0
 _STEP, _WAIT, _MAX_WAIT = 1.25, 25, 1600
+_FADE = 0.02
 
 
 def number(value: Any, low: float, high: float) -> float:
@@ -54,6 +55,14 @@ class Drift:
                 del self.margins[next(iter(self.margins))]
             found = self.margins[attainment] = _MARGIN_START
         return found
+
+    def factor(self, key: str) -> float:
+        """Measured / predicted to expect of a point, without margin."""
+        return math.exp(self.common + self.points.get(key, 0.0))
+
+    def fade(self) -> None:
+        """Expect a little less, where nothing is measured any more."""
+        self.common = max(self.common - _FADE, -BOUND)
 
     def learn(self, key: str, log_ratio: float, level: float, signal: float | None, *, censored: bool = False) -> None:
         """Take in one request: `signal` moves the margin of its own level; None stands for the quantile

@@ -18,6 +18,9 @@ GIB = float(1 << 30)
 class Meter(Protocol):
     """What the runner asks for. One request at a time: requests that overlap share one high-water mark."""
 
+    free_of_charge: bool
+    """Whether measuring a request costs next to nothing; else only those with a memory budget are measured."""
+
     def start(self) -> None:
         """Begin a request: note the resting set and reset the high-water mark."""
         ...
@@ -49,6 +52,8 @@ class CudaMeter:
         device: The device as torch names it; None is the current one.
         headroom_gb: Kept back.
     """
+
+    free_of_charge = True
 
     def __init__(self, probe: Any, device: Any = None, *, headroom_gb: float = 0.25) -> None:
         self.probe, self.device, self.headroom_gb = probe, device, headroom_gb
@@ -127,7 +132,8 @@ class CpuMeter:
     process, so that requests that overlap see each other's peaks. Where that is refused, the process's
     all-time high is used: then only a request that sets a new one has a known peak, and every other gives
     None. Free heap is given back first (malloc_trim), else a request that reuses it would seem to take
-    nothing. Free: ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
+    nothing; with the pages that must then be had again that takes one to two milliseconds. Free:
+    ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
     Steps of the kernel's counters: about 0.1 MiB a thread.
 
     Args:
@@ -136,6 +142,8 @@ class CpuMeter:
         write: Replaces the text of a file, for tests.
         trim: Gives the heap's free pages back.
     """
+
+    free_of_charge = False
 
     def __init__(
         self,
@@ -210,6 +218,8 @@ class CpuMeter:
 
 class NoMeter:
     """Where nothing can be measured: everything is unknown."""
+
+    free_of_charge = True
 
     def start(self) -> None:
         """See `Meter`."""

@@ -10,15 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.complexity import Complexity
+from adaptive_fusion.complexity import Complexity, is_still
 from adaptive_fusion.controller import Candidate, Choice, Controller
 from adaptive_fusion.cost import CostModel, LengthModel, Work
 from adaptive_fusion.decisions import Decision
+from adaptive_fusion.ladder import Rung
 from adaptive_fusion.models.base import Adapter, Size
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy import COMPLEX, VIDEO, Policy, Route
 from adaptive_fusion.prompts import prompt_features, prompt_kind
+from adaptive_fusion.video import frames_at
 
+STILL_FPS = 0.5
+"""Frames a second that a clip is offered at in which nothing changes."""
 TEMPLATE_TOKENS = 16
 """What a chat template adds around a question, roughly; the prefill's share of it does not matter."""
 
@@ -33,6 +37,7 @@ class Ask:
     prompt: str
     max_new_tokens: int
     text_tokens: int
+    durations_s: Sequence[float] = ()  # of the media, in order; without them clips keep their frames
     batch: int = 1
     elapsed_ms: float = 0.0
     free_memory_gb: float | None = None
@@ -59,24 +64,27 @@ class Planner:
 
         A given `point` is taken as it is, with its prediction.
 
+        An estimate of the costs that no request has confirmed yet refuses nothing.
+
         Raises:
             UnsupportedModelError: If `point` has a knob that the model lacks.
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
+        limits = budget
+        if point is not None or not (self.cost.profile.samples or self.controller.informed):
+            limits = replace(budget, on_infeasible="cheapest")
         hardest, route = self.route(ask)
         features = {k: v for k, v in prompt_features(ask.prompt).items() if v} if ask.prompt else {}
         if point is not None:
             self.adapter.require(point)
             candidates = [self.candidate(point, 1.0, ask)]
             lane, propensity = "fixed", 1.0
-            choice = self.controller.choose(
-                candidates, replace(budget, on_infeasible="cheapest"), elapsed_ms=ask.elapsed_ms
-            )
+            choice = self.controller.choose(candidates, limits, elapsed_ms=ask.elapsed_ms)
             choice = replace(choice, reason="the point was given", rejected=())
         else:
             lane = route.lane
             candidates = self.candidates(ask, lane, hardest)
-            choice, propensity = self._choose(candidates, budget, ask)
+            choice, propensity = self._choose(candidates, limits, ask)
         decision = Decision(
             request_id=uuid.uuid4().hex,
             kind=ask.kind,
@@ -113,34 +121,51 @@ class Planner:
         """
         native = max((self.adapter.native_pixels(size) for size in ask.sizes), default=1)
         best: dict[OperatingPoint, tuple[float, str]] = {}
-        for rung in self.policy.ladder(lane, complexity, ask.prompt):
+        for rung in self._rungs(ask, lane, complexity):
             point = rung.resolve(native)
-            if ask.pixels_fixed:
+            if ask.pixels_fixed and (point.max_pixels or point.max_fps):
                 point = replace(point, max_pixels=None, max_fps=None)
             point, _ = self.adapter.restrict(point)
             if point not in best or rung.quality > best[point][0]:
                 best[point] = rung.quality, rung.name
         # The rung's name is the same for every size of image, so drift is learned per rung.
         new = self.expected_tokens(ask)
-        return [replace(self.candidate(p, quality, ask, new), key=name) for p, (quality, name) in best.items()]
+        return [self.candidate(point, quality, ask, new, name) for point, (quality, name) in best.items()]
+
+    def _rungs(self, ask: Ask, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
+        """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
+        rungs = self.policy.ladder(lane, complexity, ask.prompt)
+        if lane != VIDEO or complexity is None or not is_still(complexity):
+            return rungs
+        few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
+        return (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
 
     def expected_tokens(self, ask: Ask) -> float:
         """How long an answer to this kind of prompt has been."""
         return self.lengths.expected(prompt_kind(ask.prompt), ask.max_new_tokens)
 
-    def candidate(self, point: OperatingPoint, quality: float, ask: Ask, new: float | None = None) -> Candidate:
+    def candidate(
+        self, point: OperatingPoint, quality: float, ask: Ask, new: float | None = None, key: str = ""
+    ) -> Candidate:
         """One point on offer for `ask`, with its predicted cost for an answer of `new` tokens (else as expected)."""
-        return Candidate(point, quality, self.cost.predict(point, self.work(point, ask, new)))
+        return Candidate(point, quality, self.cost.predict(point, self.work(point, ask, new)), key)
 
     def work(self, point: OperatingPoint, ask: Ask, new: float | None = None) -> Work:
         """What `point` makes the model do for `ask`."""
-        plan = self.adapter.plan(ask.sizes, point)
+        sizes = ask.sizes
+        if point.max_fps is not None and ask.durations_s and not ask.pixels_fixed:
+            sizes = [
+                replace(size, frames=frames_at(size.frames, duration, point.max_fps)) if size.clip else size
+                for size, duration in zip(sizes, ask.durations_s, strict=True)
+            ]
+        plan = self.adapter.plan(sizes, point)
         return Work(
             patches=plan.segments,
             visual_tokens=plan.tokens,
             prompt_tokens=plan.tokens + ask.text_tokens,
             new_tokens=self.expected_tokens(ask) if new is None else new,
             batch=ask.batch,
+            source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )
 
     def _choose(self, candidates: list[Candidate], budget: Budget, ask: Ask) -> tuple[Choice, float]:

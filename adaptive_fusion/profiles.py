@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 from pathlib import Path
 from statistics import median
 
@@ -41,7 +42,8 @@ def fit_profile(samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be
     told apart. With samples at several levels of concurrency `sharing` is fitted too, else it stays 1.
-    Values that are not finite and positive are left out.
+    Values that are not finite and positive are left out. Of the peaks of one request measured several times the
+    median counts, and every single one for the margin.
 
     Raises:
         ConfigError: If a stage has fewer than 8 usable samples.
@@ -55,7 +57,16 @@ def fit_profile(samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key
     decode, decode_ratios = _fit(
         "decode", [(decode_terms(w), m.latency_ms - m.ttft_ms) for _, w, m in alone if w.new_tokens > 1]
     )
-    memory, memory_ratios = _fit("memory", [(memory_terms(p, w), m.peak_memory_gb) for p, w, m in alone])
+    peaks: dict[tuple[OperatingPoint, Work], list[float]] = {}
+    for point, work, measured in alone:
+        if 0.0 < measured.peak_memory_gb < math.inf:
+            peaks.setdefault((point, work), []).append(measured.peak_memory_gb)
+    memory, _ = _fit("memory", [(memory_terms(p, w), median(found)) for (p, w), found in peaks.items()])
+    memory_ratios = [
+        peak / max(sum(map(mul, memory, memory_terms(p, w))), 1e-12)
+        for (p, w), found in peaks.items()
+        for peak in found
+    ]
     profile = Profile(
         dict(key),
         encode,
@@ -178,6 +189,7 @@ def analytic_profile(
             0.0,
             (cache + (8 * s.text_width + 3 * s.text_mlp) * dtype_bytes) / GIB,
             s.vision_width * dtype_bytes / GIB,
+            0.0,
         ),
     )
 

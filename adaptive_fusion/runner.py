@@ -13,33 +13,32 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteriaList
 
+from adaptive_fusion.attempt import Executor, Run, Task
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.calibrate import find_profile
 from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.complexity import measure_complexity
-from adaptive_fusion.controller import Candidate, Choice, Controller
+from adaptive_fusion.controller import Candidate, Controller
 from adaptive_fusion.cost import CostModel, LengthModel, Profile, Work
 from adaptive_fusion.decisions import Decision, DecisionLog, Measurement, record, text_hash
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import DeepStackFusion
-from adaptive_fusion.meters import Meter, meter_for
+from adaptive_fusion.meters import meter_for
 from adaptive_fusion.models import Adapter, adapter_for
 from adaptive_fusion.models.placeholders import restore_prompt
-from adaptive_fusion.oom import run_with_step_down
 from adaptive_fusion.planner import TEMPLATE_TOKENS, Ask, Planner
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.prompts import prompt_kind
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.stream import Stream
-from adaptive_fusion.timing import GenerationClock
 
 # A model keeps M-RoPE state between prefill and decode, so two generations on one model must not interleave,
 # whichever runner they come from.
@@ -63,6 +62,10 @@ class Reply:
         """Whether every time and memory limit of the budget was kept; None without a limit."""
         return budget_met(self.decision.budget, self.measurement)
 
+    def explain(self) -> str:
+        """`Decision.explain` with what the request took."""
+        return self.decision.explain(self.measurement)
+
 
 def budget_met(budget: Mapping[str, Any], measured: Measurement) -> bool | None:
     """Whether `measured` keeps the limits set in `budget` (`Budget.to_dict`'s form); None without a limit."""
@@ -75,31 +78,21 @@ def budget_met(budget: Mapping[str, Any], measured: Measurement) -> bool | None:
     return all(checks) if checks else None
 
 
-@dataclass
-class _Run:
-    """One attempt's result."""
-
-    sequences: Any
-    reduced_length: int
-    visual_tokens: int
-    patches: int
-    times: tuple[float, float]  # encode started, encode ended
-    clock: GenerationClock
-    ended_s: float
-
-
 @dataclass(frozen=True)
-class _Task:
-    """What `_attempts` runs: the decision, how a point's inputs are prepared, and what goes to ``generate``."""
+class _Call:
+    """The arguments of `chat` and `stream`."""
 
-    ask: Ask
-    decision: Decision
-    choice: Choice
-    arrived: float
-    prepare: Callable[[OperatingPoint], dict[str, Any]]
-    extra: dict[str, Any]
-    given: set[str]
-    cancelled: threading.Event | None = None
+    media: Any
+    prompt: str | None
+    budget: Budget | None
+    max_new_tokens: int
+    point: OperatingPoint | None
+    generate_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        most = self.max_new_tokens
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ConfigError(f"max_new_tokens is {most!r}; expected a positive integer")
 
 
 class AdaptiveRunner:
@@ -144,8 +137,8 @@ class AdaptiveRunner:
         self.lengths = LengthModel()
         self.log = DecisionLog(log) if isinstance(log, str | Path) else log
         self.last: tuple[Decision, Measurement] | None = None
-        self._meter: Meter = meter_for(str(getattr(model, "device", "cpu")))
         self._clock = clock
+        self._executor = Executor(self.adapter, meter_for(str(getattr(model, "device", "cpu"))), clock)
         self._rng = random.Random(seed)
         self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
         self._lock = _LOCKS.setdefault(model, threading.RLock())
@@ -221,7 +214,7 @@ class AdaptiveRunner:
             UnsupportedModelError: For a `point` that the model cannot run.
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
-        return self._chat(media, prompt, budget, max_new_tokens, point, None, generate_kwargs)
+        return self._answer(_Call(media, prompt, budget, max_new_tokens, point, generate_kwargs))
 
     def stream(
         self,
@@ -237,12 +230,8 @@ class AdaptiveRunner:
 
         Closing or abandoning the stream ends the generation at its next token and frees the model.
         """
-
-        def work(streamer: Any, cancelled: threading.Event) -> Reply:
-            extra = {**generate_kwargs, "streamer": streamer}
-            return self._chat(media, prompt, budget, max_new_tokens, point, cancelled, extra)
-
-        return Stream(work, getattr(self.processor, "tokenizer", self.processor))
+        call = _Call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
+        return Stream(partial(self._answer, call), getattr(self.processor, "tokenizer", self.processor))
 
     def decide(
         self,
@@ -256,6 +245,15 @@ class AdaptiveRunner:
         arrived = self._clock()
         request = build_request(media, prompt)
         return self._planner.decide(self._ask(request, max_new_tokens, arrived), self.budget.merge(budget))[0]
+
+    def offers(
+        self, media: Any, prompt: str | None = None, *, max_new_tokens: int = 256
+    ) -> tuple[str, list[Candidate]]:
+        """The lane that a request takes, and what it offers with expected quality and predicted cost, best first."""
+        ask = self._ask(build_request(media, prompt), max_new_tokens, self._clock())
+        hardest, route = self._planner.route(ask)
+        found = self._planner.candidates(ask, route.lane, hardest)
+        return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
 
     def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
         """What `point` makes the model do for a request that is answered in `new_tokens`."""
@@ -288,7 +286,7 @@ class AdaptiveRunner:
             text_tokens=ids.shape[1],
             batch=ids.shape[0],
             elapsed_ms=(self._clock() - arrived) * 1e3,
-            free_memory_gb=self._meter.free_gb(),
+            free_memory_gb=self._executor.meter.free_gb(),
             pixels_fixed=True,
         )
         ask = replace(
@@ -297,9 +295,9 @@ class AdaptiveRunner:
         )
         with self._lock:
             decision, choice = self._planner.decide(ask, limits, point)
-            task = _Task(ask, decision, choice, arrived, lambda _: dict(kwargs), dict(kwargs), set(kwargs))
-            decision, run, measurement = self._attempts(task)
-        self._log(decision, measurement, prompt="", content=None, finish=run.clock.stopped_by)
+            task = Task(ask, decision, choice, arrived, lambda _: dict(kwargs), dict(kwargs), frozenset(kwargs))
+            run = self._run(task)
+        self._log(run, prompt="", content=None, finish=run.stopped_by)
         sequences = run.sequences
         if isinstance(sequences, Tensor):
             return restore_prompt(sequences, run.reduced_length, ids)
@@ -328,162 +326,58 @@ class AdaptiveRunner:
         return Ask(
             kind=request.kind,
             sizes=request.sizes,
+            durations_s=request.durations_s,
             complexities=request.complexities,
             prompt=request.prompt,
             max_new_tokens=max_new_tokens,
             text_tokens=text + TEMPLATE_TOKENS,
             elapsed_ms=(self._clock() - arrived) * 1e3,
-            free_memory_gb=self._meter.free_gb(),
+            free_memory_gb=self._executor.meter.free_gb(),
         )
 
-    def _chat(
-        self,
-        media: Any,
-        prompt: str | None,
-        budget: Budget | None,
-        max_new_tokens: int,
-        point: OperatingPoint | None,
-        cancelled: threading.Event | None,
-        generate_kwargs: dict[str, Any],
-    ) -> Reply:
+    def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
         arrived = self._clock()
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; expected a positive integer")
-        if getattr(self._bypass, "on", False) and point is None:
-            point = NATIVE
-        request = build_request(media, prompt, hashed=self.log is not None)
-        limits = self.budget.merge(budget)
+        point = NATIVE if getattr(self._bypass, "on", False) and call.point is None else call.point
+        request = build_request(call.media, call.prompt, hashed=self.log is not None)
+        extra = {"max_new_tokens": call.max_new_tokens, **call.generate_kwargs}
+        if streamer is not None:
+            extra["streamer"] = streamer
+
+        def prepare(chosen: OperatingPoint) -> dict[str, Any]:
+            inputs = self.adapter.prepare(request.messages_at(chosen), chosen)
+            return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
         with self._lock:
             # Decided once the model is free, so that waiting for it counts as elapsed.
-            ask = self._ask(request, max_new_tokens, arrived)
-            decision, choice = self._planner.decide(ask, limits, point)
-
-            def prepare(chosen: OperatingPoint) -> dict[str, Any]:
-                inputs = self.adapter.prepare(request.messages, chosen)
-                return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-            extra = {"max_new_tokens": max_new_tokens, **generate_kwargs}
-            task = _Task(ask, decision, choice, arrived, prepare, extra, set(), cancelled)
-            decision, run, measurement = self._attempts(task)
+            ask = self._ask(request, call.max_new_tokens, arrived)
+            decision, choice = self._planner.decide(ask, self.budget.merge(call.budget), point)
+            run = self._run(Task(ask, decision, choice, arrived, prepare, extra, cancelled=cancelled))
         new = run.sequences[0, run.reduced_length :]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
         eos = getattr(self.model, "generation_config").eos_token_id  # noqa: B009  (typed as a tensor by nn.Module)
         ends = set(eos) if isinstance(eos, list | tuple) else {eos}
         ended = bool(len(new)) and int(new[-1]) in ends
-        finish = run.clock.stopped_by or ("stop" if ended else "length")
-        self.lengths.observe(prompt_kind(request.prompt), measurement.new_tokens, finished=finish == "stop")
-        self._log(decision, measurement, request.prompt, request.content_hash, finish)
-        return Reply(text.strip(), finish, decision, measurement)
+        finish = run.stopped_by or ("stop" if ended else "length")
+        self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
+        self._log(run, request.prompt, request.content_hash, finish)
+        return Reply(text.strip(), finish, run.decision, run.measurement)
 
-    def _attempts(self, task: "_Task") -> tuple[Decision, _Run, Measurement]:
-        """Run the decided point, learn from what it took.
+    def _run(self, task: Task) -> Run:
+        run = self._executor.run(task, self._planner)
+        self.last = run.decision, run.measurement
+        return run
 
-        Out of memory steps down to cheaper points, at most three attempts in all.
-        """
-        decision, choice, budget = task.decision, task.choice, task.choice.budget
-        deadline = None
-        if budget.latency_ms is not None and budget.on_deadline == "stop":
-            deadline = task.arrived + budget.latency_ms / 1e3
-        used, lost_ms = decision.point, 0.0
-
-        def attempt(point: OperatingPoint) -> _Run:
-            nonlocal used
-            used = point
-            clock = GenerationClock(self._clock, deadline, task.cancelled, _synchronizer(self.model))
-            return self._once(point, task, clock)
-
-        def ran() -> Candidate | None:
-            return None if used == choice.point else self._planner.candidate(used, 0.0, task.ask)
-
-        def out_of_memory(_point: OperatingPoint, _said: str) -> None:
-            nonlocal lost_ms
-            elapsed = (self._clock() - task.arrived) * 1e3
-            self.controller.miss(choice, elapsed, kind="oom", ran=ran(), lost_ms=lost_ms)
-            lost_ms = elapsed - choice.elapsed_ms
-
-        self._meter.start()
-        ladder = self._steps_down(decision.point)
-        run = run_with_step_down(attempt, ladder, on_oom=out_of_memory, release=_release)
-        peak = self._meter.stop()
-        if used != decision.point:
-            reason = f"{decision.reason}; stepped down after running out of memory"
-            decision = replace(decision, point=used, reason=reason)
-        began, encoded = run.times
-        first = run.clock.first_s if run.clock.first_s is not None else run.ended_s
-        sequences = run.sequences if isinstance(run.sequences, Tensor) else run.sequences.sequences
-        measurement = Measurement(
-            preprocess_ms=(began - task.arrived) * 1e3,
-            encode_ms=(encoded - began) * 1e3,
-            prefill_ms=(first - encoded) * 1e3,
-            decode_ms=(run.ended_s - first) * 1e3,
-            ttft_ms=(first - task.arrived) * 1e3,
-            latency_ms=(run.ended_s - task.arrived) * 1e3,
-            visual_tokens=run.visual_tokens,
-            prompt_tokens=run.reduced_length,
-            new_tokens=int(sequences.shape[1] - run.reduced_length),
-            patches=run.patches,
-            peak_memory_gb=peak if peak is not None else 0.0,
-        )
-        if run.clock.stopped_by is not None:
-            self.controller.miss(choice, measurement.latency_ms, ran=ran(), lost_ms=lost_ms)
-        else:
-            self.controller.update(choice, measurement, ran=ran(), lost_ms=lost_ms)
-        self.last = decision, measurement
-        return decision, run, measurement
-
-    def _once(self, point: OperatingPoint, task: "_Task", clock: GenerationClock) -> _Run:
-        inputs = task.prepare(point)
-        began = self._clock()
-        with torch.no_grad():
-            encoded = self.adapter.encode(inputs, point)
-            synchronize = _synchronizer(self.model)
-            if synchronize is not None:
-                synchronize()
-            ended = self._clock()
-            extra = {k: v for k, v in task.extra.items() if k not in task.given}
-            kwargs = {**extra, **encoded.inputs}
-            criteria = StoppingCriteriaList([*(task.extra.get("stopping_criteria") or []), clock])
-            sequences = self.model.generate(**{**kwargs, "stopping_criteria": criteria})  # type: ignore[operator]
-        length = int(encoded.inputs["input_ids"].shape[1])
-        return _Run(sequences, length, encoded.visual_tokens, encoded.patches, (began, ended), clock, self._clock())
-
-    def _steps_down(self, point: OperatingPoint) -> list[OperatingPoint]:
-        """`point` and two cheaper ones: half the token grid's side, then a quarter with a quarter of the pixels."""
-        ladder = [point]
-        for ratio, share in ((0.5, 2), (0.25, 4)):
-            pixels = max(1024, point.max_pixels // share) if point.max_pixels else None
-            cheaper, _ = self.adapter.restrict(
-                replace(point, downsample=min(point.downsample, ratio), max_pixels=pixels)
-            )
-            if cheaper != ladder[-1]:
-                ladder.append(cheaper)
-        return ladder
-
-    def _log(
-        self, decision: Decision, measurement: Measurement, prompt: str, content: str | None, finish: str | None
-    ) -> None:
+    def _log(self, run: Run, prompt: str, content: str | None, finish: str | None) -> None:
         if self.log is not None:
             hashed = text_hash(prompt) if prompt else None
             self.log.write(
                 record(
-                    decision,
-                    measurement,
+                    run.decision,
+                    run.measurement,
                     time_s=time.time(),
                     content_hash=content,
                     prompt_hash=hashed,
                     finish_reason=finish,
                 )
             )
-
-
-def _release() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _synchronizer(model: Any) -> Callable[[], None] | None:
-    device = getattr(model, "device", torch.device("cpu"))
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return None

@@ -61,6 +61,19 @@ class Video:
         """Frames per second of the returned frames."""
         return len(self.frames) / self.duration_s
 
+    def at_most(self, max_fps: float | None) -> "Video":
+        """This clip with at most `max_fps` frames a second (None: all), evenly thinned; the others keep their times.
+
+        Both ends stay, so there are always two frames; duration and `total_frames` are those of the whole clip.
+        """
+        total = len(self.frames)
+        count = frames_at(total, self.duration_s, max_fps)
+        if count == total:
+            return self
+        chosen = [int(i) for i in np.linspace(0, total - 1, count).round()]
+        times = tuple(self.timestamps_s[i] for i in chosen)
+        return Video(self.frames[chosen], times, self.duration_s, self.total_frames)
+
     def metadata(self) -> dict[str, Any]:
         """Fields of `transformers.video_utils.VideoMetadata`, to be passed with `do_sample_frames=False`.
 
@@ -76,6 +89,13 @@ class Video:
             "height": int(self.frames.shape[1]),
             "width": int(self.frames.shape[2]),
         }
+
+
+def frames_at(total: int, duration_s: float, max_fps: float | None) -> int:
+    """How many of a clip's `total` frames are left at `max_fps`: at least its first and its last."""
+    if max_fps is None:
+        return total
+    return min(total, max(2, math.floor(duration_s * max_fps + 1e-6)))
 
 
 def sample(total: int, duration_s: float, limits: Limits) -> list[int]:

@@ -115,6 +115,66 @@ def cost_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def budget_table(result: Mapping[str, Any]) -> Table:
+    """Every row on every trace."""
+    limit = f"{result['limit'].removesuffix('_ms')} of {result['deadline_ms']:.0f} ms"
+    table = Table(title=f"{limit}, target {result['attainment']:g}, {result['requests']} requests a trace")
+    heads = {
+        "attainment": ("attained", 4),
+        "feasible": ("feasible", 3),
+        "quality": ("quality", 4),
+        "of_oracle": ("of oracle's", 4),
+        "answered": ("answers", 3),
+        "misses": ("misses in 20", 2),
+        "misses_max": ("most", 0),
+        "recover": ("recovered after", 0),
+        "recover_max": ("most", 0),
+        "decision_us": ("decision us", 1),
+    }
+    for head in ("trace", "row", *(head for head, _ in heads.values())):
+        table.add_column(head, justify="left" if head in ("trace", "row") else "right", no_wrap=True)
+    for name, rows in result["traces"].items():
+        for row, values in rows.items():
+            cells = (f"{values[key]:.{digits}f}" if key in values else "-" for key, (_, digits) in heads.items())
+            table.add_row(name, row, *cells)
+        table.add_section()
+    return table
+
+
+def budget_notes(result: Mapping[str, Any]) -> list[str]:
+    """What the table is made of, how it compares with what was run for real, and what does not hold."""
+    busy = f"{result['hogs']} busy processes made times x{result['hog_factor']:.2f}" if result["hog_factor"] else ""
+    notes = [
+        f"Traces are replayed over measured times: {result['cases']} questions at every point of their lane, "
+        f"{result['repeats']} times each{'; ' + busy if busy else ''}. Profile: {result['profile']}.",
+        "quality: expected by the policy, native 1; answers: measured quality of the answers at the same points.",
+    ]
+    for check in result["real"]:
+        loaded = "" if check["ratio_loaded"] is None else f", x{check['ratio_loaded']:.2f} under load"
+        notes.append(
+            f"Run for real, {check['trace']}, {check['requests']} requests: attained {check['attainment']:.3f} "
+            f"(replayed {check['attainment_replayed']:.3f}), quality {check['quality']:.3f} "
+            f"({check['quality_replayed']:.3f}), time x{check['ratio']:.2f} of the replayed{loaded}, "
+            f"same point in {check['agreed']:.0%}."
+        )
+    return [*notes, "Must hold: " + ("; ".join(result["shortfalls"]) or "all of it holds")]
+
+
+def plot_budget(result: Mapping[str, Any], path: Path) -> None:
+    """Attainment against quality, one panel per trace, as PNG."""
+    plt = _pyplot()
+    traces = result["traces"]
+    figure, axes = plt.subplots(1, len(traces), figsize=(3.2 * len(traces), 3.4), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], traces.items(), strict=True):
+        for row, values in rows.items():
+            axis.scatter(values["attainment"], values["quality"], label=row, marker="*" if row == "ours" else "o")
+        axis.axvline(result["attainment"], linestyle=":", color="grey")
+        axis.set(title=name, xlabel="attainment")
+    axes[0][0].set_ylabel("mean quality")
+    axes[0][0].legend(fontsize=7)
+    _save(figure, path)
+
+
 def plot_quality(result: Mapping[str, Any], path: Path) -> None:
     """Quality (CIDEr-D without a task score) against mean TTFT of every row, with the Pareto front, as PNG."""
     plt = _pyplot()

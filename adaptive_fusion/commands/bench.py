@@ -1,10 +1,12 @@
-"""``adaptive-fusion bench``: what each operating point answers (`quality`) and what it takes (`cost`).
+"""``adaptive-fusion bench``: what each operating point answers (`quality`), what it takes (`cost`), and how well
+budgets are kept (`budget`).
 
 Parses options, shows progress and prints; the work is in `adaptive_fusion.bench`, imported when a command
 runs.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,6 +144,97 @@ def cost(
             emit(result)
         else:
             report.console().print(report.cost_table(result))
+
+
+@app.command()
+def budget(
+    as_json: Json = False,
+    plot: Plot = None,
+    model: Model = "reference",
+    policy: PolicyName = "balanced",
+    attainment: Annotated[float, typer.Option(help="Share of the feasible requests that must be in time.")] = 0.95,
+    ttft_ms: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MS", help="Deadline for the first token; native's median over the questions if not given."
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=2000, help="Requests of each replayed trace.")] = 2000,
+    real: Annotated[
+        int, typer.Option(min=0, help="Requests run for real, twice, to check the replay; 0 leaves that out.")
+    ] = 30,
+    scenes: Annotated[int, typer.Option(min=2, help="Scenes of each slice (three times as many simple ones).")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Times each question is measured at each point.")] = 3,
+    hogs: Annotated[
+        int | None,
+        typer.Option(min=0, help="Busy processes that the trace hog measures beside; as many as cores if not given."),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", help="Replay this file: a column load, and if wanted work, simple, elapsed_ms, free_gb."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the traces.")] = 0,
+) -> None:
+    """Attainment and quality of this controller and others under load that changes.
+
+    Times are measured on the model, several times at each operating point, calm and beside processes that keep all
+    cores busy. The traces (stationary, step of x1.7, sine, burst, memory squeeze, busy processes) are replayed over
+    these times; a shorter part is run for real, with injected delays and with busy processes, to check the replay.
+    Rows: native, best static (one point a lane, chosen in hindsight), AIMD, PID, ours, oracle.
+    """
+    with refusing([model], as_json):
+        import os
+
+        from adaptive_fusion.bench import report
+        from adaptive_fusion.bench.budget import measure_table, measured_world, replay, run_real
+        from adaptive_fusion.bench.rivals import require_pid
+        from adaptive_fusion.bench.scenes import reference_items
+        from adaptive_fusion.bench.traces import read_trace
+        from adaptive_fusion.budget import Budget
+        from adaptive_fusion.calibrate import calibrate
+        from adaptive_fusion.commands.session import open_runner
+        from adaptive_fusion.plots import check_target
+
+        require_pid()
+        if plot is not None:
+            check_target(plot)
+        Budget(ttft_ms=ttft_ms, attainment=attainment)  # refuses what is out of range before anything is run
+        items = reference_items(scenes)
+        runner = open_runner(model, policy)
+        if not runner.profile.samples:
+            with progress(0, as_json) as advance:
+                calibrate(runner, save=False, progress=lambda _done, total: advance(total))
+        beside = (os.cpu_count() or 1) if hogs is None else hogs
+        with progress(0, as_json) as advance:
+            table = measure_table(runner, items, repeats=repeats, hogs=beside, advance=advance)
+        world = measured_world(table, ttft_ms or table.default_deadline_ms, runner.profile.memory_margin)
+        chosen = None if trace is None else partial(read_trace, trace, seed=seed)
+        found = replay(world, attainment, requests, seed=seed, trace=chosen)
+        checks = []
+        if real:
+            with progress(0, as_json) as advance:
+                checks = run_real(runner, items, world, attainment, real, hogs=beside, seed=seed, advance=advance)
+        result = {
+            "model": model,
+            "policy": policy,
+            "profile": runner.profile_note,
+            "repeats": repeats,
+            "hogs": beside,
+            "machine": _machine(),
+            **found,
+            "real": checks,
+        }
+        if plot is not None:
+            report.plot_budget(result, plot)
+        if as_json:
+            emit(result)
+            return
+        out = report.console()
+        out.print(report.budget_table(result))
+        for line in report.budget_notes(result):
+            out.print(line, markup=False, highlight=False)
 
 
 def _rung(text: str) -> "Rung":

@@ -11,6 +11,8 @@ from adaptive_fusion.commands.output import console, emit, progress
 from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adaptive_fusion.cost import Profile
 
 app = typer.Typer()
@@ -20,10 +22,14 @@ app = typer.Typer()
 def calibrate(
     model: options.Model = "reference",
     repeats: Annotated[int, typer.Option(min=1, help="Times each request is measured.")] = 2,
+    check: Annotated[
+        bool, typer.Option("--check", help="Then predict requests of other sizes and print how far off that is.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a model's costs on this machine and keep them in the user's cache, where they are found again."""
     from adaptive_fusion.calibrate import calibrate as measure
+    from adaptive_fusion.calibrate import check as compare
     from adaptive_fusion.commands.session import open_runner
     from adaptive_fusion.profiles import profile_path, user_cache_dir
 
@@ -33,12 +39,18 @@ def calibrate(
             profile = measure(runner, repeats=repeats, progress=lambda _done, total: advance(total))
     except OSError as error:
         raise ConfigError(f"the profile cannot be kept ({error.strerror}); set XDG_CACHE_HOME to a folder") from error
+    found = None
+    if check:
+        with progress(0, as_json) as advance:
+            found = compare(runner, progress=lambda _done, total: advance(total))
     path = profile_path(user_cache_dir(os.environ), profile.key)
     if as_json:
-        emit({"model": model, "path": str(path), "profile": profile.to_dict()})
-    else:
-        console().print(_table(profile))
-        console().print(f"kept in {path}")
+        emit({"model": model, "path": str(path), "profile": profile.to_dict(), "check": found})
+        return
+    console().print(_table(profile))
+    if found is not None:
+        console().print(_checked(found))
+    console().print(f"kept in {path}")
 
 
 def _table(profile: "Profile") -> Table:
@@ -47,4 +59,13 @@ def _table(profile: "Profile") -> Table:
     table.add_column("median error of its prediction", justify="right")
     for stage, error in profile.errors.items():
         table.add_row(stage, f"{error:.1%}")
+    return table
+
+
+def _checked(found: "Mapping[str, Mapping[str, float]]") -> Table:
+    table = Table(title="On requests that it was not fitted to", title_justify="left")
+    for head in ("stage", "median error", "bias", "95th percentile", "of the best constant"):
+        table.add_column(head, justify="left" if head == "stage" else "right")
+    for stage, row in found.items():
+        table.add_row(stage, *(f"{row[key]:.1%}" for key in ("median", "bias", "p95", "constant_p95")))
     return table

@@ -81,7 +81,18 @@ def _panel(name: str, reply: "Reply") -> Panel:
     limits = decision.budget
     rows.add_row("first token", _against(took.ttft_ms, limits.get("ttft_ms"), "ms"))
     rows.add_row("latency", _against(took.latency_ms, limits.get("latency_ms"), "ms"))
-    rows.add_row("memory", _against(took.peak_memory_gb, limits.get("vram_gb"), "GiB"))
+    if took.peak_memory_gb:
+        rows.add_row("memory", _against(took.peak_memory_gb, limits.get("vram_gb"), "GiB"))
+    said = decision.predicted
+    if said is not None:
+        first, whole = (f"{decision.margin * ms:.0f}" for ms in (said.ttft_ms, said.latency_ms))
+        rows.add_row(
+            "predicted",
+            f"first token {said.ttft_ms:.0f} ms, latency {said.latency_ms:.0f} ms (x{decision.margin:.2f} margin: "
+            f"{first}, {whole}), {said.peak_memory_gb:.3f} GiB",
+        )
+    for row in decision.rejected:
+        rows.add_row("not", f"{row.point.name}: {row.reason}")
     return Panel(rows, title=printable(name), title_align="left")
 
 

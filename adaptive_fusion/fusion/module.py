@@ -1,8 +1,8 @@
 """Fused DeepStack: every tap's share of one strategy in one module, and its safetensors file.
 
 The caller captures the ViT levels, calls `fuse` for each tap, runs the tap's own pretrained merger on the
-result, and passes the merged tokens through `apply_gate`. Knows packed tensors and lengths; nothing of
-mergers or model families.
+result, passes the merged tokens through `apply_gate`, and pools all streams of them with `pool`. Knows packed
+tensors and lengths; nothing of mergers or model families.
 """
 
 import os
@@ -17,12 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion.downsample import Grid, downsample, window
 from adaptive_fusion.fusion.kernels import CompiledSum, check_packed, expand_rows
 from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
+from adaptive_fusion.fusion.pooling import WindowPool
 from adaptive_fusion.fusion.strategies import STRATEGIES, TapFusion
 
 FORMAT = "adaptive_fusion.fusion"
-VERSION = "1"
+VERSION = "2"
+POOLED_SIDES = (2, 4)
+"""Window sides with a learned pooling; others are plain averages."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class FusionSpec:
         levels: the levels that take part (see `select_levels`), the taps among them.
         d_vision: width of the ViT.
         rank: rank of the per-level adapters, 0 for none.
+        d_text: width of the merged tokens; 0 leaves the learned pooling out.
 
     Raises ConfigError where a value is out of range.
     """
@@ -44,13 +49,14 @@ class FusionSpec:
     levels: tuple[int, ...]
     d_vision: int
     rank: int = 0
+    d_text: int = 0
 
     def __post_init__(self) -> None:
         STRATEGIES.get(self.strategy)
         object.__setattr__(self, "taps", check_levels("taps", self.taps))
         object.__setattr__(self, "levels", check_levels("levels", self.levels))
         group_levels(self.levels, self.taps)
-        for name, value, least in (("d_vision", self.d_vision, 1), ("rank", self.rank, 0)):
+        for name, value, least in (("d_vision", self.d_vision, 1), ("rank", self.rank, 0), ("d_text", self.d_text, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**16:
                 raise ConfigError(f"{name} is {value!r}; expected an integer from {least} to {2**16}")
 
@@ -69,6 +75,7 @@ class FusionSpec:
             "levels": ",".join(map(str, self.levels)),
             "d_vision": str(self.d_vision),
             "rank": str(self.rank),
+            "d_text": str(self.d_text),
         }
 
     @classmethod
@@ -83,12 +90,13 @@ class FusionSpec:
                 f"{name} has format {found.get('format')!r} version {found.get('version')!r}; "
                 f"expected {FORMAT!r} version {VERSION!r}"
             )
-        expected = {"format", "version", "strategy", "taps", "levels", "d_vision", "rank"}
+        expected = {"format", "version", "strategy", "taps", "levels", "d_vision", "rank", "d_text"}
         if set(found) != expected:
             raise ConfigError(f"{name} has the header keys {sorted(found)}; expected {sorted(expected)}")
         try:
             taps, levels = (tuple(int(i) for i in found[key].split(",") if i) for key in ("taps", "levels"))
-            return cls(found["strategy"], taps, levels, int(found["d_vision"]), int(found["rank"]))
+            widths = (int(found[key]) for key in ("d_vision", "rank", "d_text"))
+            return cls(found["strategy"], taps, levels, *widths)
         except ValueError as error:
             raise ConfigError(f"{name} has an unusable header {dict(found)!r}: {error}") from error
 
@@ -109,6 +117,11 @@ class DeepStackFusion(nn.Module):
         self.taps = nn.ModuleList(
             kind(group.index(tap), [profile[i] for i in group], spec.d_vision, spec.rank)
             for tap, group in zip(spec.taps, spec.groups, strict=True)
+        )
+        sides = POOLED_SIDES if spec.taps and spec.d_text and kind.pooling != "average" else ()
+        by_content = kind.pooling == "content"
+        self.pools = nn.ModuleDict(
+            {str(side): WindowPool(side, 1 + len(spec.taps), spec.d_text, spec.rank, by_content) for side in sides}
         )
 
     def fuse(self, tap_index: int, levels: Mapping[int, Tensor], lengths: Sequence[int]) -> Tensor:
@@ -143,6 +156,22 @@ class DeepStackFusion(nn.Module):
         self._check([features], lengths)
         return tap.gate(features, lengths)
 
+    def pool(self, streams: Sequence[Tensor], grids: Sequence[Grid], ratio: float) -> list[Tensor]:
+        """Pool the merged tokens of all streams together: the last level's, then every tap's.
+
+        Args:
+            streams: ``[tokens, d_text]`` each, packed as for `downsample`.
+            grids: frames, rows and columns per image or clip, in merged tokens.
+            ratio: 1/k.
+
+        Returns as many ``[pooled, d_text]`` in their dtype. Raises ConfigError as `downsample` does.
+        """
+        key = str(window(ratio))
+        if key not in self.pools:
+            return [downsample(stream, grids, ratio) for stream in streams]
+        found: list[Tensor] = self.pools[key](streams, grids)
+        return found
+
     def compile_kernels(self, max_shapes: int = 8, backend: str = "inductor") -> None:
         """Sum levels with `CompiledSum` at inference, for at most `max_shapes` kinds of input."""
         combine = CompiledSum(max_shapes, backend)
@@ -159,6 +188,9 @@ class DeepStackFusion(nn.Module):
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take the parameters of a file; ConfigError, and no change, unless its spec and tensors fit."""
+        self._load(path, assign=False)
+
+    def _load(self, path: str | os.PathLike[str], assign: bool) -> None:
         name = Path(path).name
         tensors, header = _read(path)
         found = FusionSpec._parse(header, name)
@@ -171,13 +203,16 @@ class DeepStackFusion(nn.Module):
             raise ConfigError(f"{name} and the module differ in these tensors: {differing}")
         if broken := sorted(key for key, value in tensors.items() if not torch.isfinite(value).all()):
             raise ConfigError(f"{name} has values that are not finite in {broken}")
-        self.load_state_dict(tensors)
+        self.load_state_dict({key: value.float() for key, value in tensors.items()}, assign=assign)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
         """The module a file was saved from; raises ConfigError as `FusionSpec.read` and `load` do."""
-        module = cls(FusionSpec.read(path))
-        module.load(path)
+        spec = FusionSpec.read(path)
+        # Without memory at first: a header may claim any size, and only tensors of that size bear it out.
+        with torch.device("meta"):
+            module = cls(spec)
+        module._load(path, assign=True)
         return module
 
     def _tap(self, index: int) -> TapFusion:

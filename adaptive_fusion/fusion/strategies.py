@@ -19,11 +19,15 @@ gets gradient when:
 - the weights a_i, and B_i of a larger group: as soon as s_t has left 0.
 - C_i: as soon as B_i has left 0.
 
+After the mergers, `weighted` and `gated` have a learned pooling of their own (`adaptive_fusion.fusion.pooling`),
+which starts as plain averages; the others average.
+
 Knows packed tensors and per-image lengths; nothing of mergers, model families or files.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +46,9 @@ class TapFusion(nn.Module, ABC):
         width: d_vision.
         rank: rank of the per-level adapters, 0 for none.
     """
+
+    #: How merged tokens are pooled: by plain averages, by one learned law, or by content.
+    pooling: Literal["average", "fixed", "content"] = "average"
 
     def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
         super().__init__()
@@ -127,6 +134,8 @@ class Sum(Mixed):
 class Weighted(Mixed):
     """One learned weight per level and one learned gate per tap, the same for every image."""
 
+    pooling = "fixed"
+
     def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
         super().__init__(tap, profile, width, rank, FixedWeights(profile))
         self.gate_scale = nn.Parameter(torch.ones(()))
@@ -138,6 +147,8 @@ class Weighted(Mixed):
 @STRATEGIES.register("gated")
 class Gated(Mixed):
     """Weights and gate computed per image from its globally pooled features."""
+
+    pooling = "content"
 
     def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
         super().__init__(tap, profile, width, rank, GatedWeights(profile, width))

@@ -92,6 +92,24 @@ class Curve:
         part = (level - below) / (above - below)
         return float(self.share[k - 1] + part * (self.share[k] - self.share[k - 1]))
 
+    def at_cost(self, cost: float) -> float:
+        """The best quality that the curve offers at this mean cost or less."""
+        within = self.quality[self.cost <= cost * (1 + 1e-12)]
+        order = np.argsort(self.cost, kind="stable")
+        between = float(np.interp(cost, self.cost[order], self.quality[order]))
+        return max(between, float(within.max())) if len(within) else between
+
+    def to_reach(self, quality: float) -> float:
+        """The least mean cost at which the curve has this quality; NaN if it never has."""
+        reached = np.flatnonzero(self.quality >= quality - 1e-12)
+        if not len(reached):
+            return float("nan")
+        k = int(reached[0])
+        if k == 0 or self.quality[k] <= quality:
+            return float(self.cost[k])
+        part = (quality - self.quality[k - 1]) / (self.quality[k] - self.quality[k - 1])
+        return float(self.cost[k - 1] + part * (self.cost[k] - self.cost[k - 1]))
+
 
 class Router:
     """The curve of one score, for any weighting of the requests: what a bootstrap evaluates again and

@@ -22,7 +22,7 @@ from adaptive_fusion.complexity import FEATURE_NAMES, VERSION
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.labels import SOURCES, TRUSTED, join_labels
 from adaptive_fusion.learning.logs import LogTable, open_logs
-from adaptive_fusion.prompts import PROMPT_FEATURE_NAMES
+from adaptive_fusion.prompts import PROMPT_FEATURE_NAMES, PROMPT_VERSION
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -30,6 +30,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 SPLITS = ("train", "valid", "test")
 _SHARES = (0.6, 0.2, 0.2 + 1e-9)
+NATIVE_NAME = "native@1"
+MAX_RUNGS = 64
+"""Most rungs read beyond those asked for: labels could name any number."""
 _BLOCK = 8  # columns fetched at once: bounds what is held twice
 
 
@@ -139,6 +142,11 @@ class Dataset:
         mask: BoolArray = (place >= sum(_SHARES[:k])) & (place < sum(_SHARES[: k + 1]))
         return mask
 
+    def folds(self, count: int, seed: int = 0) -> IntArray:
+        """The fold ``[n]``, 0 to `count` - 1, of each row, by hash of content and seed; not that of `split`."""
+        places: IntArray = (_uniform(self.group, seed + 7919) * count).astype(np.int64)
+        return places
+
     def trusted(self, sources: Sequence[str] = TRUSTED) -> BoolArray:
         """The rows ``[n]`` whose label comes from one of `sources`."""
         return np.isin(self.source, [SOURCES.index(name) for name in sources])
@@ -168,6 +176,7 @@ def build_dataset(
     rungs: Sequence[str],
     tolerance: float = 0.02,
     source_cap: float = 0.02,
+    all_rungs: bool = False,
     memory_gb: float = 0.5,
     threads: int = 2,
 ) -> Dataset:
@@ -179,6 +188,7 @@ def build_dataset(
         rungs: Names of the rungs whose quality and cost are read; `cheap` among them.
         tolerance: Loss of quality up to which the cheap lane is good enough, 0 to 1.
         source_cap: Largest share of the weight that one labeller outside the trusted sources may have.
+        all_rungs: Read the rungs too that other labels of trusted sources name, at most `MAX_RUNGS`.
         memory_gb: What DuckDB may keep in memory, GiB.
         threads: Threads of DuckDB.
 
@@ -192,18 +202,32 @@ def build_dataset(
             raise ConfigError(f"{name} is {value!r}; expected 0 to 1")
     with open_logs(logs, memory_gb=memory_gb, threads=threads) as table:
         report = {"records": table.rows, "broken_lines": table.broken, **join_labels(table)}
-        data = _fetch(table, tuple(rungs))
-    data = replace(data, tolerance=tolerance)
-    y = data.loses(cheap)
-    said = np.isfinite(y) | np.isfinite(data.quality).any(axis=1)
-    report |= {"no_label": int((~said).sum()), "other_version": data.report["other_version"]}
-    report["rows"] = int(said.sum())
-    if not said.any():
-        raise ConfigError(f"the logs hold no label that can be used: {report}")
+        data = _fetch(table, (*rungs, *(_other_rungs(table, rungs) if all_rungs else ())))
+        data = replace(data, tolerance=tolerance)
+        y = data.loses(cheap)
+        beyond = [i for i, name in enumerate(data.rungs) if name != NATIVE_NAME]  # which says nothing by itself
+        said = np.isfinite(y) | np.isfinite(data.quality[:, beyond]).any(axis=1)
+        report |= {"no_label": int((~said).sum()), "other_version": data.report["other_version"]}
+        report["rows"] = int(said.sum())
+        if not said.any():
+            others = ", ".join(_other_rungs(table, rungs)) or "no rung at all"
+            raise ConfigError(
+                f"the logs hold no label that can be used: {report}; a policy whose cheap lane begins with {cheap}"
+                f" needs labels of it, and the labels have {others}"
+            )
     data = replace(data, y=y, report=report)
     if not said.all():
         data = data.take(said)
     return replace(data, weight=cap_weights(data, source_cap))
+
+
+def _other_rungs(table: LogTable, rungs: Sequence[str]) -> list[str]:
+    """Rungs that trusted labels have a quality of, without `rungs`; of very many the most frequent."""
+    sources = ", ".join(_text(name) for name in TRUSTED)
+    named = f"SELECT unnest(json_keys(quality)) AS name FROM labels WHERE source IN ({sources})"
+    query = f"SELECT name FROM ({named}) GROUP BY name ORDER BY count(*) DESC, name"
+    found = [str(row[0]) for row in table.connection.execute(query).fetchall()]
+    return sorted(name for name in found[: MAX_RUNGS + len(rungs)] if name not in rungs)[:MAX_RUNGS]
 
 
 def cap_weights(data: Dataset, cap: float) -> FloatArray:
@@ -247,7 +271,7 @@ def _uniform(group: IntArray, seed: int) -> FloatArray:
 
 def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     run = table.connection.execute
-    run(_rows_query(rungs), [VERSION])
+    run(_rows_query(rungs), {"image": VERSION, "prompt": PROMPT_VERSION})
     other = int(run("SELECT count(*) FROM labels").fetchone()[0]) - int(run("SELECT count(*) FROM rows").fetchone()[0])
     keys = run('SELECT grp, source, source_id, tie, taken FROM "rows"').fetchnumpy()
     order = np.lexsort([np.asarray(keys[name]) for name in ("tie", "source_id", "source", "grp")])
@@ -267,6 +291,10 @@ def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     names = (*FEATURE_NAMES, *PROMPT_FEATURE_NAMES)
     x = block("f", names)
     np.copyto(x, np.nan, where=~np.isfinite(x))
+    # Logs leave out the question's features that are 0; without a single one there was no question.
+    asked = x[:, len(FEATURE_NAMES) :]
+    known = np.asarray(np.isfinite(asked).any(axis=1))
+    asked[known[:, None] & np.isnan(asked)] = 0.0
     quality, cost = block("q", rungs), block("c", rungs)
     quality[~((quality >= 0) & (quality <= 1))] = np.nan
     cost[~((cost >= 0) & (cost < np.inf))] = np.nan
@@ -304,13 +332,14 @@ def _rows_query(rungs: tuple[str, ...]) -> str:
     ]
     taken = " ".join(f"WHEN {_text(name)} THEN {i}" for i, name in enumerate(rungs))
     sources = " ".join(f"WHEN '{name}' THEN {i}" for i, name in enumerate(SOURCES))
-    native = "json_extract_string(l.quality, '$.\"native@1\"')"
+    native = f"json_extract_string(l.quality, '$.\"{NATIVE_NAME}\"')"
     return f"""
 CREATE TABLE "rows" AS
 WITH ids AS (SELECT source_id AS id, row_number() OVER (ORDER BY source_id) AS n
              FROM (SELECT DISTINCT source_id FROM labels WHERE source_id IS NOT NULL)),
 parsed AS (
-  SELECT json_transform(s.features, '{image}') AS f, json_transform(s.prompt_features, '{asked}') AS p,
+  SELECT json_transform(s.features, '{image}') AS f,
+    json_transform(CASE WHEN coalesce(s.prompt_version, $prompt) = $prompt THEN s.prompt_features END, '{asked}') AS p,
     json_transform(l.quality, '{by_rung}') AS q, json_transform(l.cost, '{by_rung}') AS c,
     (md5_number_lower(coalesce(s.content_hash, l.request_id, s.features::VARCHAR, '')) >> 1)::BIGINT AS grp,
     CASE l.source {sources} END AS source, coalesce(ids.n, 0) AS source_id,
@@ -322,7 +351,7 @@ parsed AS (
     hash(s.features, s.prompt_features, s.kind, l.quality, l.cost, l.target, l.weight, l.reference_quality)
       AS tie
   FROM labels l JOIN log s ON s.rowid = l.subject LEFT JOIN ids ON ids.id = l.source_id
-  WHERE s.features_version IS NULL OR s.features_version = ?
+  WHERE s.features_version IS NULL OR s.features_version = $image
 )
 SELECT grp, source, source_id, tie, target, reference_quality, weight, video, slices, kind, taken, propensity,
   {", ".join(columns)}

@@ -3,25 +3,28 @@
 Knows policies, labelled data and the figures of `curve`. Must not know how a policy was fitted, and runs no
 model.
 
-A policy routes stills between two arms: the first rung of its cheap lane and the first of its strong lane.
-Where labels carry no quality of the strong rung the native reference stands for it; where they carry no
-quality at all (a person's "simple" or "complex") the cheap arm is worth 1 on a simple input, 0 on a complex
-one, and the strong arm 1. Without costs the strong arm costs 1 and the cheap arm 0, so that cost is the share
-of strong calls.
+Routing is judged on stills, between the two arms of `arms`. The baselines are a random router; the entropy of
+the grey values as the score, at any threshold and at its median (routing by an entropy threshold, as ERASE
+does); the best single rung for everything within the policy's cost; and the oracle, which knows what the strong
+arm adds to each request. The figures of the whole traffic, clips included, are against the native point.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
-from adaptive_fusion.learning.curve import Arms, Curve, Router, calibration_error, intervals
-from adaptive_fusion.learning.dataset import Dataset, FloatArray, build_dataset
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.ladder import Rung
+from adaptive_fusion.learning.arms import arm_names, judges, scores, two_arms
+from adaptive_fusion.learning.compare import Requests, best_static, compare
+from adaptive_fusion.learning.curve import Arms, Curve, calibration_error
+from adaptive_fusion.learning.dataset import NATIVE_NAME, Dataset, FloatArray, build_dataset
 from adaptive_fusion.learning.metrics import Interval
+from adaptive_fusion.learning.offpolicy import OffPolicyValue, off_policy
 from adaptive_fusion.policy import COMPLEX, SIMPLE, VIDEO, Policy
 
 ENTROPY = "grey_entropy"
@@ -42,16 +45,19 @@ class Report:
         policy: Its name.
         rows: How many stills were judged.
         arms: Names of the cheap and the strong rung.
-        figures: Each with its bootstrap interval over contents. ``quality`` and ``cost`` are means at the
-            policy's threshold, ``kept`` the quality as a share of the strong arm's; ``gap_closed`` is the
-            share of the APGR between the random router and the oracle; ``entropy_...``, ``static_...``,
-            ``oracle_...`` and ``random_...`` are the baselines; ``over_X`` is the quality above baseline X at
-            the policy's own cost.
-        static: Name of the best rung that costs no more than the policy, if it were used for all.
+        figures: On stills, those of `compare` against the strong arm, and ``accuracy``, ``calibration_error``,
+            ``cheap_quality``, ``strong_quality``; each with its bootstrap interval over contents.
+        static: Name of the best rung that costs no more than the policy, if it were used for all stills.
+        traffic: Those of `compare` on all inputs against the native point, clips included, each at the first
+            rung of its lane; and ``native_quality``, ``native_cost``. Needs clips or the cost of ``native@1``.
+        traffic_rows: How many inputs those are.
+        traffic_static: Name of the best rung that costs no more than the policy, if it were used for all.
         slices: By slicing and slice: rows, share of strong calls, quality, quality of the strong arm, and
             what is lost against it; the worst first.
         clips: Rows, quality and cost of clips at the first rung of the video lane, where labelled.
         curves: Cost-quality curve of the policy and of each baseline.
+        off_policy: What the policy would have been worth on the logged decisions that were rated, where
+            there are any.
     """
 
     policy: str
@@ -59,9 +65,13 @@ class Report:
     arms: tuple[str, str]
     figures: Mapping[str, Interval]
     static: str
+    traffic: Mapping[str, Interval]
+    traffic_rows: int
+    traffic_static: str
     slices: Mapping[str, Mapping[str, Mapping[str, float]]]
     clips: Mapping[str, float]
     curves: Mapping[str, Curve] = field(repr=False)
+    off_policy: OffPolicyValue | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values; the policy's curve at up to 101 shares of strong calls."""
@@ -75,9 +85,15 @@ class Report:
             "strong": self.arms[1],
             "figures": {name: _plain(asdict(value)) for name, value in self.figures.items()},
             "static": self.static,
+            "traffic": {
+                "rows": self.traffic_rows,
+                "static": self.traffic_static,
+                "figures": {name: _plain(asdict(value)) for name, value in self.traffic.items()},
+            },
             "slices": {name: {k: dict(v) for k, v in table.items()} for name, table in self.slices.items()},
             "clips": dict(self.clips),
             "curve": {part: getattr(curve, part)[some].tolist() for part in parts},
+            "off_policy": None if self.off_policy is None else self.off_policy.to_dict(),
         }
 
 
@@ -113,137 +129,120 @@ def evaluate(
     if not loaded:
         raise ConfigError("no policy to evaluate; expected at least one")
     rungs = list(dict.fromkeys(r.name for p in loaded for ladder in p.lanes.values() for r in ladder))
-    data = build_dataset(logs, cheap=arm_names(loaded[0])[0], rungs=rungs, tolerance=tolerance)
-    rows = data.trusted() & (data.split(split, seed) if split else True)
-    reports = [evaluate_policy(policy, data.take(rows), seed=seed, n=n) for policy in loaded]
+    data = build_dataset(logs, cheap=arm_names(loaded[0])[0], rungs=rungs, tolerance=tolerance, all_rungs=True)
+    if split is not None:
+        data = data.take(data.split(split, seed))
+    judged = data.take(judges(data))
+    decided = np.isfinite(data.propensity) & (data.taken >= 0)
+    reports = []
+    for policy in loaded:
+        report = evaluate_policy(policy, judged, seed=seed, n=n)
+        if decided.any():
+            report = replace(report, off_policy=off_policy(policy, data, seed=seed, n=n))
+        reports.append(report)
     if plot is not None:
+        from adaptive_fusion.learning.drawing import plot_curves
+
         plot_curves(reports, plot)
     return reports
 
 
-def arm_names(policy: Policy) -> tuple[str, str]:
-    """Names of the cheap and the strong rung of a policy."""
-    return policy.lanes[SIMPLE][0].name, policy.lanes[COMPLEX][0].name
-
-
-def scores(policy: Policy, data: Dataset) -> FloatArray:
-    """P(complex) of each row, ``[n]``."""
-    return policy.router.p_complex_batch(data.columns(policy.router.inputs.names))
-
-
-def two_arms(data: Dataset, cheap: str, strong: str) -> tuple[Arms, FloatArray, npt.NDArray[np.bool_]]:
-    """The arms and the routing label of the stills that judge a choice between two rungs, and which rows
-    those are.
+def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 500) -> Report:
+    """Judge one policy on all rows of `data`, without the off-policy part; see `evaluate`.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If no row judges a choice between the policy's arms.
     """
-    y = data.loses(cheap)
-
-    def of(table: FloatArray, rung: str) -> FloatArray:
-        return table[:, data.rungs.index(rung)] if rung in data.rungs else np.full(len(data), np.nan)
-
-    weak, best = of(data.quality, cheap), of(data.quality, strong)
-    best = np.where(np.isfinite(best), best, data.reference)
-    said = ~(np.isfinite(weak) & np.isfinite(best))
-    weak, best = np.where(said, 1 - y, weak), np.where(said, 1.0, best)
-    low, high = of(data.cost, cheap), of(data.cost, strong)
-    rows = np.isfinite(weak) & np.isfinite(best) & np.isfinite(y) & ~data.video
-    if not rows.any():
-        raise ConfigError(f"no label says what the rung {cheap!r} keeps; label inputs at the policy's own rungs")
-    priced = bool(np.isfinite(low[rows]).all() and np.isfinite(high[rows]).all())
-    low, high = (low, high) if priced else (np.zeros(len(data)), np.ones(len(data)))
-    arms = Arms(weak[rows], best[rows], low[rows], high[rows], data.group[rows])
-    return arms, y[rows], rows
-
-
-def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 500) -> Report:
-    """Judge one policy on all rows of `data`; see `evaluate`."""
     cheap, strong = arm_names(policy)
     arms, y, rows = two_arms(data, cheap, strong)
     stills = data.take(rows)
     p = scores(policy, stills)
     goes = p >= policy.threshold
-    entropy = stills.columns([ENTROPY])[:, 0]
-    entropy = np.where(np.isfinite(entropy), entropy, 0.0)
-    by_entropy = entropy > np.median(entropy)
-    routers = {
-        "policy": Router(p, arms),
-        "entropy": Router(entropy, arms),
-        "oracle": Router(arms.gain, arms),
-        "random": Router(np.zeros(len(p)), arms),
-    }
-    quality, cost = _taken(arms, goes)
-    static, statics = _static(stills, arms, cheap, strong, float(cost.mean()))
-    entropy_quality, entropy_cost = _taken(arms, by_entropy)
+    spent = float(np.where(goes, arms.strong_cost, arms.cheap_cost).mean())
+    offers = {cheap: (arms.cheap, arms.cheap_cost), strong: (arms.strong, arms.strong_cost)}
+    static, statics = best_static(stills, offers, spent)
+    requests = Requests(arms, p, goes, _entropy(stills), arms.strong, arms.strong_cost, statics)
 
-    def statistics(weight: FloatArray) -> dict[str, float]:
-        def mean(values: FloatArray) -> float:
-            return float(np.average(values, weights=weight))
-
-        curves = {name: router.curve(weight) for name, router in routers.items()}
-        kept, spent = mean(quality), mean(cost)
-        apgr, oracle = curves["policy"].apgr, curves["oracle"].apgr
-        strong_quality = mean(arms.strong)
+    def more(weight: FloatArray) -> dict[str, float]:
         return {
-            "quality": kept,
-            "kept": kept / strong_quality if strong_quality else np.nan,
-            "cost": spent,
-            "cost_share": spent / mean(arms.strong_cost),
-            "strong_share": mean(goes.astype(float)),
-            "accuracy": mean((goes == (y > 0.5)).astype(float)),
+            "accuracy": float(np.average(goes == (y > 0.5), weights=weight)),
             "calibration_error": calibration_error(p, y, weight),
-            "apgr": apgr,
-            "cpt_50": curves["policy"].cpt(0.5),
-            "cpt_80": curves["policy"].cpt(0.8),
-            "gap_closed": (apgr - 0.5) / (oracle - 0.5) if oracle != 0.5 else np.nan,
-            "cheap_quality": mean(arms.cheap),
-            "strong_quality": strong_quality,
-            "random_apgr": curves["random"].apgr,
-            "entropy_apgr": curves["entropy"].apgr,
-            "oracle_apgr": oracle,
-            "entropy_quality": mean(entropy_quality),
-            "entropy_cost": mean(entropy_cost),
-            "static_quality": mean(statics),
-            "oracle_quality": at_cost(curves["oracle"], spent),
-            "over_random": kept - at_cost(curves["random"], spent),
-            "over_entropy": kept - at_cost(curves["entropy"], spent),
-            "over_static": kept - mean(statics),
+            "cheap_quality": float(np.average(arms.cheap, weights=weight)),
+            "strong_quality": float(np.average(arms.strong, weights=weight)),
         }
 
+    figures, curves = compare(requests, more, seed=seed, n=n)
+    traffic, traffic_rows, traffic_static = _traffic(policy, data, seed, n)
     return Report(
         policy=policy.name,
         rows=len(p),
         arms=(cheap, strong),
-        figures=intervals(statistics, arms.group, seed=seed, n=n),
+        figures=figures,
         static=static,
-        slices=_slices(stills, arms, goes, quality),
+        traffic=traffic,
+        traffic_rows=traffic_rows,
+        traffic_static=traffic_static,
+        slices=_slices(stills, arms, goes, requests.quality),
         clips=_clips(policy, data),
-        curves={name: router.curve() for name, router in routers.items()},
+        curves=curves,
     )
 
 
-def _taken(arms: Arms, goes: npt.NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:
-    return np.where(goes, arms.strong, arms.cheap), np.where(goes, arms.strong_cost, arms.cheap_cost)
+def _entropy(data: Dataset) -> FloatArray:
+    entropy = data.columns([ENTROPY])[:, 0]
+    return np.where(np.isfinite(entropy), entropy, 0.0)
 
 
-def _static(data: Dataset, arms: Arms, cheap: str, strong: str, limit: float) -> tuple[str, FloatArray]:
-    """The rung of the best mean quality whose mean cost is within `limit`, and its quality per row."""
-    offers = {cheap: (arms.cheap, arms.cheap_cost), strong: (arms.strong, arms.strong_cost)}
-    for i, name in enumerate(data.rungs):
-        if np.isfinite(data.quality[:, i]).all() and np.isfinite(data.cost[:, i]).all():
-            offers.setdefault(name, (data.quality[:, i], data.cost[:, i]))
-    fits = {name: offer for name, offer in offers.items() if offer[1].mean() <= limit * (1 + 1e-9)}
-    best = max(sorted(fits) or [cheap], key=lambda name: float(offers[name][0].mean()))
-    return best, offers[best][0]
+def _traffic(policy: Policy, data: Dataset, seed: int, n: int) -> tuple[dict[str, Interval], int, str]:
+    """Figures of all inputs against the native point, how many inputs, and the best static rung.
+
+    The arms of a clip are the first rung of its lane and the native point; the policy never sends it to the
+    latter, so clips come last in the order of its score.
+    """
+    native, native_cost = data.reference, _column(data, data.cost, NATIVE_NAME)
+    if not data.video.any() and not np.isfinite(native_cost).any():
+        return {}, 0, ""  # stills without native's cost: nothing beyond the other figures
+
+    def offer(lane: str) -> tuple[FloatArray, FloatArray]:
+        rung = policy.lanes[lane][0]
+        worth, spent = _column(data, data.quality, rung.name), _column(data, data.cost, rung.name)
+        if not _is_full(rung):
+            return worth, spent
+        return np.where(np.isnan(worth), native, worth), np.where(np.isnan(spent), native_cost, spent)
+
+    (low, low_cost), (clip, clip_cost), (high, high_cost) = offer(SIMPLE), offer(VIDEO), offer(COMPLEX)
+    low, low_cost = np.where(data.video, clip, low), np.where(data.video, clip_cost, low_cost)
+    high, high_cost = np.where(data.video, native, high), np.where(data.video, native_cost, high_cost)
+    rows = np.isfinite(low) & np.isfinite(high) & np.isfinite(native)
+    if not rows.any():
+        return {}, 0, ""
+    priced = bool(np.isfinite(low_cost[rows]).all() and np.isfinite(high_cost[rows]).all())
+    if not priced:
+        low_cost, high_cost = np.zeros(len(data)), np.ones(len(data))
+    some = data.take(rows)
+    arms = Arms(low[rows], high[rows], low_cost[rows], high_cost[rows], some.group)
+    score = np.where(some.video, -1.0, scores(policy, some))
+    goes = score >= policy.threshold
+    spent = float(np.where(goes, arms.strong_cost, arms.cheap_cost).mean())
+    static, statics = best_static(some, {}, spent)
+    whole_cost = native_cost[rows] if priced else arms.strong_cost
+    requests = Requests(arms, score, goes, _entropy(some), some.reference, whole_cost, statics)
+
+    def more(weight: FloatArray) -> dict[str, float]:
+        whole = {"native_quality": requests.whole, "native_cost": requests.whole_cost}
+        return {name: float(np.average(values, weights=weight)) for name, values in whole.items()}
+
+    return compare(requests, more, seed=seed, n=n)[0], int(rows.sum()), static
 
 
-def at_cost(curve: Curve, cost: float) -> float:
-    """The best quality that the curve offers at this cost or less."""
-    within = curve.quality[curve.cost <= cost * (1 + 1e-12)]
-    order = np.argsort(curve.cost, kind="stable")
-    between = float(np.interp(cost, curve.cost[order], curve.quality[order]))
-    return max(between, float(within.max())) if len(within) else between
+def _column(data: Dataset, table: FloatArray, rung: str) -> FloatArray:
+    return table[:, data.rungs.index(rung)] if rung in data.rungs else np.full(len(data), np.nan)
+
+
+def _is_full(rung: Rung) -> bool:
+    """Whether the rung spends all of the native compute, so that native's label can stand for it."""
+    point = rung.point
+    return point.downsample == rung.pixel_share == 1 and point.max_pixels is None and point.max_fps is None
 
 
 def _slices(
@@ -288,30 +287,3 @@ def _clips(policy: Policy, data: Dataset) -> dict[str, float]:
 
 def _plain(values: dict[str, float]) -> dict[str, float | None]:
     return {name: value if np.isfinite(value) else None for name, value in values.items()}
-
-
-def plot_curves(reports: Sequence[Report], path: str | Path) -> None:
-    """Write a PNG of cost against quality: each policy with its threshold, and the baselines of the first.
-
-    Raises:
-        AdaptiveFusionError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AdaptiveFusionError("a plot needs matplotlib: pip install 'adaptive-fusion[train]'") from error
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
-    first = reports[0]
-    for name, style in (("random", "k:"), ("entropy", "C7--"), ("oracle", "k-.")):
-        axes.plot(first.curves[name].cost, first.curves[name].quality, style, linewidth=1, label=name)
-    for index, report in enumerate(reports):
-        curve = report.curves["policy"]
-        axes.plot(curve.cost, curve.quality, f"C{index}", label=report.policy)
-        cost, quality = report.figures["cost"], report.figures["quality"]
-        bars = [[quality.mean - quality.low], [quality.high - quality.mean]]
-        axes.errorbar([cost.mean], [quality.mean], yerr=bars, fmt=f"C{index}o", capsize=3)
-    axes.set_xlabel("mean cost of a request")
-    axes.set_ylabel("mean quality")
-    axes.legend(frameon=False)
-    figure.savefig(Path(path), dpi=120)

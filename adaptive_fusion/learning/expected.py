@@ -3,7 +3,7 @@
 Knows policies and labelled data. Must not know how the router was fitted, nor logs.
 
 The quality expected of a rung is what it *keeps*: one less the quality it loses against the native point on
-the same request, clipped to 0 to 1.
+the same request; its mean is clipped to 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from adaptive_fusion.ladder import Rung
+from adaptive_fusion.learning.arms import lanes_of, scores
 from adaptive_fusion.learning.dataset import BoolArray, Dataset, FloatArray, IntArray
-from adaptive_fusion.learning.evaluate import scores
 from adaptive_fusion.learning.export import export_model
 from adaptive_fusion.learning.metrics import bootstrap_mean
 from adaptive_fusion.plain import Model
-from adaptive_fusion.policy import COMPLEX, SIMPLE, VIDEO, Policy
+from adaptive_fusion.policy import Policy
 from adaptive_fusion.router import Inputs, QualityModel
 
 MIN_LABELS = 20
@@ -33,14 +33,12 @@ MIN_MODEL_ROWS = 200
 
 
 def kept(data: Dataset) -> FloatArray:
-    """What each rung keeps on each row, ``[n, rungs]``; NaN where not labelled."""
-    return np.clip(1.0 - (data.reference[:, None] - data.quality), 0.0, 1.0)
+    """What each rung keeps on each row, ``[n, rungs]``; NaN where not labelled.
 
-
-def lanes_of(policy: Policy, data: Dataset) -> dict[str, BoolArray]:
-    """Which rows ``[n]`` the policy sends to each lane."""
-    goes = scores(policy, data) >= policy.threshold
-    return {SIMPLE: ~data.video & ~goes, COMPLEX: ~data.video & goes, VIDEO: data.video}
+    Above 1 where a rung's answer happened to be better: clipping here would count every change of an answer as
+    a loss, and none as a gain. Means and predictions are clipped instead.
+    """
+    return 1.0 - (data.reference[:, None] - data.quality)
 
 
 def lane_qualities(policy: Policy, data: Dataset) -> dict[str, tuple[Rung, ...]]:
@@ -80,7 +78,9 @@ def _mean(table: FloatArray, data: Dataset, name: str, rows: BoolArray, least: i
         return None
     column = table[:, data.rungs.index(name)]
     rows = rows & np.isfinite(column) & (data.weight > 0)
-    return float(np.average(column[rows], weights=data.weight[rows])) if rows.sum() >= least else None
+    if rows.sum() < least:
+        return None
+    return float(np.clip(np.average(column[rows], weights=data.weight[rows]), 0.0, 1.0))
 
 
 def fit_quality_model(

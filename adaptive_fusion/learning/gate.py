@@ -9,19 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.learning.arms import MIN_ROWS, arm_names, judges, scores, two_arms
 from adaptive_fusion.learning.curve import Arms, Router, intervals
 from adaptive_fusion.learning.dataset import Dataset, FloatArray
-from adaptive_fusion.learning.evaluate import arm_names, at_cost, scores, two_arms
 from adaptive_fusion.learning.labels import TRUSTED
 from adaptive_fusion.learning.metrics import Interval
 from adaptive_fusion.policy import Policy
-
-MIN_ROWS = 20
-"""Fewest trusted rows to judge by."""
-
-
-class GateRefused(AdaptiveFusionError):
-    """A candidate that is worse than the incumbent; the message holds the figures."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,14 @@ class Verdict:
     reasons: tuple[str, ...]
     figures: Mapping[str, Interval]
     rows: int
+
+
+class GateRefused(AdaptiveFusionError):
+    """A candidate that is worse than the incumbent; the message holds the figures, `verdict` all of them."""
+
+    def __init__(self, message: str, verdict: Verdict) -> None:
+        super().__init__(message)
+        self.verdict = verdict
 
 
 def gate(
@@ -69,6 +70,7 @@ def gate(
         ConfigError: With fewer than 20 trusted rows to judge by.
     """
     data = holdout.take(holdout.trusted(trusted))
+    data = data.take(judges(data))
     sides = [policy for policy in (candidate, incumbent) if policy is not None]
     rows = np.ones(len(data), dtype=bool)
     if len(data):
@@ -96,7 +98,7 @@ def gate(
             "incumbent_accuracy": old.accuracy(weight),
             "apgr_difference": here.apgr - there.apgr,
             "accuracy_difference": new.accuracy(weight) - old.accuracy(weight),
-            "quality_at_equal_cost": quality - at_cost(there, cost),
+            "quality_at_equal_cost": quality - there.at_cost(cost),
             "quality_difference": quality - old_quality,
         }
 

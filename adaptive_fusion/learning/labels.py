@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_fusion.decisions import SCHEMA, THUMBS, feedback_record
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.learning.logs import LogTable
 
-SCHEMA = 1
 SOURCES = ("feedback", "human", "oracle", "shadow")
 TRUSTED = ("human", "oracle", "shadow")
 """Sources that the operator controls; only these may judge a candidate policy."""
 
 _HUMAN = {"simple": 0.0, "complex": 1.0}
-_THUMBS = {"up": 1.0, "down": 0.0}
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Subject:
         content_hash: Of the encoded bytes; inputs that share it stay in one split.
         kind: ``image``, ``video`` or ``text``.
         features: Complexity features by name, of extractor `features_version`.
-        prompt_features: Prompt features by name.
+        prompt_features: Prompt features by name, of extractor `prompt_version`.
         prompt_hash: Of the question; the same image under two questions is two subjects.
         slices: Names for reports, such as ``{"scene": "dense", "size": "large"}``.
     """
@@ -45,6 +44,7 @@ class Subject:
     features: Mapping[str, float]
     features_version: str | None = None
     prompt_features: Mapping[str, float] = field(default_factory=dict)
+    prompt_version: str | None = None
     prompt_hash: str | None = None
     slices: Mapping[str, str] = field(default_factory=dict)
 
@@ -56,6 +56,7 @@ def label_record(
     quality: Mapping[str, float] | None = None,
     reference_quality: float | None = None,
     cost: Mapping[str, float] | None = None,
+    measurement: Mapping[str, Mapping[str, float]] | None = None,
     target: float | None = None,
     weight: float = 1.0,
     source_id: str | None = None,
@@ -69,6 +70,7 @@ def label_record(
         quality: Quality in [0, 1] by rung name.
         reference_quality: Quality of the native point, in [0, 1].
         cost: Cost by rung name, in one unit for all labels, such as milliseconds to the first token.
+        measurement: What else was measured by rung name, such as ``latency_ms`` and ``visual_tokens``.
         target: 0 (simple) to 1 (complex), where a person said so instead.
         weight: How much the label counts.
         source_id: Who labelled: a rater, user or file; shares of weight are capped per id.
@@ -98,9 +100,11 @@ def label_record(
         "features": dict(subject.features),
         "features_version": subject.features_version,
         "prompt_features": dict(subject.prompt_features),
+        "prompt_version": subject.prompt_version,
         "quality": dict(quality or {}),
         "reference_quality": reference_quality,
         "cost": dict(cost or {}),
+        "measurement": {name: dict(values) for name, values in (measurement or {}).items()},
         "target": target,
         "weight": weight,
         "slices": dict(subject.slices),
@@ -183,27 +187,6 @@ def _finite(text: str | None) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def feedback_record(
-    request_id: str, rating: float | str, *, source_id: str | None = None, time_s: float = 0.0
-) -> dict[str, Any]:
-    """A user's opinion of one answer as a log record: ``up``, ``down``, or a rating from 0 to 1.
-
-    Raises:
-        ConfigError: For another rating.
-    """
-    value = _THUMBS.get(rating, math.nan) if isinstance(rating, str) else float(rating)
-    if not 0 <= value <= 1:
-        raise ConfigError(f"rating is {rating!r}; expected up, down or a number from 0 to 1")
-    return {
-        "schema": SCHEMA,
-        "event": "feedback",
-        "time_s": time_s,
-        "request_id": request_id,
-        "rating": value,
-        "source_id": source_id,
-    }
-
-
 def feedback_from_csv(file: str | Path, *, best: float = 1.0, worst: float = 0.0) -> Iterator[dict[str, Any]]:
     """Feedback records from a CSV with ``request_id``, ``rating`` and optionally ``source_id`` and
     ``time_s``.
@@ -221,7 +204,7 @@ def feedback_from_csv(file: str | Path, *, best: float = 1.0, worst: float = 0.0
             raise ConfigError(f"{file.name} has columns {list(columns)}; expected request_id and rating")
         for row in reader:
             text = (row["rating"] or "").strip().lower()
-            rating = text if text in _THUMBS else (_finite(text) - worst) / (best - worst)
+            rating = text if text in THUMBS else (_finite(text) - worst) / (best - worst)
             time_s = _finite(row.get("time_s"))
             yield feedback_record(
                 row["request_id"],

@@ -30,6 +30,7 @@ COLUMNS: dict[str, str] = {
     "features": "JSON",
     "features_version": "VARCHAR",
     "prompt_features": "JSON",
+    "prompt_version": "VARCHAR",
     # decisions
     "p_complex": "DOUBLE",
     "lane": "VARCHAR",

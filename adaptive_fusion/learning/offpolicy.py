@@ -25,9 +25,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.learning.arms import lanes_of
 from adaptive_fusion.learning.curve import intervals
 from adaptive_fusion.learning.dataset import Dataset, FloatArray, IntArray
-from adaptive_fusion.learning.expected import lanes_of
 from adaptive_fusion.learning.metrics import Interval
 from adaptive_fusion.policy import Policy
 
@@ -41,6 +41,8 @@ class OffPolicyValue:
 
     Attributes:
         ips, snips, doubly_robust: See the module.
+        coverage: Mean of w: about 1 if the logging policy could take what the target takes, well below if
+            not. What it never takes, only the model behind `doubly_robust` speaks for.
         logged: Plain mean of the logged rewards: the logging policy's value, which the target's differs from.
         effective_samples: Of `decisions` logged ones.
         decisions: How many were logged.
@@ -50,6 +52,7 @@ class OffPolicyValue:
     snips: Interval
     doubly_robust: Interval
     logged: Interval
+    coverage: Interval
     effective_samples: float
     decisions: int
 
@@ -98,7 +101,7 @@ def estimate(
     w = pi / p
     if not w.any():
         raise ConfigError("the target policy takes none of the logged actions; log explored decisions (explore > 0)")
-    parts = {"ips": w * r, "snips": w * r, "doubly_robust": v + w * (r - q), "logged": r}
+    parts = {"ips": w * r, "snips": w * r, "doubly_robust": v + w * (r - q), "logged": r, "coverage": w}
 
     def statistics(weight: FloatArray) -> dict[str, float]:
         found = {name: float(weight @ part / weight.sum()) for name, part in parts.items()}

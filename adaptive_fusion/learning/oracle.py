@@ -1,13 +1,11 @@
 """Oracle labels: what each rung is worth on each input, found by running the rungs.
 
-Knows how to go through inputs once each, resume, and score answers against references or against the model's
-own full-compute answer. The model is behind a small protocol; must not know runners, adapters or tensors.
+Knows how to go through inputs once each, in several processes, and to resume. What a rung is worth is a
+scorer's business (`scoring` has the usual one); must not know models, metrics or tensors.
 """
 
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
@@ -21,20 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labels import Subject, label_record
-from adaptive_fusion.learning.metrics import anls, exact_match, tokenize
-from adaptive_fusion.point import NATIVE
-
-NATIVE_RUNG = Rung(NATIVE)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one input's rungs were worth: quality in [0, 1] and cost by rung name, and the native point's
-    quality."""
+    """What one input's rungs were worth: quality in [0, 1] and cost by rung name, the native point's quality,
+    and by rung name whatever else was measured."""
 
     quality: Mapping[str, float]
     reference_quality: float
     cost: Mapping[str, float] = field(default_factory=dict)
+    measurement: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
@@ -74,9 +69,10 @@ def label_inputs(
     """Score rungs on inputs and append one label a line to `out` as soon as it is known.
 
     An input whose content and question are in `out` already, with all these rungs, is not run again; nor is
-    one that comes twice. A torn last line, from a run that was killed, is cut off first. An input that raises
-    this library's error is reported and left out; any other error stops the run, with what was scored so far
-    on disk.
+    one that comes twice. Questions on the same content are scored one after the other, in one process, so that
+    a scorer can share work among them. A torn last line, from a run that was killed, is cut off first. An
+    input that raises this library's error is reported and left out; any other error stops the run, with what
+    was scored so far on disk.
 
     Args:
         scorer: Describes and scores.
@@ -128,6 +124,7 @@ def label_inputs(
                 quality=scores.quality,
                 reference_quality=scores.reference_quality,
                 cost=scores.cost,
+                measurement=scores.measurement,
                 source_id=source_id,
                 time_s=clock(),
             )
@@ -163,13 +160,23 @@ def _done(out: Path, rungs: set[str]) -> set[tuple[Any, Any]]:
 def _run(
     scorer: Scorer, todo: list[tuple[Any, Subject]], rungs: tuple[Rung, ...], jobs: int
 ) -> Iterator[tuple[Any, Subject, Scores | str]]:
-    if jobs == 1 or len(todo) < 2 or not _picklable(scorer):
-        for item, subject in todo:
-            yield item, subject, _score(scorer, item, rungs)
+    contents: dict[str, list[tuple[Any, Subject]]] = {}
+    for item, subject in todo:
+        contents.setdefault(subject.content_hash, []).append((item, subject))
+    if jobs == 1 or len(contents) < 2 or not _picklable(scorer):
+        for pairs in contents.values():
+            for item, subject in pairs:
+                yield item, subject, _score(scorer, item, rungs)
         return
-    results = Parallel(n_jobs=jobs, return_as="generator")(delayed(_score)(scorer, item, rungs) for item, _ in todo)
-    for (item, subject), scores in zip(todo, results, strict=True):
-        yield item, subject, scores
+    work = (delayed(_score_all)(scorer, [item for item, _ in pairs], rungs) for pairs in contents.values())
+    results = Parallel(n_jobs=jobs, return_as="generator")(work)
+    for pairs, found in zip(contents.values(), results, strict=True):
+        for (item, subject), scores in zip(pairs, found, strict=True):
+            yield item, subject, scores
+
+
+def _score_all(scorer: Scorer, items: Sequence[Any], rungs: tuple[Rung, ...]) -> list[Scores | str]:
+    return [_score(scorer, item, rungs) for item in items]
 
 
 def _score(scorer: Scorer, item: Any, rungs: tuple[Rung, ...]) -> Scores | str:
@@ -188,113 +195,9 @@ def _picklable(scorer: Scorer) -> bool:
 
 
 def _name(item: Any) -> str:
-    return Path(item).name if isinstance(item, str | Path) else str(item)[:80]
+    return str(getattr(item, "name", item))[-80:]
 
 
 def _bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), disable=not shown)
-
-
-# Scoring with a model
-
-
-@dataclass(frozen=True)
-class Example:
-    """An input to label: media, a question, and right answers if there are any.
-
-    `metric` is one of `METRICS`; `slices` go into the label.
-    """
-
-    media: Any
-    prompt: str
-    references: tuple[str, ...] = ()
-    metric: str = "words"
-    slices: Mapping[str, str] = field(default_factory=dict)
-
-
-class Model(Protocol):
-    """What the scorer needs of a model; costs in any one unit, such as milliseconds to the first token."""
-
-    def describe(self, example: Example, /) -> Subject:
-        """Hashes and features of the media and the question."""
-        ...
-
-    def answer(self, example: Example, rung: Rung, /) -> tuple[str, float]:
-        """The greedy answer under a rung, and what it cost."""
-        ...
-
-    def loglik(self, example: Example, text: str, rung: Rung, /) -> tuple[float, float]:
-        """Mean log-likelihood per token of `text` as the answer under a rung, teacher-forced in one forward
-        pass, and what the pass cost."""
-        ...
-
-
-def word_f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of the words against the closest reference (Rajpurkar et al.
-    2016)."""
-    best = 0.0
-    said = Counter(tokenize(prediction))
-    for reference in references:
-        words = Counter(tokenize(reference))
-        shared = (said & words).total()
-        total = said.total() + words.total()
-        best = max(best, 2 * shared / total if total else 1.0)
-    return best
-
-
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "anls": anls,
-    "exact": exact_match,
-    "words": word_f1,
-}
-"""How an answer is scored against references, in [0, 1]: read text, short answers, captions."""
-
-
-@dataclass(frozen=True)
-class ModelScorer:
-    """Scores rungs by a model's answers against references, or without any by the likelihood of its own
-    answer.
-
-    Without references the native point answers first; a rung's quality is then
-    ``min(1, exp(loglik(rung) - loglik(native)))``, the ratio of the geometric mean token probabilities of
-    that answer, one forward pass a rung. The native point has quality 1.
-    """
-
-    model: Model
-
-    def describe(self, item: Example) -> Subject:
-        """See `Scorer`."""
-        return self.model.describe(item)
-
-    def score(self, item: Example, rungs: Sequence[Rung]) -> Scores:
-        """See `Scorer`.
-
-        Raises:
-            ConfigError: For an unknown metric or a likelihood that is not finite.
-        """
-        return self._by_references(item, rungs) if item.references else self._by_likelihood(item, rungs)
-
-    def _by_references(self, item: Example, rungs: Sequence[Rung]) -> Scores:
-        if item.metric not in METRICS:
-            raise ConfigError(f"metric is {item.metric!r}; expected one of {', '.join(sorted(METRICS))}")
-        quality, cost = {}, {}
-        for rung in _with_native(rungs):
-            text, cost[rung.name] = self.model.answer(item, rung)
-            quality[rung.name] = METRICS[item.metric](text, item.references)
-        return Scores(quality, quality[NATIVE_RUNG.name], cost)
-
-    def _by_likelihood(self, item: Example, rungs: Sequence[Rung]) -> Scores:
-        text, _ = self.model.answer(item, NATIVE_RUNG)
-        values, cost = {}, {}
-        for rung in _with_native(rungs):
-            values[rung.name], cost[rung.name] = self.model.loglik(item, text, rung)
-            if not math.isfinite(values[rung.name]):
-                raise ConfigError(f"log-likelihood under {rung.name} is {values[rung.name]}; expected a number")
-        full = values[NATIVE_RUNG.name]
-        quality = {name: min(1.0, math.exp(value - full)) for name, value in values.items()}
-        return Scores(quality, 1.0, cost)
-
-
-def _with_native(rungs: Sequence[Rung]) -> list[Rung]:
-    return [NATIVE_RUNG, *(rung for rung in rungs if rung.name != NATIVE_RUNG.name)]

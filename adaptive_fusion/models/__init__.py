@@ -6,7 +6,7 @@ from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
-from adaptive_fusion.models.grid import GridAdapter
+from adaptive_fusion.models.grid import GridAdapter, Recorded
 from adaptive_fusion.models.square import SquareAdapter
 
 ADAPTERS: tuple[type[Adapter], ...] = (GridAdapter, SquareAdapter)
@@ -32,6 +32,7 @@ __all__ = [
     "Adapter",
     "Encoded",
     "GridAdapter",
+    "Recorded",
     "Size",
     "SquareAdapter",
     "VisualPlan",

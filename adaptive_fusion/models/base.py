@@ -160,6 +160,7 @@ class Adapter(ABC):
             self.levels(point),
             self.model.config.vision_config.hidden_size,
             point.adapter_rank,
+            self.model.config.vision_config.out_hidden_size,
         )
         if spec not in self._fusions:
             self.add_fusion(DeepStackFusion(spec))

@@ -6,7 +6,7 @@ merger once, gated, and its levels are freed. Both are undone in ``finally``. Kn
 ``deepstack_merger_list``; nothing of language models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,39 +24,60 @@ def fused_taps(tower: nn.Module, fusion: DeepStackFusion | None, lengths: Sequen
         fusion: The module that fuses; None turns every tap off (the list stays empty, no merger runs).
         lengths: Patches per image or clip, in packed order.
     """
-    host: Any = tower
-    native = host.deepstack_visual_indexes
-    merged: list[Tensor | None] = [None] * len(native) if fusion is not None else []
+    groups = fusion.spec.groups if fusion is not None else ()
+    merged: list[Tensor | None] = [None] * len(groups)
     result: list[Tensor] = []
     levels: dict[int, Tensor] = {}
-    handles = []
-    merge_unit = host.spatial_merge_size**2
-    tokens = [length // merge_unit for length in lengths]
+    closes = {group[-1]: tap for tap, group in enumerate(groups)}
 
-    def capture(level: int, closes: int | None) -> Any:
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-            levels[level] = output
-            if closes is None or fusion is None:
-                return
-            gate = fusion.gate(closes, levels[fusion.spec.taps[closes]], lengths)
-            fused = fusion.fuse(closes, levels, lengths)
-            for used in fusion.spec.groups[closes]:
+    def take(level: int, output: Tensor) -> None:
+        levels[level] = output
+        if fusion is not None and level in closes:
+            tap = closes[level]
+            merged[tap] = merge_tap(tower, fusion, tap, levels, lengths)
+            for used in groups[tap]:
                 del levels[used]
-            merged[closes] = apply_gate(host.deepstack_merger_list[closes](fused), gate, tokens)
 
-        return hook
+    with _watched(tower, [level for group in groups for level in group], take):
+        yield result
+        result.extend(tensor for tensor in merged if tensor is not None)
+    levels.clear()
+
+
+@contextmanager
+def captured_levels(tower: nn.Module, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Run the tower inside this context without its taps; the mapping then holds the blocks' outputs asked for."""
+    levels: dict[int, Tensor] = {}
+    with _watched(tower, wanted, levels.__setitem__):
+        yield levels
+
+
+def merge_tap(
+    tower: nn.Module, fusion: DeepStackFusion, tap: int, levels: Mapping[int, Tensor], lengths: Sequence[int]
+) -> Tensor:
+    """Tap `tap` (0 is the first) from its group's levels: fused, through the tower's own merger, gated."""
+    host: Any = tower
+    gate = fusion.gate(tap, levels[fusion.spec.taps[tap]], lengths)
+    merged = host.deepstack_merger_list[tap](fusion.fuse(tap, levels, lengths))
+    return apply_gate(merged, gate, [length // host.spatial_merge_size**2 for length in lengths])
+
+
+@contextmanager
+def _watched(tower: nn.Module, wanted: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """No taps, and `take(block, output)` for every block in `wanted`."""
+    host: Any = tower
+    native = host.deepstack_visual_indexes
+    handles = []
+
+    def hook(level: int) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _args, output: take(level, output)
 
     host.deepstack_visual_indexes = []
     try:
-        if fusion is not None:
-            for tap, group in enumerate(fusion.spec.groups):
-                for level in group:
-                    closes = tap if level == group[-1] else None
-                    handles.append(host.blocks[level].register_forward_hook(capture(level, closes)))
-        yield result
-        result.extend(tensor for tensor in merged if tensor is not None)
+        for level in wanted:
+            handles.append(host.blocks[level].register_forward_hook(hook(level)))
+        yield
     finally:
         host.deepstack_visual_indexes = native
         for handle in handles:
             handle.remove()
-        levels.clear()

@@ -6,6 +6,7 @@ with DeepStack taps get the fusion knobs as well. No method of the model is repl
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import downsample, pooled_grid
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
-from adaptive_fusion.models.deepstack import fused_taps
+from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.video import Video
@@ -29,6 +31,40 @@ THUMBNAIL = 640
 """Longest side, in pixels, of what is put back together from patches for measuring complexity."""
 
 Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a vision tower made of some media, so that fusion can be trained without running the tower again.
+
+    `outputs` are its results by kind (``image``, ``video``), `levels` its blocks' outputs ``[patches, d_vision]``
+    by kind and block.
+    """
+
+    outputs: Mapping[str, Any]
+    levels: Mapping[str, Mapping[int, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take."""
+        found = [level for kind in self.levels.values() for level in kind.values()]
+        found += [part for out in self.outputs.values() for part in out.pooler_output]
+        return sum(tensor.nbytes for tensor in found)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Recorded]") -> "Recorded":
+        """The recordings of several requests as that of one batch with their media in this order."""
+        outputs: dict[str, Any] = {}
+        levels: dict[str, dict[int, Tensor]] = {}
+        for kind in dict.fromkeys(kind for part in parts for kind in part.outputs):
+            holders = [part for part in parts if kind in part.outputs]
+            outputs[kind] = type(holders[0].outputs[kind])(
+                pooler_output=tuple(one for part in holders for one in part.outputs[kind].pooler_output)
+            )
+            levels[kind] = {
+                level: torch.cat([part.levels[kind][level] for part in holders]) for level in holders[0].levels[kind]
+            }
+        return cls(outputs, levels)
 
 
 class GridAdapter(Adapter):
@@ -117,7 +153,7 @@ class GridAdapter(Adapter):
                 if part["type"] == "image":
                     images.append(part["image"])
                 elif part["type"] == "video":
-                    clips.append(cast(Video, part["video"]))
+                    clips.append(cast(Video, part["video"]).at_most(point.max_fps))
         text = self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         kwargs: dict[str, Any] = {}
         if images:
@@ -183,19 +219,47 @@ class GridAdapter(Adapter):
 
     # Tensors to encoder outputs
 
-    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:
+    @torch.no_grad()
+    def record(self, inputs: Mapping[str, Any], levels: Sequence[int]) -> Recorded:
+        """Run the vision tower once, without its taps, and keep the outputs of the blocks `levels`."""
+        outputs: dict[str, Any] = {}
+        kept: dict[str, Mapping[int, Tensor]] = {}
+        for kind, (pixel_key, grid_key, _) in KINDS.items():
+            if inputs.get(pixel_key) is not None:
+                with captured_levels(self.model.model.visual, levels) as found:
+                    out = self._encoder(kind)(inputs[pixel_key], inputs[grid_key], return_dict=True)
+                # Nothing else of the result: it holds on to more than fusion needs.
+                outputs[kind] = type(out)(pooler_output=out.pooler_output)
+                kept[kind] = dict(found)
+        return Recorded(outputs, kept)
+
+    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
+        """See `Adapter.encode`; with `recorded`, from these levels instead of pixels.
+
+        Gradient reaches the fusion module's parameters unless it is switched off.
+
+        Raises:
+            UnsupportedModelError: If `recorded` goes with a point that fuses no levels.
+        """
+        if recorded is not None and self.fusion(point) is None:
+            raise UnsupportedModelError(
+                f"{point.name} fuses no levels; expected weighted, gated or sum on a model with taps"
+            )
         reduced: dict[str, Any] = dict(inputs)
         outputs: dict[str, Any] = {}
         segments: dict[int, list[Segment]] = {}
         tokens = patches = 0
         for kind, (pixel_key, grid_key, id_key) in KINDS.items():
             pixels = reduced.pop(pixel_key, None)
-            if pixels is None:
+            if inputs.get(grid_key) is None:
                 continue
             grids = _grids(inputs, grid_key)
             merged = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
             small = [pooled_grid(*grid, point.downsample) for grid in merged]
-            outputs[kind] = self._features(kind, pixels, inputs[grid_key], merged, point)
+            if recorded is None:
+                outputs[kind] = self._features(kind, pixels, inputs[grid_key], merged, point)
+            else:
+                outputs[kind] = self._replayed(kind, recorded, merged, point)
             segments[getattr(self.model.config, id_key)] = [
                 Segment(h * w, y * x) for (t, h, w), (_, y, x) in zip(merged, small, strict=True) for _ in range(t)
             ]
@@ -211,8 +275,7 @@ class GridAdapter(Adapter):
     def _features(self, kind: str, pixels: Tensor, thw: Tensor, merged: list[Grid], point: OperatingPoint) -> Any:
         lengths = [t * h * w * self.merge**2 for t, h, w in merged]
         tokens = [t * h * w for t, h, w in merged]
-        # Both modalities go through the same tower; get_video_features only adds arguments that do not matter here.
-        encode = self.model.model.get_image_features if kind == "image" else self.model.model.get_video_features
+        encode = self._encoder(kind)
         if point.fusion == "native" or not self.taps:
             out = encode(pixels, thw, return_dict=True)
         else:
@@ -222,16 +285,38 @@ class GridAdapter(Adapter):
                 # Zeros, not an empty list: an empty list would also drop the other modality's taps.
                 taps = [torch.zeros_like(torch.cat(list(out.pooler_output))) for _ in self.taps]
             out.deepstack_features = [torch.split(tap, tokens) for tap in taps]
-        if point.downsample != 1.0:
-            out.pooler_output = self._pool(out.pooler_output, merged, point.downsample)
-            if self.taps:
-                out.deepstack_features = [self._pool(t, merged, point.downsample) for t in out.deepstack_features]
+        return self._pooled(out, merged, point)
+
+    def _replayed(self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint) -> Any:
+        fusion, levels, source = self.fusion(point), recorded.levels[kind], recorded.outputs[kind]
+        assert fusion is not None  # encode has refused such points
+        tokens = [t * h * w for t, h, w in merged]
+        lengths = [count * self.merge**2 for count in tokens]
+        out = type(source)(pooler_output=source.pooler_output)
+        taps = [merge_tap(self.model.model.visual, fusion, tap, levels, lengths) for tap in range(len(self.taps))]
+        out.deepstack_features = [torch.split(tap, tokens) for tap in taps]
+        return self._pooled(out, merged, point)
+
+    def _pooled(self, out: Any, grids: list[Grid], point: OperatingPoint) -> Any:
+        """The encoder's output with the grid that `point` leaves of it."""
+        if point.downsample == 1.0:
+            return out
+        taps = out.deepstack_features if self.taps else ()
+        streams = [torch.cat(list(parts)) for parts in (out.pooler_output, *taps)]
+        fusion = self.fusion(point)
+        if fusion is None:
+            pooled = [downsample(stream, grids, point.downsample) for stream in streams]
+        else:
+            pooled = fusion.pool(streams, grids, point.downsample)
+        small = [t * h * w for t, h, w in (pooled_grid(*grid, point.downsample) for grid in grids)]
+        out.pooler_output, *smaller = (torch.split(stream, small) for stream in pooled)
+        if self.taps:
+            out.deepstack_features = smaller
         return out
 
-    @staticmethod
-    def _pool(parts: Sequence[Tensor], grids: list[Grid], ratio: float) -> tuple[Tensor, ...]:
-        small = [t * h * w for t, h, w in (pooled_grid(*grid, ratio) for grid in grids)]
-        return torch.split(downsample(torch.cat(list(parts)), grids, ratio), small)
+    def _encoder(self, kind: str) -> Any:
+        # Both modalities go through the same tower; get_video_features only adds arguments that do not matter here.
+        return self.model.model.get_image_features if kind == "image" else self.model.model.get_video_features
 
     def _pad_token_id(self) -> int:
         tokenizer = getattr(self.processor, "tokenizer", None)

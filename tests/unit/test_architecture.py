@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"router", "decisions", "drift", "cost", "controller", "profiles"}),
     frozenset({"policy"}),
     frozenset({"models"}),
-    frozenset({"chat", "planner", "calibrate", "reference", "runner"}),
+    frozenset({"chat", "planner", "calibrate", "reference", "attempt", "runner"}),
 )
 TOP = len(LAYERS)
 BEYOND_RUNTIME = ("learning", "bench")

@@ -78,7 +78,9 @@ def test_the_last_source_that_set_a_field_wins(sources: list[Budget | None]) -> 
     merged = Budget().merge(*sources)
     for name in FIELDS:
         setters = [b for b in sources if b is not None and name in b.to_dict()]
-        assert getattr(merged, name) == getattr(setters[-1] if setters else Budget(), name)
+        assert getattr(merged, name) == getattr(
+            setters[-1] if setters else Budget(on_deadline=merged.on_deadline), name
+        )
         assert (name in merged.given) == bool(setters)
     assert Budget.from_dict(merged.to_dict()) == merged
 
@@ -90,3 +92,12 @@ def test_an_explicit_default_overrides_a_weaker_source() -> None:
         "attainment": 0.95,
         "on_infeasible": "cheapest",
     }
+
+
+def test_a_hard_deadline_refuses_unless_told_otherwise() -> None:
+    assert (
+        Budget(on_deadline="stop").on_infeasible == "refuse"
+        and Budget(on_deadline="finish").on_infeasible == "cheapest"
+    )
+    assert Budget(on_deadline="stop", on_infeasible="cheapest").on_infeasible == "cheapest"
+    assert Budget(latency_ms=5).merge(Budget(on_deadline="stop")).on_infeasible == "refuse"

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_fusion.bench.rivals import Aimd, Ours, run
+from adaptive_fusion.bench.traces import TRACES, best_static, build, native, oracle, score
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.controller import Candidate, Choice, Controller
 from adaptive_fusion.decisions import Measurement, Prediction
@@ -103,6 +105,41 @@ def test_nothing_fits() -> None:
     assert controller.state()["counts"]["refused"] == 1
     with pytest.raises(ConfigError, match="none of 0"):
         controller.choose([], LOOSE)
+
+
+def test_a_hard_deadline_refuses_only_what_would_begin_late() -> None:
+    hard = Budget(latency_ms=15, on_deadline="stop")
+    controller = Controller()
+    begins = controller.choose(LADDER, hard)  # the cheapest takes 25 ms, its first token comes after 10
+    assert begins.candidate is LADDER[3] and not begins.feasible
+    with pytest.raises(InfeasibleBudgetError):
+        controller.choose(LADDER, hard, elapsed_ms=6)
+    assert controller.choose(LADDER, Budget(latency_ms=15, on_deadline="stop", on_infeasible="cheapest"), elapsed_ms=6)
+    with pytest.raises(InfeasibleBudgetError):
+        controller.choose(LADDER, replace(hard, latency_ms=1000), free_memory_gb=0.1)
+    for _ in range(40):  # everything takes twice as long as predicted
+        choice = controller.choose(LADDER, LOOSE)
+        controller.update(choice, took(2 * choice.candidate.predicted.latency_ms))
+    assert controller.slowdown(LADDER[0].key) == pytest.approx(2, rel=0.1)
+    with pytest.raises(InfeasibleBudgetError):
+        controller.choose(LADDER, hard)
+
+
+def test_refusing_does_not_last_for_ever() -> None:
+    """Once the load is over, a controller that refuses everything finds out."""
+    controller = Controller()
+    for _ in range(100):
+        controller.update(controller.choose(LADDER, LOOSE), took(2000))  # ten times the prediction
+    budget, refused = Budget(latency_ms=60, on_infeasible="refuse"), 0
+    for _ in range(1000):
+        try:
+            choice = controller.choose(LADDER, budget)
+        except InfeasibleBudgetError:
+            refused += 1
+            continue
+        controller.update(choice, took(choice.candidate.predicted.latency_ms))
+    assert 10 < refused < 150 and controller.state()["counts"]["refused"] == refused
+    assert controller.choose(LADDER, budget).feasible
 
 
 numbers = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([0.0, 1.0, 50.0, 200.0])
@@ -472,26 +509,17 @@ def simulation() -> ModuleType:
 
 
 @pytest.mark.parametrize("attainment", [0.95, 0.99])
-@pytest.mark.parametrize("trace", ["stationary", "step", "sine", "burst", "squeeze"])
+@pytest.mark.parametrize("trace", TRACES)
 def test_what_must_hold_on_the_simulated_traces(simulation: ModuleType, trace: str, attainment: float) -> None:
-    drawn = simulation.build(trace, 3000, seed=7)
-    best = simulation.oracle(drawn)
-    ours = simulation.score(drawn, simulation.run(drawn, simulation.Ours(attainment)), best)
+    drawn = build(trace, simulation.stated_world(), 3000, seed=7)
+    best = oracle(drawn)
+    ours = score(drawn, run(drawn, Ours(drawn.world, attainment)), best)
     assert ours["attainment"] >= attainment
     assert ours["of_oracle"] >= 0.95
     if trace == "step":
         assert ours["misses_max"] <= 4 and ours["recover_max"] <= 60
-    rivals = [simulation.best_static(drawn, attainment), simulation.run(drawn, simulation.Aimd(attainment))]
+    rivals = [best_static(drawn, attainment), run(drawn, Aimd(drawn.world, attainment)), native(drawn)]
     tie = 2 * math.sqrt(attainment * (1 - attainment) / 3000)
     for rival in rivals:
-        other = simulation.score(drawn, rival, best)
+        other = score(drawn, rival, best)
         assert other["attainment"] <= ours["attainment"] + tie or other["quality"] <= ours["quality"]
-
-
-def test_a_trace_file_is_replayed(simulation: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "trace.csv"
-    rows = [f"{1.7 if 200 <= i < 400 else 1.0},1.0,{i % 2},{i % 30},8.0" for i in range(600)]
-    path.write_text("load,work,simple,elapsed_ms,free_gb\n" + "\n".join(rows))
-    trace = simulation.read_trace(str(path), 0)
-    assert trace.load[200:400].min() == 1.7 and trace.elapsed[29] == 29 and trace.simple[1] == 1
-    assert len(simulation.run(trace, simulation.Ours(0.95)).index) == 600

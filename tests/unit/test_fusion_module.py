@@ -224,6 +224,7 @@ def test_a_file_that_does_not_fit_is_refused_with_what_was_found(tmp_path: Path)
         (good, {**header, "rank": "many"}, "unusable header"),
         (good, {**header, "strategy": "best"}, "best"),
         (good, {**header, "rank": "1000000000"}, "rank is 1000000000"),
+        (good, {**header, "d_text": "-1"}, "d_text is -1"),
         ({**good, name: torch.full_like(good[name], torch.nan)}, header, f"not finite.*{name}"),
         ({**good, name: torch.zeros(3, 3)}, header, name),
         ({key: value for key, value in good.items() if key != name}, header, name),
@@ -233,6 +234,10 @@ def test_a_file_that_does_not_fit_is_refused_with_what_was_found(tmp_path: Path)
         save_file(tensors, path, metadata=metadata)
         with pytest.raises(ConfigError, match=named):
             target.load(path)
+    # A header that claims terabytes is found out before any of them is asked for.
+    save_file(good, path, metadata={**header, "rank": "65536", "d_vision": "65536", "d_text": "65536"})
+    with pytest.raises(ConfigError, match="differ in these tensors"):
+        DeepStackFusion.from_file(path)
     path.write_bytes(b"\x80\x04not safetensors")
     with pytest.raises(ConfigError, match=r"fusion\.safetensors is not a readable safetensors file"):
         DeepStackFusion.from_file(path)

@@ -68,6 +68,9 @@ def test_the_figures_of_routellm_on_a_case_done_by_hand() -> None:
     assert curve.cost.tolist() == [1, 1.5, 2, 2.5, 3]
     assert curve.apgr == pytest.approx(0.75)
     assert (curve.cpt(0.5), curve.cpt(0.8), curve.cpt(1.0)) == pytest.approx((0.25, 0.4, 0.5))
+    assert (curve.at_cost(1.25), curve.at_cost(3)) == pytest.approx((0.625, 1))
+    assert (curve.to_reach(0.5), curve.to_reach(0.875), curve.to_reach(1.0)) == pytest.approx((1, 1.75, 2))
+    assert np.isnan(curve.to_reach(1.01))
     # equal scores are routed at random: the diagonal, whatever the arms
     flat = Router(np.zeros(4), arms).curve()
     assert (flat.apgr, flat.cpt(0.5), flat.cpt(0.8)) == pytest.approx((0.5, 0.5, 0.8))
@@ -205,6 +208,32 @@ def test_people_and_clips_are_judged_by_what_is_known_of_them(tmp_path: Path) ->
     other = replace(base_policy(), lanes={lane: (rung("sum3@0.25"),) for lane in LADDERS})
     with pytest.raises(ConfigError, match=r"rung is 'sum3@0\.25'"):
         evaluate_policy(other, data)
+
+
+def test_clips_count_as_traffic_and_come_last_in_the_routers_order(data: Dataset, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    quality = {STRONG: 0.8, CHEAP: 0.6, "native@1": 1.0}
+    clips = [
+        label_record(
+            subject(row, 10**8 + i, kind="video"), "oracle", quality=quality, cost={**COSTS, "native@1": 200.0}
+        )
+        for i, row in enumerate(rng.normal(size=(50, 4)))
+    ]
+    stills = oracle_labels(300, 3)
+    for record in stills:
+        record["quality"]["native@1"], record["cost"]["native@1"] = record["reference_quality"], 120.0
+    path = write_jsonl(tmp_path / "l.jsonl", clips + stills)
+    both = build_dataset([path], cheap=CHEAP, rungs=[*RUNGS, "native@1"])
+    report = evaluate_policy(policy(TRUE), both, n=50)
+    still, traffic = report.figures, report.traffic
+    assert (report.rows, report.traffic_rows) == (300, 350)
+    assert traffic["quality"].mean == pytest.approx((300 * still["quality"].mean + 50 * 0.8) / 350)
+    assert traffic["native_cost"].mean == pytest.approx((300 * 120 + 50 * 200) / 350)
+    assert traffic["cost_share"].mean == pytest.approx(traffic["cost"].mean / traffic["native_cost"].mean)
+    assert traffic["kept"].mean == pytest.approx(traffic["quality"].mean / traffic["native_quality"].mean)
+    assert traffic["oracle_apgr"].mean > traffic["apgr"].mean > 0.5
+    # the policy never sends a clip to native, so at equal cost some router that does may be better, never the oracle
+    assert traffic["oracle_quality"].mean >= traffic["quality"].mean
 
 
 def test_the_gate_refuses_what_is_worse_beyond_the_interval_and_says_why(data: Dataset) -> None:

@@ -22,9 +22,10 @@ from sklearn.naive_bayes import GaussianNB
 
 from adaptive_fusion.calibration import Isotonic
 from adaptive_fusion.errors import ConfigError, PolicyError
+from adaptive_fusion.learning.arms import scores
 from adaptive_fusion.learning.calibrate import fit_calibration
 from adaptive_fusion.learning.dataset import Dataset, build_dataset
-from adaptive_fusion.learning.evaluate import evaluate_policy, scores
+from adaptive_fusion.learning.evaluate import evaluate_policy
 from adaptive_fusion.learning.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.labels import label_record
 from adaptive_fusion.plain import TreeModel

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from learning_data import CHEAP, MIDDLE, RUNGS, STRONG, oracle_labels, subject, write_jsonl
 
 from adaptive_fusion.complexity import VERSION
+from adaptive_fusion.decisions import DecisionLog, feedback_record
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.learning.dataset import SPLITS, Dataset, build_dataset, cap_weights
 from adaptive_fusion.learning.labels import (
     SOURCES,
     append_records,
     feedback_from_csv,
-    feedback_record,
     human_labels,
     label_record,
     shadow_record,
@@ -236,6 +236,20 @@ def test_people_say_simple_or_complex_or_give_scores_ranked_in_their_group(tmp_p
         labels.write_text(f"{columns}\n")
         with pytest.raises(ConfigError, match="expected path and label or score"):
             human_labels(labels, describe)
+
+
+def test_ratings_written_beside_decisions_become_labels(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "log.jsonl")
+    for index, name in enumerate("abc"):
+        log.write(decision(name, index, CHEAP))
+    log.feedback("a", "up", source_id="ann", time_s=1)
+    log.feedback("a", 0.2, source_id="ann", time_s=2)  # a change of mind
+    log.feedback("b", "up")
+    log.feedback("nothing", "down")
+    with pytest.raises(ConfigError, match="'maybe'"):
+        log.feedback("c", "maybe")
+    data = build(tmp_path / "log.jsonl")
+    assert sorted(data.y.tolist()) == [0, 1] and data.report["unjoined"] == 1 and data.report["repeated"] == 1
 
 
 def test_feedback_files_have_thumbs_or_stars(tmp_path: Path) -> None:

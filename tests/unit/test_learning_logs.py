@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_fusion.complexity import VERSION
 from adaptive_fusion.decisions import DecisionLog
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning import logs
+from adaptive_fusion.learning.dataset import build_dataset
 from adaptive_fusion.learning.logs import COLUMNS, compact, log_files, open_logs
 
 GOOD = [
@@ -138,3 +140,21 @@ def test_a_foreign_parquet_file_lends_the_columns_it_has(tmp_path: Path) -> None
     file = tmp_path / "foreign.parquet"
     duckdb.execute(f"COPY (SELECT 'r' AS request_id, 'x' AS time_s, 7 AS other) TO '{file}' (FORMAT parquet)")
     assert table([file], "request_id, time_s, event") == [("r", None, "decision")]
+
+
+def test_features_of_the_question_left_out_for_being_0_read_as_0(tmp_path: Path) -> None:
+    label = {"schema": 1, "event": "label", "source": "oracle", "kind": "image", "features_version": VERSION}
+    label |= {"quality": {"cheap@1": 0.5}, "reference_quality": 0.9, "features": {"edge_density": 0.1}}
+    asked = {"prompt_log_chars": 2.0, "prompt_read": 1.0}
+    rows = [
+        {**label, "content_hash": "a", "prompt_features": asked},
+        {**label, "content_hash": "b", "prompt_features": asked, "prompt_version": "another"},
+        {**label, "content_hash": "c", "prompt_features": {}},
+    ]
+    path = tmp_path / "l.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = build_dataset([path], cheap="cheap@1", rungs=["cheap@1"])
+    found = {tuple(row) for row in data.columns(["prompt_log_chars", "prompt_read", "prompt_count"]).tolist()}
+    assert (2.0, 1.0, 0.0) in found and len(data) == 3
+    unknown = [row for row in data.columns(["prompt_read"])[:, 0] if row != row]
+    assert len(unknown) == 2  # measured by another extractor, or there was no question

@@ -1,7 +1,6 @@
-"""Oracle labels: each input once, resumable after a kill, the same in parallel, scored as documented."""
+"""Oracle labels: each input once, resumable after a kill, the same in parallel."""
 
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from learning_data import CHEAP, RUNGS, STRONG, rung, subject
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.learning.dataset import build_dataset
 from adaptive_fusion.learning.labels import Subject
-from adaptive_fusion.learning.oracle import Example, LabelRun, ModelScorer, Scores, label_inputs, word_f1
+from adaptive_fusion.learning.oracle import LabelRun, Scores, label_inputs
 
 LADDER = [rung(name) for name in RUNGS]
 
@@ -38,7 +37,7 @@ class Sums:
             raise MediaError("unlucky")
         self.seen[item] += 1
         quality = {r.name: 1.0 if r.point.fusion == "gated" else 1 - int(item) / 100 for r in rungs}
-        return Scores(quality, 1.0, dict.fromkeys(quality, 5.0))
+        return Scores(quality, 1.0, dict.fromkeys(quality, 5.0), {STRONG: {"visual_tokens": 7}})
 
 
 class Unpicklable(Sums):
@@ -66,6 +65,9 @@ def test_each_input_is_scored_once_and_a_killed_run_resumes(tmp_path: Path) -> N
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["features"]["edge_density"] for r in records] == [1, 2, 3, 4, 5]
     assert records[0]["quality"] == {STRONG: 1.0, "weighted3@1": 0.99, CHEAP: 0.99} and records[0]["time_s"] == 7
+    assert records[0]["cost"] == dict.fromkeys(RUNGS, 5.0) and records[0]["measurement"] == {
+        STRONG: {"visual_tokens": 7}
+    }
     data = build_dataset([out], cheap=CHEAP, rungs=RUNGS)
     assert data.report["broken_lines"] == 0 and data.y.sum() == 3  # 3, 4 and 5 lose more than 0.02
 
@@ -93,35 +95,21 @@ def test_without_rungs_there_is_nothing_to_score(tmp_path: Path) -> None:
         label_inputs(Sums(), [1], [], tmp_path / "l.jsonl")
 
 
-class Letters:
-    """A model that reads the first letters of a word: all natively, half at half resolution."""
+@dataclass
+class Turns:
+    """Takes pairs of content and question, and notes in which order they are scored."""
 
-    def describe(self, example: Example) -> Subject:
-        return subject(np.array([1.0]), len(example.media))
+    order: list[Any] = field(default_factory=list)
 
-    def answer(self, example: Example, rung: Any) -> tuple[str, float]:
-        return example.media[: round(len(example.media) * rung.point.downsample)], 10 * rung.point.downsample
+    def describe(self, item: Any) -> Subject:
+        return subject(np.array([0.0]), item[0], reads=bool(item[1]))
 
-    def loglik(self, example: Example, text: str, rung: Any) -> tuple[float, float]:
-        assert text == example.media  # the full-compute answer, whatever the rung
-        return math.log(0.9 * rung.point.downsample), 10 * rung.point.downsample
-
-
-def test_answers_are_scored_against_references_or_the_models_own_full_answer() -> None:
-    scorer = ModelScorer(Letters())
-    read = scorer.score(Example("ABCDEFGH", "Read.", ("abcdefgh",), metric="anls"), LADDER)
-    assert read.quality == {"native@1": 1.0, STRONG: 1.0, "weighted3@1": 1.0, CHEAP: 0.5}
-    assert read.reference_quality == 1.0 and read.cost[CHEAP] == 5.0
-    wrong = scorer.score(Example("ABCD", "Read.", ("xyz",), metric="exact"), LADDER)
-    assert wrong.reference_quality == 0.0 and set(wrong.quality.values()) == {0.0}
-    own = scorer.score(Example("ABCD", "Read."), LADDER)
-    assert own.reference_quality == 1.0
-    assert own.quality == pytest.approx({"native@1": 1.0, STRONG: 1.0, "weighted3@1": 1.0, CHEAP: 0.5})
-    with pytest.raises(ConfigError, match="'bleu'"):
-        scorer.score(Example("A", "", ("A",), metric="bleu"), LADDER)
+    def score(self, item: Any, rungs: Any) -> Scores:
+        self.order.append(item)
+        return Scores({r.name: 1.0 for r in rungs}, 1.0)
 
 
-def test_word_f1_of_known_answers() -> None:
-    assert word_f1("A red circle.", ["a red circle"]) == 1
-    assert word_f1("a red circle", ["blue", "a red square"]) == pytest.approx(2 / 3)
-    assert word_f1("", ["a"]) == 0 and word_f1("a a a a", ["a"]) == pytest.approx(2 / 5)
+def test_questions_on_one_content_are_scored_one_after_the_other(tmp_path: Path) -> None:
+    scorer = Turns()
+    label(scorer, [(1, 0), (2, 0), (1, 1), (2, 1), (3, 0)], tmp_path / "l.jsonl")
+    assert scorer.order == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]

@@ -19,8 +19,8 @@ from learning_data import (
 )
 from sklearn.linear_model import LogisticRegression
 
+from adaptive_fusion.learning.arms import scores
 from adaptive_fusion.learning.dataset import Dataset, build_dataset
-from adaptive_fusion.learning.evaluate import scores
 from adaptive_fusion.learning.gate import GateRefused
 from adaptive_fusion.learning.labels import label_record
 from adaptive_fusion.learning.train import Trained, train
@@ -83,7 +83,7 @@ def test_the_folder_loads_and_its_card_has_figures_data_slices_and_limits(traine
     apgr = report["test"]["figures"]["apgr"]
     assert f"| APGR | {apgr['mean']:.4f} | {apgr['low']:.4f} to {apgr['high']:.4f} |" in card
     assert report["data"]["sha256"] in card and "| scene | " in card and "## Limits" in card
-    assert "adaptive-fusion train labels.jsonl --objective quality" in card
+    assert "adaptive-fusion train labels.jsonl --base base --objective quality" in card
     assert report["gate"]["accepted"] is True
 
 

@@ -1,0 +1,130 @@
+"""``adaptive-fusion label``: what each operating point is worth on each input, and what people said, as labels."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adaptive_fusion.commands.bench import _rung as rung_of
+from adaptive_fusion.commands.options import Json, Model, PolicyName
+from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, refusing
+from adaptive_fusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from adaptive_fusion.ladder import Rung
+
+app = typer.Typer()
+
+Failed = list[tuple[str, str]]
+_SAID = "What people said"
+
+
+@app.command()
+def label(
+    out: Annotated[
+        Path,
+        typer.Option(metavar="JSONL", help="Labels are appended; what is there is not run again.", show_default=False),
+    ],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="INPUTS...", help="Images, clips or folders of them.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Asked about each input.")] = "Describe the image.",
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Right answers: COCO captions (.json), or a CSV of path, reference and, if they differ, prompt and"
+            " metric. Without any, answers are compared with the model's own at full compute.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="Of answers against references: words, anls (read text), exact or elements.")
+    ] = "words",
+    points: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POINT", help="Instead of the policy's ladders: native@0.5, weighted6r4@0.5/25%..."),
+    ] = None,
+    policy: PolicyName = "balanced",
+    model: Model = "reference",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
+    human: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="path and label (simple, complex) or score, optionally group.",
+            rich_help_panel=_SAID,
+        ),
+    ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="request_id and rating (up, down, 0 to 1), optionally source_id.",
+            rich_help_panel=_SAID,
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the policy's operating points on each of INPUTS and append what they were worth and what they took.
+
+    Quality is scored against references, or without any by the likelihood of the model's own full-compute answer
+    under each point. The same content and question runs once; a run that was stopped goes on where it was.
+    --human and --feedback turn tables of what people said into labels of the same file. Exit code 2 if an input or
+    a row was refused.
+    """
+    with refusing(inputs or [], as_json):
+        if not inputs and human is None and feedback is None:
+            raise ConfigError("there is nothing to label; expected INPUTS, --human or --feedback")
+        result: dict[str, Any] = {"out": str(out)}
+        failed: Failed = []
+        if human is not None:
+            result["human"] = _human(human, out, failed)
+        if feedback is not None:
+            from adaptive_fusion.learning.labels import append_records, feedback_from_csv
+
+            result["feedback"] = append_records(feedback_from_csv(feedback), out)
+        if inputs:
+            rungs = _rungs(points, policy)
+            from adaptive_fusion.commands.session import open_runner
+            from adaptive_fusion.learning.labeller import RunnerModel
+            from adaptive_fusion.learning.oracle import label_inputs
+            from adaptive_fusion.learning.references import examples, media_files, read_references
+            from adaptive_fusion.learning.scoring import ModelScorer
+
+            known = None if references is None else read_references(references, prompt, metric)
+            chosen, unknown = examples(media_files(inputs), prompt, known)
+            # One process loads the model before anything else, so that a wrong name ends the command at once.
+            source = (open_runner(model, policy),) if jobs == 1 else (open_runner, model, policy)
+            scorer = ModelScorer(RunnerModel(*source, max_new_tokens=max_new_tokens))
+            run = label_inputs(scorer, chosen, rungs, out, jobs=jobs, progress=not as_json, source_id=Path(model).name)
+            failed += [*unknown, *run.failed]
+            result |= {"scored": run.scored, "resumed": run.resumed, "repeated": run.repeated}
+            result["rungs"] = [rung.name for rung in rungs]
+    for name, reason in failed:
+        complain(f"{name}: {reason}")
+    if as_json:
+        emit({**result, "failed": [{"input": name, "error": reason} for name, reason in failed]})
+    else:
+        counts = ", ".join(f"{count} {what}" for what, count in result.items() if isinstance(count, int))
+        console().print(f"{counts}; {len(failed)} left out. Labels are in {out}")
+    if failed:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
+    from adaptive_fusion.policy import Policy
+
+    ladders = Policy.load(policy).lanes.values()
+    chosen = [rung_of(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
+    return list({rung.name: rung for rung in chosen}.values())
+
+
+def _human(table: Path, out: Path, failed: Failed) -> int:
+    from adaptive_fusion.learning.labeller import describe
+    from adaptive_fusion.learning.labels import append_records, human_labels
+    from adaptive_fusion.learning.scoring import Example
+
+    labels, refused = human_labels(table, lambda path: describe(Example(path, "")))
+    failed += refused
+    return append_records(labels, out)

@@ -1,0 +1,216 @@
+"""What a frozen model says of images at full compute: its greedy answers and the probabilities behind them.
+
+Also the batches that make it say so, at any operating point. Knows adapters and tensors; nothing of training, scores
+or policies. Answers are kept on disk as they come, so an interrupted run asks nothing twice.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adaptive_fusion.chat import build_request
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.ladder import Rung
+from adaptive_fusion.media import content_hash
+from adaptive_fusion.models import Adapter, GridAdapter, Recorded
+from adaptive_fusion.point import NATIVE, OperatingPoint
+
+FORMAT = "adaptive_fusion.teacher"
+TOKEN_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
+PARTS = ("tokens", "indices", "logprobs", "length")
+WINDOW = 4
+"""Batches' worth of questions that are prepared at once and sorted by length."""
+KEPT = 128
+"""Most likely tokens whose probability is kept at each position; the others are kept as one sum."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """An image, a clip or several (anything `build_request` takes as media) and what is asked about it."""
+
+    media: Any
+    prompt: str
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the media: what decides whether a question is held out."""
+        several = isinstance(self.media, list | tuple)
+        return "+".join(content_hash(one) for one in self.media) if several else content_hash(self.media)
+
+    @cached_property
+    def key(self) -> str:
+        """Names the question in files."""
+        return hashlib.sha256(f"{self.content}\n{self.prompt}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Told:
+    """The teacher's answer: `tokens` ``[n]`` (the end token included), and at each position the `indices` ``[n, k]``
+    of the likeliest tokens with their log-probabilities `logprobs` ``[n, k]``. `length` ``[]`` counts the prompt's
+    tokens, visual ones included, at the native point."""
+
+    tokens: Tensor
+    indices: Tensor
+    logprobs: Tensor
+    length: Tensor
+
+
+def prepare(adapter: Adapter, question: Question, pixel_share: float = 1.0) -> dict[str, Tensor]:
+    """The processor's tensors of a question at a share of its native pixels, on the model's device."""
+    request = build_request(question.media, question.prompt)
+    native = max((adapter.native_pixels(size) for size in request.sizes), default=1)
+    inputs = adapter.prepare(request.messages, Rung(NATIVE, pixel_share=pixel_share).resolve(native))
+    return {key: value.to(adapter.model.device) for key, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def collate(rows: Sequence[Mapping[str, Tensor]], answers: Sequence[Tensor] = ()) -> dict[str, Tensor]:
+    """One left-padded batch of single requests, each followed by its answer's tokens where there are answers.
+
+    `TOKEN_TENSORS` are ``[1, length]`` in, ``[rows, longest]`` out; everything else is put together along its first
+    dimension, in row order. Padded positions hold 0 and are masked.
+    """
+    tails = list(answers) or [rows[0]["input_ids"].new_empty(0)] * len(rows)
+    lengths = [row["input_ids"].shape[1] + len(tail) for row, tail in zip(rows, tails, strict=True)]
+    batch: dict[str, Tensor] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        parts = [(i, row[key]) for i, row in enumerate(rows) if key in row]
+        if key not in TOKEN_TENSORS:
+            batch[key] = torch.cat([part for _, part in parts])
+            continue
+        batch[key] = parts[0][1].new_zeros(len(rows), max(lengths))
+        for i, part in parts:
+            start, stop = max(lengths) - lengths[i], max(lengths) - len(tails[i])
+            batch[key][i, start:stop] = part[0]
+            if key == "input_ids":
+                batch[key][i, stop:] = tails[i]
+            elif key == "attention_mask":
+                batch[key][i, stop:] = 1
+    return batch
+
+
+@torch.no_grad()
+def greedy(
+    adapter: Adapter, rows: Sequence[Mapping[str, Tensor]], point: OperatingPoint, max_new_tokens: int
+) -> list[Tensor]:
+    """Each row's greedy answer ``[n]`` at `point`, up to and with its end token, generated as one batch."""
+    encoded = adapter.encode(collate(rows), point)
+    sequences = adapter.model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    fresh: Tensor = sequences[:, encoded.inputs["input_ids"].shape[1] :]
+    ends = adapter.model.generation_config.eos_token_id
+    over = torch.isin(fresh, torch.tensor(ends if isinstance(ends, list) else [ends], device=fresh.device))
+    counts = torch.where(over.any(1), over.int().argmax(1) + 1, fresh.shape[1]).tolist()
+    return [row[:count].clone() for row, count in zip(fresh, counts, strict=True)]
+
+
+def answer_logits(
+    adapter: GridAdapter,
+    rows: Sequence[Mapping[str, Tensor]],
+    answers: Sequence[Tensor],
+    point: OperatingPoint,
+    recorded: Recorded | None = None,
+) -> list[Tensor]:
+    """The logits ``[n, vocabulary]`` that predict each row's answer, teacher-forced, in float32.
+
+    With `recorded` the vision tower is not run; gradient reaches the point's fusion module.
+    """
+    encoded = adapter.encode(collate(rows, answers), point, recorded)
+    keep = max(map(len, answers)) + 1
+    logits = adapter.model(**encoded.inputs, logits_to_keep=keep, use_cache=False).logits
+    return [row[-len(answer) - 1 : -1].float() for row, answer in zip(logits, answers, strict=True)]
+
+
+def fingerprint(model: Any) -> str:
+    """Changes whenever a model's configuration or weights do: a hash over a sample of every parameter."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+class Teacher:
+    """Asks the model at its native point and keeps what it says in `folder`, one file per batch.
+
+    Args:
+        adapter: Reaches the model.
+        folder: Of the answers; made if need be. Answers of another model or length limit in it are left alone.
+        max_new_tokens: Upper bound of an answer.
+        batch: Questions asked at once.
+    """
+
+    def __init__(self, adapter: GridAdapter, folder: Path, *, max_new_tokens: int = 160, batch: int = 8) -> None:
+        self.adapter, self.folder = adapter, folder
+        self.max_new_tokens, self.batch = max_new_tokens, batch
+        self._header = {"format": FORMAT, "model": fingerprint(adapter.model), "max_new_tokens": str(max_new_tokens)}
+        self._known: dict[str, Path] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("told-*.safetensors")):
+            with _opened(path) as file:
+                if file.metadata() == self._header:
+                    names = [name for name in file.keys() if name.endswith(".tokens")]  # noqa: SIM118
+                    self._known |= {name.removesuffix(".tokens"): path for name in names}
+
+    def ask(self, questions: Sequence[Question], advance: Callable[[], None] = lambda: None) -> list[Told]:
+        """What the model says of each question; only what is not on disk yet is asked.
+
+        `advance` is called once per question.
+        """
+        missing = list({q.key: q for q in questions if q.key not in self._known}.values())
+        for _ in range(len(questions) - len(missing)):
+            advance()
+        # A batch is as long as its longest row, so rows of like lengths are put together.
+        for start in range(0, len(missing), WINDOW * self.batch):
+            asked = [(question, prepare(self.adapter, question)) for question in missing[start:][: WINDOW * self.batch]]
+            asked.sort(key=lambda pair: pair[1]["input_ids"].shape[1])
+            for low in range(0, len(asked), self.batch):
+                part, rows = zip(*asked[low : low + self.batch], strict=True)
+                self._keep(part, self._answers(rows))
+                for _ in part:
+                    advance()
+        return list(self._read([question.key for question in questions]))
+
+    @torch.no_grad()
+    def _answers(self, rows: Sequence[Mapping[str, Tensor]]) -> list[Told]:
+        answers = greedy(self.adapter, rows, NATIVE, self.max_new_tokens)
+        found = []
+        for row, tokens, logits in zip(rows, answers, answer_logits(self.adapter, rows, answers, NATIVE), strict=True):
+            best = torch.log_softmax(logits, -1).topk(min(KEPT, logits.shape[-1]), sorted=False)
+            length = torch.tensor(row["input_ids"].shape[1])
+            found.append(Told(tokens.cpu(), best.indices.int().cpu(), best.values.cpu(), length))
+        return found
+
+    def _keep(self, questions: Sequence[Question], found: Sequence[Told]) -> None:
+        tensors = {}
+        for question, told in zip(questions, found, strict=True):
+            for name in PARTS:
+                tensors[f"{question.key}.{name}"] = getattr(told, name).contiguous()
+        digest = hashlib.sha256("".join(q.key for q in questions).encode() + repr(self._header).encode())
+        path = self.folder / f"told-{digest.hexdigest()[:16]}.safetensors"
+        save_file(tensors, path.with_suffix(".partial"), metadata=self._header)
+        os.replace(path.with_suffix(".partial"), path)
+        self._known |= {question.key: path for question in questions}
+
+    def _read(self, keys: Sequence[str]) -> Iterator[Told]:
+        found: dict[str, Told] = {}
+        for path in sorted({self._known[key] for key in keys}):
+            with _opened(path) as file:
+                for key in {key for key in keys if self._known[key] == path}:
+                    found[key] = Told(*(file.get_tensor(f"{key}.{name}") for name in PARTS))
+        return (found[key] for key in keys)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ConfigError(f"{path.name} is not a readable safetensors file: {error}") from error

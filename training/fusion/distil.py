@@ -1,0 +1,294 @@
+"""Distil the fusion modules that the shipped policies name, and measure what they win back on held-out scenes.
+
+    python training/fusion/distil.py --out runs/fusion
+
+The frozen reference model answers screens of the training split at full compute; `weighted` (6 levels, rank 4) and
+`gated` (12 levels, rank 8) learn from those answers alone. Then every row answers evaluation scenes, and the table
+says how much of the quality that average pooling loses each module wins back. Two processes of one thread share the
+work. An interrupted run goes on where it was; ``log.jsonl`` holds the curves, ``results.json`` every figure.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from adaptive_fusion.bench.answers import gated, native, weighted
+from adaptive_fusion.bench.scenes import Item, media, reference_items
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion import DeepStackFusion
+from adaptive_fusion.learning.distil import Settings, distil
+from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_mean, bootstrap_ratio
+from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, greedy, prepare
+from adaptive_fusion.models import GridAdapter
+from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
+from adaptive_fusion.runner import AdaptiveRunner
+
+RATIOS = (1.0, 0.5, 0.25)
+KINDS_OF_ROW = {"average": native, "weighted": weighted, "gated": gated}
+MIX = (0.12, 0.42, 0.36, 0.10)
+"""Shares of simple, dense, reading and clip scenes."""
+SIDES = (((96, 160), 0.55), ((160, 272), 0.3), ((256, 384), 0.15))
+"""Ranges of the scenes' sides in pixels, with their shares: mostly small, since those cost least."""
+BATCH = 8
+MOST = 160
+
+
+def questions(count: int, seed: int) -> list[Question]:
+    """Screens of the training split, each with the prompt of its kind."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        kind = rng.choices(KINDS, MIX)[0]
+        sides = rng.choices([s for s, _ in SIDES], [share for _, share in SIDES])[0]
+        scene = make_scene(kind, rng.getrandbits(40), "train", sides)
+        task = "read" if kind == "dense" and rng.random() < 0.1 else scene.task
+        found.append(Question(media(scene), PROMPTS[task]))
+    return found
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(
+        steps=args.steps,
+        batch=BATCH,
+        lr=args.lr,
+        pixel_shares={1.0: 0.8, 0.5: 0.1, 0.25: 0.1},
+        max_new_tokens=MOST,
+        holdout=0.08,
+        judged=64,
+        every=max(1, args.steps // 10),
+        patience=10,
+        seed=args.seed,
+        cache_gb=args.cache_gb,
+    )
+
+
+def adapter_of(args: argparse.Namespace) -> GridAdapter:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    adapter = AdaptiveRunner.from_pretrained(args.model, policy="native", dtype=torch.float32).adapter
+    assert isinstance(adapter, GridAdapter)
+    return adapter
+
+
+def module_path(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.out) / f"{KINDS_OF_ROW[name]().point.name.partition('@')[0]}.safetensors"
+
+
+# The three stages, each shared by the processes
+
+
+def ask(args: argparse.Namespace, part: int) -> int:
+    """Every `workers`-th window of questions goes to the teacher; its answers stay in the shared folder."""
+    adapter = adapter_of(args)
+    mine = questions(args.scenes, args.seed)[part :: args.workers]
+    return len(Teacher(adapter, Path(args.out) / "answers", max_new_tokens=MOST, batch=2 * BATCH).ask(mine))
+
+
+def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    adapter = adapter_of(args)
+    began = time.monotonic()
+
+    def note(entry: Mapping[str, Any]) -> None:
+        write(args, {"module": name, "seconds": round(time.monotonic() - began, 1), **entry})
+
+    report = distil(
+        adapter,
+        questions(args.scenes, args.seed),
+        KINDS_OF_ROW[name]().point,
+        module_path(args, name),
+        settings_of(args),
+        answers=Path(args.out) / "answers",
+        resume=True,
+        progress=False,
+        note=note,
+    )
+    return report.to_dict()
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace, part: int) -> dict[str, dict[str, list[float]]]:
+    """Quality and token accuracy of every row on every `workers`-th item: {row: {metric: [one value an item]}}."""
+    adapter = adapter_of(args)
+    for name in ("weighted", "gated"):
+        adapter.add_fusion(DeepStackFusion.from_file(module_path(args, name)))
+    mine = items(args.judge)[part :: args.workers]
+    order = sorted(range(len(mine)), key=lambda i: (mine[i].slice, area(mine[i])))
+    found: dict[str, dict[str, list[float]]] = {}
+    tokenizer = adapter.processor.tokenizer
+    for name, kind in KINDS_OF_ROW.items():
+        for ratio in RATIOS:
+            point = kind(ratio).point
+            quality, accuracy = [0.0] * len(mine), [0.0] * len(mine)
+            for start in range(0, len(order), BATCH):
+                chosen = order[start : start + BATCH]
+                rows = [prepare(adapter, Question(mine[i].media, mine[i].prompt)) for i in chosen]
+                truths = [mine[i].references[0] for i in chosen]
+                ends = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in truths]
+                right = [torch.tensor(ids) for ids in ends]
+                said = greedy(adapter, rows, point, MOST)
+                logits = answer_logits(adapter, rows, right, point)
+                for i, tokens, scores, truth in zip(chosen, said, logits, right, strict=True):
+                    score = mine[i].score
+                    assert score is not None  # all reference scenes have one
+                    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                    quality[i] = score(text, mine[i].references)
+                    accuracy[i] = float((scores.argmax(-1) == truth).float().mean())
+            found[f"{name}@{ratio:g}"] = {"quality": quality, "token_accuracy": accuracy}
+            write(args, {"measured": f"{name}@{ratio:g}", "part": part, "quality": float(np.mean(quality))})
+    return found
+
+
+def items(count: int) -> list[Item]:
+    """Evaluation scenes: `count` dense and reading ones each, half as many simple ones and clips."""
+    kept: list[Item] = []
+    for name in ("dense", "reading", "simple", "clips"):
+        most = count if name in ("dense", "reading") else count // 2
+        kept += [item for item in reference_items(max(2, count)) if item.slice == name][:most]
+    return kept
+
+
+def area(item: Item) -> int:
+    shape = np.shape(item.media.frames if hasattr(item.media, "frames") else item.media)
+    return int(np.prod(shape))
+
+
+# What came of it
+
+
+def summarise(found: Mapping[str, Mapping[str, Sequence[float]]], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """One record per slice, metric and ratio: means, differences, shares won back, with paired intervals."""
+    records = []
+    slices = np.array(parts)
+    for part in dict.fromkeys(parts):
+        at = np.flatnonzero(slices == part)
+        for metric in ("quality", "token_accuracy"):
+            values = {row: np.asarray(columns[metric])[at] for row, columns in found.items()}
+            full = values["average@1"]
+            for ratio in RATIOS:
+                average = values[f"average@{ratio:g}"]
+                record: dict[str, Any] = {"slice": part, "metric": metric, "ratio": ratio, "n": len(at)}
+                record |= {"full": mean(full), "average": mean(average), "lost": plain(diff(full, average))}
+                for name in ("weighted", "gated"):
+                    own = values[f"{name}@{ratio:g}"]
+                    record[name] = mean(own)
+                    record[f"{name} gains"] = plain(diff(own, average))
+                    record[f"{name} won back"] = plain(won_back(full, average, own))
+                    beyond = (own - average) - (full - average) / 3
+                    record[f"{name} beyond a third"] = plain(bootstrap_mean(beyond, seed=0))
+                record["gated over weighted"] = plain(diff(values[f"gated@{ratio:g}"], values[f"weighted@{ratio:g}"]))
+                records.append(record)
+    return records
+
+
+def mean(values: Any) -> float:
+    return float(np.mean(values))
+
+
+def diff(a: Any, b: Any) -> Interval:
+    return bootstrap_diff(a, b, seed=0)
+
+
+def won_back(full: Any, average: Any, own: Any) -> Interval | None:
+    """Share of the lost quality that comes back; None where nothing is surely lost."""
+    if diff(full, average).low <= 0:
+        return None
+    try:
+        return bootstrap_ratio(own - average, full - average, seed=0)
+    except ConfigError:
+        return None
+
+
+def plain(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else {"mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The records as text; [low to high] is a 95 % interval."""
+
+    def span(found: Mapping[str, float] | None, percent: bool = False) -> str:
+        if found is None:
+            return "-"
+        form = "{:.0%} [{:.0%} to {:.0%}]" if percent else "{:+.3f} [{:+.3f} to {:+.3f}]"
+        return form.format(found["mean"], found["low"], found["high"])
+
+    head = ("slice", "metric", "ratio", "full", "average", "weighted", "gated")
+    head += ("weighted won back", "gated won back", "gated over weighted")
+    rows = [head, tuple("---" for _ in head)]
+    for r in records:
+        rows.append(
+            (
+                r["slice"],
+                r["metric"],
+                f"{r['ratio']:g}",
+                *(f"{r[name]:.3f}" for name in ("full", "average", "weighted", "gated")),
+                *(span(r[f"{name} won back"], percent=True) for name in ("weighted", "gated")),
+                span(r["gated over weighted"]),
+            )
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def write(args: argparse.Namespace, entry: Mapping[str, Any]) -> None:
+    """One line for the log and for whoever watches."""
+    line = json.dumps({"time": round(time.time(), 1), **entry})
+    with (Path(args.out) / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/fusion"))
+    parser.add_argument("--model", default="reference", help="reference or a folder in Hugging Face format")
+    parser.add_argument("--scenes", type=int, default=1200, help="unlabelled training screens")
+    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--judge", type=int, default=48, help="evaluation scenes of dense and reading each")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cache-gb", type=float, default=3.0, help="memory of each process for encoder levels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    names, parts = ("gated", "weighted"), list(range(args.workers))
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+
+        def everywhere(task: Any, over: Sequence[Any]) -> list[Any]:
+            began = time.monotonic()
+            done = list(pool.map(task, [args] * len(over), over))
+            write(args, {"stage": task.__name__, "seconds": round(time.monotonic() - began, 1)})
+            return done
+
+        everywhere(ask, parts)
+        reports = dict(zip(names, everywhere(train, names), strict=True))
+        for name, report in reports.items():
+            write(args, {"report": name, **report})
+        measured = everywhere(measure, parts)
+    judged = items(args.judge)
+    found: dict[str, dict[str, list[float]]] = {
+        row: {metric: [0.0] * len(judged) for metric in columns} for row, columns in measured[0].items()
+    }
+    for part, own in zip(parts, measured, strict=True):
+        for row, columns in own.items():
+            for metric, values in columns.items():
+                found[row][metric][part :: args.workers] = values
+    records = summarise(found, [item.slice for item in judged])
+    (args.out / "results.json").write_text(
+        json.dumps({"reports": reports, "records": records, "items": found}, indent=1) + "\n", encoding="utf-8"
+    )
+    (args.out / "table.md").write_text(table(records) + "\n", encoding="utf-8")
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()
