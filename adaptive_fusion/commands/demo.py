@@ -27,7 +27,7 @@ def demo(
         Path | None, typer.Option(metavar="DIR", help="Keep the files here, with a picture of the results.")
     ] = None,
     latency_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="Latency budget; 90 % of native's slowest answer if not set.")
+        float | None, typer.Option(metavar="MS", help="Latency budget; 160 % of native's slowest answer if not set.")
     ] = None,
     policy: options.PolicyName = "balanced",
     model: options.Model = "reference",
