@@ -42,7 +42,7 @@ def test_divergence_stays_finite_and_has_gradient_where_the_student_is_sure_of_s
     student.requires_grad_()
     found = divergence(told_of(teacher, 2), student)
     torch.autograd.backward(found.sum())
-    assert math.isfinite(float(found)) and float(found) > 10
+    assert math.isfinite(found.item()) and found.item() > 10
     assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad.abs().max()) > 0.5
 
 
