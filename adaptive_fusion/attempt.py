@@ -8,6 +8,7 @@ prompts, texts, policies or logs: `runner` makes tasks of requests and answers o
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from adaptive_fusion.models import Adapter
 from adaptive_fusion.oom import run_with_step_down
 from adaptive_fusion.planner import Ask, Planner
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.timing import GenerationClock
+from adaptive_fusion.timing import GenerationClock, synchronize
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Executor:
         def attempt(point: OperatingPoint) -> _Try:
             nonlocal used
             used = point
-            clock = GenerationClock(self._clock, deadline, task.cancelled, _synchronizer(self.adapter.model))
+            ready = partial(synchronize, self.adapter.model.device)
+            clock = GenerationClock(self._clock, deadline, task.cancelled, ready)
             prefill_ms = 0.0
             if budget.on_infeasible == "refuse":
                 candidate = ran() or choice.candidate
@@ -145,9 +147,7 @@ class Executor:
         began = self._clock()
         with torch.no_grad():
             encoded = self.adapter.encode(inputs, point)
-            synchronize = _synchronizer(self.adapter.model)
-            if synchronize is not None:
-                synchronize()
+            synchronize(self.adapter.model.device)
             ended = self._clock()
             if deadline is not None and prefill_ms > 0.0 and ended + prefill_ms / 1e3 > deadline:
                 raise InfeasibleBudgetError(
@@ -195,10 +195,3 @@ def _measurement(done: _Try, arrived: float, peak_gb: float | None) -> Measureme
 def _release() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _synchronizer(model: Any) -> Callable[[], None] | None:
-    device = getattr(model, "device", torch.device("cpu"))
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return None

@@ -32,7 +32,12 @@ from adaptive_fusion.profiles import (
 if TYPE_CHECKING:
     from adaptive_fusion.runner import AdaptiveRunner
 
-SIDES = (384, 272, 192, 128)
+SHAPES = (
+    (384, 384), (128, 128), (240, 368), (272, 272), (336, 160), (208, 304), (400, 248), (176, 192),
+    (288, 256), (144, 240), (360, 312), (220, 220), (312, 392), (264, 136), (192, 192), (344, 344),
+)  # fmt: skip
+"""Width and height of the images measured, all different: a request that finds the holes which one of its own size left
+in the heap takes up to a third less than one among others, and real images differ."""
 ANSWERS = (4, 24)
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 RATES = {"cuda": (1e14, 1e12), "cpu": (4e10, 1e10)}
@@ -121,16 +126,16 @@ def calibrate(
     """
     from adaptive_fusion.reference.screens import make_scene
 
-    image = make_scene("dense", 0, "train", (384, 384)).image
-    sized = {side: image.resize((side, side)) for side in SIDES}
     plan = _requests(runner.adapter)
     samples: list[Sample] = []
     total, done = len(plan) * (repeats + 1), 0
     order = random.Random(0)
     for turn in range(repeats + 1):
-        # In rounds: a request that follows its like finds memory in place, which real ones do not.
-        for side, point, tokens in order.sample(plan, len(plan)):
-            found = _measured(runner, sized[side], point, tokens)
+        # In rounds, so that no request follows its like; the first also brings the heap to where real ones find it.
+        for sides, point, tokens in order.sample(plan, len(plan)):
+            # A new image each time, as requests bring them: one that was there before takes less.
+            scene = make_scene("dense" if done % 2 else "simple", done, "train", (400, 400))
+            found = _measured(runner, scene.image.resize(sides), point, tokens)
             if turn:
                 samples.append(found)
             done += 1
@@ -186,7 +191,7 @@ def check(
                 found[stage].append((predicted, measured))
         if progress is not None:
             progress(done, len(jobs))
-    return {stage: _errors(pairs) for stage, pairs in found.items() if pairs}
+    return {stage: relative_errors(pairs) for stage, pairs in found.items() if pairs}
 
 
 def _check_points(adapter: Adapter, sides: tuple[int, int]) -> list[OperatingPoint]:
@@ -200,29 +205,38 @@ def _check_points(adapter: Adapter, sides: tuple[int, int]) -> list[OperatingPoi
     return list(dict.fromkeys(adapter.restrict(point)[0] for point in points))
 
 
-def _errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+def relative_errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Of pairs of predicted and measured what `check` returns of each stage."""
+
     def high(errors: list[float]) -> float:
         return sorted(errors)[math.ceil(0.95 * len(errors)) - 1]
 
     errors = [abs(predicted / measured - 1.0) for predicted, measured in pairs]
-    steps = [measured * share / 20 for _, measured in pairs for share in range(2, 41)]
+    least, most = (limit(measured for _, measured in pairs) for limit in (min, max))
+    steps = [least * (most / least) ** (step / 400) for step in range(401)]
     best = min(high([abs(constant / measured - 1.0) for _, measured in pairs]) for constant in steps)
     bias = median(predicted / measured - 1.0 for predicted, measured in pairs)
     return {"median": median(errors), "bias": bias, "p95": high(errors), "constant_p95": best}
 
 
-def _requests(adapter: Adapter) -> list[tuple[int, OperatingPoint, int]]:
-    """Side of the image, point and tokens of the answer: images of every size, and large ones made small."""
-    largest = SIDES[0]
-    shapes = [(side, replace(NATIVE, downsample=ratio)) for side in SIDES for ratio in (1.0, 0.5, 0.25)]
-    few = max(MIN_PIXELS, largest * largest // 8)
-    shapes += [
-        (largest, OperatingPoint("weighted", 6, adapter_rank=4)),
-        (largest, OperatingPoint("gated", 12, adapter_rank=8)),
-        (SIDES[1], OperatingPoint("gated", 12, 0.5, adapter_rank=8)),
-        (largest, replace(NATIVE, max_pixels=few)),
-        (largest, OperatingPoint("gated", 12, 0.5, 2 * few, 8)),
-        (SIDES[1], OperatingPoint("weighted", 6, 0.5, few, 4)),
-    ]
-    points = dict.fromkeys((side, adapter.restrict(point)[0]) for side, point in shapes)
-    return [(side, point, tokens) for side, point in points for tokens in ANSWERS]
+def _requests(adapter: Adapter) -> list[tuple[tuple[int, int], OperatingPoint, int]]:
+    """Sides of the image, point and tokens of the answer: every size untouched, downsampled and at a point that does
+    more, most of these on fewer pixels.
+    """
+    others = (
+        (OperatingPoint("gated", 12, adapter_rank=8), 1),
+        (OperatingPoint("weighted", 6, 0.5, adapter_rank=4), 2),
+        (NATIVE, 4),
+        (OperatingPoint("gated", 12, 0.5, adapter_rank=8), 1),
+        (OperatingPoint("weighted", 6, 0.5, adapter_rank=4), 4),
+        (OperatingPoint("weighted", 6, adapter_rank=4), 1),
+        (OperatingPoint("gated", 12, 0.5, adapter_rank=8), 3),
+        (OperatingPoint("weighted", 6, 0.25, adapter_rank=4), 8),
+    )
+    found: dict[tuple[tuple[int, int], OperatingPoint], None] = {}
+    for index, sides in enumerate(SHAPES):
+        more, part = others[index % len(others)]
+        few = max(MIN_PIXELS, sides[0] * sides[1] // part) if part > 1 else None
+        for point in (NATIVE, replace(NATIVE, downsample=(0.5, 0.25)[index % 2]), replace(more, max_pixels=few)):
+            found[sides, adapter.restrict(point)[0]] = None
+    return [(sides, point, ANSWERS[(index // 2) % len(ANSWERS)]) for index, (sides, point) in enumerate(found)]

@@ -1,7 +1,8 @@
 """The control law: from predicted costs, budgets and what requests really took, the operating point to run.
 
 Knows numbers: candidates with a quality and a prediction, limits, and measurements. Knows nothing of
-models, images, policies or queues; the clock is injected and memory readings are arguments.
+models, images, policies or queues; the clock is injected and memory readings are arguments. Here is the choice;
+what is learned from measurements is kept and moved by `corrections`.
 
 The law, per measured quantity (time to the first token, total latency), with y(o, x) the predicted
 milliseconds of operating point o on request x:
@@ -40,16 +41,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.corrections import Corrections
 from adaptive_fusion.decisions import Measurement, Prediction, Rejected
-from adaptive_fusion.drift import CLIP, Ceiling, Drift, number
+from adaptive_fusion.drift import Drift, number
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 from adaptive_fusion.point import OperatingPoint
 
 SCHEMA = 1
 MISS_KINDS = ("oom", "overload", "timeout")
 STALE_S = 600.0
-
-_MEMORY_HEADROOM, _MEMORY_FORGET = math.log(1.05), 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,8 @@ class Controller:
     def __init__(self, *, memory_margin: float = 1.25, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._ttft, self._latency = Drift(), Drift()
-        self._memory = math.log(number(memory_margin, 1.0, 4.0))
-        self._memory_ceiling, self._time_ceiling = Ceiling(), Ceiling()
-        self._counts = dict.fromkeys(("decisions", "infeasible", "refused", "updates", "misses", "ooms", "ignored"), 0)
+        self._learned = Corrections(memory_margin)
+        self._counts = dict.fromkeys(("decisions", "infeasible", "refused", "ignored"), 0)
 
     def choose(
         self,
@@ -137,7 +135,7 @@ class Controller:
         now = self._clock()
         inf = math.inf
         with self._lock:
-            counts = self._counts
+            counts, learned = self._counts, self._learned
             counts["decisions"] += 1
             usable: list[tuple[float, float, int, float]] = []
             for index, candidate in enumerate(candidates):
@@ -167,12 +165,12 @@ class Controller:
                     usable = [min(usable, key=lambda row: candidates[row[2]].predicted.peak_memory_gb)]
             limits: list[tuple[str, float, Drift, float]] = []
             for name, limit, drift in (
-                ("latency", budget.latency_ms, self._latency),
-                ("ttft", budget.ttft_ms, self._ttft),
+                ("latency", budget.latency_ms, learned.latency),
+                ("ttft", budget.ttft_ms, learned.ttft),
             ):
                 if limit is not None:
                     limits.append((name, limit - elapsed_ms, drift, drift.margin(budget.attainment)))
-            envelope = math.exp(self._memory)
+            envelope = math.exp(learned.memory)
             rejected: list[Rejected] = []
             limited: tuple[str, ...] = ()
             for _, total, index, ttft in usable:
@@ -182,9 +180,9 @@ class Controller:
                 margin, tightest, why, reason = 1.0, -1.0, "", "best quality, no time limit set"
                 if needed > memory_left:
                     why = f"memory {needed:.3g} > {memory_left:.3g} GiB"
-                elif candidate.predicted.peak_memory_gb >= self._memory_ceiling.limit:
+                elif candidate.predicted.peak_memory_gb >= learned.memory_ceiling.limit:
                     why = "memory: too near a point that ran out of it"
-                elif total >= self._time_ceiling.limit:
+                elif total >= learned.time_ceiling.limit:
                     why = "overload: too near a point that was too slow"
                 else:
                     for name, left, drift, safety in limits:
@@ -228,26 +226,26 @@ class Controller:
         """Fastest of those that fit in memory (late is better than out of memory), else the least in
         memory.
         """
-        memory_left = min(memory_left, self._memory_ceiling.limit)
+        memory_left = min(memory_left, self._learned.memory_ceiling.limit)
         rows = [(total, candidates[index]) for _, total, index, _ in usable]
         fitting = [row for row in rows if row[1].predicted.peak_memory_gb < memory_left]
+        drift = self._learned.latency.points
         if fitting:
-            return min(fitting, key=lambda row: row[0] * math.exp(self._latency.points.get(row[1].key, 0.0)))[1]
+            return min(fitting, key=lambda row: row[0] * math.exp(drift.get(row[1].key, 0.0)))[1]
         return min(rows, key=lambda row: (row[1].predicted.peak_memory_gb, row[0]))[1]
 
     def _hopeless(self, fallback: Candidate, budget: Budget, elapsed_ms: float, memory_left: float) -> bool:
         """Whether starting is no use: always, if nothing fits, but where a late end is cut off."""
         if budget.on_deadline != "stop" or budget.latency_ms is None:
             return True
-        if not fallback.predicted.peak_memory_gb < min(memory_left, self._memory_ceiling.limit):
+        if not fallback.predicted.peak_memory_gb < min(memory_left, self._learned.memory_ceiling.limit):
             return True
-        first_ms = fallback.predicted.ttft_ms * self._ttft.factor(fallback.key)
+        first_ms = fallback.predicted.ttft_ms * self._learned.ttft.factor(fallback.key)
         return first_ms > budget.latency_ms - elapsed_ms
 
     def _refuse(self) -> None:
         self._counts["refused"] += 1
-        self._latency.fade()
-        self._ttft.fade()
+        self._learned.fade()
 
     def refused(self, choice: Choice) -> None:
         """Take note that `choice` was given up before its prefill, being too late for its deadline."""
@@ -257,13 +255,13 @@ class Controller:
     def slowdown(self, key: str) -> float:
         """How much later than predicted the first token of a candidate's `key` lately came, as a factor."""
         with self._lock:
-            return self._ttft.factor(key)
+            return self._learned.ttft.factor(key)
 
     @property
     def informed(self) -> bool:
         """Whether any request was learned from."""
         with self._lock:
-            return self._counts["updates"] + self._counts["misses"] > 0
+            return self._learned.counts["updates"] + self._learned.counts["misses"] > 0
 
     def update(
         self, choice: Choice, measurement: Measurement, *, ran: Candidate | None = None, lost_ms: float = 0.0
@@ -280,41 +278,21 @@ class Controller:
         """
         now = self._clock()
         candidate = choice.candidate if ran is None else ran
-        predicted = candidate.predicted
-        before = choice.elapsed_ms + lost_ms
         with self._lock:
-            self._counts["updates"] += 1
+            learned = self._learned
+            learned.counts["updates"] += 1
             if not now - choice.decided_s <= STALE_S:
-                self._counts["ignored"] += 1
+                learned.counts["ignored"] += 1
                 return
-            for name, drift, limit, measured, expected in (
-                (
-                    "latency",
-                    self._latency,
-                    choice.budget.latency_ms,
-                    measurement.latency_ms,
-                    predicted.latency_ms,
-                ),
-                ("ttft", self._ttft, choice.budget.ttft_ms, measurement.ttft_ms, predicted.ttft_ms),
-            ):
-                ratio = self._log_ratio(measured - before, expected)
-                if ratio is None:
-                    continue
-                signal = None
-                if limit is not None and choice.feasible:
-                    allowed = 1.0 - choice.budget.attainment
-                    if measured > limit:
-                        signal = 1.0 - allowed
-                    else:
-                        signal = -allowed if ran is None and name in choice.limited else 0.0
-                drift.learn(candidate.key, ratio, choice.budget.attainment, signal)
-            self._memory_ceiling.passed()
-            self._time_ceiling.passed()
-            if measurement.peak_memory_gb != 0.0:
-                memory = self._log_ratio(measurement.peak_memory_gb, predicted.peak_memory_gb)
-                if memory is not None:
-                    bounded = min(max(memory, -CLIP), CLIP) + _MEMORY_HEADROOM
-                    self._memory = max(bounded, self._memory - _MEMORY_FORGET, _MEMORY_HEADROOM - CLIP)
+            learned.finished(
+                candidate.key,
+                candidate.predicted,
+                measurement,
+                choice.budget,
+                before_ms=choice.elapsed_ms + lost_ms,
+                feasible=choice.feasible,
+                limited=choice.limited if ran is None else (),
+            )
 
     def miss(
         self,
@@ -341,44 +319,23 @@ class Controller:
         if kind not in MISS_KINDS:
             raise ConfigError(f"kind of miss is {kind!r}; expected one of {', '.join(MISS_KINDS)}")
         candidate = choice.candidate if ran is None else ran
-        predicted = candidate.predicted
-        attainment = choice.budget.attainment
         with self._lock:
-            self._counts["misses"] += 1
-            ratio = self._log_ratio(censored_ms - choice.elapsed_ms - lost_ms, predicted.latency_ms)
-            if ratio is not None:
-                late = kind != "oom" and choice.feasible and choice.budget.latency_ms is not None
-                signal = attainment if late else None
-                self._latency.learn(candidate.key, ratio, attainment, signal, censored=True)
-            if kind == "oom":
-                self._counts["ooms"] += 1
-                self._memory = min(self._memory + _MEMORY_HEADROOM, CLIP + _MEMORY_HEADROOM)
-                if 0.0 < predicted.peak_memory_gb < math.inf:
-                    self._memory_ceiling.drop(predicted.peak_memory_gb)
-            elif kind == "overload" and 0.0 < predicted.latency_ms < math.inf:
-                self._time_ceiling.drop(predicted.latency_ms)
-
-    def _log_ratio(self, measured: float, predicted: float) -> float | None:
-        """ln(measured / predicted), or None (and counted) if either is not a finite positive number."""
-        if 0.0 < measured < math.inf and 0.0 < predicted < math.inf:
-            ratio = measured / predicted
-            if 0.0 < ratio < math.inf:
-                return math.log(ratio)
-        self._counts["ignored"] += 1
-        return None
+            self._learned.counts["misses"] += 1
+            self._learned.cut_off(
+                candidate.key,
+                candidate.predicted,
+                censored_ms - choice.elapsed_ms - lost_ms,
+                choice.budget.attainment,
+                late=kind != "oom" and choice.feasible and choice.budget.latency_ms is not None,
+                kind=kind,
+            )
 
     def state(self) -> dict[str, Any]:
         """Everything that was learned, in finite plain values that JSON can hold."""
         with self._lock:
-            return {
-                "schema": SCHEMA,
-                "latency": self._latency.state(),
-                "ttft": self._ttft.state(),
-                "memory": self._memory,
-                "memory_ceiling": self._memory_ceiling.state(),
-                "time_ceiling": self._time_ceiling.state(),
-                "counts": dict(self._counts),
-            }
+            learned = self._learned
+            counts = {**self._counts, **learned.counts, "ignored": self._counts["ignored"] + learned.counts["ignored"]}
+            return {"schema": SCHEMA, **learned.state(), "counts": counts}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> "Controller":
@@ -391,13 +348,11 @@ class Controller:
             raise ConfigError(f"controller state has schema {state.get('schema')!r}; expected {SCHEMA}")
         controller = cls(clock=clock)
         try:
-            controller._latency.restore(state["latency"])
-            controller._ttft.restore(state["ttft"])
-            controller._memory = number(state["memory"], -1.0, 2.0)
-            controller._memory_ceiling.restore(state["memory_ceiling"])
-            controller._time_ceiling.restore(state["time_ceiling"])
-            for name in controller._counts:
-                controller._counts[name] = int(number(state["counts"][name], 0, 1e15))
+            controller._learned.restore(state)
+            for counts in (controller._learned.counts, controller._counts):
+                for name in counts:
+                    counts[name] = int(number(state["counts"][name], 0, 1e15))
+            controller._learned.counts["ignored"] = 0  # the state has one number for both
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"controller state is incomplete or malformed: {error!r}") from None
         return controller

@@ -136,6 +136,10 @@ class CpuMeter:
     ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
     Steps of the kernel's counters: about 0.1 MiB a thread.
 
+    The peak is one of pages, not of tensors: a block that finds no hole of its size in the heap takes new pages, while
+    the holes that this very request made stay resident. Among requests of many sizes that adds about a third to what
+    the tensors need; a request that follows others of its own size finds their holes and takes less.
+
     Args:
         headroom_gb: Kept back.
         read: Text of a file, for tests.

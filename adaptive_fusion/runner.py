@@ -314,6 +314,13 @@ class AdaptiveRunner:
         finally:
             self._bypass.on = before
 
+    @contextmanager
+    def exclusive(self) -> Iterator[nn.Module]:
+        """Inside this context the model is this thread's alone: requests of other threads wait, whichever runner they
+        come through, and this thread's own go on."""
+        with self._lock:
+            yield self.model
+
     # How it is done
 
     def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -344,8 +351,7 @@ class AdaptiveRunner:
             extra["streamer"] = streamer
 
         def prepare(chosen: OperatingPoint) -> dict[str, Any]:
-            inputs = self.adapter.prepare(request.messages_at(chosen), chosen)
-            return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            return self.adapter.prepare(request.messages_at(chosen), chosen)
 
         with self._lock:
             # Decided once the model is free, so that waiting for it counts as elapsed.
@@ -355,9 +361,7 @@ class AdaptiveRunner:
         new = run.sequences[0, run.reduced_length :]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
-        eos = getattr(self.model, "generation_config").eos_token_id  # noqa: B009  (typed as a tensor by nn.Module)
-        ends = set(eos) if isinstance(eos, list | tuple) else {eos}
-        ended = bool(len(new)) and int(new[-1]) in ends
+        ended = bool(len(new)) and int(new[-1]) in self.adapter.end_tokens
         finish = run.stopped_by or ("stop" if ended else "length")
         self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
         self._log(run, request.prompt, request.content_hash, finish)

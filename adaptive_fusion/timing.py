@@ -12,6 +12,12 @@ import torch
 from transformers import StoppingCriteria
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was given; nothing where calls return when they are done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class GenerationClock(StoppingCriteria):  # type: ignore[misc]
     """Records the first and last token's time and stops at a deadline or when cancelled.
 

@@ -4,19 +4,23 @@ Knows adapters, questions and single trials. Must not know what an answer is wor
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.bench.scenes import Item
 from adaptive_fusion.bench.trial import caption_likelihood, run_request
 from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.decisions import Decision, Measurement
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.meters import Meter, meter_for
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy import SIMPLE, Policy
 
 Decide = Callable[[Any, str], Decision]
 
@@ -57,6 +61,33 @@ class Answer:
 def rows_for(adapter: Adapter, rungs: Sequence[Rung]) -> dict[str, Rung]:
     """Native and those of `rungs` that this model can run as they are, by name, each once."""
     return {rung.name: rung for rung in (native(), *rungs) if not adapter.restrict(rung.point)[1]}
+
+
+def cheap_rung(adapter: Adapter, policy: Policy) -> Rung:
+    """Where the policy's lane for simple images begins, as far as this model can run it."""
+    rung = policy.lanes[SIMPLE][0]
+    return replace(rung, point=adapter.restrict(rung.point)[0])
+
+
+def use_weights(adapter: Adapter, rungs: Iterable[Rung], files: Sequence[Path]) -> None:
+    """Let the rungs run the trained fusion modules in `files`.
+
+    Raises:
+        ConfigError: For a file that is no fusion module, or one that none of the rungs runs.
+    """
+    specs = {fusion.spec for rung in rungs if (fusion := adapter.fusion(rung.point)) is not None}
+    for file in files:
+        module = DeepStackFusion.from_file(file)
+        if module.spec not in specs:
+            raise ConfigError(f"{Path(file).name} holds {module.spec}; no row runs that")
+        adapter.add_fusion(module)
+
+
+def trained_rows(adapter: Adapter, rows: Mapping[str, Rung], files: Sequence[Path]) -> dict[str, str]:
+    """The file that each row's fusion comes from, the last of `files` that fits; untrained rows are left out."""
+    names = {FusionSpec.read(file): Path(file).name for file in files}
+    fusions = {row: adapter.fusion(rung.point) for row, rung in rows.items()}
+    return {row: names[fusion.spec] for row, fusion in fusions.items() if fusion is not None and fusion.spec in names}
 
 
 def answer_all(

@@ -40,9 +40,13 @@ from adaptive_fusion.bench.traces import (
 )
 from adaptive_fusion.budget import MAX_VRAM_GB, Budget
 from adaptive_fusion.controller import Candidate
+from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.point import NATIVE
-from adaptive_fusion.runner import AdaptiveRunner, Reply
+from adaptive_fusion.ladder import Rung
+from adaptive_fusion.learning.labeller import RunnerModel
+from adaptive_fusion.learning.scoring import Example
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.runner import AdaptiveRunner
 
 ANSWER_TOKENS = 160
 _SPIN_S = 0.001
@@ -149,11 +153,12 @@ def measure_table(
     """Run every question at native and at each point of its lane, `repeats` times calm and, with `hogs`, as often
     beside that many busy processes.
 
-    Points take turns, so that a slow minute of the machine falls on all of them. The first round answers in full (for
-    quality and peak memory), after one request of each size that does not count; the others stop at the first tokens.
+    First every question is answered in full, at all its points in one batch, for the quality of the answers. Times and
+    peak memory are those of requests that run alone and stop at the second token. Points take turns, so that a slow
+    minute of the machine falls on all of them.
 
     Args:
-        advance: Called after each request with the number of all.
+        advance: Called after each answer and each request with the number of both.
 
     Raises:
         ConfigError: For a question whose answers have no quality, or a number of repeats below 1.
@@ -163,39 +168,43 @@ def measure_table(
     offers = [runner.offers(item.media, item.prompt, max_new_tokens=ANSWER_TOKENS) for item in items]
     points = [[NATIVE, *(candidate.point for candidate in found)] for _, found in offers]
     jobs = [(case, column) for case, row in enumerate(points) for column in range(len(row))]
-    rounds = 1 + repeats * (2 if hogs else 1)
+    total = len(jobs) * (1 + repeats * (2 if hogs else 1))
     shape = (len(items), max(map(len, points)))
     calm, busy = np.full((*shape, repeats), math.inf), np.full((*shape, repeats), math.inf)
     memory, answered = np.full(shape, math.inf), np.zeros(shape)
 
-    def ask(case: int, column: int, tokens: int) -> Reply:
+    def ask(case: int, column: int) -> Measurement:
         item, point = items[case], points[case][column]
         measured = Budget(vram_gb=MAX_VRAM_GB)  # never reached; without one the peak may go unmeasured
-        reply = runner.chat(
-            item.media, item.prompt, point=point, budget=measured, max_new_tokens=tokens, do_sample=False
-        )  # fmt: skip
-        advance(rounds * len(jobs))
-        return reply
+        reply = runner.chat(item.media, item.prompt, point=point, budget=measured, max_new_tokens=2, do_sample=False)
+        advance(total)
+        return reply.measurement
 
-    for case, column in jobs:
-        ask(case, column, 2)
+    model = RunnerModel(runner, max_new_tokens=ANSWER_TOKENS)
+    for case, item in enumerate(items):
+        for column, worth in enumerate(_answered(model, item, points[case])):
+            answered[case, column] = worth
+            advance(total)
     for turn in range(repeats):
         for case, column in [*jobs[turn % len(jobs) :], *jobs[: turn % len(jobs)]]:
-            reply = ask(case, column, 2 if turn else ANSWER_TOKENS)
-            calm[case, column, turn] = reply.measurement.ttft_ms
-            peak = reply.measurement.peak_memory_gb
-            memory[case, column] = peak if not turn else max(memory[case, column], peak)
-            if not turn:
-                worth = items[case].score
-                if worth is None:
-                    raise ConfigError(f"a question of {items[case].slice} has no score; expected questions with one")
-                answered[case, column] = worth(reply.text, items[case].references)
+            took = ask(case, column)
+            calm[case, column, turn] = took.ttft_ms
+            memory[case, column] = max(memory[case, column] if turn else 0.0, took.peak_memory_gb)
     if hogs:
         with cpu_hogs(hogs):
             for turn in range(repeats):
                 for case, column in jobs:
-                    busy[case, column, turn] = ask(case, column, 2).measurement.ttft_ms
+                    busy[case, column, turn] = ask(case, column).ttft_ms
     return Table(_cases(items, offers), calm, busy if hogs else None, memory, answered)
+
+
+def _answered(model: RunnerModel, item: Item, points: Sequence[OperatingPoint]) -> list[float]:
+    """What the answers at these points are worth."""
+    if item.score is None:
+        raise ConfigError(f"a question of {item.slice} has no score; expected questions with one")
+    rungs = [Rung(point) for point in points]
+    found = model.answers(Example(item.media, item.prompt), rungs)
+    return [item.score(found[rung.name][0], item.references) for rung in rungs]
 
 
 def _cases(items: Sequence[Item], offers: Sequence[tuple[str, list[Candidate]]]) -> tuple[Case, ...]:

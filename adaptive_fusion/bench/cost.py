@@ -28,6 +28,9 @@ from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy import SIMPLE, Policy
 
 ROWS = (*QUALITY_ROWS, Rung(NATIVE_POINT, pixel_share=0.5), Rung(NATIVE_POINT, pixel_share=0.25))
+MOST_FULL, MOST_CHEAP = 1.03, 0.45
+"""Most that a fusion scheme at full tokens, and the lane for simple images, may take of native's encode + prefill at a
+published shape."""
 PROMPT_TOKENS = 16
 _NOISE = 1 << 20
 
@@ -73,7 +76,7 @@ class Workload:
     """One image of a side in pixels and a short question, answered with `new_tokens` tokens."""
 
     side: int = 512
-    new_tokens: int = 4
+    new_tokens: int = 3
 
     def size(self) -> Size:
         return Size(1, self.side, self.side)
@@ -107,44 +110,73 @@ class Workload:
         }
 
 
+@dataclass(frozen=True)
+class Run:
+    """One measured request of one row."""
+
+    row: str
+    measurement: Measurement
+
+
+def round_order(full: Sequence[str], rest: Sequence[str], number: int) -> list[str]:
+    """The rows of one round: native before and after every two of those that do all of native's work, then the others.
+
+    What is to be told apart by percents runs next to what it is compared with; every other round turns the order of
+    `full` round, so that a machine that grows slower tells on all alike.
+    """
+    turned = list(full[::-1] if number % 2 else full)
+    pairs = [turned[i : i + 2] for i in range(0, len(turned), 2)]
+    return [NATIVE, *(row for pair in pairs for row in (*pair, NATIVE)), *rest]
+
+
 def measure_costs(
     adapter: Adapter,
     rows: Mapping[str, Rung],
     workload: Workload,
     *,
     repeats: int = 3,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[int], None] = lambda total: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[Measurement]]:
-    """`repeats` measurements of each row, taken in rounds, after one that does not count."""
+) -> list[Run]:
+    """`repeats` rounds of all rows, native among them, in the order they ran, after one run that does not count.
+
+    Args:
+        advance: Called after each run with the number of all.
+    """
     meter = meter_for(str(adapter.model.device))
     native = adapter.native_pixels(workload.size())
-    found: dict[str, list[Measurement]] = {name: [] for name in rows}
-    for round_ in range(repeats + 1):
-        # The round that does not count runs the cheapest row only: first calls are what it is for.
-        todo = rows if round_ else dict([min(rows.items(), key=lambda row: _patches(adapter, row[1], workload))])
-        for name, rung in todo.items():
-            point = rung.resolve(native)
-            inputs = workload.inputs(adapter, point)
-            adapter.fusion(point)  # built outside the clock
-            outcome = run_request(
-                adapter,
-                partial(dict, inputs),
-                point,
-                meter,
-                max_new_tokens=workload.new_tokens,
-                exactly=True,
-                clock=clock,
-            )
-            if round_:
-                found[name].append(outcome.measurement)
-                advance()
+    work = {name: _work(adapter, rung, workload) for name, rung in rows.items()}
+    full = [name for name in rows if name != NATIVE and work[name] == work[NATIVE]]
+    rest = [name for name in rows if work[name] != work[NATIVE]]
+
+    def run(name: str) -> Run:
+        point = rows[name].resolve(native)
+        inputs = workload.inputs(adapter, point)
+        adapter.fusion(point)  # built outside the clock
+        outcome = run_request(
+            adapter,
+            partial(dict, inputs),
+            point,
+            meter,
+            max_new_tokens=workload.new_tokens,
+            exactly=True,
+            clock=clock,
+        )
+        return Run(name, outcome.measurement)
+
+    run(min(rows, key=lambda name: sum(work[name])))  # first calls are what it is for
+    todo = [name for number in range(repeats) for name in round_order(full, rest, number)]
+    found = []
+    for name in todo:
+        found.append(run(name))
+        advance(len(todo))
     return found
 
 
-def _patches(adapter: Adapter, rung: Rung, workload: Workload) -> int:
+def _work(adapter: Adapter, rung: Rung, workload: Workload) -> tuple[int, int]:
+    """Patches that are encoded, and tokens that reach the language model."""
     plan = adapter.plan([workload.size()], rung.resolve(adapter.native_pixels(workload.size())))
-    return plan.patches + plan.tokens
+    return plan.patches, plan.tokens
 
 
 def cost_rows(policy: Policy, rungs: Sequence[Rung] = ROWS) -> dict[str, Rung]:
@@ -152,8 +184,12 @@ def cost_rows(policy: Policy, rungs: Sequence[Rung] = ROWS) -> dict[str, Rung]:
     return {rung.name: rung for rung in (Rung(NATIVE_POINT), *rungs, *policy.lanes[SIMPLE])}
 
 
-def summarise_costs(found: Mapping[str, Sequence[Measurement]], lane: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Median milliseconds and GiB of each row, and the median over rounds of its ratio to native in the same round."""
+def summarise_costs(runs: Sequence[Run], lane: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Median milliseconds and GiB of each row, and its ratio to native: median, least and most over the rounds.
+
+    A ratio is to the mean of the native runs just before and just after. Native's own, to its neighbours of the same
+    kind, says how much of a ratio is noise.
+    """
     columns: dict[str, Callable[[Measurement], float]] = {
         "encode_ms": lambda m: m.encode_ms,
         "prefill_ms": lambda m: m.prefill_ms,
@@ -161,32 +197,72 @@ def summarise_costs(found: Mapping[str, Sequence[Measurement]], lane: Collection
         "decode_ms_per_token": lambda m: m.decode_ms / max(1, m.new_tokens - 1),
         "peak_memory_gb": lambda m: m.peak_memory_gb,
     }
+    natives = [i for i, run in enumerate(runs) if run.row == NATIVE]
     records = []
-    for name, measured in found.items():
+    for name in dict.fromkeys(run.row for run in runs):
+        own = [i for i, run in enumerate(runs) if run.row == name]
+        first = runs[own[0]].measurement
         record: dict[str, Any] = {
             "row": name,
             "lane": SIMPLE if name in lane else None,
-            "patches": measured[0].patches,
-            "visual_tokens": measured[0].visual_tokens,
+            "patches": first.patches,
+            "visual_tokens": first.visual_tokens,
+            "runs": len(own),
         }
         for key, read in columns.items():
-            own = np.array([read(m) for m in measured])
-            base = np.array([read(m) for m in found[NATIVE]])
-            record[key] = float(np.median(own))
-            record[f"{key}_ratio"] = float(np.median(own / base)) if base.all() else None
+            values = [read(run.measurement) for run in runs]
+            record[key] = float(np.median([values[i] for i in own]))
+            bases = [np.mean([values[j] for j in _beside(natives, i)]) for i in own]
+            ratios = [values[i] / base for i, base in zip(own, bases, strict=True) if base]
+            record[f"{key}_ratio"] = (
+                {"median": float(np.median(ratios)), "low": float(min(ratios)), "high": float(max(ratios))}
+                if len(ratios) == len(own)
+                else None
+            )
         records.append(record)
     return records
+
+
+def _beside(natives: Sequence[int], index: int) -> list[int]:
+    """The native runs just before and just after a run; a lone native run itself."""
+    before, after = [i for i in natives if i < index], [i for i in natives if i > index]
+    return [*before[-1:], *after[:1]] or [index]
+
+
+def shortfalls(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which rows take more than they should: fusion with all of native's work, and the lane for simple images."""
+    [native] = [record for record in records if record["row"] == NATIVE]
+    work = native["patches"], native["visual_tokens"]
+    found = []
+    for record in records:
+        ratio = record["encode_prefill_ms_ratio"]
+        full = (record["patches"], record["visual_tokens"]) == work and record is not native
+        limit = MOST_CHEAP if record["lane"] else MOST_FULL if full else None
+        if limit is not None and (ratio is None or ratio["median"] > limit):
+            shown = "not measured" if ratio is None else f"{ratio['median']:.3f} of native's"
+            found.append(f"encode + prefill of {record['row']} is {shown}, must be <= {limit:g}")
+    return found
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def adapter_of_size(size: str, device: str = "cpu", dtype: str = "bfloat16") -> Adapter:
+def dtype_for(device: str) -> str:
+    """bfloat16, but float32 on a processor without instructions for it, where that is many times faster."""
+    slow = torch.device(device).type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return "float32" if slow else "bfloat16"
+
+
+def adapter_of_size(size: str, device: str = "cpu", dtype: str | None = None) -> Adapter:
     """An adapter over a random model of a published size, or over the embedded reference model in its own dtype.
+
+    Args:
+        dtype: A name in `DTYPES`; None takes `dtype_for`.
 
     Raises:
         ConfigError: For an unknown size or dtype, or a model that does not fit into the free memory.
     """
+    dtype = dtype_for(device) if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if size.lower() == "reference":

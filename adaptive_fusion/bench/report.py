@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from adaptive_fusion.bench.comparisons import describe
 from adaptive_fusion.errors import AdaptiveFusionError
 
 WIDTH = 220
@@ -24,7 +25,7 @@ def quality_tables(result: Mapping[str, Any]) -> list[Table]:
     tables = []
     for name, records in result["slices"].items():
         table = Table(title=f"{name} ({records[0]['n']} questions)")
-        for head in ("row", "quality", "CIDEr-D", "BLEU-4", "matching", "token acc.", "tokens"):
+        for head in ("row", "quality", "CIDEr-D", "BLEU-4", "reading", "matching", "token acc.", "tokens"):
             table.add_column(head, justify="left" if head == "row" else "right", no_wrap=head == "row")
         for head in ("encode ms", "prefill ms", "TTFT ms", "total ms", "peak MiB"):
             table.add_column(head, justify="right")
@@ -36,6 +37,7 @@ def quality_tables(result: Mapping[str, Any]) -> list[Table]:
                 _interval(record["quality"]),
                 _interval(record["cider"]),
                 _interval(record["bleu4"], 1),
+                _interval(record["reading"]),
                 _interval(record["matching"]),
                 _interval(record["token_accuracy"]),
                 f"{record['visual_tokens']:.0f}" if timed else "-",
@@ -72,47 +74,67 @@ def knob_table(result: Mapping[str, Any]) -> Table:
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
-    """Paired comparisons; `sure` where the interval excludes no difference."""
+    """Paired comparisons; `sure` where the interval excludes no difference, and whether limits hold."""
     table = Table(title="Paired comparisons (95 % bootstrap intervals)")
-    for head in ("slice", "metric", "what", "value", "sure"):
+    for head in ("slice", "metric", "what", "value", "sure", "must be", "holds"):
         table.add_column(head, no_wrap=True)
     for entry in result["comparisons"]:
-        ratio, value = entry["kind"] == "ratio", entry["value"]
-        neutral = 1.0 if ratio else 0.0
-        what = f"{entry['a']} {'/' if ratio else '-'} {entry['b']}"
+        difference, value, limit = entry["kind"] == "difference", entry["value"], entry.get("limit")
+        neutral = 1.0 if entry["kind"] == "ratio" else 0.0
         sure = "-" if value is None else "yes" if not value["low"] <= neutral <= value["high"] else "no"
-        table.add_row(entry["slice"], entry["metric"], what, _interval(value, percent=ratio), sure)
+        wanted = (limit["text"], limit["holds"]) if limit else ("", "")
+        shown = _interval(value, 3 if difference else 2, percent=not difference)
+        table.add_row(entry["slice"], entry["metric"], describe(entry), shown, sure, *wanted)
     return table
+
+
+def quality_notes(result: Mapping[str, Any]) -> list[str]:
+    """What the rows are made of, and what does not hold."""
+    trained = ", ".join(f"{row} ({file})" for row, file in result["weights"].items())
+    return [
+        f"Fusion weights: {trained or 'none, fused rows run untrained modules'}.",
+        f"Always cheap: {result['cheap']}. adaptive: {result['policy']}, limits {result['budget'] or 'none'}.",
+        "reading: ANLS of the reading items. unsure: only the interval reaches the limit; of matching's two limits one "
+        "is enough.",
+        "Must hold: " + ("; ".join(result["shortfalls"]) or "all of it holds"),
+    ]
 
 
 def cost_table(result: Mapping[str, Any]) -> Table:
-    """Medians, and in brackets the ratio to native."""
-    table = Table(title=f"{result['size']}, {result['image']} x {result['image']} pixels, {result['repeats']} repeats")
-    for head in (
-        "row",
-        "patches",
-        "tokens",
-        "encode ms",
-        "prefill ms",
-        "encode + prefill",
-        "decode ms/token",
-        "peak GiB",
-    ):
+    """Medians and ratios to native; for encode + prefill the least and the most over the rounds as well."""
+    what = f"{result['size']} in {result['dtype']}, {result['image']} x {result['image']} pixels"
+    table = Table(title=f"{what}, {result['repeats']} rounds (in brackets: of native's)")
+    heads = {
+        "encode_ms": ("encode ms", 0),
+        "prefill_ms": ("prefill ms", 0),
+        "encode_prefill_ms": ("encode + prefill", 0),
+        "decode_ms_per_token": ("decode ms/token", 1),
+        "peak_memory_gb": ("peak GiB", 3),
+    }
+    for head in ("row", "patches", "tokens", *(head for head, _ in heads.values())):
         table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
     for record in result["rows"]:
         cells = []
-        for key, digits in (
-            ("encode_ms", 0),
-            ("prefill_ms", 0),
-            ("encode_prefill_ms", 0),
-            ("decode_ms_per_token", 1),
-            ("peak_memory_gb", 3),
-        ):
+        for key, (_, digits) in heads.items():
             ratio = record[f"{key}_ratio"]
-            cells.append(f"{record[key]:.{digits}f}" + ("" if ratio is None else f" ({ratio:.2f})"))
+            cell = f"{record[key]:.{digits}f}"
+            if ratio is not None:
+                spread = f", {ratio['low']:.3f}..{ratio['high']:.3f}" if key == "encode_prefill_ms" else ""
+                cell += f" ({ratio['median']:.3f}{spread})"
+            cells.append(cell)
         name = record["row"] + (f" [{record['lane']} lane]" if record["lane"] else "")
         table.add_row(name.replace("[", "\\["), str(record["patches"]), str(record["visual_tokens"]), *cells)
     return table
+
+
+def cost_notes(result: Mapping[str, Any]) -> list[str]:
+    """How the ratios were had, and what does not hold at a published shape."""
+    how = (
+        f"The model was there in {result['build_s']:.0f} s. Ratios are to the native runs just before and after; "
+        "native's own are to its neighbours and say what is noise."
+    )
+    missing = result["shortfalls"]
+    return [how] if missing is None else [how, "Must hold: " + ("; ".join(missing) or "all of it holds")]
 
 
 def budget_table(result: Mapping[str, Any]) -> Table:
@@ -182,13 +204,17 @@ def plot_quality(result: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 6))
     worth = {r["row"]: r["quality"] or r["cider"] for r in records}
     at = {r["row"]: (r["ttft_ms"]["mean"], worth[r["row"]]["mean"]) for r in records}
-    axes.plot(*zip(*(at[row] for row in result["pareto"]), strict=True), color="0.6", lw=1.5, label="Pareto front")
+    front = [at[row] for row in result["pareto"]]
+    # A step each, and on to the slowest row: what the front gives for the time.
+    xs, ys = [*(x for x, _ in front), max(x for x, _ in at.values())], [*(y for _, y in front), front[-1][1]]
+    axes.step(xs, ys, where="post", color="0.6", lw=1.5, label="Pareto front")
     colors = plt.get_cmap("tab20").colors
     for index, (row, (x, y)) in enumerate(at.items()):
         value, large = worth[row], row == "adaptive"
         errors = [[max(0.0, y - value["low"])], [max(0.0, value["high"] - y)]]
         look = {"fmt": "*" if large else "os^Dv"[index % 5], "ms": 14 if large else 6, "elinewidth": 0.8}
-        axes.errorbar(x, y, errors, color=colors[index % len(colors)], label=row, **look)
+        label = row + (" (always cheap)" if row == result["cheap"] else "")
+        axes.errorbar(x, y, errors, color=colors[index % len(colors)], label=label, **look)
     axes.set_xlabel("mean TTFT, ms")
     axes.set_ylabel("mean quality" if records[0]["quality"] else "CIDEr-D")
     axes.set_title(f"{Path(result['model']).name}, {result['pareto_slice']} set, {records[0]['n']} questions")

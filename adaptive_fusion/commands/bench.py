@@ -5,19 +5,16 @@ Parses options, shows progress and prints; the work is in `adaptive_fusion.bench
 runs.
 """
 
-import re
+import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from adaptive_fusion.commands.options import Json, Model, PolicyName, point_of
+from adaptive_fusion.commands.options import Json, Model, PolicyName, rung_of
 from adaptive_fusion.commands.output import emit, progress, refusing
 from adaptive_fusion.errors import ConfigError
-
-if TYPE_CHECKING:
-    from adaptive_fusion.ladder import Rung
 
 app = typer.Typer(
     name="bench", help="Measure what the operating points are worth and what they take.", no_args_is_help=True
@@ -28,8 +25,6 @@ Points = Annotated[
     list[str] | None,
     typer.Option(metavar="POINT", help="Rows instead of the usual ones: weighted6r4@0.5/25%, native@0.25..."),
 ]
-
-_SHARE = re.compile(r"(?P<point>.*)/(?P<percent>\d+(?:\.\d+)?)%")
 
 
 @app.command()
@@ -49,34 +44,63 @@ def quality(
     captions: Annotated[Path | None, typer.Option(help="COCO-format captions of the images in --data.")] = None,
     prompt: Annotated[str, typer.Option(help="Asked about each image in --data.")] = "Describe the image.",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Trained fusion module (safetensors) to run in place of the policy's."),
+    ] = None,
 ) -> None:
     """Answers on held-out scenes (or captioned images), scored and timed, for every row.
 
-    Rows `shuffled` (native's answers scored on other images) and `chance` (other images' own right answers)
-    show what a model that does not look would get.
+    Row `adaptive` takes the policy's choice for each input, under no limits but the policy's own; the first point of
+    its lane for simple images is a row of its own, taken for every input. Rows `shuffled` (native's answers scored on
+    other images) and `chance` (other images' own right answers) show what a model that does not look would get.
     """
     with refusing([model], as_json):
         if (data is None) != (captions is None):
             raise ConfigError("--data and --captions belong together; got only one of them")
         from adaptive_fusion.bench import report
-        from adaptive_fusion.bench.answers import KNOB_ROWS, ROWS, rows_for
+        from adaptive_fusion.bench.answers import KNOB_ROWS, ROWS, cheap_rung, rows_for, trained_rows, use_weights
         from adaptive_fusion.bench.folder import folder_items
         from adaptive_fusion.bench.quality import evaluate
         from adaptive_fusion.bench.scenes import reference_items
         from adaptive_fusion.commands.session import open_runner
+        from adaptive_fusion.plots import check_target
+
+        if plot is not None:
+            check_target(plot)
 
         if data is None or captions is None:
             items = reference_items(scenes)
         else:
             items = folder_items(data, captions, prompt, limit=scenes)
-        chosen = KNOB_ROWS if knobs else [_rung(text) for text in points] if points else ROWS
+        chosen = KNOB_ROWS if knobs else [rung_of(text) for text in points] if points else ROWS
         runner = open_runner(model, policy)
-        rows = rows_for(runner.adapter, chosen)
+        # The policy is judged as it ships: limits in the environment are this machine's.
+        runner.budget = runner.policy.budget
+        cheap = None if knobs else cheap_rung(runner.adapter, runner.policy)
+        rows = rows_for(runner.adapter, [*chosen, *([cheap] if cheap else [])])
+        ladders = runner.policy.lanes.values()
+        use_weights(runner.adapter, [*rows.values(), *(rung for lane in ladders for rung in lane)], weights or [])
         most = max_new_tokens
         decide = None if knobs else lambda media, question: runner.decide(media, question, max_new_tokens=most)
         with progress(len(items) * (len(rows) + (decide is not None)), as_json) as advance:
-            found = evaluate(runner.adapter, items, rows, decide, max_new_tokens=most, advance=advance)
-        result: dict[str, Any] = {"model": model, "policy": policy, "machine": _machine(), **found}
+            found = evaluate(
+                runner.adapter,
+                items,
+                rows,
+                decide,
+                cheap=cheap.name if cheap else None,
+                max_new_tokens=most,
+                advance=advance,
+            )
+        result: dict[str, Any] = {
+            "model": model,
+            "policy": policy,
+            "budget": runner.budget.to_dict(),
+            "weights": trained_rows(runner.adapter, rows, [*runner.policy.fusion_weights, *(weights or [])]),
+            "machine": _machine(),
+            **found,
+        }
         if plot is not None:
             report.plot_quality(result, plot)
         if as_json:
@@ -87,6 +111,8 @@ def quality(
             out.print(table)
         if not knobs:
             out.print(report.comparison_table(result))
+            for line in report.quality_notes(result):
+                out.print(line, markup=False, highlight=False)
 
 
 @app.command()
@@ -100,15 +126,20 @@ def cost(
     policy: PolicyName = "balanced",
     points: Points = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds over all rows.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 3,
     device: Annotated[str, typer.Option(help="Where the model is built.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option(help="bfloat16 or float32 (several times faster on processors without bfloat16).")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(
+            help="bfloat16 or float32; if not given bfloat16, but float32 on a processor without bfloat16.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Encode, prefill, decode and peak memory of every row at a model's true shape, as ratios to native.
 
-    The policy's lane for simple images is measured along with the other rows.
+    The policy's lane for simple images is measured along with the other rows; native again and again between them, so
+    that each ratio is to native runs just before and after. The default at 2b takes about seven minutes on two cores.
     """
     with refusing([size], as_json):
         from adaptive_fusion.bench import report
@@ -118,16 +149,25 @@ def cost(
             adapter_of_size,
             cost_rows,
             measure_costs,
+            shortfalls,
             summarise_costs,
         )
+        from adaptive_fusion.bench.shapes import SHAPES
+        from adaptive_fusion.commands.session import quieten
+        from adaptive_fusion.plots import check_target
         from adaptive_fusion.policy import SIMPLE, Policy
 
+        quieten()
+        if plot is not None:
+            check_target(plot)
         loaded = Policy.load(policy)
-        rows = cost_rows(loaded, [_rung(text) for text in points] if points else ROWS)
+        rows = cost_rows(loaded, [rung_of(text) for text in points] if points else ROWS)
+        began = time.perf_counter()
         adapter = adapter_of_size(size, device, dtype)
-        with progress(len(rows) * repeats, as_json) as advance:
+        build_s = time.perf_counter() - began
+        with progress(0, as_json) as advance:
             found = measure_costs(adapter, rows, Workload(image, new_tokens), repeats=repeats, advance=advance)
-        lane = {rung.name for rung in loaded.lanes[SIMPLE]}
+        records = summarise_costs(found, {rung.name for rung in loaded.lanes[SIMPLE]})
         result: dict[str, Any] = {
             "size": size,
             "dtype": str(adapter.model.dtype).removeprefix("torch."),
@@ -135,15 +175,20 @@ def cost(
             "policy": policy,
             "repeats": repeats,
             "new_tokens": new_tokens,
+            "build_s": build_s,
             "machine": _machine(),
-            "rows": summarise_costs(found, lane),
+            "rows": records,
+            "shortfalls": shortfalls(records) if size.lower() in SHAPES else None,
         }
         if plot is not None:
             report.plot_costs(result, plot)
         if as_json:
             emit(result)
-        else:
-            report.console().print(report.cost_table(result))
+            return
+        out = report.console()
+        out.print(report.cost_table(result))
+        for line in report.cost_notes(result):
+            out.print(line, markup=False, highlight=False)
 
 
 @app.command()
@@ -152,7 +197,10 @@ def budget(
     plot: Plot = None,
     model: Model = "reference",
     policy: PolicyName = "balanced",
-    attainment: Annotated[float, typer.Option(help="Share of the feasible requests that must be in time.")] = 0.95,
+    attainment: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the feasible requests that must be in time, 0.95; once or more."),
+    ] = None,
     ttft_ms: Annotated[
         float | None,
         typer.Option(
@@ -177,7 +225,7 @@ def budget(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the traces.")] = 0,
 ) -> None:
-    """Attainment and quality of this controller and others under load that changes.
+    """Attainment and quality of this controller and others under load that changes, for each target on one table.
 
     Times are measured on the model, several times at each operating point, calm and beside processes that keep all
     cores busy. The traces (stationary, step of x1.7, sine, burst, memory squeeze, busy processes) are replayed over
@@ -200,7 +248,11 @@ def budget(
         require_pid()
         if plot is not None:
             check_target(plot)
-        Budget(ttft_ms=ttft_ms, attainment=attainment)  # refuses what is out of range before anything is run
+        targets = attainment or [0.95]
+        for target in targets:
+            Budget(ttft_ms=ttft_ms, attainment=target)  # refuses what is out of range before anything is run
+        if plot is not None and len(targets) > 1:
+            raise ConfigError(f"--plot draws one target; got {len(targets)} of --attainment")
         items = reference_items(scenes)
         runner = open_runner(model, policy)
         if not runner.profile.samples:
@@ -211,40 +263,31 @@ def budget(
             table = measure_table(runner, items, repeats=repeats, hogs=beside, advance=advance)
         world = measured_world(table, ttft_ms or table.default_deadline_ms, runner.profile.memory_margin)
         chosen = None if trace is None else partial(read_trace, trace, seed=seed)
-        found = replay(world, attainment, requests, seed=seed, trace=chosen)
-        checks = []
-        if real:
-            with progress(0, as_json) as advance:
-                checks = run_real(runner, items, world, attainment, real, hogs=beside, seed=seed, advance=advance)
-        result = {
-            "model": model,
-            "policy": policy,
-            "profile": runner.profile_note,
-            "repeats": repeats,
-            "hogs": beside,
-            "machine": _machine(),
-            **found,
-            "real": checks,
-        }
-        if plot is not None:
-            report.plot_budget(result, plot)
-        if as_json:
-            emit(result)
-            return
-        out = report.console()
-        out.print(report.budget_table(result))
-        for line in report.budget_notes(result):
-            out.print(line, markup=False, highlight=False)
-
-
-def _rung(text: str) -> "Rung":
-    """A point's readable name, with an optional share of the native pixels (``/25%``) at its end."""
-    from adaptive_fusion.ladder import Rung
-
-    found = _SHARE.fullmatch(text)
-    point = point_of(found["point"] if found else text)
-    assert point is not None  # only no name gives no point
-    return Rung(point, pixel_share=float(found["percent"]) / 100 if found else 1.0)
+        for target in targets:
+            found = replay(world, target, requests, seed=seed, trace=chosen)
+            checks = []
+            if real:
+                with progress(0, as_json) as advance:
+                    checks = run_real(runner, items, world, target, real, hogs=beside, seed=seed, advance=advance)
+            result = {
+                "model": model,
+                "policy": policy,
+                "profile": runner.profile_note,
+                "repeats": repeats,
+                "hogs": beside,
+                "machine": _machine(),
+                **found,
+                "real": checks,
+            }
+            if plot is not None:
+                report.plot_budget(result, plot)
+            if as_json:
+                emit(result)
+                continue
+            out = report.console()
+            out.print(report.budget_table(result))
+            for line in report.budget_notes(result):
+                out.print(line, markup=False, highlight=False)
 
 
 def _machine() -> dict[str, Any]:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaptive_fusion.commands.bench import _rung as rung_of
-from adaptive_fusion.commands.options import Json, Model, PolicyName
+from adaptive_fusion.commands.options import Json, Model, PolicyName, rung_of
 from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, refusing
 from adaptive_fusion.errors import ConfigError
 

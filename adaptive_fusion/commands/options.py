@@ -1,6 +1,6 @@
-"""Options that several commands share, and how their texts become a budget or an operating point.
+"""Options that several commands share, and how their texts become a budget, a point or a rung.
 
-Knows typer, `Budget` and `OperatingPoint`. Must not know of models or files.
+Knows typer, `Budget`, `OperatingPoint` and `Rung`. Must not know of models or files.
 """
 
 import re
@@ -11,6 +11,7 @@ import typer
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.ladder import Rung
 from adaptive_fusion.point import OperatingPoint
 
 _LIMITS = "Limits"
@@ -56,6 +57,7 @@ _POINT = re.compile(
     r"(?P<fusion>[A-Za-z_-]+)(?:(?P<layers>\d+)(?:r(?P<rank>\d+))?)?(?:@(?P<ratio>\d+(?:\.\d+)?))?"
     r"(?:/(?P<pixels>\d+)px)?(?:/(?P<fps>\d+(?:\.\d+)?)fps)?"
 )
+_SHARE = re.compile(r"(?P<point>.*)/(?P<percent>\d+(?:\.\d+)?)%")
 
 
 def budget_of(
@@ -70,14 +72,12 @@ def budget_of(
     return Budget.from_dict({name: value for name, value in values.items() if value is not None})
 
 
-def point_of(name: str | None) -> OperatingPoint | None:
+def point_of(name: str) -> OperatingPoint:
     """The operating point that `OperatingPoint.name` writes as `name`, such as ``weighted6r4@0.5/65536px``.
 
     Raises:
         ConfigError: For a text of another form or a knob that is not one of its choices.
     """
-    if name is None:
-        return None
     found = _POINT.fullmatch(name)
     if found is None:
         raise ConfigError(
@@ -92,3 +92,15 @@ def point_of(name: str | None) -> OperatingPoint | None:
         adapter_rank=int(parts["rank"] or 0),
         max_fps=float(parts["fps"]) if parts["fps"] else None,
     )
+
+
+def rung_of(name: str) -> Rung:
+    """The rung that `Rung.name` writes as `name`: a point, with an optional share of the native pixels (``/25%``).
+
+    Raises:
+        ConfigError: As `point_of`.
+        PolicyError: For a share that is not above 0 and at most 100 %.
+    """
+    found = _SHARE.fullmatch(name)
+    point = point_of(found["point"] if found else name)
+    return Rung(point, pixel_share=float(found["percent"]) / 100 if found else 1.0)

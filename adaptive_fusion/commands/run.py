@@ -40,7 +40,7 @@ def run(
     """
     with refusing(files, as_json):
         budget = options.budget_of(latency_ms, ttft_ms, vram_gb, attainment)
-        fixed = options.point_of(point)
+        fixed = None if point is None else options.point_of(point)
         from adaptive_fusion.commands.session import open_runner, warm_up
 
         runner = open_runner(model, policy, log)

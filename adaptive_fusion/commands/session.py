@@ -68,7 +68,7 @@ def warm_up(runner: "AdaptiveRunner") -> None:
     content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
     inputs = runner.adapter.prepare([{"role": "user", "content": content}], NATIVE)
     with runner.native():
-        runner.generate(**{name: value.to(runner.device) for name, value in inputs.items()}, max_new_tokens=2)
+        runner.generate(**inputs, max_new_tokens=2)
 
 
 def quieten() -> None:

@@ -166,13 +166,15 @@ def _add_block(
     for part, weight in zip(parts, weights, strict=True):
         if isinstance(weight, float) and weight == 0.0:
             continue
-        term = part if copy is None else copy.copy_(part)
-        if not started:
-            torch.mul(term, weight, out=total)
+        if not started and copy is not None:
+            # Scaled in place, so that one buffer less goes through the cache.
+            total.copy_(part).mul_(weight)
+        elif not started:
+            torch.mul(part, weight, out=total)
         elif isinstance(weight, float):
-            total.add_(term, alpha=weight)
+            total.add_(part if copy is None else copy.copy_(part), alpha=weight)
         else:
-            total.addcmul_(term, weight)
+            total.addcmul_(part if copy is None else copy.copy_(part), weight)
         started = True
     if not started:
         total.zero_()

@@ -11,7 +11,7 @@ f_1 ... f_n, n <= k * k at the edges:
 |.| is the root mean square, so that U_j learns at the same pace whatever the model's scale; n^tanh(g_j) lies between
 1 / n and n, so the most it can do is undo the average. `weighted` has one law for every window: A_j = B_j = 0 and act
 the identity, so h is one linear map per cell offset. `gated` decides by content: A_j and B_j are learned and act is
-GELU. The codes are 4 * rank wide, h is 8 * rank; rank 0 leaves only o_j and p_j.
+GELU. The codes are 8 * rank wide, h is 16 * rank; rank 0 leaves only o_j and p_j.
 
 Identity at start: o_j, p_j, U_j, A_j, B_j start at 0, so an untrained module is average pooling; these get gradient in
 the first step, V, W and b as soon as one of the last three has left 0.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from adaptive_fusion.fusion.downsample import Grid, downsample
 
-CODE, HIDDEN = 4, 8
+CODE, HIDDEN = 8, 16
 """Width of a cell's code and of a window's hidden layer, per rank."""
 
 

@@ -1,15 +1,16 @@
-"""Several encoded requests as one left-padded batch.
+"""Several requests as one left-padded batch, before the encoder or after it.
 
-Knows the tensors that go to ``generate`` with encoder outputs in place of pixels. Must not know models,
-operating points or what the answers are for.
+Knows the tensors that processors make and ``generate`` takes. Must not know models, operating points or what the
+answers are for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+TOKEN_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LEAST_SHARE = 0.25
 """Padding costs prefill, a batch more costs decoding: with this, answers of tens of tokens take about the least."""
 
@@ -28,30 +29,41 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         yield group
 
 
-def joined(parts: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """One batch of requests of one row each, with the same kinds of media.
+def collate(rows: Sequence[Mapping[str, Any]], tails: Sequence[Tensor] = ()) -> dict[str, Any]:
+    """One left-padded batch of requests of one row each, each followed by its tail where there are tails.
 
     Args:
-        parts: As `Encoded.inputs`: ``input_ids`` ``[1, length]`` and tensors like it, grids, and
-            ``mm_encoder_outputs`` of packed models (a tuple of ``[tokens, width]`` per medium, and per tap).
-        pad_token_id: Fills ``input_ids`` on the left; all else gets 0 there.
+        rows: As the processor gives them or as `Encoded.inputs`: `TOKEN_TENSORS` ``[1, length]``, pixels or the
+            ``mm_encoder_outputs`` of packed models (a tuple of ``[tokens, width]`` per medium, and per tap), and
+            grids. Their kinds of media may differ.
+        tails: Tokens ``[n]`` that follow each prompt, such as its answer.
+
+    Returns:
+        `TOKEN_TENSORS` ``[rows, longest]``, with 0 where a row is padded and masked; all else put together along its
+        first dimension, in row order.
     """
-    longest = max(part["input_ids"].shape[1] for part in parts)
+    tails = tails or [rows[0]["input_ids"].new_empty(0)] * len(rows)
+    longest = max(row["input_ids"].shape[1] + len(tail) for row, tail in zip(rows, tails, strict=True))
     batch: dict[str, Any] = {}
-    for key in parts[0]:
-        values = [part[key] for part in parts]
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if key in row]
         if key == "mm_encoder_outputs":
-            batch[key] = {kind: _outputs([value[kind] for value in values]) for kind in values[0]}
-        elif all(v.shape == part["input_ids"].shape for v, part in zip(values, parts, strict=True)):
-            fill = pad_token_id if key == "input_ids" else 0
-            batch[key] = torch.cat([_padded(value, longest, fill) for value in values])
+            kinds = dict.fromkeys(kind for value in values for kind in value)
+            batch[key] = {kind: _outputs([value[kind] for value in values if kind in value]) for kind in kinds}
+        elif key in TOKEN_TENSORS:
+            ends = (_tail(key, tail) for tail in tails)
+            whole = [torch.cat([value[0], end.to(value)]) for value, end in zip(values, ends, strict=True)]
+            batch[key] = torch.stack([nn.functional.pad(row, (longest - len(row), 0)) for row in whole])
         else:
             batch[key] = torch.cat(values)
     return batch
 
 
-def _padded(row: Tensor, length: int, fill: int) -> Tensor:
-    return torch.nn.functional.pad(row, (length - row.shape[1], 0), value=fill)
+def _tail(key: str, tokens: Tensor) -> Tensor:
+    """What a tensor of `TOKEN_TENSORS` has at the positions of text tokens."""
+    if key == "input_ids":
+        return tokens
+    return torch.ones_like(tokens) if key == "attention_mask" else torch.zeros_like(tokens)
 
 
 def _outputs(parts: Sequence[Any]) -> Any:

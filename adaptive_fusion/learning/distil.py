@@ -11,13 +11,9 @@ downsampling ratios, so every step draws one. Knows adapters and fusion modules;
 """
 
 import hashlib
-import json
 import math
-import os
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,18 +21,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion
-from adaptive_fusion.learning.teacher import WINDOW, Question, Teacher, Told, answer_logits, fingerprint, prepare
+from adaptive_fusion.learning import checkpoint
+from adaptive_fusion.learning.divergence import Judged, divergence, judge
+from adaptive_fusion.learning.draws import batch_at, draw, share, split
+from adaptive_fusion.learning.frozen import frozen
+from adaptive_fusion.learning.levels import LevelCache
+from adaptive_fusion.learning.teacher import Question, Teacher, Told, answer_logits, fingerprint
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import OperatingPoint
 
 TRAINABLE = ("gated", "weighted")
-FORMAT = "adaptive_fusion.distil"
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Held-out KL per answer token in nats, and the share of the teacher's tokens the student ranks first, by ratio."""
-
-    kl: dict[float, float]
-    agreement: dict[float, float]
-
-
-@dataclass(frozen=True)
 class Report:
     """What came of a run."""
 
@@ -117,55 +107,6 @@ class Report:
                 name: {f"{ratio:g}": value for ratio, value in values.items()} for name, values in found[when].items()
             }
         return found
-
-
-def divergence(told: Told, logits: Tensor) -> Tensor:
-    """KL(teacher || student) at each position ``[n]``, in nats, tokens the teacher left out being one outcome.
-
-    Args:
-        told: The teacher's likeliest tokens.
-        logits: The student's, ``[n, vocabulary]``.
-    """
-    student = torch.log_softmax(logits, dim=-1)
-    theirs = told.logprobs.to(logits.device)
-    ours = student.gather(1, told.indices.to(logits.device).long())
-    total = (theirs.exp() * (theirs - ours)).sum(1)
-    if ours.shape[1] == logits.shape[1]:
-        return total
-    rest, our_rest = (_remainder(part) for part in (theirs, ours))
-    return total + rest.exp() * (rest - our_rest)
-
-
-def _remainder(logprobs: Tensor) -> Tensor:
-    """Log of the probability that ``[n, k]`` leaves over, at least 1e-7."""
-    return torch.log1p(-logprobs.exp().sum(1).clamp(max=1 - 1e-7))
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside this context no parameter of `model` takes gradient; afterwards all flags are what they were.
-
-    Raises:
-        AdaptiveFusionError: If a parameter or buffer was written to all the same.
-    """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
-    before = _versions(model)
-    model.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(training)
-    if changed := sorted(name for name, mark in _versions(model).items() if before.get(name) != mark):
-        raise AdaptiveFusionError(f"{changed} of the frozen model changed; expected only fusion parameters to train")
-
-
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    # Every write to a tensor counts up its version; comparing values would cost as much memory as the model.
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in named}
 
 
 def distil(
@@ -211,17 +152,13 @@ def distil(
     out = Path(out)
     work = out.with_name(out.name + ".work")
     questions = list({question.key: question for question in questions}.values())
-    train, held = split(questions, settings)
+    train, held = split(questions, holdout=settings.holdout, judged=settings.judged, seed=settings.seed)
+    asked = [*train, *held]
     with frozen(adapter.model), _bar(progress) as bar:
-        task = bar.add_task("ask", total=len(train) + len(held))
+        task = bar.add_task("ask", total=len(asked))
         teacher = Teacher(adapter, answers or work, max_new_tokens=settings.max_new_tokens, batch=settings.batch)
-        told = dict(
-            zip(
-                (question.key for question in (*train, *held)),
-                teacher.ask((*train, *held), lambda: bar.advance(task)),
-                strict=True,
-            )
-        )
+        answered = teacher.ask(asked, lambda: bar.advance(task))
+        told = dict(zip((question.key for question in asked), answered, strict=True))
         run = _Run(adapter, point, train, held, told, settings, work, note)
         if resume:
             run.resume()
@@ -234,58 +171,6 @@ def distil(
     after = run.judged(run.best_step)
     count = sum(p.numel() for p in run.module.parameters())
     return Report(run.step, run.step < settings.steps, len(train), len(held), count, before, after)
-
-
-def split(questions: Sequence[Question], settings: Settings) -> tuple[list[Question], list[Question]]:
-    """Questions to train on and questions held out, by the hash of their images; the latter at most `judged`.
-
-    Raises:
-        ConfigError: With fewer than two images: one has to be held out.
-    """
-    contents = sorted({question.content for question in questions}, key=lambda c: _share(c, settings.seed))
-    if len(contents) < 2:
-        raise ConfigError(f"got {len(contents)} different images; expected at least 2, since some are held out")
-    count = sum(_share(content, settings.seed) < settings.holdout for content in contents)
-    chosen = set(contents[: min(max(1, count), len(contents) - 1)])
-    held = [question for question in questions if question.content in chosen]
-    return [q for q in questions if q.content not in chosen], held[: settings.judged]
-
-
-def _share(text: str, seed: int) -> float:
-    """A number in [0, 1) that only `text` and `seed` decide."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:6]) / 2**48
-
-
-def _draw(weights: Mapping[float, float], share: float) -> float:
-    """The value at `share` of the way through the weights."""
-    left = share * sum(weights.values())
-    for value, weight in weights.items():
-        left -= weight
-        if left < 0:
-            return value
-    return value
-
-
-class _Levels:
-    """The vision tower's levels by question, the least recently used ones thrown away beyond a bound."""
-
-    def __init__(self, adapter: GridAdapter, levels: Sequence[int], settings: Settings) -> None:
-        self._adapter, self._levels, self._settings = adapter, tuple(levels), settings
-        self._kept: OrderedDict[str, tuple[dict[str, Tensor], Recorded]] = OrderedDict()
-        self._room = settings.cache_gb * 2**30
-
-    def of(self, question: Question) -> tuple[dict[str, Tensor], Recorded]:
-        found = self._kept.pop(question.key, None)
-        if found is None:
-            share = _draw(self._settings.pixel_shares, _share(question.key, self._settings.seed))
-            inputs = prepare(self._adapter, question, share)
-            recorded = self._adapter.record(inputs, self._levels)
-            found = {key: value for key, value in inputs.items() if "pixel" not in key}, recorded
-            self._room -= recorded.nbytes
-            while self._room < 0 and self._kept:
-                self._room += self._kept.popitem(last=False)[1][1].nbytes
-        self._kept[question.key] = found
-        return found
 
 
 class _Run:
@@ -312,18 +197,14 @@ class _Run:
             self.module = DeepStackFusion(fresh.spec)
         adapter.add_fusion(self.module)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0)
-        self.levels = _Levels(adapter, self.module.spec.levels, settings)
+        self.levels = LevelCache(adapter, self.module.spec.levels, settings.cache_gb)
         self.step = 0
         self.best = {name: value.clone() for name, value in self.module.state_dict().items()}
         self.path = work / "state.safetensors"
         work.mkdir(parents=True, exist_ok=True)
-        told_by = [
-            fingerprint(adapter.model),
-            repr(self.module.spec),
-            repr(settings),
-            *(q.key for q in (*train, *held)),
-        ]
-        self.identity = hashlib.sha256("\n".join(told_by).encode()).hexdigest()
+        keys = [question.key for question in (*train, *held)]
+        made_of = [fingerprint(adapter.model), repr(self.module.spec), repr(settings), *keys]
+        self.identity = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
         self.history: list[dict[str, Any]] = []
 
     # Steps
@@ -341,11 +222,12 @@ class _Run:
     def advance(self) -> int:
         """One step; a look and a checkpoint when they are due. Returns the steps done."""
         settings = self.settings
-        ratio = _draw(settings.ratios, random.Random(f"{settings.seed}/{self.step}").random())
+        ratio = draw(settings.ratios, random.Random(f"{settings.seed}/{self.step}").random())
         rise = min(1.0, (self.step + 1) / max(1, settings.steps // 20))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * rise * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
-        losses = self._divergences(self._batch(), ratio)
+        questions = batch_at(self.step, self.train, settings.batch, self._length, settings.seed)
+        losses = [divergence(told, logits) for told, logits in self._compared(questions, ratio)]
         loss = torch.cat(losses).mean()
         if not torch.isfinite(loss):
             raise AdaptiveFusionError(f"loss is {float(loss)} at step {self.step}; expected a number: lower the rate")
@@ -358,33 +240,23 @@ class _Run:
             self._look()
         return self.step
 
-    def _batch(self) -> list[Question]:
-        """The step's questions, of like lengths: every epoch a new order, which the seed alone decides."""
-        size = min(self.settings.batch, len(self.train))
-        epoch, place = divmod(self.step, len(self.train) // size)
-        rng = random.Random(f"{self.settings.seed}/epoch {epoch}")
-        order = rng.sample(self.train, len(self.train) // size * size)
-        window = WINDOW * size
-        for start in range(0, len(order), window):
-            order[start : start + window] = sorted(order[start : start + window], key=self._length)
-        firsts = list(range(0, len(order), size))
-        rng.shuffle(firsts)
-        return order[firsts[place] : firsts[place] + size]
-
     def _length(self, question: Question) -> int:
         told = self.told[question.key]
         return int(told.length) + len(told.tokens)
 
-    def _logits(self, questions: Sequence[Question], ratio: float) -> list[Tensor]:
-        rows, recorded = zip(*(self.levels.of(question) for question in questions), strict=True)
-        device = self.adapter.model.device
-        answers = [self.told[question.key].tokens.to(device) for question in questions]
-        point = replace(self.point, downsample=ratio, max_pixels=None)
-        return answer_logits(self.adapter, rows, answers, point, Recorded.joined(recorded))
+    def _seen(self, question: Question) -> tuple[dict[str, Tensor], Recorded]:
+        settings = self.settings
+        return self.levels.of(question, draw(settings.pixel_shares, share(question.key, settings.seed)))
 
-    def _divergences(self, questions: Sequence[Question], ratio: float) -> list[Tensor]:
-        logits = self._logits(questions, ratio)
-        return [divergence(self.told[q.key], part) for q, part in zip(questions, logits, strict=True)]
+    def _compared(self, questions: Sequence[Question], ratio: float) -> Iterator[tuple[Told, Tensor]]:
+        """What the teacher told of each question, and the student's logits for it, from one batch."""
+        rows, recorded = zip(*(self._seen(question) for question in questions), strict=True)
+        device = self.adapter.model.device
+        told = [self.told[question.key] for question in questions]
+        answers = [each.tokens.to(device) for each in told]
+        point = replace(self.point, downsample=ratio, max_pixels=None)
+        logits = answer_logits(self.adapter, rows, answers, point, Recorded.joined(recorded))
+        return zip(told, logits, strict=True)
 
     # Looks
 
@@ -392,15 +264,9 @@ class _Run:
     def _look(self) -> None:
         kl, agreement = {}, {}
         size = self.settings.batch
+        parts = [self.held[start : start + size] for start in range(0, len(self.held), size)]
         for ratio in self.settings.ratios:
-            losses, right = [], []
-            for start in range(0, len(self.held), size):
-                part = self.held[start : start + size]
-                for question, logits in zip(part, self._logits(part, ratio), strict=True):
-                    told = self.told[question.key]
-                    losses.append(divergence(told, logits))
-                    right.append((logits.argmax(-1).cpu() == told.tokens).float())
-            kl[ratio], agreement[ratio] = (float(torch.cat(column).mean()) for column in (losses, right))
+            kl[ratio], agreement[ratio] = judge(pair for part in parts for pair in self._compared(part, ratio))
         total = sum(self.settings.ratios.values())
         worth = sum(weight / total * kl[ratio] for ratio, weight in self.settings.ratios.items())
         entry = {"step": self.step, "worth": worth, "kl": list(kl.values()), "agreement": list(agreement.values())}
@@ -428,14 +294,9 @@ class _Run:
     # State on disk
 
     def _checkpoint(self) -> None:
-        tensors = {f"now.{name}": value.detach().clone() for name, value in self.module.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        state = {"identity": self.identity, "step": self.step, "history": self.history}
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps(state)})
-        os.replace(partial, self.path)
+        moments = self.optimizer.state_dict()["state"]
+        state = checkpoint.State(self.step, self.history, self.module.state_dict(), self.best, moments)
+        checkpoint.save(self.path, self.identity, state)
 
     def resume(self) -> None:
         """Go on from the state on disk, if there is one.
@@ -443,32 +304,13 @@ class _Run:
         Raises:
             ConfigError: If it is of another run, or no state at all.
         """
-        if not self.path.is_file():
+        state = checkpoint.load(self.path, self.identity)
+        if state is None:
             return
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                header = file.metadata() or {}
-        except SafetensorError as error:
-            raise ConfigError(f"{self.path.name} is not a readable safetensors file: {error}") from error
-        state = json.loads(header["state"]) if header.get("format") == FORMAT else {}
-        if state.get("identity") != self.identity:
-            raise ConfigError(
-                f"{self.path.parent.name} holds the state of another run (other model, images, point or settings); "
-                "expected the same, or start afresh without resuming"
-            )
-        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "adam": {}}
-        for name, value in tensors.items():
-            which, rest = name.split(".", 1)
-            parts[which][rest] = value
-        self.module.load_state_dict(parts["now"])
-        self.best = {name: value.to(self.adapter.model.device) for name, value in parts["best"].items()}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["adam"].items():
-            index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.step, self.history = state["step"], state["history"]
+        self.module.load_state_dict(dict(state.now))
+        self.best = {name: value.to(self.adapter.model.device) for name, value in state.best.items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state.moments})
+        self.step, self.history = state.step, state.history
 
 
 def _bar(shown: bool) -> Progress:

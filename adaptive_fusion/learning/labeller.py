@@ -1,13 +1,13 @@
 """A runner's model, run at several rungs for a label: answers, the likelihood of an answer, and what each took.
 
-Knows runners, adapters and how rungs share work: one pass of the vision tower per pixel budget for all points
-that fuse its levels, and one batch for all answers. Must not know references, metrics or files. Nothing here
+Knows runners, adapters and how rungs share work: one pass of the vision tower per pixel budget for all points,
+and one batch for all answers. Must not know references, metrics or files. Nothing here
 decides, learns or logs.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Event
@@ -22,15 +22,14 @@ from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.decisions import text_hash
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.batches import batches, joined
+from adaptive_fusion.learning.batches import batches, collate
 from adaptive_fusion.learning.labels import Subject
 from adaptive_fusion.learning.scoring import Example, Took
-from adaptive_fusion.models import Encoded, GridAdapter
-from adaptive_fusion.models.grid import Recorded
+from adaptive_fusion.models import Encoded, GridAdapter, Recorded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.prompts import PROMPT_VERSION, prompt_features
 from adaptive_fusion.runner import AdaptiveRunner
-from adaptive_fusion.timing import GenerationClock
+from adaptive_fusion.timing import GenerationClock, synchronize
 
 MAX_NEW_TOKENS = 160
 BATCH_TOKENS = 16_384
@@ -90,13 +89,13 @@ class RunnerModel:
     Times are those of a request that runs alone: `ttft_ms` is loading and measuring the media, preprocessing,
     the whole encoder (shared or not) and the prefill; `latency_ms` adds the answer's tokens at the pace of the
     first few. Answers come from a batch, left-padded, which changes none of them but for ties in the last bit.
+    Other requests to the runner go on between the parts of the work.
 
     Args:
         source: A runner, or a function that opens one; with a function the model can be sent to other processes,
             each of which opens its own once.
         args: Arguments of the function.
         max_new_tokens: Upper bound of an answer.
-        exclusive: Entered around every use of the model, for one that serves other requests too.
         cancelled: Ends the work with `Interrupted` once it is set.
         clock: Seconds, monotonic.
     """
@@ -106,13 +105,12 @@ class RunnerModel:
         source: AdaptiveRunner | Callable[..., AdaptiveRunner],
         *args: Any,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        exclusive: Callable[[], AbstractContextManager[object]] = nullcontext,
         cancelled: Event | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.source, self.args = source, args
         self.max_new_tokens = max_new_tokens
-        self._exclusive, self._cancelled, self._clock = exclusive, cancelled, clock
+        self._cancelled, self._clock = cancelled, clock
         self._recorded: tuple[str | None, dict[object, tuple[Recorded, float]]] = None, {}
 
     @property
@@ -206,9 +204,8 @@ class RunnerModel:
         adapter = self.runner.adapter
         with self._exclusively():
             began = self._clock()
-            prepared = adapter.prepare(request.messages_at(point), point)
-            inputs = {k: v.to(adapter.model.device) if isinstance(v, Tensor) else v for k, v in prepared.items()}
-            if isinstance(adapter, GridAdapter) and adapter.fusion(point) is not None:
+            inputs = adapter.prepare(request.messages_at(point), point)
+            if isinstance(adapter, GridAdapter):
                 read_ms = (self._clock() - began) * 1e3
                 recorded, tower_ms = self._record(adapter, request, point, inputs, points)
                 began = self._clock()
@@ -261,12 +258,11 @@ class RunnerModel:
         """The new tokens of every answer, without what follows its end."""
         lengths = [int(each.inputs["input_ids"].shape[1]) for each in encoded]
         together = isinstance(self.runner.adapter, GridAdapter)
-        eos = self.runner.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        ends = set(eos) if isinstance(eos, list | tuple) else {eos}
+        ends = self.runner.adapter.end_tokens
         tokens: dict[int, list[int]] = {}
         for rows in batches(lengths, BATCH_TOKENS if together else 0):
             parts = [encoded[row].inputs for row in rows]
-            inputs = joined(parts, int(self._tokenizer.pad_token_id)) if len(parts) > 1 else parts[0]
+            inputs = collate(parts) if len(parts) > 1 else parts[0]
             with self._exclusively():
                 timer = GenerationClock(self._clock, cancelled=self._cancelled)
                 sequences = self._generate(inputs, timer, self.max_new_tokens)
@@ -304,11 +300,10 @@ class RunnerModel:
     def _exclusively(self) -> AbstractContextManager[object]:
         if self._cancelled is not None and self._cancelled.is_set():
             raise Interrupted("the work was cancelled")
-        return self._exclusive()
+        return self.runner.exclusive()
 
     def _synchronize(self) -> None:
-        if self.runner.device.type == "cuda":
-            torch.cuda.synchronize(self.runner.device)
+        synchronize(self.runner.device)
 
 
 @lru_cache(maxsize=1)

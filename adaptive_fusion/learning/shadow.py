@@ -83,7 +83,7 @@ class ShadowedRunner:
         self._closed = False
         self._changed = threading.Condition()
         self._cancelled = threading.Event()
-        model = RunnerModel(runner, exclusive=lambda: runner._lock, cancelled=self._cancelled)
+        model = RunnerModel(runner, cancelled=self._cancelled)
         self._scorer = ModelScorer(model)
         self._thread = threading.Thread(target=self._work, name="adaptive-fusion-shadow", daemon=True)
         self._thread.start()

@@ -1,7 +1,7 @@
 """What a frozen model says of images at full compute: its greedy answers and the probabilities behind them.
 
-Also the batches that make it say so, at any operating point. Knows adapters and tensors; nothing of training, scores
-or policies. Answers are kept on disk as they come, so an interrupted run asks nothing twice.
+Also what it says at any other operating point. Knows adapters and tensors; nothing of training, scores or policies.
+Answers are kept on disk as they come, so an interrupted run asks nothing twice.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from torch import Tensor
 from adaptive_fusion.chat import build_request
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.ladder import Rung
+from adaptive_fusion.learning.batches import collate
 from adaptive_fusion.media import content_hash
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
 FORMAT = "adaptive_fusion.teacher"
-TOKEN_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
 PARTS = ("tokens", "indices", "logprobs", "length")
 WINDOW = 4
 """Batches' worth of questions that are prepared at once and sorted by length."""
@@ -69,44 +69,25 @@ def prepare(adapter: Adapter, question: Question, pixel_share: float = 1.0) -> d
     request = build_request(question.media, question.prompt)
     native = max((adapter.native_pixels(size) for size in request.sizes), default=1)
     inputs = adapter.prepare(request.messages, Rung(NATIVE, pixel_share=pixel_share).resolve(native))
-    return {key: value.to(adapter.model.device) for key, value in inputs.items() if isinstance(value, Tensor)}
-
-
-def collate(rows: Sequence[Mapping[str, Tensor]], answers: Sequence[Tensor] = ()) -> dict[str, Tensor]:
-    """One left-padded batch of single requests, each followed by its answer's tokens where there are answers.
-
-    `TOKEN_TENSORS` are ``[1, length]`` in, ``[rows, longest]`` out; everything else is put together along its first
-    dimension, in row order. Padded positions hold 0 and are masked.
-    """
-    tails = list(answers) or [rows[0]["input_ids"].new_empty(0)] * len(rows)
-    lengths = [row["input_ids"].shape[1] + len(tail) for row, tail in zip(rows, tails, strict=True)]
-    batch: dict[str, Tensor] = {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        parts = [(i, row[key]) for i, row in enumerate(rows) if key in row]
-        if key not in TOKEN_TENSORS:
-            batch[key] = torch.cat([part for _, part in parts])
-            continue
-        batch[key] = parts[0][1].new_zeros(len(rows), max(lengths))
-        for i, part in parts:
-            start, stop = max(lengths) - lengths[i], max(lengths) - len(tails[i])
-            batch[key][i, start:stop] = part[0]
-            if key == "input_ids":
-                batch[key][i, stop:] = tails[i]
-            elif key == "attention_mask":
-                batch[key][i, stop:] = 1
-    return batch
+    return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()
 def greedy(
-    adapter: Adapter, rows: Sequence[Mapping[str, Tensor]], point: OperatingPoint, max_new_tokens: int
+    adapter: GridAdapter,
+    rows: Sequence[Mapping[str, Tensor]],
+    point: OperatingPoint,
+    max_new_tokens: int,
+    recorded: Recorded | None = None,
 ) -> list[Tensor]:
-    """Each row's greedy answer ``[n]`` at `point`, up to and with its end token, generated as one batch."""
-    encoded = adapter.encode(collate(rows), point)
+    """Each row's greedy answer ``[n]`` at `point`, up to and with its end token, generated as one batch.
+
+    With `recorded` the vision tower is not run.
+    """
+    encoded = adapter.encode(collate(rows), point, recorded)
     sequences = adapter.model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
     fresh: Tensor = sequences[:, encoded.inputs["input_ids"].shape[1] :]
-    ends = adapter.model.generation_config.eos_token_id
-    over = torch.isin(fresh, torch.tensor(ends if isinstance(ends, list) else [ends], device=fresh.device))
+    over = torch.isin(fresh, torch.tensor(sorted(adapter.end_tokens), device=fresh.device))
     counts = torch.where(over.any(1), over.int().argmax(1) + 1, fresh.shape[1]).tolist()
     return [row[:count].clone() for row, count in zip(fresh, counts, strict=True)]
 
@@ -181,9 +162,11 @@ class Teacher:
 
     @torch.no_grad()
     def _answers(self, rows: Sequence[Mapping[str, Tensor]]) -> list[Told]:
-        answers = greedy(self.adapter, rows, NATIVE, self.max_new_tokens)
+        recorded = self.adapter.record(collate(rows), self.adapter.levels(NATIVE))
+        answers = greedy(self.adapter, rows, NATIVE, self.max_new_tokens, recorded)
+        behind = answer_logits(self.adapter, rows, answers, NATIVE, recorded)
         found = []
-        for row, tokens, logits in zip(rows, answers, answer_logits(self.adapter, rows, answers, NATIVE), strict=True):
+        for row, tokens, logits in zip(rows, answers, behind, strict=True):
             best = torch.log_softmax(logits, -1).topk(min(KEPT, logits.shape[-1]), sorted=False)
             length = torch.tensor(row["input_ids"].shape[1])
             found.append(Told(tokens.cpu(), best.indices.int().cpu(), best.values.cpu(), length))

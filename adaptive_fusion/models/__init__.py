@@ -6,7 +6,8 @@ from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
-from adaptive_fusion.models.grid import GridAdapter, Recorded
+from adaptive_fusion.models.grid import GridAdapter
+from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.models.square import SquareAdapter
 
 ADAPTERS: tuple[type[Adapter], ...] = (GridAdapter, SquareAdapter)

@@ -90,9 +90,16 @@ class Adapter(ABC):
         """Native DeepStack taps as block indices, ascending; empty for a model without DeepStack."""
         return ()
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end an answer, by the model's generation configuration."""
+        found = self.model.generation_config.eos_token_id
+        return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
+
     @abstractmethod
     def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
-        """The processor's tensors for chat `messages` (media already loaded) within the point's pixel budget."""
+        """The processor's tensors for chat `messages` (media already loaded) within the point's pixel budget, on the
+        model's device."""
 
     @abstractmethod
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:

@@ -6,7 +6,7 @@ with DeepStack taps get the fusion knobs as well. No method of the model is repl
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import downsample, pooled_grid
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
+from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.video import Video
 
@@ -31,40 +31,6 @@ THUMBNAIL = 640
 """Longest side, in pixels, of what is put back together from patches for measuring complexity."""
 
 Grid = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a vision tower made of some media, so that fusion can be trained without running the tower again.
-
-    `outputs` are its results by kind (``image``, ``video``), `levels` its blocks' outputs ``[patches, d_vision]``
-    by kind and block.
-    """
-
-    outputs: Mapping[str, Any]
-    levels: Mapping[str, Mapping[int, Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the tensors take."""
-        found = [level for kind in self.levels.values() for level in kind.values()]
-        found += [part for out in self.outputs.values() for part in out.pooler_output]
-        return sum(tensor.nbytes for tensor in found)
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Recorded]") -> "Recorded":
-        """The recordings of several requests as that of one batch with their media in this order."""
-        outputs: dict[str, Any] = {}
-        levels: dict[str, dict[int, Tensor]] = {}
-        for kind in dict.fromkeys(kind for part in parts for kind in part.outputs):
-            holders = [part for part in parts if kind in part.outputs]
-            outputs[kind] = type(holders[0].outputs[kind])(
-                pooler_output=tuple(one for part in holders for one in part.outputs[kind].pooler_output)
-            )
-            levels[kind] = {
-                level: torch.cat([part.levels[kind][level] for part in holders]) for level in holders[0].levels[kind]
-            }
-        return cls(outputs, levels)
 
 
 class GridAdapter(Adapter):
@@ -174,7 +140,7 @@ class GridAdapter(Adapter):
             if hasattr(processor, "cap_pixels_per_frame"):
                 # The point's own pixel budget is per frame already.
                 kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
-        return dict(self.processor(text=[text], return_tensors="pt", **kwargs))
+        return dict(self.processor(text=[text], return_tensors="pt", **kwargs).to(self.model.device))
 
     @staticmethod
     def _size(processor: Any, point: OperatingPoint, frames: int) -> dict[str, Any]:
@@ -221,12 +187,13 @@ class GridAdapter(Adapter):
 
     @torch.no_grad()
     def record(self, inputs: Mapping[str, Any], levels: Sequence[int]) -> Recorded:
-        """Run the vision tower once, without its taps, and keep the outputs of the blocks `levels`."""
+        """Run the vision tower once, without its taps, and keep the outputs of the blocks `levels`, of which a model
+        without taps has none."""
         outputs: dict[str, Any] = {}
         kept: dict[str, Mapping[int, Tensor]] = {}
         for kind, (pixel_key, grid_key, _) in KINDS.items():
             if inputs.get(pixel_key) is not None:
-                with captured_levels(self.model.model.visual, levels) as found:
+                with self._captured(levels) as found:
                     out = self._encoder(kind)(inputs[pixel_key], inputs[grid_key], return_dict=True)
                 # Nothing else of the result: it holds on to more than fusion needs.
                 outputs[kind] = type(out)(pooler_output=out.pooler_output)
@@ -234,17 +201,10 @@ class GridAdapter(Adapter):
         return Recorded(outputs, kept)
 
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
-        """See `Adapter.encode`; with `recorded`, from these levels instead of pixels.
+        """See `Adapter.encode`; with `recorded`, which has to hold the point's levels, from these instead of pixels.
 
         Gradient reaches the fusion module's parameters unless it is switched off.
-
-        Raises:
-            UnsupportedModelError: If `recorded` goes with a point that fuses no levels.
         """
-        if recorded is not None and self.fusion(point) is None:
-            raise UnsupportedModelError(
-                f"{point.name} fuses no levels; expected weighted, gated or sum on a model with taps"
-            )
         reduced: dict[str, Any] = dict(inputs)
         outputs: dict[str, Any] = {}
         segments: dict[int, list[Segment]] = {}
@@ -272,30 +232,39 @@ class GridAdapter(Adapter):
         reduced = shrink(reduced, segments, self._pad_token_id())
         return Encoded({**reduced, "mm_encoder_outputs": outputs}, tokens, patches)
 
+    def _captured(self, levels: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
+        return captured_levels(self.model.model.visual, levels) if self.taps else nullcontext({})
+
     def _features(self, kind: str, pixels: Tensor, thw: Tensor, merged: list[Grid], point: OperatingPoint) -> Any:
         lengths = [t * h * w * self.merge**2 for t, h, w in merged]
-        tokens = [t * h * w for t, h, w in merged]
         encode = self._encoder(kind)
         if point.fusion == "native" or not self.taps:
             out = encode(pixels, thw, return_dict=True)
         else:
             with fused_taps(self.model.model.visual, self.fusion(point), lengths) as taps:
                 out = encode(pixels, thw, return_dict=True)
-            if not taps:
-                # Zeros, not an empty list: an empty list would also drop the other modality's taps.
-                taps = [torch.zeros_like(torch.cat(list(out.pooler_output))) for _ in self.taps]
-            out.deepstack_features = [torch.split(tap, tokens) for tap in taps]
+            self._set_taps(out, taps, merged)
         return self._pooled(out, merged, point)
 
     def _replayed(self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint) -> Any:
-        fusion, levels, source = self.fusion(point), recorded.levels[kind], recorded.outputs[kind]
-        assert fusion is not None  # encode has refused such points
-        tokens = [t * h * w for t, h, w in merged]
-        lengths = [count * self.merge**2 for count in tokens]
+        tower, fusion = self.model.model.visual, self.fusion(point)
+        levels, source = recorded.levels[kind], recorded.outputs[kind]
+        lengths = [t * h * w * self.merge**2 for t, h, w in merged]
         out = type(source)(pooler_output=source.pooler_output)
-        taps = [merge_tap(self.model.model.visual, fusion, tap, levels, lengths) for tap in range(len(self.taps))]
-        out.deepstack_features = [torch.split(tap, tokens) for tap in taps]
+        if self.taps:
+            taps: list[Tensor] = []
+            if fusion is not None:
+                taps = [merge_tap(tower, fusion, tap, levels, lengths) for tap in range(len(self.taps))]
+            elif point.fusion == "native":
+                taps = [tower.deepstack_merger_list[i](levels[tap]) for i, tap in enumerate(self.taps)]
+            self._set_taps(out, taps, merged)
         return self._pooled(out, merged, point)
+
+    def _set_taps(self, out: Any, taps: list[Tensor], merged: list[Grid]) -> None:
+        if not taps:
+            # Zeros, not an empty list: an empty list would also drop the other modality's taps.
+            taps = [torch.zeros_like(torch.cat(list(out.pooler_output))) for _ in self.taps]
+        out.deepstack_features = [torch.split(tap, [t * h * w for t, h, w in merged]) for tap in taps]
 
     def _pooled(self, out: Any, grids: list[Grid], point: OperatingPoint) -> Any:
         """The encoder's output with the grid that `point` leaves of it."""

@@ -58,7 +58,7 @@ class SquareAdapter(Adapter):
                 add_generation_prompt=True,
                 return_dict=True,
                 return_tensors="pt",
-            )
+            ).to(self.model.device)
         )
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:

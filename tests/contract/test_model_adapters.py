@@ -23,7 +23,7 @@ from transformers import (
 
 from adaptive_fusion.complexity import measure_complexity
 from adaptive_fusion.errors import UnsupportedModelError
-from adaptive_fusion.models import Size, adapter_for
+from adaptive_fusion.models import GridAdapter, Size, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.runner import AdaptiveRunner
@@ -130,6 +130,10 @@ def test_native_equals_generate_and_downsampling_drops_tokens(family: Any, noise
         point = OperatingPoint(downsample=ratio)
         encoded = adapter.encode(inputs, point)
         assert encoded.visual_tokens == adapter.plan(adapter.sizes(inputs), point).tokens
+        if isinstance(adapter, GridAdapter):
+            replayed = adapter.encode(inputs, point, adapter.record(inputs, adapter.levels(point)))
+            outputs = (each.inputs["mm_encoder_outputs"]["image"].pooler_output for each in (encoded, replayed))
+            assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
         model.generate(**encoded.inputs, max_new_tokens=3, do_sample=False)
         tokens.append(encoded.visual_tokens)
     assert tokens[0] > tokens[1] > tokens[2] >= 2

@@ -1,6 +1,7 @@
 """The benchmarks on real models, small: what they print is what ran."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from typer.testing import CliRunner
 
 from adaptive_fusion.bench.answers import ADAPTIVE, CHANCE, KNOB_ROWS, SHUFFLED, SUM, TOP, gated, rows_for, weighted
 from adaptive_fusion.bench.cost import Workload, build_random, cost_rows, measure_costs
-from adaptive_fusion.bench.quality import MIXED, evaluate
+from adaptive_fusion.bench.quality import evaluate
 from adaptive_fusion.bench.scenes import reference_items
+from adaptive_fusion.bench.scores import MIXED
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
 from adaptive_fusion.bench.trial import caption_likelihood
 from adaptive_fusion.commands.bench import app
+from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.models import adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
@@ -86,30 +89,40 @@ def test_quality_of_a_captioned_folder_from_the_command_line(tmp_path: Path, noi
         "annotations": [{"image_id": i, "caption": f"noise number {i}"} for i in range(2)],
     }
     (tmp_path / "captions.json").write_text(json.dumps(captions))
+    rung = Policy.load("balanced").lanes["weighted"][0]
+    cheap, weights = rung.name, tmp_path / "fusion.safetensors"
+    module = AdaptiveRunner.from_pretrained("reference").adapter.fusion(rung.point)
+    assert module is not None
+    module.save(weights)
     data = ["--data", str(tmp_path), "--captions", str(tmp_path / "captions.json"), "--max-new-tokens", "4"]
-    done = CliRunner().invoke(
-        app, ["quality", *data, "--points", "native@0.5/25%", "--json", "--plot", str(tmp_path / "out.png")]
-    )
+    options = ["--points", "native@0.5/25%", "--weights", str(weights), "--plot", str(tmp_path / "out.png")]
+    done = CliRunner().invoke(app, ["quality", *data, *options, "--json"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert [record["row"] for record in result["slices"]["captions"]] == [
-        "native@1", "native@0.5/25%", ADAPTIVE, SHUFFLED, CHANCE,
+        "native@1", "native@0.5/25%", cheap, ADAPTIVE, SHUFFLED, CHANCE,
     ]  # fmt: skip
+    assert result["cheap"] == cheap and result["weights"] == {cheap: "fusion.safetensors"}
     assert result["slices"]["captions"][-1]["quality"] is None and result["pareto"]
     with Image.open(tmp_path / "out.png") as image:
         assert image.format == "PNG"
-    refused = CliRunner().invoke(app, ["quality", "--data", str(tmp_path)])
-    assert refused.exit_code == 2
+    other = DeepStackFusion(replace(module.spec, rank=16))
+    other.save(weights)
+    for wrong in (["--data", str(tmp_path)], [*data, *options], [*data, "--plot", str(tmp_path / "out.jpg")]):
+        refused = CliRunner().invoke(app, ["quality", *wrong])
+        assert refused.exit_code == 2, refused.output
 
 
 def test_cost_from_the_command_line() -> None:
     arguments = ["--size", "reference", "--image", "128", "--repeats", "1", "--points", "top"]
     done = CliRunner().invoke(app, ["cost", *arguments, "--json"])
     assert done.exit_code == 0, done.output
-    rows = {row["row"]: row for row in json.loads(done.stdout.splitlines()[-1])["rows"]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    rows = {row["row"]: row for row in result["rows"]}
+    assert result["shortfalls"] is None  # nothing is asked of the reference model
     lane = {rung.name for rung in Policy.load("balanced").lanes["weighted"]}
     assert set(rows) == {"native@1", "top@1", *lane}
-    assert rows["native@1"]["encode_prefill_ms_ratio"] == 1.0
+    assert rows["native@1"]["runs"] == 2 and rows["top@1"]["encode_prefill_ms_ratio"]["median"] > 0
     assert all(rows[name]["lane"] and rows[name]["patches"] < rows["native@1"]["patches"] for name in lane)
     for wrong in (["--size", "3b"], ["--points", "quick@1"], ["--policy", "none-such"], ["--dtype", "int8"]):
         assert CliRunner().invoke(app, ["cost", *arguments, *wrong]).exit_code == 2
@@ -122,8 +135,8 @@ def test_a_random_model_of_a_shape_runs_every_row() -> None:
     adapter = adapter_for(model, ShapeProcessor())
     rows = cost_rows(Policy.load("balanced"), [TOP, SUM, gated(), weighted(0.25)])
     found = measure_costs(adapter, rows, Workload(side=256, new_tokens=2), repeats=1)
-    assert set(found) == set(rows)
-    for name, [measured] in found.items():
-        plan = adapter.plan([Workload(256).size()], rows[name].resolve(256 * 256))
-        assert (measured.patches, measured.visual_tokens) == (plan.patches, plan.tokens), name
+    assert {run.row for run in found} == set(rows) and len(found) == len(rows) + 2  # native thrice
+    for run in found:
+        plan, measured = adapter.plan([Workload(256).size()], rows[run.row].resolve(256 * 256)), run.measurement
+        assert (measured.patches, measured.visual_tokens) == (plan.patches, plan.tokens), run.row
         assert measured.new_tokens == 2

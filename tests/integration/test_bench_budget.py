@@ -1,6 +1,7 @@
 """Budgets on measured times: the table, its replay, trace files, injected delay, and the command."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -171,16 +172,19 @@ def test_delay_stretches_the_model_and_leaves_it_as_it_was(
     assert len(tiny_dense._forward_hooks) == hooks and not tiny_dense._forward_pre_hooks
 
 
-def test_hogs_end_with_their_context() -> None:
-    def children() -> int:
-        tasks = Path("/proc/self/task").iterdir()
-        return sum(len((task / "children").read_text().split()) for task in tasks)
+def test_hogs_end_with_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    hogs = []
 
-    before = children()
-    with pytest.raises(KeyError), cpu_hogs(1):
-        assert children() == before + 1
+    class Known(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            hogs.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Known)
+    with pytest.raises(KeyError), cpu_hogs(2):
+        assert [hog.poll() for hog in hogs] == [None, None]
         raise KeyError
-    assert children() == before
+    assert len(hogs) == 2 and all(hog.returncode is not None for hog in hogs)
 
 
 def test_the_command_and_its_refusals(
@@ -189,7 +193,7 @@ def test_the_command_and_its_refusals(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Small pictures: what is tried here is the command, not the model.
     monkeypatch.setattr("adaptive_fusion.bench.budget.ANSWER_TOKENS", 8)
-    monkeypatch.setattr("adaptive_fusion.calibrate.SIDES", (96, 80, 64, 48))
+    monkeypatch.setattr("adaptive_fusion.calibrate.SHAPES", ((96, 96), (80, 64), (64, 80), (48, 48)))
     monkeypatch.setattr("adaptive_fusion.bench.scenes.reference_items", lambda n: reference_items(n, (64, 64)))
     tiny_dense.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")

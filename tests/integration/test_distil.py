@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adaptive_fusion.commands import distil as command
-from adaptive_fusion.errors import ConfigError, UnsupportedModelError
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import FusionSpec
 from adaptive_fusion.learning.distil import Report, Settings, distil
 from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, fingerprint, greedy, prepare
@@ -73,6 +73,27 @@ def test_an_answer_ends_with_its_end_token(
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("fusion", ["native", "top"])
+def test_points_without_fusion_come_from_recordings_bit_for_bit(
+    adapter: GridAdapter, asked: list[Question], clip: Any, fusion: str, ratio: float
+) -> None:
+    point = OperatingPoint(fusion, downsample=ratio)
+    row = prepare(adapter, Question([asked[0].media, clip, asked[1].media], "What happens?"))
+    bare = {key: value for key, value in row.items() if "pixel" not in key}
+    with torch.no_grad():
+        expected = adapter.encode(row, point)
+        found = adapter.encode(bare, point, adapter.record(row, adapter.levels(point)))
+    assert (found.visual_tokens, found.patches) == (expected.visual_tokens, expected.patches)
+    assert all(torch.equal(found.inputs[key], expected.inputs[key]) for key in bare)
+    for kind in ("image", "video"):
+        ours, theirs = (encoded.inputs["mm_encoder_outputs"][kind] for encoded in (found, expected))
+        streams = [(ours.pooler_output, theirs.pooler_output)]
+        streams += zip(ours.deepstack_features, theirs.deepstack_features, strict=True)
+        assert len(streams) == 4
+        assert all(torch.equal(*pair) for parts in streams for pair in zip(*parts, strict=True))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5, 0.25])
 def test_recorded_levels_give_what_the_pixels_give(
     adapter: GridAdapter, asked: list[Question], clip: Any, ratio: float
 ) -> None:
@@ -92,8 +113,6 @@ def test_recorded_levels_give_what_the_pixels_give(
         found = answer_logits(adapter, bare, answers, point, Recorded.joined(recorded))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UnsupportedModelError, match="native@1 fuses no levels"):
-        adapter.encode(bare[0], NATIVE, recorded[0])
 
 
 def test_training_learns_resumes_and_touches_only_the_module(

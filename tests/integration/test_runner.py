@@ -185,6 +185,32 @@ def test_threads_share_one_model(runner: AdaptiveRunner, noise_image: Any) -> No
     assert found == {i: alone[i % 4] for i in range(12)}
 
 
+def test_an_exclusive_model_answers_this_thread_alone(
+    runner: AdaptiveRunner, reference_model: Any, processor: Any, screen: Image.Image
+) -> None:
+    other = AdaptiveRunner(reference_model, processor, policy="native", seed=0)
+    begun, users = threading.Event(), []
+
+    def ask() -> None:
+        begun.set()
+        other.chat(screen, "?", max_new_tokens=2)
+
+    thread = threading.Thread(target=ask)
+    hook = reference_model.register_forward_hook(lambda *_: users.append(threading.get_ident()))
+    try:
+        with runner.exclusive() as model:
+            assert model is reference_model
+            thread.start()
+            assert begun.wait(60)
+            for _ in range(3):
+                runner.chat(screen, "?", max_new_tokens=6)
+            assert set(users) == {threading.get_ident()}
+        thread.join()
+        assert set(users) == {threading.get_ident(), thread.ident}
+    finally:
+        hook.remove()
+
+
 def test_log_keeps_numbers_and_hashes_only(
     reference_model: Any, processor: Any, screen: Image.Image, tmp_path: Path
 ) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 
 from adaptive_fusion.complexity import FEATURE_NAMES, VERSION
 from adaptive_fusion.ladder import Rung
+from adaptive_fusion.learning.arms import scores
+from adaptive_fusion.learning.dataset import Dataset
 from adaptive_fusion.learning.labels import Subject, label_record
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy import Policy
@@ -20,6 +22,8 @@ from adaptive_fusion.router import constant_router
 STRONG, MIDDLE, CHEAP = "gated3@1", "weighted3@1", "weighted3@0.5"
 RUNGS = (STRONG, MIDDLE, CHEAP)
 LADDERS = {"weighted": (CHEAP,), "gated": (STRONG, MIDDLE, CHEAP), "video": (STRONG, CHEAP)}
+RECORDS = 1600
+"""Of the log that the tests share."""
 COSTS = {STRONG: 100.0, MIDDLE: 90.0, CHEAP: 40.0}
 
 
@@ -71,6 +75,11 @@ def oracle_labels(n: int, seed: int, *, asks: bool = True) -> list[dict[str, Any
             )
         )
     return records
+
+
+def accuracy(policy: Policy, data: Dataset) -> float:
+    """Share of the labels that `policy`'s router is right about at P(complex) = 0.5."""
+    return float(np.mean((scores(policy, data) >= 0.5) == data.y))
 
 
 def base_policy() -> Policy:

@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adaptive_fusion.bench import report
-from adaptive_fusion.bench.answers import CHANCE, KNOB_ROWS, ROWS, SHUFFLED, Answer
-from adaptive_fusion.bench.cost import summarise_costs
+from adaptive_fusion.bench.answers import CHANCE, KNOB_ROWS, NATIVE, ROWS, SHUFFLED, Answer
+from adaptive_fusion.bench.comparisons import Limit, compare, shortfalls
+from adaptive_fusion.bench.cost import Run, round_order, summarise_costs
+from adaptive_fusion.bench.cost import shortfalls as cost_shortfalls
 from adaptive_fusion.bench.folder import folder_items
-from adaptive_fusion.bench.quality import MIXED, compare, pareto_front, score_all, slices, summarise
+from adaptive_fusion.bench.quality import pareto_front, summarise
 from adaptive_fusion.bench.scenes import SCORES, hard_negatives, reference_items
-from adaptive_fusion.commands.bench import _rung
+from adaptive_fusion.bench.scores import MIXED, score_all, slices
+from adaptive_fusion.commands.options import rung_of
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.ladder import Rung
@@ -72,7 +75,7 @@ def test_tables_and_comparisons_of_known_answers() -> None:
         CHANCE: [Answer(truths[-1])] * len(ITEMS),
     }
     scores = score_all(ITEMS, rows)
-    tables = summarise(ITEMS, scores, draws=50)
+    tables = summarise(scores, parts, draws=50)
     dense = {record["row"]: record for record in tables["dense"]}
     assert dense["native@1"]["quality"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     assert dense["native@1"]["bleu4"]["mean"] == pytest.approx(100)
@@ -83,12 +86,54 @@ def test_tables_and_comparisons_of_known_answers() -> None:
     lost = len(parts["dense"]) / len(ITEMS)
     assert mixed["native@0.25"]["quality"]["mean"] == pytest.approx(1 - lost)
     assert mixed["adaptive"]["ttft_ms"] == {"median": 25.0, "p95": 25.0, "mean": 25.0}
-    found = {(c["a"], c["b"], c["slice"], c["metric"]): c["value"] for c in compare(ITEMS, scores, draws=50)}
-    assert found["adaptive", "native@1", MIXED, "ttft_ms"]["mean"] == 0.5
-    assert found["adaptive", "native@1", MIXED, "visual_tokens"]["mean"] == 0.25
-    assert found["native@0.25", "native@1", "dense", "quality"]["mean"] == -1.0
-    assert found["adaptive", "native@0.25", MIXED, "matching"] is None  # its matching is 0: no ratio to speak of
+    assert dense["native@1"]["reading"] is None and mixed["native@1"]["reading"]["mean"] == 1.0
+    comparisons = compare(scores, parts, "native@0.25", draws=50)
+    found = {(*c["rows"], c["slice"], c["metric"]): c for c in comparisons}
+    ttft = found["adaptive", "native@1", MIXED, "ttft_ms"]
+    assert ttft["value"]["mean"] == 0.5 and ttft["limit"]["holds"] == "yes"
+    assert found["adaptive", "native@1", MIXED, "visual_tokens"]["value"]["mean"] == 0.25
+    assert found["native@0.25", "native@1", "dense", "quality"]["value"]["mean"] == -1.0
+    # The cheap row's matching is 0, so there is no ratio to speak of; but adaptive matches as well as the best row.
+    gain = found["adaptive", "native@0.25", MIXED, "matching"]
+    assert gain["value"] is None and gain["limit"]["holds"] == "no"
+    assert shortfalls(comparisons) == []
     assert pareto_front(tables[MIXED]) == ["adaptive"]
+
+
+def test_what_fusion_wins_back_and_what_falls_short_of_it() -> None:
+    truths = [item.references[0] for item in ITEMS]
+    dense = [i for i, item in enumerate(ITEMS) if item.slice == "dense"]
+    lost = ["" if i in dense else text for i, text in enumerate(truths)]
+    back = [truths[i] if i == dense[0] else text for i, text in enumerate(lost)]
+    rows = {"native@1": truths, "native@0.5": lost, "gated12r8@0.5": back, "weighted6r4@0.5": lost}
+    scores = score_all(ITEMS, {row: answers(texts, TIME) for row, texts in rows.items()})
+    comparisons = compare(scores, slices(ITEMS), draws=200)
+    [won] = [c for c in comparisons if c["kind"] == "won back" and c["slice"] == "dense"]
+    assert won["value"]["mean"] == 0.25 and won["limit"]["holds"] == "unsure"  # a quarter, of one scene in four
+    missing = shortfalls(comparisons)
+    assert any(line.startswith("gated12r8@0.5 - weighted6r4@0.5, dense quality: 0.250") for line in missing)
+    assert any("(gated12r8@0.5 - native@0.5) / (native@1 - native@0.5), dense quality" in line for line in missing)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "verdict"),
+    [
+        (Limit(0), (0.0, 0.0, 0.0), "yes"),
+        (Limit(0), (-0.1, -0.2, 0.1), "unsure"),
+        (Limit(0), (-0.1, -0.2, -0.05), "no"),
+        (Limit(0, beyond=0), (0.1, 0.0, 0.2), "unsure"),
+        (Limit(0, beyond=0), (0.1, 0.05, 0.2), "yes"),
+        (Limit(0, beyond=0), (0.0, 0.0, 0.0), "no"),
+        (Limit(1 / 3, beyond=0), (0.3, 0.1, 0.5), "unsure"),
+        (Limit(0.6, at_least=False), (0.59, 0.5, 0.7), "yes"),
+        (Limit(0.6, at_least=False), (0.65, 0.5, 0.7), "unsure"),
+        (Limit(0.6, at_least=False), (0.65, 0.61, 0.7), "no"),
+    ],
+)
+def test_a_limit_is_kept_by_the_mean_and_where_asked_by_the_interval(
+    limit: Limit, value: tuple[float, float, float], verdict: str
+) -> None:
+    assert limit.verdict(dict(zip(("mean", "low", "high"), value, strict=True))) == verdict
 
 
 def test_report_shows_every_row_and_the_plot_is_a_picture(tmp_path: Path) -> None:
@@ -96,15 +141,22 @@ def test_report_shows_every_row_and_the_plot_is_a_picture(tmp_path: Path) -> Non
     rows = {"native@1": answers(truths, TIME), "native@0.5": answers(truths, replace(TIME, ttft_ms=30.0))}
     rows |= {SHUFFLED: answers(truths), CHANCE: answers(truths)}
     scores = score_all(ITEMS, rows)
-    tables = summarise(ITEMS, scores, draws=20)
+    parts = slices(ITEMS)
+    tables = summarise(scores, parts, draws=20)
+    comparisons = compare(scores, parts, "native@0.5", draws=20)
     result = {
         "model": "m",
+        "policy": "balanced",
+        "budget": {},
+        "weights": {},
+        "cheap": "native@0.5",
         "slices": tables,
-        "comparisons": compare(ITEMS, scores, draws=20),
+        "comparisons": comparisons,
+        "shortfalls": shortfalls(comparisons),
         "pareto_slice": MIXED,
         "pareto": pareto_front(tables[MIXED]),
     }
-    for shown in (report.quality_tables(result), [report.knob_table(result)]):
+    for shown in (report.quality_tables(result), [report.knob_table(result), *report.quality_notes(result)]):
         out = report.console()
         with out.capture() as capture:
             for table in shown:
@@ -116,13 +168,36 @@ def test_report_shows_every_row_and_the_plot_is_a_picture(tmp_path: Path) -> Non
         assert image.format == "PNG" and len(np.unique(np.asarray(image))) > 10
 
 
-def test_costs_are_ratios_to_native_of_the_same_round() -> None:
-    slow, fast = replace(TIME, encode_ms=100.0), replace(TIME, encode_ms=20.0, prefill_ms=1.0)
-    found = {"native@1": [slow, TIME], "native@0.25": [replace(fast, encode_ms=50.0), fast]}
-    native, quarter = summarise_costs(found, {"native@0.25"})
-    assert (native["encode_ms_ratio"], quarter["encode_ms_ratio"]) == (1.0, 0.5)
-    assert quarter["lane"] == "weighted" and native["lane"] is None
-    assert quarter["decode_ms_per_token"] == pytest.approx(50 / 9)
+def test_costs_are_ratios_to_the_native_runs_on_both_sides() -> None:
+    def run(row: str, encode_ms: float, **more: Any) -> Run:
+        return Run(row, replace(TIME, encode_ms=encode_ms, prefill_ms=0.0, **more))
+
+    small = {"patches": 64, "visual_tokens": 16}
+    runs = [
+        run(NATIVE, 100.0), run("gated12r8@1", 110.0), run(NATIVE, 120.0), run("weighted6r4@0.5/12.5%", 60.0, **small),
+        run(NATIVE, 80.0), run("gated12r8@1", 88.0), run("weighted6r4@0.5/12.5%", 45.0, **small),
+    ]  # fmt: skip
+    records = {record["row"]: record for record in summarise_costs(runs, {"weighted6r4@0.5/12.5%"})}
+    assert records["gated12r8@1"]["encode_ms_ratio"] == pytest.approx({"median": 1.05, "low": 1.0, "high": 1.1})
+    assert records["weighted6r4@0.5/12.5%"]["encode_ms_ratio"]["low"] == pytest.approx(45 / 80)
+    assert records[NATIVE]["encode_ms_ratio"]["high"] == pytest.approx(120 / 90)
+    assert records[NATIVE]["prefill_ms_ratio"] is None  # nothing to divide by
+    assert records["weighted6r4@0.5/12.5%"]["lane"] == "weighted" and records[NATIVE]["lane"] is None
+    assert records[NATIVE]["decode_ms_per_token"] == pytest.approx(50 / 9)
+    assert [line.split()[4] for line in cost_shortfalls(list(records.values()))] == [
+        "gated12r8@1", "weighted6r4@0.5/12.5%",
+    ]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 7), st.integers(0, 5), st.integers(0, 9))
+def test_every_round_has_each_row_once_and_native_next_to_full_work(full: int, rest: int, number: int) -> None:
+    fused, others = [f"full{i}" for i in range(full)], [f"rest{i}" for i in range(rest)]
+    order = round_order(fused, others, number)
+    assert sorted(row for row in order if row != NATIVE) == sorted([*fused, *others])
+    for index, row in enumerate(order):
+        if row in fused:
+            assert NATIVE in order[max(0, index - 2) : index] and NATIVE in order[index + 1 : index + 3]
 
 
 RUNGS = st.builds(
@@ -142,7 +217,7 @@ RUNGS = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(RUNGS)
 def test_a_rungs_name_reads_back(rung: Rung) -> None:
-    assert _rung(rung.name).name == rung.name
+    assert rung_of(rung.name).name == rung.name
 
 
 def test_default_rows_are_named_once_each() -> None:
@@ -173,7 +248,8 @@ def test_a_coco_folder_gives_one_question_per_captioned_image(coco: Path) -> Non
         ("0.png", ("caption 0", "caption 2")),
         ("1.png", ("caption 1", "caption 3")),
     ]
-    record = summarise(items, score_all(items, {"native@1": answers(["caption 0", "x"])}), draws=20)["captions"][0]
+    scores = score_all(items, {"native@1": answers(["caption 0", "x"])})
+    record = summarise(scores, slices(items), draws=20)["captions"][0]
     assert record["quality"] is None and record["matching"] is None and record["cider"]["mean"] > 0
 
 

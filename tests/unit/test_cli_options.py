@@ -112,7 +112,7 @@ points = st.builds(
 @settings(max_examples=100, deadline=None)
 def test_a_point_is_read_back_from_its_name(point: OperatingPoint) -> None:
     found = point_of(point.name)
-    assert found is not None and found.name == point.name
+    assert found.name == point.name
     if point.fusion not in ("native", "top"):  # those say nothing of layers and rank
         assert found == point
 

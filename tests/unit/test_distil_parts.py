@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
-from adaptive_fusion.learning.distil import Settings, divergence, frozen, split
-from adaptive_fusion.learning.teacher import Question, Told, collate
+from adaptive_fusion.learning.distil import Settings
+from adaptive_fusion.learning.divergence import divergence, judge
+from adaptive_fusion.learning.draws import batch_at, draw, split
+from adaptive_fusion.learning.frozen import frozen
+from adaptive_fusion.learning.teacher import Question, Told
 
 VOCABULARY = 12
 
@@ -46,6 +49,20 @@ def test_divergence_stays_finite_and_has_gradient_where_the_student_is_sure_of_s
     assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad.abs().max()) > 0.5
 
 
+def test_every_token_of_all_answers_counts_as_much() -> None:
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for length in (1, 4):
+        teacher, student = (torch.randn(length, VOCABULARY, generator=generator) for _ in range(2))
+        pairs.append((told_of(teacher, VOCABULARY), student))
+    kl, agreement = judge(pairs)
+    whole = torch.cat([divergence(*pair) for pair in pairs])
+    assert kl == pytest.approx(float(whole.mean()))
+    hits = [int((student.argmax(-1) == told.tokens).sum()) for told, student in pairs]
+    assert agreement == pytest.approx(sum(hits) / 5)
+    assert judge([(told_of(student, VOCABULARY), student) for _, student in pairs])[1] == 1
+
+
 def question(index: int, prompt: str = "?") -> Question:
     return Question(np.full((8, 8, 3), index, np.uint8), prompt)
 
@@ -54,18 +71,42 @@ def question(index: int, prompt: str = "?") -> Question:
 @given(st.integers(2, 40), st.floats(0.05, 0.6), st.integers(0, 9))
 def test_the_split_is_by_image_whatever_the_order(count: int, holdout: float, seed: int) -> None:
     asked = [question(i, prompt) for i in range(count) for prompt in ("What?", "Where?")]
-    chosen = Settings(holdout=holdout, seed=seed, judged=1000)
-    train, held = split(asked, chosen)
-    again, held_again = split(asked[::-1], chosen)
+    train, held = split(asked, holdout=holdout, seed=seed, judged=1000)
+    again, held_again = split(asked[::-1], holdout=holdout, seed=seed, judged=1000)
     assert {q.key for q in train} == {q.key for q in again} and {q.key for q in held} == {q.key for q in held_again}
     assert train and held and len(train) + len(held) == len(asked)
     assert not {q.content for q in train} & {q.content for q in held}
-    assert len(split(asked, Settings(holdout=holdout, seed=seed, judged=1))[1]) == 1
+    assert len(split(asked, holdout=holdout, seed=seed, judged=1)[1]) == 1
 
 
 def test_one_image_is_too_few_however_often_it_is_asked_about() -> None:
     with pytest.raises(ConfigError, match="got 1 different images; expected at least 2"):
-        split([question(1, "a"), question(1, "b")], Settings())
+        split([question(1, "a"), question(1, "b")], holdout=0.15, seed=0, judged=64)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(0, 9))
+def test_an_epoch_asks_no_question_twice_and_batches_are_of_like_lengths(count: int, size: int, seed: int) -> None:
+    asked = [question(index) for index in range(count)]
+    place = {one.key: index for index, one in enumerate(asked)}
+    size_now = min(size, count)
+    steps = count // size_now
+    first, second = (
+        [
+            [place[one.key] for one in batch_at(step, asked, size, lambda one: place[one.key], seed)]
+            for step in range(start, start + steps)
+        ]
+        for start in (0, steps)
+    )
+    for epoch in (first, second):
+        assert len({index for batch in epoch for index in batch}) == steps * size_now
+        assert all(len(batch) == size_now and batch == sorted(batch) for batch in epoch)
+    assert steps <= 8 or first != second
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_values_are_drawn_as_often_as_they_weigh(share: float) -> None:
+    assert draw({1.0: 1, 0.5: 2, 0.25: 1}, share) == (1.0 if share < 0.25 else 0.5 if share < 0.75 else 0.25)
 
 
 @pytest.mark.parametrize(
@@ -103,25 +144,3 @@ def test_a_frozen_model_gets_its_flags_back_and_writes_to_it_are_found() -> None
     with pytest.raises(AdaptiveFusionError, match="num_batches_tracked"), frozen(model):
         model.train()
         model(torch.ones(3, 2))
-
-
-def test_rows_are_padded_on_the_left_and_followed_by_their_answers() -> None:
-    rows = [
-        {
-            "input_ids": torch.tensor([[5, 6, 7]]),
-            "attention_mask": torch.ones(1, 3, dtype=torch.long),
-            "mm_token_type_ids": torch.tensor([[0, 1, 0]]),
-            "image_grid_thw": torch.tensor([[1, 2, 2]]),
-        },
-        {
-            "input_ids": torch.tensor([[8]]),
-            "attention_mask": torch.ones(1, 1, dtype=torch.long),
-            "mm_token_type_ids": torch.tensor([[0]]),
-        },
-    ]
-    batch = collate(rows, [torch.tensor([1]), torch.tensor([2, 3])])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [0, 8, 2, 3]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
-    assert batch["mm_token_type_ids"].tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
-    assert batch["image_grid_thw"].tolist() == [[1, 2, 2]]
-    assert collate(rows[:1])["input_ids"].tolist() == [[5, 6, 7]]

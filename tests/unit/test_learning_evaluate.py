@@ -50,16 +50,6 @@ TRUE = linear(2.5, 1.5, reads=4.0, bias=-2.5)
 """The rule by which `oracle_labels` makes inputs hard."""
 
 
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("logs") / "labels.jsonl", oracle_labels(1500, 1))
-
-
-@pytest.fixture(scope="module")
-def data(logs: Path) -> Dataset:
-    return build_dataset([logs], cheap=CHEAP, rungs=RUNGS)
-
-
 def test_the_figures_of_routellm_on_a_case_done_by_hand() -> None:
     arms = arms_of([0, 0, 1, 1], [1, 1, 1, 1])
     curve = Router(np.array([0.9, 0.8, 0.2, 0.1]), arms).curve()

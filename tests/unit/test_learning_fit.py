@@ -12,6 +12,7 @@ from learning_data import (
     MIDDLE,
     RUNGS,
     STRONG,
+    accuracy,
     base_policy,
     oracle_labels,
     p_hard,
@@ -32,32 +33,10 @@ from adaptive_fusion.plain import TreeModel
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.router import EstimatorRouter, PlainRouter
 
-RECORDS = 1600
-
-
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("logs") / "labels.jsonl", oracle_labels(RECORDS, 1))
-
-
-@pytest.fixture(scope="module")
-def data(logs: Path) -> Dataset:
-    return build_dataset([logs], cheap=CHEAP, rungs=RUNGS)
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    path = write_jsonl(tmp_path_factory.mktemp("fresh") / "labels.jsonl", oracle_labels(3000, 2))
-    return build_dataset([path], cheap=CHEAP, rungs=RUNGS)
-
 
 @pytest.fixture(scope="module")
 def trained(data: Dataset) -> FittedPolicy:
     return fit_policy(data, base_policy(), n=100)
-
-
-def accuracy(policy: Policy, data: Dataset) -> float:
-    return float(np.mean((scores(policy, data) >= 0.5) == data.y))
 
 
 def test_the_router_is_as_good_as_the_rule_behind_the_labels(trained: FittedPolicy, fresh: Dataset) -> None:

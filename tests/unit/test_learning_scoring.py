@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learning_data import CHEAP, RUNGS, STRONG, rung, subject
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.batches import LEAST_SHARE, batches, joined
+from adaptive_fusion.learning.batches import LEAST_SHARE, batches, collate
 from adaptive_fusion.learning.labels import Subject
 from adaptive_fusion.learning.references import examples, media_files, read_references
 from adaptive_fusion.learning.scoring import Example, ModelScorer, Took, word_f1
@@ -71,18 +73,41 @@ def test_batches_hold_every_row_once_and_keep_to_their_size(lengths: list[int], 
         assert len(group) == 1 or (len(group) * max(sizes) <= most and min(sizes) >= LEAST_SHARE * max(sizes))
 
 
-def test_rows_are_padded_on_the_left_with_their_own_fill() -> None:
-    parts = [
+def test_rows_are_padded_on_the_left_and_followed_by_their_answers() -> None:
+    rows = [
         {
-            "input_ids": torch.tensor([ids]),
-            "attention_mask": torch.ones(1, len(ids)),
-            "grid": torch.tensor([[len(ids)]]),
-        }
-        for ids in ([7, 8, 9], [5])
+            "input_ids": torch.tensor([[5, 6, 7]]),
+            "attention_mask": torch.ones(1, 3, dtype=torch.long),
+            "mm_token_type_ids": torch.tensor([[0, 1, 0]]),
+            "image_grid_thw": torch.tensor([[1, 2, 2]]),
+        },
+        {
+            "input_ids": torch.tensor([[8]]),
+            "attention_mask": torch.ones(1, 1, dtype=torch.long),
+            "mm_token_type_ids": torch.tensor([[0]]),
+        },
     ]
-    batch = joined(parts, pad_token_id=3)
-    assert batch["input_ids"].tolist() == [[7, 8, 9], [3, 3, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]] and batch["grid"].tolist() == [[3], [1]]
+    batch = collate(rows, [torch.tensor([1]), torch.tensor([2, 3])])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1], [0, 8, 2, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    assert batch["mm_token_type_ids"].tolist() == [[0, 1, 0, 0], [0, 0, 0, 0]]
+    assert batch["image_grid_thw"].tolist() == [[1, 2, 2]]
+    assert collate(rows[:1])["input_ids"].tolist() == [[5, 6, 7]]
+
+
+def test_encoder_outputs_are_joined_by_kind_in_row_order() -> None:
+    def encoded(kind: str, *counts: int) -> dict[str, Any]:
+        features = [torch.full((count, 2), float(count)) for count in counts]
+        taps = [[part + tap for part in features] for tap in (10, 20)]
+        outputs = BaseModelOutputWithDeepstackFeatures(pooler_output=features, deepstack_features=taps)
+        return {"input_ids": torch.tensor([[7]]), "mm_encoder_outputs": {kind: outputs}}
+
+    batch = collate([encoded("image", 1, 2), encoded("video", 3), encoded("image", 4)])["mm_encoder_outputs"]
+    assert list(batch) == ["image", "video"]
+    assert [len(part) for part in batch["image"].pooler_output] == [1, 2, 4]
+    first, second = ([int(part[0, 0]) for part in tap] for tap in batch["image"].deepstack_features)
+    assert (first, second) == ([11, 12, 14], [21, 22, 24])
+    assert [int(part[0, 0]) for tap in batch["video"].deepstack_features for part in tap] == [13, 23]
 
 
 def test_folders_give_their_media_and_files_are_matched_with_references_by_name(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 from learning_data import (
     CHEAP,
     COSTS,
+    RECORDS,
     RUNGS,
     STRONG,
+    accuracy,
     base_policy,
     oracle_labels,
     p_hard,
@@ -19,39 +21,16 @@ from learning_data import (
 )
 from sklearn.linear_model import LogisticRegression
 
-from adaptive_fusion.learning.arms import scores
 from adaptive_fusion.learning.dataset import Dataset, build_dataset
 from adaptive_fusion.learning.gate import GateRefused
 from adaptive_fusion.learning.labels import label_record
 from adaptive_fusion.learning.train import Trained, train
 from adaptive_fusion.policy import Policy
 
-RECORDS = 1600
-
-
-@pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("logs") / "labels.jsonl", oracle_labels(RECORDS, 1))
-
-
-@pytest.fixture(scope="module")
-def data(logs: Path) -> Dataset:
-    return build_dataset([logs], cheap=CHEAP, rungs=RUNGS)
-
-
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    path = write_jsonl(tmp_path_factory.mktemp("fresh") / "labels.jsonl", oracle_labels(3000, 2))
-    return build_dataset([path], cheap=CHEAP, rungs=RUNGS)
-
 
 @pytest.fixture(scope="module")
 def trained(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train([logs], tmp_path_factory.mktemp("out"), base=base_policy(), n=100)
-
-
-def accuracy(policy: Policy, data: Dataset) -> float:
-    return float(np.mean((scores(policy, data) >= 0.5) == data.y))
 
 
 def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path, tmp_path: Path) -> None:

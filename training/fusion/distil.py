@@ -35,16 +35,18 @@ from adaptive_fusion.runner import AdaptiveRunner
 
 RATIOS = (1.0, 0.5, 0.25)
 KINDS_OF_ROW = {"average": native, "weighted": weighted, "gated": gated}
-MIX = (0.12, 0.42, 0.36, 0.10)
+MIX = (0.1, 0.55, 0.25, 0.1)
 """Shares of simple, dense, reading and clip scenes."""
 SIDES = (((96, 160), 0.55), ((160, 272), 0.3), ((256, 384), 0.15))
 """Ranges of the scenes' sides in pixels, with their shares: mostly small, since those cost least."""
-BATCH = 8
+LARGEST = 48_000
+"""Pixels; larger scenes are left out of training. What is pooled is a few patches wide, so small ones teach it too."""
+BATCH = 16
 MOST = 160
 
 
 def questions(count: int, seed: int) -> list[Question]:
-    """Screens of the training split, each with the prompt of its kind."""
+    """`count` screens of the training split less the large ones, each with the prompt of its kind."""
     rng = random.Random(seed)
     found = []
     for _ in range(count):
@@ -52,7 +54,9 @@ def questions(count: int, seed: int) -> list[Question]:
         sides = rng.choices([s for s, _ in SIDES], [share for _, share in SIDES])[0]
         scene = make_scene(kind, rng.getrandbits(40), "train", sides)
         task = "read" if kind == "dense" and rng.random() < 0.1 else scene.task
-        found.append(Question(media(scene), PROMPTS[task]))
+        question = Question(media(scene), PROMPTS[task])
+        if area(question.media) <= LARGEST:
+            found.append(question)
     return found
 
 
@@ -61,10 +65,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
         steps=args.steps,
         batch=BATCH,
         lr=args.lr,
+        ratios={1.0: 0.5, 0.5: 2.0, 0.25: 2.0},
         pixel_shares={1.0: 0.8, 0.5: 0.1, 0.25: 0.1},
         max_new_tokens=MOST,
-        holdout=0.08,
-        judged=64,
+        holdout=0.02,
+        judged=128,
         every=max(1, args.steps // 10),
         patience=10,
         seed=args.seed,
@@ -92,7 +97,9 @@ def ask(args: argparse.Namespace, part: int) -> int:
     """Every `workers`-th window of questions goes to the teacher; its answers stay in the shared folder."""
     adapter = adapter_of(args)
     mine = questions(args.scenes, args.seed)[part :: args.workers]
-    return len(Teacher(adapter, Path(args.out) / "answers", max_new_tokens=MOST, batch=2 * BATCH).ask(mine))
+    # A batch takes as long as its longest answer, which the prompt tells most about.
+    mine.sort(key=lambda question: question.prompt)
+    return len(Teacher(adapter, Path(args.out) / "answers", max_new_tokens=MOST, batch=32).ask(mine))
 
 
 def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def measure(args: argparse.Namespace, part: int) -> dict[str, dict[str, list[flo
     for name in ("weighted", "gated"):
         adapter.add_fusion(DeepStackFusion.from_file(module_path(args, name)))
     mine = items(args.judge)[part :: args.workers]
-    order = sorted(range(len(mine)), key=lambda i: (mine[i].slice, area(mine[i])))
+    order = sorted(range(len(mine)), key=lambda i: (mine[i].slice, area(mine[i].media)))
     found: dict[str, dict[str, list[float]]] = {}
     tokenizer = adapter.processor.tokenizer
     for name, kind in KINDS_OF_ROW.items():
@@ -158,9 +165,9 @@ def items(count: int) -> list[Item]:
     return kept
 
 
-def area(item: Item) -> int:
-    shape = np.shape(item.media.frames if hasattr(item.media, "frames") else item.media)
-    return int(np.prod(shape))
+def area(medium: Any) -> int:
+    """Pixels of an image, or of all frames of a clip."""
+    return int(np.prod(np.shape(medium.frames if hasattr(medium, "frames") else medium)[:-1]))
 
 
 # What came of it
@@ -251,12 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/fusion"))
     parser.add_argument("--model", default="reference", help="reference or a folder in Hugging Face format")
-    parser.add_argument("--scenes", type=int, default=1200, help="unlabelled training screens")
-    parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--scenes", type=int, default=10_000, help="unlabelled training screens")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--judge", type=int, default=48, help="evaluation scenes of dense and reading each")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--cache-gb", type=float, default=3.0, help="memory of each process for encoder levels")
+    parser.add_argument("--cache-gb", type=float, default=4.0, help="memory of each process for encoder levels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

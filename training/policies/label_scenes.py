@@ -15,7 +15,7 @@ from pathlib import Path
 
 from train_policies import RECIPES
 
-from adaptive_fusion.commands.label import rung_of
+from adaptive_fusion.commands.options import rung_of
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labeller import RunnerModel
 from adaptive_fusion.learning.oracle import label_inputs

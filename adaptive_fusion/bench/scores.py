@@ -1,0 +1,85 @@
+"""Per-item scores and measurements of every row, and which items a slice holds.
+
+Knows answers and metrics. Must not know of rows that belong together, means or tables.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_fusion.bench.answers import Answer
+from adaptive_fusion.bench.scenes import Item
+from adaptive_fusion.learning.cider import cider_d
+from adaptive_fusion.learning.metrics import anls, bleu_statistics, matching_accuracy, tokenize
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+MIXED = "mixed"
+QUALITIES = ("quality", "exact", "cider", "reading", "matching", "token_accuracy")
+STAGES = ("preprocess_ms", "encode_ms", "prefill_ms", "decode_ms", "ttft_ms", "latency_ms")
+COUNTS = ("visual_tokens", "patches", "new_tokens", "peak_memory_gb")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-item columns of one row, each ``[items]`` (NaN where a metric does not apply), and BLEU's statistics."""
+
+    columns: dict[str, FloatArray]
+    bleu: IntArray
+    timed: bool
+
+    def take(self, name: str, chosen: IntArray) -> FloatArray:
+        """The chosen items' values that apply."""
+        values = self.columns[name][chosen]
+        return values[~np.isnan(values)]
+
+
+def slices(items: Sequence[Item]) -> dict[str, IntArray]:
+    """Indices of each slice's items; `mixed` is all of them where there are several slices."""
+    names = list(dict.fromkeys(item.slice for item in items))
+    found = {name: np.array([i for i, item in enumerate(items) if item.slice == name]) for name in names}
+    return found if len(names) == 1 else {**found, MIXED: np.arange(len(items))}
+
+
+def score_all(items: Sequence[Item], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Scores]:
+    """Quality, CIDEr-D, reading, matching, token accuracy and measurements of every row, per item.
+
+    CIDEr-D takes its document frequencies from all references of the evaluation set. `reading` is the ANLS of the
+    items that are scored by it.
+    """
+    references = [[tokenize(text) for text in item.references] for item in items]
+    return {name: _scores(items, references, row) for name, row in answers.items()}
+
+
+def _scores(items: Sequence[Item], references: Sequence[Sequence[list[str]]], answers: Sequence[Answer]) -> Scores:
+    texts = [tokenize(answer.text) for answer in answers]
+    pairs = list(zip(items, answers, strict=True))
+    quality = [item.score(answer.text, item.references) if item.score else None for item, answer in pairs]
+    columns: dict[str, FloatArray] = {
+        "quality": _column(quality),
+        "exact": _column(float(answer.text.strip() in item.references) for item, answer in pairs),
+        "cider": cider_d(texts, references),
+        "reading": _column(q if item.score is anls else None for item, q in zip(items, quality, strict=True)),
+        "matching": _column(_matched(item, answer.likelihoods) for item, answer in pairs),
+        "token_accuracy": _column(answer.token_accuracy for answer in answers),
+    }
+    measured = [answer.measurement for answer in answers]
+    for key in (*STAGES, *COUNTS):
+        columns[key] = _column(None if m is None else float(getattr(m, key)) for m in measured)
+    return Scores(columns, bleu_statistics(texts, references), all(m is not None for m in measured))
+
+
+def _matched(item: Item, likelihoods: Sequence[float]) -> float | None:
+    if not item.negatives:
+        return None
+    if not likelihoods:  # nobody looked: a guess among the candidates
+        return 1.0 / (1 + len(item.negatives))
+    return float(matching_accuracy([likelihoods])[0])
+
+
+def _column(values: Any) -> FloatArray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

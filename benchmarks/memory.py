@@ -1,0 +1,117 @@
+"""Memory budgets kept: requests of every size, each with a memory budget of its own, and how many exceeded it.
+
+    python benchmarks/memory.py [--requests 1000] [--model reference] [--policy balanced] [--seed 0] [--json]
+
+Images have random sides, no two alike, and are simple or dense. The budget of each request is drawn between what its
+cheapest and its dearest operating point are predicted to need, margin included, so that most of them rule something
+out. A request exceeds its budget if its measured peak is more than 2 % above; one that nothing fits, in the
+controller's own opinion, is counted apart. Without a measured profile in the user's cache the model is calibrated
+first.
+"""
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from adaptive_fusion import AdaptiveRunner, Budget
+from adaptive_fusion.calibrate import calibrate, relative_errors
+from adaptive_fusion.commands.output import progress
+from adaptive_fusion.reference.screens import PROMPTS, make_scene
+
+TOLERANCE = 0.02
+SIDES = (128, 400)
+NEW_TOKENS = (2, 12)
+
+
+def keep_budgets(
+    runner: AdaptiveRunner,
+    requests: int,
+    *,
+    seed: int = 0,
+    sides: tuple[int, int] = SIDES,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Run the requests and count.
+
+    Returns:
+        Numbers of `requests`, those `unmeasured`, `infeasible` and `exceeded` by more than 2 %; of the feasible ones
+        the `worst` peak / budget, the median share of the budget that was `used` and the share at which it `limited`
+        the choice; and `errors` of the prediction as `calibrate --check` gives them.
+    """
+    rng = random.Random(seed)
+    shares, pairs = [], []
+    counts = {"requests": requests, "unmeasured": 0, "infeasible": 0, "exceeded": 0}
+    limited = 0
+    for index in range(requests):
+        width, height = rng.randint(*sides), rng.randint(*sides)
+        image = make_scene(rng.choice(("simple", "dense")), index, "eval", (400, 400)).image.resize((width, height))
+        most = rng.randint(*NEW_TOKENS)
+        _, offers = runner.offers(image, PROMPTS["describe"], max_new_tokens=most)
+        envelope = math.exp(runner.controller.state()["memory"])
+        needs = [envelope * candidate.predicted.peak_memory_gb for candidate in offers]
+        budget = Budget(vram_gb=rng.uniform(min(needs), 1.05 * max(needs)))
+        reply = runner.chat(image, PROMPTS["describe"], budget=budget, max_new_tokens=most, do_sample=False)
+        advance()
+        peak, predicted = reply.measurement.peak_memory_gb, reply.decision.predicted
+        if peak <= 0.0 or predicted is None or budget.vram_gb is None:
+            counts["unmeasured"] += 1
+            continue
+        pairs.append((predicted.peak_memory_gb, peak))
+        if not reply.decision.feasible:
+            counts["infeasible"] += 1
+            continue
+        shares.append(peak / budget.vram_gb)
+        counts["exceeded"] += shares[-1] > 1 + TOLERANCE
+        limited += bool(reply.decision.rejected)
+    return {
+        **counts,
+        "worst": max(shares, default=None),
+        "used": median(shares) if shares else None,
+        "limited": limited / len(shares) if shares else None,
+        "errors": relative_errors(pairs) if pairs else None,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--policy", default="balanced")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.requests < 1:
+        parser.error("--requests needs at least 1")
+    runner = AdaptiveRunner.from_pretrained(args.model, policy=args.policy)
+    if not runner.profile.samples:
+        with progress(0, args.json) as advance:
+            calibrate(runner, save=False, progress=lambda _done, total: advance(total))
+    with progress(args.requests, args.json) as advance:
+        found = keep_budgets(runner, args.requests, seed=args.seed, advance=advance)
+    if args.json:
+        print(json.dumps(found))
+        return 0
+    print(
+        f"{found['exceeded']} of {found['requests']} requests exceeded their memory budget by more than 2 %; "
+        f"{found['infeasible']} had no point that fits, {found['unmeasured']} were not measured"
+    )
+    if found["worst"] is not None:
+        print(
+            f"worst peak {found['worst']:.3f} of the budget, median {found['used']:.3f}; "
+            f"the budget ruled a better point out in {found['limited']:.0%}"
+        )
+    if found["errors"] is not None:
+        e = found["errors"]
+        print(
+            f"prediction: median error {e['median']:.1%}, bias {e['bias']:+.1%}, 95th percentile {e['p95']:.1%} "
+            f"(best constant {e['constant_p95']:.1%})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""Memory budgets of many requests: what is counted is what was measured, and the errors are those of the pairs."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from adaptive_fusion.calibrate import relative_errors
+from adaptive_fusion.runner import AdaptiveRunner
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Fixed:
+    """A meter that always reads the same peak."""
+
+    free_of_charge = True
+
+    def __init__(self, peak_gb: float | None) -> None:
+        self.peak_gb = peak_gb
+
+    def start(self) -> None: ...
+
+    def free_gb(self) -> None: ...
+
+    def stop(self) -> float | None:
+        return self.peak_gb
+
+
+@pytest.mark.parametrize(("peak_gb", "exceeds"), [(1e-6, False), (1e3, True), (None, False)])
+def test_what_exceeds_its_budget_is_counted(
+    tiny_dense: Any, processor: Any, benchmark: ModuleType, peak_gb: float | None, exceeds: bool
+) -> None:
+    runner = AdaptiveRunner(tiny_dense, processor, policy="latency")
+    runner._executor.meter = Fixed(peak_gb)
+    steps: list[int] = []
+    found = benchmark.keep_budgets(runner, 4, sides=(40, 64), advance=lambda: steps.append(1))
+    feasible = 4 - found["infeasible"] - found["unmeasured"]
+    assert len(steps) == found["requests"] == 4
+    assert found["unmeasured"] == (4 if peak_gb is None else 0)
+    assert found["exceeded"] == (feasible if exceeds else 0)
+    if peak_gb is not None:
+        assert feasible >= 1 and (found["worst"] > 1.02) == exceeds and found["errors"]["p95"] > 0.5
+
+
+def test_errors_of_known_pairs() -> None:
+    found = relative_errors([(1.1, 1.0), (0.9, 1.0), (1.8, 2.0)])
+    assert found["median"] == pytest.approx(0.1) and found["p95"] == pytest.approx(0.1)
+    assert found["bias"] == pytest.approx(-0.1)
+    # Of a constant c the larger of c - 1 and 1 - c / 2 is least at 4/3.
+    assert found["constant_p95"] == pytest.approx(1 / 3, abs=0.005)
