@@ -36,8 +36,8 @@ SHAPES = (
     (384, 384), (128, 128), (240, 368), (272, 272), (336, 160), (208, 304), (400, 248), (176, 192),
     (288, 256), (144, 240), (360, 312), (220, 220), (312, 392), (264, 136), (192, 192), (344, 344),
 )  # fmt: skip
-"""Width and height of the images measured, all different: a request that finds the holes which one of its own size left
-in the heap takes up to a third less than one among others, and real images differ."""
+"""Width and height of the images measured, all different as real ones are: what a request takes also depends on what
+requests of other sizes left in the heap."""
 ANSWERS = (4, 24)
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 RATES = {"cuda": (1e14, 1e12), "cpu": (4e10, 1e10)}

@@ -13,8 +13,10 @@ milliseconds of operating point o on request x:
   tracker of adaptive conformal inference (Gibbs and Candes 2021, eq. 2). A missed deadline counts always,
   a kept one only where the margin ruled out a better point, so that requests that are easy anyway do not
   use up the margin of the others and the room that a coarse ladder leaves is used: whatever the load does,
-  misses <= (1 - attainment) n + (q_n - q_0) / 0.05. Where the plan was not thought to fit, and for the
-  levels of other requests, miss is ``1[r > q]``;
+  misses <= (1 - attainment) n + (q_n + s - q_0) / 0.05, where s <= 0.4 is one cut at the start: after 20
+  residuals and ``attainment / (1 - attainment)`` more q falls to the largest of the latter, which is the
+  bound of split conformal prediction. Where the plan was not thought to fit, and for the levels of other
+  requests, miss is ``1[r > q]``;
 - step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of
   the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
 - choice: the highest quality with ``y exp(m + d_o + q) <= limit - elapsed`` for every limit set, where
@@ -47,7 +49,7 @@ from adaptive_fusion.drift import Drift, number
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 from adaptive_fusion.point import OperatingPoint
 
-SCHEMA = 1
+SCHEMA = 2
 MISS_KINDS = ("oom", "overload", "timeout")
 STALE_S = 600.0
 

@@ -23,6 +23,7 @@ MAX_KEY = 200
 _COMMON_GAIN = 0.08
 _POINT_GAIN, _POINT_KEEP = 0.03, 0.995
 _MARGIN_GAIN, _MARGIN_START = 0.05, 0.4
+_SETTLING, _MOST_SEEN = 20, 1000
 _SLACK, _UP, _DOWN = 0.12, 0.6, 1.0
 _STEP, _WAIT, _MAX_WAIT = 1.25, 25, 1600
 _FADE = 0.02
@@ -35,6 +36,36 @@ def number(value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+class Margin:
+    """The safety margin of one attainment level: `log`, and what its start is cut by once enough was seen.
+
+    Of n exchangeable residuals the next one exceeds the largest with probability 1 / (n + 1) (split conformal
+    prediction, Vovk et al. 2005). So after the first residuals, in which the drift is still being learned, and
+    `attainment / (1 - attainment)` more, the margin starts anew at the largest of these, if that is less.
+    """
+
+    __slots__ = ("cut", "largest", "log", "needed", "seen")
+
+    def __init__(self, attainment: float) -> None:
+        self.log, self.cut = _MARGIN_START, 0.0
+        self.seen, self.largest = 0, 0.0
+        enough = attainment / max(1.0 - attainment, 1e-9)
+        self.needed = _SETTLING + math.ceil(enough - 1e-9) if enough < _MOST_SEEN else 0
+
+    def move(self, step: float) -> None:
+        self.log = min(max(self.log + _MARGIN_GAIN * step, 0.0), MARGIN_MAX)
+
+    def see(self, residual: float) -> None:
+        if self.seen >= self.needed:
+            return
+        self.seen += 1
+        if self.seen > _SETTLING:
+            self.largest = max(self.largest, min(residual, MARGIN_MAX))
+        if self.seen == self.needed and self.largest < self.log:
+            self.cut = self.log - self.largest
+            self.log = self.largest
+
+
 class Drift:
     """Log-space correction and margin of one measured quantity; see the module for the law."""
 
@@ -43,7 +74,7 @@ class Drift:
     def __init__(self) -> None:
         self.common = 0.0
         self.points: dict[str, float] = {}
-        self.margins: dict[float, float] = {}
+        self.margins: dict[float, Margin] = {}
         self.up = self.down = 0.0
         self.recent: deque[float] = deque(maxlen=4)
         self.steps = 0
@@ -53,8 +84,8 @@ class Drift:
         if found is None:
             if len(self.margins) >= MAX_LEVELS:
                 del self.margins[next(iter(self.margins))]
-            found = self.margins[attainment] = _MARGIN_START
-        return found
+            found = self.margins[attainment] = Margin(attainment)
+        return found.log
 
     def factor(self, key: str) -> float:
         """Measured / predicted to expect of a point, without margin."""
@@ -75,10 +106,12 @@ class Drift:
             if each == level and signal is not None:
                 step = signal
             elif known:
-                step = each - 1.0 + (residual > margin)
+                step = each - 1.0 + (residual > margin.log)
             else:
                 continue
-            self.margins[each] = min(max(margin + _MARGIN_GAIN * step, 0.0), MARGIN_MAX)
+            margin.move(step)
+            if known:
+                margin.see(residual)
         if not known:
             return
         error = min(max(residual, -CLIP), CLIP)
@@ -99,7 +132,10 @@ class Drift:
         return {
             "common": self.common,
             "points": dict(self.points),
-            "margins": [{"attainment": level, "log": value} for level, value in self.margins.items()],
+            "margins": [
+                {"attainment": level, "log": m.log, "seen": m.seen, "largest": m.largest, "cut": m.cut}
+                for level, m in self.margins.items()
+            ],
             "up": self.up,
             "down": self.down,
             "recent": list(self.recent),
@@ -114,7 +150,10 @@ class Drift:
         for key, value in list(state["points"].items())[:MAX_POINTS]:
             self.points[str(key)[:MAX_KEY]] = number(value, -BOUND, BOUND)
         for row in state["margins"][:MAX_LEVELS]:
-            self.margins[number(row["attainment"], 0.0, 1.0)] = number(row["log"], 0.0, MARGIN_MAX)
+            level = number(row["attainment"], 0.0, 1.0)
+            margin = self.margins[level] = Margin(level)
+            margin.log, margin.largest = (number(row[name], 0.0, MARGIN_MAX) for name in ("log", "largest"))
+            margin.seen, margin.cut = int(number(row["seen"], 0, 1e6)), number(row["cut"], 0.0, MARGIN_MAX)
 
 
 class Ceiling:

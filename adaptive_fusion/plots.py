@@ -35,7 +35,7 @@ def check_target(path: Path) -> None:
         MissingExtraError: Without matplotlib.
         ConfigError: For a name that does not end in .png, or a folder that is not there.
     """
-    _figure(1, 1)
+    new_figure(1, 1)
     if path.suffix.lower() != ".png":
         raise ConfigError(f"plot is {path.name!r}; expected a file name ending in .png")
     if not path.resolve().parent.is_dir():
@@ -52,7 +52,7 @@ def explain_plot(decided: Sequence[tuple[str, Decision]], path: Path) -> None:
         MissingExtraError: Without matplotlib.
         ConfigError: If the file cannot be written.
     """
-    figure = _figure(13, _ROW_INCHES * len(decided) + 0.3)
+    figure = new_figure(13, _ROW_INCHES * len(decided) + 0.3)
     axes = figure.subplots(len(decided), 3, squeeze=False, width_ratios=(1, 1, 1.5))
     top = max((v for _, d in decided if d.complexity for v in d.complexity.features.values()), default=1.0)
     for (name, decision), (left, middle, right) in zip(decided, axes, strict=True):
@@ -70,7 +70,7 @@ def explain_plot(decided: Sequence[tuple[str, Decision]], path: Path) -> None:
                 f"{decision.lane} lane, {decision.point.name}",
                 fontsize=9,
             )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def demo_plot(rows: Sequence["Row"], path: Path) -> None:
@@ -80,7 +80,7 @@ def demo_plot(rows: Sequence["Row"], path: Path) -> None:
         MissingExtraError: Without matplotlib.
         ConfigError: If the file cannot be written.
     """
-    figure = _figure(14, 3.0 * len(rows) + 0.3)
+    figure = new_figure(14, 3.0 * len(rows) + 0.3)
     axes = figure.subplots(len(rows), 4, squeeze=False, width_ratios=(1, 2, 1, 1))
     for row, (picture, words, time, tokens) in zip(rows, axes, strict=True):
         picture.imshow(_thumbnail(_picture(row.path)))
@@ -105,7 +105,7 @@ def demo_plot(rows: Sequence["Row"], path: Path) -> None:
         for axis in (time, tokens):
             axis.invert_yaxis()
             axis.tick_params(labelsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def edge_map(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -145,7 +145,12 @@ def _wrapped(text: str, width: int = 62, most: int = 5) -> str:
     return "\n".join(lines[:most]) + ("..." if len(lines) > most else "")
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of that many inches.
+
+    Raises:
+        MissingExtraError: Without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -159,8 +164,13 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG.
+
+    Raises:
+        ConfigError: If the file cannot be written.
+    """
     try:
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, format="png", dpi=110)
     except OSError as error:
         raise ConfigError(f"plot {path.name!r} cannot be written: {error.strerror or type(error).__name__}") from error

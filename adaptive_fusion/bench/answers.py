@@ -114,7 +114,7 @@ def answer_all(
     partners = _partners(items)
     answers: dict[str, dict[int, Answer]] = {name: {} for name in names}
     shuffled: dict[int, Answer] = {}
-    _warm_up(adapter, items[0], rows, meter)
+    _warm_up(adapter, items[0], rows, decide, meter)
     for index, item in enumerate(items):
         request = build_request(item.media, item.prompt)
         turn = index % len(names)
@@ -145,12 +145,14 @@ def _partners(items: Sequence[Item]) -> list[int]:
     return partners
 
 
-def _warm_up(adapter: Adapter, item: Item, rows: Mapping[str, Rung], meter: Meter) -> None:
+def _warm_up(adapter: Adapter, item: Item, rows: Mapping[str, Rung], decide: Decide | None, meter: Meter) -> None:
     """Everything once, so that no row pays for building its fusion module or for first calls."""
     request = build_request(item.media, item.prompt)
     for rung in rows.values():
         point = _resolved(adapter, request, rung)
         run_request(adapter, partial(adapter.prepare, request.messages, point), point, meter, max_new_tokens=2)
+    if decide is not None:
+        decide(request.media[0], item.prompt)
 
 
 def _resolved(adapter: Adapter, request: ChatRequest, rung: Rung) -> OperatingPoint:
@@ -164,7 +166,7 @@ def _answer(
     rung: Rung | None,
     decide: Decide | None,
     meter: Meter,
-    most: int,
+    max_new_tokens: int,
     other: Item | None,
 ) -> tuple[Answer, Answer | None]:
     """One row's answer to `item`; with `other`, what the same image makes of that item's captions as well."""
@@ -177,7 +179,7 @@ def _answer(
         point = decide(request.media[0], item.prompt).point
         earlier = (time.perf_counter() - began) * 1e3
     prepare = partial(adapter.prepare, request.messages, point)
-    outcome = run_request(adapter, prepare, point, meter, max_new_tokens=most, earlier_ms=earlier)
+    outcome = run_request(adapter, prepare, point, meter, max_new_tokens=max_new_tokens, earlier_ms=earlier)
     text = adapter.processor.tokenizer.decode(outcome.tokens, skip_special_tokens=True).strip()
     likely, right = caption_likelihood(adapter, outcome.encoded, (item.references[0], *item.negatives))
     answer = Answer(text, tuple(likely), right[0], outcome.measurement)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from adaptive_fusion.bench.answers import ADAPTIVE, NATIVE, RATIOS, gated, native, weighted
-from adaptive_fusion.bench.scores import MIXED, FloatArray, IntArray, Scores
+from adaptive_fusion.bench.scores import FloatArray, IntArray, Scores, whole
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_ratio
 
+DRAWS, SEED = 1000, 0
+"""Of every bootstrap."""
 KEPT, SAVED, MATCHING_GAIN, WON_BACK, NOTABLE_LOSS = 0.98, 0.60, 1.18, 1 / 3, 0.10
 """What must hold: `adaptive` keeps this share of the best scheme's CIDEr-D and reading, at no more than this share of
 its time to the first token and of its tokens, and matches this much better than the cheap scheme (or as well as the
@@ -62,7 +64,6 @@ class Limit:
 class _Table:
     scores: Mapping[str, Scores]
     parts: Mapping[str, IntArray]
-    seed: int
     draws: int
     found: list[dict[str, Any]] = field(default_factory=list)
 
@@ -71,7 +72,11 @@ class _Table:
         return float(values.mean()) if len(values) else float("nan")
 
     def add(self, kind: str, rows: Sequence[str], part: str, key: str, limit: Limit | None = None) -> None:
-        """``difference`` a - b, ``ratio`` a / b, or ``won back`` (a - b) / (c - b), where all of it was measured."""
+        """``difference`` a - b, ``ratio`` a / b, or ``won back`` (a - b) / (c - b), where all of it was measured.
+
+        Nothing is won back where c - b is not surely a loss: a share of what may be zero or negative has no interval
+        (Fieller, 1954).
+        """
         if part not in self.parts or any(row not in self.scores for row in rows):
             return
         a, b, *rest = (self.scores[row].take(key, self.parts[part]) for row in rows)
@@ -79,10 +84,13 @@ class _Table:
             return
         value: dict[str, float] | None
         if kind == "difference":
-            value = as_dict(bootstrap_diff(a, b, seed=self.seed, n=self.draws))
+            value = as_dict(bootstrap_diff(a, b, seed=SEED, n=self.draws))
+        elif kind == "ratio":
+            value = ratio(a, b, self.draws)
         else:
-            top, bottom = (a - b, rest[0] - b) if rest else (a, b)
-            value = ratio(top, bottom, self.seed, self.draws)
+            [full] = rest
+            lost = bootstrap_diff(full, b, seed=SEED, n=self.draws)
+            value = ratio(a - b, full - b, self.draws) if lost.low > 0 else None
         entry = {"kind": kind, "rows": list(rows), "slice": part, "metric": key, "value": value}
         self.found.append(entry | ({"limit": limit.to_dict(value)} if limit else {}))
 
@@ -92,8 +100,7 @@ def compare(
     parts: Mapping[str, IntArray],
     cheap: str | None = None,
     *,
-    seed: int = 0,
-    draws: int = 1000,
+    draws: int = DRAWS,
 ) -> list[dict[str, Any]]:
     """What fusion adds, what `adaptive` keeps and saves, each with a paired bootstrap interval, and the limits of those
     that have one.
@@ -105,8 +112,8 @@ def compare(
         parts: Items of each slice; see `scores.slices`.
         cheap: The row that takes the cheapest scheme for every input.
     """
-    table = _Table(scores, parts, seed, draws)
-    everything = MIXED if MIXED in parts else next(iter(parts))
+    table = _Table(scores, parts, draws)
+    everything = whole(parts)
     table.add("difference", (gated().name, NATIVE), everything, "cider", Limit(0))
     table.add("difference", (gated().name, NATIVE), "reading", "reading", Limit(0))
     for share in RATIOS:
@@ -167,13 +174,13 @@ def describe(entry: Mapping[str, Any]) -> str:
     return f"{a} {'-' if entry['kind'] == 'difference' else '/'} {b}"
 
 
-def ratio(a: FloatArray, b: FloatArray, seed: int, draws: int) -> dict[str, float] | None:
+def ratio(a: FloatArray, b: FloatArray, draws: int) -> dict[str, float] | None:
     """mean(a) / mean(b), paired; None where there is none to speak of: the mean of b is 0 in the sample or a
     resample."""
     if not len(a):
         return None
     try:
-        return as_dict(bootstrap_ratio(a, b, seed=seed, n=draws))
+        return as_dict(bootstrap_ratio(a, b, seed=SEED, n=draws))
     except ConfigError:
         return None
 

@@ -82,7 +82,7 @@ class Workload:
         return Size(1, self.side, self.side)
 
     def inputs(self, adapter: Adapter, point: OperatingPoint) -> dict[str, Any]:
-        """The tensors a processor would give, built without a tokenizer."""
+        """The tensors that `Adapter.prepare` would give, built without a tokenizer."""
         pixels = np.random.default_rng(0).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8)
         processor = adapter.processor.image_processor
         size = {}
@@ -96,17 +96,17 @@ class Workload:
                 }
             }
         made = processor(images=[Image.fromarray(pixels)], return_tensors="pt", **size)
-        config = adapter.model.config
+        config, device = adapter.model.config, adapter.model.device
         t, h, w = made["image_grid_thw"][0].tolist()
         words = [100 + i for i in range(PROMPT_TOKENS)]
         visual = [config.image_token_id] * (t * h * w // processor.merge_size**2)
-        ids = torch.tensor([[config.vision_start_token_id, *visual, config.vision_end_token_id, *words]])
+        ids = torch.tensor([[config.vision_start_token_id, *visual, config.vision_end_token_id, *words]], device=device)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == config.image_token_id).int(),
-            "pixel_values": made["pixel_values"].to(adapter.model.dtype),
-            "image_grid_thw": made["image_grid_thw"],
+            "pixel_values": made["pixel_values"].to(device, adapter.model.dtype),
+            "image_grid_thw": made["image_grid_thw"].to(device),
         }
 
 

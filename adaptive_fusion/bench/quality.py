@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from adaptive_fusion.bench.answers import NATIVE, Decide, answer_all
-from adaptive_fusion.bench.comparisons import as_dict, compare, ratio, shortfalls
+from adaptive_fusion.bench.comparisons import DRAWS, SEED, as_dict, compare, ratio, shortfalls
 from adaptive_fusion.bench.scenes import Item
-from adaptive_fusion.bench.scores import COUNTS, MIXED, QUALITIES, STAGES, IntArray, Scores, score_all, slices
+from adaptive_fusion.bench.scores import COUNTS, QUALITIES, STAGES, IntArray, Scores, score_all, slices, whole
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.metrics import bleu4, bleu_statistics, bootstrap, bootstrap_mean
 from adaptive_fusion.models import Adapter
-
-DRAWS = 1000
 
 
 def evaluate(
@@ -43,8 +41,8 @@ def evaluate(
     scores = score_all(items, answers)
     parts = slices(items)
     tables = summarise(scores, parts)
-    everything = MIXED if MIXED in tables else next(iter(tables))
-    comparisons = compare(scores, parts, cheap, draws=DRAWS)
+    everything = whole(parts)
+    comparisons = compare(scores, parts, cheap)
     return {
         "rows": {name: rung.to_dict() for name, rung in rows.items()},
         "cheap": cheap,
@@ -57,24 +55,24 @@ def evaluate(
 
 
 def summarise(
-    scores: Mapping[str, Scores], parts: Mapping[str, IntArray], *, seed: int = 0, draws: int = DRAWS
+    scores: Mapping[str, Scores], parts: Mapping[str, IntArray], *, draws: int = DRAWS
 ) -> dict[str, list[dict[str, Any]]]:
     """For each slice one record per row; qualities as {mean, low, high}, times as {median, p95, mean}, counts and GiB
     as means."""
-    return {name: [_record(row, scores, chosen, seed, draws) for row in scores] for name, chosen in parts.items()}
+    return {name: [_record(row, scores, chosen, draws) for row in scores] for name, chosen in parts.items()}
 
 
-def _record(row: str, scores: Mapping[str, Scores], chosen: IntArray, seed: int, draws: int) -> dict[str, Any]:
+def _record(row: str, scores: Mapping[str, Scores], chosen: IntArray, draws: int) -> dict[str, Any]:
     own = scores[row]
     record: dict[str, Any] = {"row": row, "n": len(chosen)}
     for key in QUALITIES:
         values = own.take(key, chosen)
-        record[key] = as_dict(bootstrap_mean(values, seed=seed, n=draws)) if len(values) else None
+        record[key] = as_dict(bootstrap_mean(values, seed=SEED, n=draws)) if len(values) else None
     statistics = own.bleu[chosen]
-    record["bleu4"] = as_dict(bootstrap(lambda at: bleu4(statistics[at]), len(chosen), seed=seed, n=draws))
+    record["bleu4"] = as_dict(bootstrap(lambda at: bleu4(statistics[at]), len(chosen), seed=SEED, n=draws))
     if NATIVE in scores and row != NATIVE:
         record["kept"] = {
-            key: ratio(own.take(key, chosen), scores[NATIVE].take(key, chosen), seed, draws)
+            key: ratio(own.take(key, chosen), scores[NATIVE].take(key, chosen), draws)
             for key in ("quality", "cider", "token_accuracy")
         }
     if own.timed:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive_fusion.bench.comparisons import describe
-from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.plots import new_figure, save_figure
 
 WIDTH = 220
 """Columns of a table when the output is not a terminal."""
@@ -184,9 +184,9 @@ def budget_notes(result: Mapping[str, Any]) -> list[str]:
 
 def plot_budget(result: Mapping[str, Any], path: Path) -> None:
     """Attainment against quality, one panel per trace, as PNG."""
-    plt = _pyplot()
     traces = result["traces"]
-    figure, axes = plt.subplots(1, len(traces), figsize=(3.2 * len(traces), 3.4), squeeze=False)
+    figure = new_figure(3.2 * len(traces), 3.4)
+    axes = figure.subplots(1, len(traces), squeeze=False)
     for axis, (name, rows) in zip(axes[0], traces.items(), strict=True):
         for row, values in rows.items():
             axis.scatter(values["attainment"], values["quality"], label=row, marker="*" if row == "ours" else "o")
@@ -194,39 +194,41 @@ def plot_budget(result: Mapping[str, Any], path: Path) -> None:
         axis.set(title=name, xlabel="attainment")
     axes[0][0].set_ylabel("mean quality")
     axes[0][0].legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_quality(result: Mapping[str, Any], path: Path) -> None:
     """Quality (CIDEr-D without a task score) against mean TTFT of every row, with the Pareto front, as PNG."""
-    plt = _pyplot()
     records = [r for r in result["slices"][result["pareto_slice"]] if "ttft_ms" in r]
-    figure, axes = plt.subplots(figsize=(10, 6))
+    figure = new_figure(10, 6)
+    from matplotlib import colormaps  # new_figure has said what to install where it is not there
+
+    axes = figure.subplots()
     worth = {r["row"]: r["quality"] or r["cider"] for r in records}
     at = {r["row"]: (r["ttft_ms"]["mean"], worth[r["row"]]["mean"]) for r in records}
     front = [at[row] for row in result["pareto"]]
     # A step each, and on to the slowest row: what the front gives for the time.
     xs, ys = [*(x for x, _ in front), max(x for x, _ in at.values())], [*(y for _, y in front), front[-1][1]]
     axes.step(xs, ys, where="post", color="0.6", lw=1.5, label="Pareto front")
-    colors = plt.get_cmap("tab20").colors
+    colors = colormaps["tab20"]
     for index, (row, (x, y)) in enumerate(at.items()):
         value, large = worth[row], row == "adaptive"
         errors = [[max(0.0, y - value["low"])], [max(0.0, value["high"] - y)]]
         look = {"fmt": "*" if large else "os^Dv"[index % 5], "ms": 14 if large else 6, "elinewidth": 0.8}
         label = row + (" (always cheap)" if row == result["cheap"] else "")
-        axes.errorbar(x, y, errors, color=colors[index % len(colors)], label=label, **look)
+        axes.errorbar(x, y, errors, color=colors(index % colors.N), label=label, **look)
     axes.set_xlabel("mean TTFT, ms")
     axes.set_ylabel("mean quality" if records[0]["quality"] else "CIDEr-D")
     axes.set_title(f"{Path(result['model']).name}, {result['pareto_slice']} set, {records[0]['n']} questions")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_costs(result: Mapping[str, Any], path: Path) -> None:
     """Encode and prefill of every row as bars, as PNG."""
-    plt = _pyplot()
     rows = result["rows"][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.35 * len(rows) + 1.5))
+    figure = new_figure(9, 0.35 * len(rows) + 1.5)
+    axes = figure.subplots()
     names = [record["row"] for record in rows]
     encode = [record["encode_ms"] for record in rows]
     axes.barh(names, encode, label="encode")
@@ -234,24 +236,7 @@ def plot_costs(result: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("ms (median)")
     axes.set_title(f"{result['size']}, {result['image']} x {result['image']} pixels")
     axes.legend()
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise AdaptiveFusionError("plots need matplotlib: pip install 'adaptive-fusion[train]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, format="png", dpi=130)
-    _pyplot().close(figure)
+    save_figure(figure, path)
 
 
 def _interval(value: Mapping[str, float] | None, digits: int = 2, *, percent: bool = False) -> str:

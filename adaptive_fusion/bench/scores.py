@@ -3,9 +3,8 @@
 Knows answers and metrics. Must not know of rows that belong together, means or tables.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from adaptive_fusion.bench.answers import Answer
 from adaptive_fusion.bench.scenes import Item
 from adaptive_fusion.learning.cider import cider_d
-from adaptive_fusion.learning.metrics import anls, bleu_statistics, matching_accuracy, tokenize
+from adaptive_fusion.learning.metrics import anls, bleu_statistics, exact_match, matching_accuracy, tokenize
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -45,6 +44,12 @@ def slices(items: Sequence[Item]) -> dict[str, IntArray]:
     return found if len(names) == 1 else {**found, MIXED: np.arange(len(items))}
 
 
+def whole(names: Iterable[str]) -> str:
+    """The slice of all items: `mixed`, or the only one there is."""
+    names = list(names)
+    return MIXED if MIXED in names else names[0]
+
+
 def score_all(items: Sequence[Item], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Scores]:
     """Quality, CIDEr-D, reading, matching, token accuracy and measurements of every row, per item.
 
@@ -61,7 +66,7 @@ def _scores(items: Sequence[Item], references: Sequence[Sequence[list[str]]], an
     quality = [item.score(answer.text, item.references) if item.score else None for item, answer in pairs]
     columns: dict[str, FloatArray] = {
         "quality": _column(quality),
-        "exact": _column(float(answer.text.strip() in item.references) for item, answer in pairs),
+        "exact": _column(exact_match(answer.text, item.references) for item, answer in pairs),
         "cider": cider_d(texts, references),
         "reading": _column(q if item.score is anls else None for item, q in zip(items, quality, strict=True)),
         "matching": _column(_matched(item, answer.likelihoods) for item, answer in pairs),
@@ -81,5 +86,5 @@ def _matched(item: Item, likelihoods: Sequence[float]) -> float | None:
     return float(matching_accuracy([likelihoods])[0])
 
 
-def _column(values: Any) -> FloatArray:
+def _column(values: Iterable[float | None]) -> FloatArray:
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -6,6 +6,7 @@ Knows an adapter and a meter. Must not know of scenes, scores or tables.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.meters import Meter
 from adaptive_fusion.models import Adapter, Encoded
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.timing import GenerationClock
+from adaptive_fusion.timing import GenerationClock, synchronize
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,22 @@ def run_request(
     """Prepare, encode and answer greedily; every stage is timed once.
 
     Args:
-        prepare: Gives the processor's tensors at the point's pixel budget; its time is `preprocess_ms`.
+        prepare: Gives the processor's tensors at the point's pixel budget, on the model's device; its time is
+            `preprocess_ms`.
         exactly: Generate `max_new_tokens` even past the end of the answer.
         earlier_ms: Spent on this request before (deciding); counted as preprocessing.
         clock: Seconds, monotonic.
     """
     model = adapter.model
-    synchronize = (lambda: torch.cuda.synchronize(model.device)) if model.device.type == "cuda" else None
+    ready = partial(synchronize, model.device)
     meter.start()
     began = clock()
-    inputs = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in prepare().items()}
+    inputs = prepare()
     prepared = clock()
     encoded = adapter.encode(inputs, point)
-    if synchronize is not None:
-        synchronize()
-    ready = clock()
-    timer = GenerationClock(clock, synchronize=synchronize)
+    ready()
+    encoded_s = clock()
+    timer = GenerationClock(clock, synchronize=ready)
     limits = {"min_new_tokens": max_new_tokens} if exactly else {}
     sequences = model.generate(
         **encoded.inputs,
@@ -73,8 +74,8 @@ def run_request(
     first = timer.first_s if timer.first_s is not None else ended
     measurement = Measurement(
         preprocess_ms=(prepared - began) * 1e3 + earlier_ms,
-        encode_ms=(ready - prepared) * 1e3,
-        prefill_ms=(first - ready) * 1e3,
+        encode_ms=(encoded_s - prepared) * 1e3,
+        prefill_ms=(first - encoded_s) * 1e3,
         decode_ms=(ended - first) * 1e3,
         ttft_ms=(first - began) * 1e3 + earlier_ms,
         latency_ms=(ended - began) * 1e3 + earlier_ms,

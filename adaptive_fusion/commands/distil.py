@@ -77,15 +77,13 @@ def distil(
 
 
 def _questions(inputs: list[Path], prompts: list[str]) -> list["Question"]:
-    """Every prompt about every medium; files that are none are named and left out."""
+    """Every prompt about every medium; files that cannot be read as one are named and left out."""
+    from adaptive_fusion.learning.references import media_files
     from adaptive_fusion.learning.teacher import Question
     from adaptive_fusion.media import load_media
 
-    files: list[Path] = []
-    for path in inputs:
-        files += sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     usable = []
-    for path in files:
+    for path in media_files(inputs):
         try:
             load_media(path)
         except MediaError as error:

@@ -178,11 +178,11 @@ class DeepStackFusion(nn.Module):
         for tap in self.taps:
             cast(TapFusion, tap).combine = combine
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the parameters and the spec to a safetensors file, replacing it whole or not at all."""
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+        """Write the parameters, as `dtype`, and the spec to a safetensors file, replacing it whole or not at all."""
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        tensors = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        tensors = {name: value.detach().to(dtype).contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, partial, metadata=self.spec.metadata())
         os.replace(partial, target)
 

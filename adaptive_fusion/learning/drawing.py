@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from adaptive_fusion.learning.evaluate import Report
@@ -14,13 +14,10 @@ def plot_curves(reports: Sequence["Report"], path: str | Path) -> None:
     """Write a PNG of cost against quality: each policy with its threshold, and the baselines of the first.
 
     Raises:
-        AdaptiveFusionError: If matplotlib is not installed.
+        MissingExtraError: Without matplotlib.
+        ConfigError: If the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise AdaptiveFusionError("a plot needs matplotlib: pip install 'adaptive-fusion[train]'") from error
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = new_figure(7, 5)
     axes = figure.subplots()
     first = reports[0]
     for name, style in (("random", "k:"), ("entropy", "C7--"), ("oracle", "k-.")):
@@ -34,4 +31,4 @@ def plot_curves(reports: Sequence["Report"], path: str | Path) -> None:
     axes.set_xlabel("mean cost of a request")
     axes.set_ylabel("mean quality")
     axes.legend(frameon=False)
-    figure.savefig(Path(path), dpi=120)
+    save_figure(figure, Path(path))

@@ -5,7 +5,6 @@ know how labels are fitted. Labels are log records (``event`` = ``label``, ``fee
 that one reader takes logs and labels alike; `join_labels` makes one table of them.
 """
 
-import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 from adaptive_fusion.decisions import SCHEMA, THUMBS, feedback_record
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.learning.logs import LogTable
+from adaptive_fusion.learning.tables import read_table
 
 SOURCES = ("feedback", "human", "oracle", "shadow")
 TRUSTED = ("human", "oracle", "shadow")
@@ -125,23 +125,20 @@ def human_labels(
         The labels, and for each row that could not be used its path and the reason.
 
     Raises:
-        ConfigError: For a file without those columns.
+        ConfigError: For a file that cannot be read or is without those columns.
     """
     file = Path(file)
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
-        columns = reader.fieldnames or []
-        given = [name for name in ("label", "score") if name in columns]
-        if "path" not in columns or len(given) != 1:
-            raise ConfigError(f"{file.name} has columns {list(columns)}; expected path and label or score")
-        rows = list(reader)
+    columns, rows = read_table(file)
+    given = [name for name in ("label", "score") if name in columns]
+    if "path" not in columns or len(given) != 1:
+        raise ConfigError(f"{file.name} has columns {columns}; expected path and label or score")
     targets, failed = _by_label(rows) if given == ["label"] else _by_rank(rows)
     labels = []
     for row, target in zip(rows, targets, strict=True):
         if target is None:
             continue
         try:
-            subject = describe(file.parent / row["path"])
+            subject = describe(file.parent / (row["path"] or ""))
         except AdaptiveFusionError as error:
             failed.append((row["path"], str(error)))
             continue
@@ -150,7 +147,7 @@ def human_labels(
     return labels, failed
 
 
-def _by_label(rows: list[dict[str, str]]) -> tuple[list[float | None], list[tuple[str, str]]]:
+def _by_label(rows: list[dict[str, Any]]) -> tuple[list[float | None], list[tuple[str, str]]]:
     targets = [_HUMAN.get((row["label"] or "").strip().lower()) for row in rows]
     failed = [
         (row["path"], f"label is {row['label']!r}; expected simple or complex")
@@ -160,7 +157,7 @@ def _by_label(rows: list[dict[str, str]]) -> tuple[list[float | None], list[tupl
     return targets, failed
 
 
-def _by_rank(rows: list[dict[str, str]]) -> tuple[list[float | None], list[tuple[str, str]]]:
+def _by_rank(rows: list[dict[str, Any]]) -> tuple[list[float | None], list[tuple[str, str]]]:
     scores = np.array([_finite(row["score"]) for row in rows])
     groups = [row.get("group") or "" for row in rows]
     targets: list[float | None] = [None] * len(rows)
@@ -194,24 +191,22 @@ def feedback_from_csv(file: str | Path, *, best: float = 1.0, worst: float = 0.0
     Ratings are ``up``, ``down`` or numbers from `worst` to `best` (stars: ``worst=1, best=5``).
 
     Raises:
-        ConfigError: For a file without those columns or a rating out of range.
+        ConfigError: For a file that cannot be read or is without those columns or a rating out of range.
     """
     file = Path(file)
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
-        columns = reader.fieldnames or []
-        if not {"request_id", "rating"} <= set(columns):
-            raise ConfigError(f"{file.name} has columns {list(columns)}; expected request_id and rating")
-        for row in reader:
-            text = (row["rating"] or "").strip().lower()
-            rating = text if text in THUMBS else (_finite(text) - worst) / (best - worst)
-            time_s = _finite(row.get("time_s"))
-            yield feedback_record(
-                row["request_id"],
-                rating,
-                source_id=row.get("source_id") or None,
-                time_s=0.0 if math.isnan(time_s) else time_s,
-            )
+    columns, rows = read_table(file)
+    if not {"request_id", "rating"} <= set(columns):
+        raise ConfigError(f"{file.name} has columns {columns}; expected request_id and rating")
+    for row in rows:
+        text = (row["rating"] or "").strip().lower()
+        rating = text if text in THUMBS else (_finite(text) - worst) / (best - worst)
+        time_s = _finite(row.get("time_s"))
+        yield feedback_record(
+            row["request_id"],
+            rating,
+            source_id=row.get("source_id") or None,
+            time_s=0.0 if math.isnan(time_s) else time_s,
+        )
 
 
 def shadow_record(

@@ -3,8 +3,6 @@
 Knows file names and texts. Must not know models, rungs or how an answer is scored.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.scoring import METRICS, Example
+from adaptive_fusion.learning.tables import read_table
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".mp4", ".mov", ".webm", ".mkv", ".avi"}
@@ -73,11 +72,10 @@ def read_references(file: str | Path, prompt: str, metric: str = "words") -> Ref
             paths that end in the same name.
     """
     file = Path(file)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"references {file.name!r} cannot be read: {error}") from error
-    rows = _coco(text, file.name) if file.suffix.lower() == ".json" else _table(text, file.name)
+    if file.suffix.lower() == ".json":
+        rows = [{"path": name, "reference": text} for name, texts in read_coco(file).items() for text in texts]
+    else:
+        rows = _table(file)
     found: References = {}
     paths: dict[str, str] = {}
     for row in rows:
@@ -91,36 +89,52 @@ def read_references(file: str | Path, prompt: str, metric: str = "words") -> Ref
     return found
 
 
-def _table(text: str, name: str) -> list[dict[str, str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"path", "reference"} <= set(reader.fieldnames or ()):
-        raise ConfigError(f"{name} has columns {list(reader.fieldnames or ())}; expected path and reference")
-    rows = list(reader)
+def read_coco(file: str | Path) -> dict[str, list[str]]:
+    """Captions in COCO's form, by `file_name`: of the images that have any, in the order of the file's images.
+
+    ``images`` have ``id`` and ``file_name``, ``annotations`` have ``image_id`` and ``caption``.
+
+    Raises:
+        ConfigError: For a file that cannot be read or is of another form, or an annotation of an unknown image.
+    """
+    file = Path(file)
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"captions file {file.name!r} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"captions file {file.name!r} is not valid JSON: {error}") from error
+    names = {_of(row, "id", int, str): _of(row, "file_name", str) for row in _list(values, "images")}
+    found: dict[str, list[str]] = {name: [] for name in names.values()}
+    for row in _list(values, "annotations"):
+        image = _of(row, "image_id", int, str)
+        if image not in names:
+            raise ConfigError(f"an annotation has image_id {image!r}; expected the id of one of {len(names)} images")
+        found[names[image]].append(_of(row, "caption", str))
+    return {name: texts for name, texts in found.items() if texts}
+
+
+def _table(file: Path) -> list[dict[str, Any]]:
+    columns, rows = read_table(file)
+    if not {"path", "reference"} <= set(columns):
+        raise ConfigError(f"{file.name} has columns {columns}; expected path and reference")
     for number, row in enumerate(rows, 2):
         if not row["path"] or row["reference"] is None:
-            raise ConfigError(f"{name} has no path or no reference in row {number}")
+            raise ConfigError(f"{file.name} has no path or no reference in row {number}")
     return rows
 
 
-def _coco(text: str, name: str) -> list[dict[str, str]]:
-    try:
-        values = json.loads(text)
-        images = {_of(row, "id", int | str): _of(row, "file_name", str) for row in values["images"]}
-        return [
-            {"path": images[_of(row, "image_id", int | str)], "reference": _of(row, "caption", str)}
-            for row in values["annotations"]
-        ]
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} is not valid JSON: {error}") from error
-    except (KeyError, TypeError) as error:
+def _list(values: Any, key: str) -> list[Any]:
+    rows = values.get(key) if isinstance(values, Mapping) else None
+    if not isinstance(rows, list):
         raise ConfigError(
-            f"{name} is not in COCO's caption format ({type(error).__name__}: {error}); expected images with id and "
-            "file_name, annotations with image_id and caption"
-        ) from error
+            f"captions file has {key} {type(rows).__name__}; expected COCO's lists images and annotations"
+        )
+    return rows
 
 
-def _of(row: Mapping[str, Any], key: str, kind: Any) -> Any:
-    value = row[key]
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{key} is {value!r}")
+def _of(row: Any, key: str, *kinds: type) -> Any:
+    value = row.get(key) if isinstance(row, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"captions file has {key} {value!r}; expected {' or '.join(k.__name__ for k in kinds)}")
     return value

@@ -231,7 +231,8 @@ def test_the_command_trains_on_a_folder_and_prints_one_object(tmp_path: Path, no
     for seed in range(3):
         noise_image(48, 32, seed).save(images / f"{seed}.png")
     noise_image(32, 32, 9).save(images / "more" / "9.jpg")
-    (images / "notes.txt").write_text("no image")
+    (images / "notes.txt").write_text("no image")  # a folder gives its images and clips only
+    (images / "torn.png").write_text("no image")
     out = tmp_path / "weighted.safetensors"
     call = ["INPUT", "--prompt", "Read the text.", "--fusion", "weighted", "--layers", "6", "--rank", "4"]
     call += [
@@ -254,7 +255,8 @@ def test_the_command_trains_on_a_folder_and_prints_one_object(tmp_path: Path, no
     assert (found["point"], found["steps"], found["trained_on"] + found["held_out"]) == ("weighted6r4@1", 2, 4)
     assert list(found["before"]["kl"]) == list(found["after"]["kl"]) == ["0.5"]
     assert found["after"]["kl"]["0.5"] <= found["before"]["kl"]["0.5"]
-    assert "notes.txt" in done.stderr and FusionSpec.read(out).strategy == "weighted"
+    assert "torn.png: MediaError" in done.stderr and "left out" in done.stderr and "notes.txt" not in done.stderr
+    assert FusionSpec.read(out).strategy == "weighted"
     again = json.loads(CliRunner().invoke(command.app, [*call, "--resume"]).stdout)
     assert again == found
     refused = CliRunner().invoke(command.app, [*call, "--fusion", "sum"])

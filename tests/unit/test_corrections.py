@@ -43,8 +43,8 @@ def test_misses_are_bounded_whatever_the_load_does(attainment: float) -> None:
         thought += choice.feasible
         missed += choice.feasible and latency > 150
     [margin] = controller.state()["latency"]["margins"]
-    assert margin["log"] < MARGIN_MAX
-    assert missed <= (1 - attainment) * 3000 + (margin["log"] - 0.4) / 0.05 + 1e-6
+    assert margin["log"] < MARGIN_MAX and margin["cut"] < 0.4
+    assert missed <= (1 - attainment) * 3000 + (margin["log"] + margin["cut"] - 0.4) / 0.05 + 1e-6
     assert thought > 1500
 
 

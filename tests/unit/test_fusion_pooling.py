@@ -129,6 +129,10 @@ def test_a_module_pools_each_ratio_by_its_own_law_and_keeps_it_in_its_file(strat
     fusion.save(tmp_path / "fusion.safetensors")
     loaded = DeepStackFusion.from_file(tmp_path / "fusion.safetensors")
     assert loaded.spec == spec
+    fusion.save(tmp_path / "half.safetensors", torch.float16)
+    half = DeepStackFusion.from_file(tmp_path / "half.safetensors")
+    for name, value in half.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name].half().float())
     for ratio, changed in ((1.0, False), (0.5, True), (0.25, True), (0.125, False)):
         found, same = fusion.pool(streams, GRIDS, ratio), loaded.pool(streams, GRIDS, ratio)
         for stream, one, other in zip(streams, found, same, strict=True):

@@ -236,6 +236,12 @@ def test_people_say_simple_or_complex_or_give_scores_ranked_in_their_group(tmp_p
         labels.write_text(f"{columns}\n")
         with pytest.raises(ConfigError, match="expected path and label or score"):
             human_labels(labels, describe)
+    labels.write_bytes(b"path,label\n\xff.png,simple\n")
+    for unreadable in (labels, tmp_path / "absent.csv"):
+        with pytest.raises(ConfigError, match=f"table '{unreadable.name}' cannot be read"):
+            human_labels(unreadable, describe)
+        with pytest.raises(ConfigError, match=f"table '{unreadable.name}' cannot be read"):
+            list(feedback_from_csv(unreadable))
 
 
 def test_ratings_written_beside_decisions_become_labels(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_folders_give_their_media_and_files_are_matched_with_references_by_name(
         "images": [{"id": 4, "file_name": "a.jpg"}],
         "annotations": [{"image_id": 4, "caption": "a cat"}, {"image_id": 4, "caption": "one cat"}],
     }
-    coco.write_text(json.dumps(values))
+    coco.write_text(json.dumps(values), encoding="utf-8-sig")
     assert read_references(coco, "Q", "exact") == {"a.jpg": {("Q", "exact"): ["a cat", "one cat"]}}
 
 
@@ -148,8 +148,9 @@ def test_folders_give_their_media_and_files_are_matched_with_references_by_name(
         ("r.csv", "path,reference\na.png\n", "row 2"),
         ("r.csv", "path,reference,metric\na.png,1,bleu\n", "metric is 'bleu'"),
         ("r.json", "{", "not valid JSON"),
-        ("r.json", '{"images": [], "annotations": [{"image_id": 9, "caption": "x"}]}', "COCO's caption format"),
-        ("r.json", '{"images": [{"id": true, "file_name": "a"}], "annotations": []}', "id is True"),
+        ("r.json", '{"images": [], "annotations": [{"image_id": 9, "caption": "x"}]}', "image_id 9; expected"),
+        ("r.json", '{"images": {}, "annotations": []}', "images dict; expected COCO's lists"),
+        ("r.json", '{"images": [{"id": true, "file_name": "a"}], "annotations": []}', "id True; expected int or str"),
         ("none.csv", None, "cannot be read"),
     ],
 )

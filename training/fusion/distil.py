@@ -12,9 +12,11 @@ import argparse
 import json
 import multiprocessing
 import random
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from adaptive_fusion.learning.distil import Settings, distil
 from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_mean, bootstrap_ratio
 from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, greedy, prepare
 from adaptive_fusion.models import GridAdapter
+from adaptive_fusion.policy import Policy
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -246,6 +249,17 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def ship(args: argparse.Namespace) -> None:
+    """Put the modules, in half precision, into the shipped policies; their ladders' figures are then of older ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for path in (module_path(args, name) for name in ("weighted", "gated")):
+            files.append(Path(folder) / path.name)
+            DeepStackFusion.from_file(path).save(files[-1], torch.float16)
+        for policy in ("balanced", "latency", "quality"):
+            replace(Policy.load(policy), fusion_weights=tuple(files)).save(args.ship / policy)
+
+
 def write(args: argparse.Namespace, entry: Mapping[str, Any]) -> None:
     """One line for the log and for whoever watches."""
     line = json.dumps({"time": round(time.time(), 1), **entry})
@@ -264,6 +278,7 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=48, help="evaluation scenes of dense and reading each")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache-gb", type=float, default=4.0, help="memory of each process for encoder levels")
+    parser.add_argument("--ship", type=Path, metavar="POLICIES", help="folder of policies that get the modules")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -295,6 +310,8 @@ def main() -> None:
     )
     (args.out / "table.md").write_text(table(records) + "\n", encoding="utf-8")
     print(table(records))
+    if args.ship:
+        ship(args)
 
 
 if __name__ == "__main__":

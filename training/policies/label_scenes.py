@@ -1,7 +1,7 @@
 """Label reference scenes at every rung that the shipped policies may use: what they are trained on and judged by.
 
-    python training/policies/label_scenes.py --out train.jsonl --scenes 600 --jobs 2
-    python training/policies/label_scenes.py --out eval.jsonl --scenes 300 --split eval --jobs 2
+    python training/policies/label_scenes.py --out runs/policies/train.jsonl --scenes 360 --jobs 2
+    python training/policies/label_scenes.py --out runs/policies/eval.jsonl --scenes 150 --split eval --jobs 2
 
 Half of the scenes are simple, the others dense, reading and clips in equal parts; each is asked every question
 that it has an answer to. Quality is element recall (describe), ANLS (read) or an exact match (clips) in free
@@ -32,7 +32,7 @@ def shipped_rungs() -> list[Rung]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="labels are appended to this file")
-    parser.add_argument("--scenes", type=int, default=600)
+    parser.add_argument("--scenes", type=int, default=360)
     parser.add_argument("--split", choices=("train", "eval"), default="train")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes")
     parser.add_argument("--sides", type=int, nargs=2, default=SIDES, metavar="PIXELS", help="of stills, least and most")

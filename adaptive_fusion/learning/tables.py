@@ -1,0 +1,24 @@
+"""Tables that people write: CSV files with a header, as rows of text.
+
+Must not know what the columns mean.
+"""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from adaptive_fusion.errors import ConfigError
+
+
+def read_table(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows of a CSV file in UTF-8, with or without a byte order mark; None where a row is too short.
+
+    Raises:
+        ConfigError: For a file that cannot be read.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
+        return list(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"table {file.name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
