@@ -147,7 +147,9 @@ class CpuMeter:
     Otherwise the holes that a request leaves in the heap stay resident until its end, and what it takes depends on the
     sizes of the requests before it: a third more than its tensors need, or not, at random. That costs time: about 15 %
     on the largest images of the reference model, little on small ones. In a process that ran requests unmeasured
-    before, the holes of those remain, and peaks are a fifth to a third higher until the controller has learned it. Free: ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
+    before, the holes of those remain, and peaks are a fifth to a third higher until the controller has learned it.
+
+    Free: ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
     Steps of the kernel's counters: about 0.1 MiB a thread.
 
     Args:
