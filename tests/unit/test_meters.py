@@ -195,6 +195,7 @@ HOLES = """
 import numpy as np
 from adaptive_fusion.meters import CpuMeter
 
+np.ones(16 << 20, np.uint8)  # freed at once: from now on glibc would keep blocks up to this size in the heap
 meter = CpuMeter()
 meter.start()
 assert meter.stop() is not None
