@@ -5,7 +5,8 @@
 Images have random sides, no two alike, and are simple or dense. The budget of each request is drawn between what its
 cheapest and its dearest operating point are predicted to need, margin included, so that most of them rule something
 out. A request exceeds its budget if its measured peak is more than 2 % above; one that nothing fits, in the
-controller's own opinion, is counted apart. Without a measured profile in the user's cache the model is calibrated
+controller's own opinion, is counted apart. The first request of a process is counted like any other, though it also
+brings libraries and kernels into memory. Without a measured profile in the user's cache the model is calibrated
 first.
 """
 
