@@ -15,6 +15,7 @@ from adaptive_fusion.commands import distil as command
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import FusionSpec
 from adaptive_fusion.learning.distil import Report, Settings, distil
+from adaptive_fusion.learning.levels import LevelCache
 from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, fingerprint, greedy, prepare
 from adaptive_fusion.models import GridAdapter, Recorded, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
@@ -37,6 +38,18 @@ def adapter(tiny_dense: Any, processor: Any) -> GridAdapter:
 def asked(noise_image: Any) -> list[Question]:
     sizes = [(64, 48), (96, 64), (48, 80), (64, 64), (80, 80), (112, 48)]
     return [Question(noise_image(*size, seed), "Describe the screen.") for seed, size in enumerate(sizes)]
+
+
+def test_levels_are_kept_up_to_the_bound_and_those_that_came_first_stay(
+    adapter: GridAdapter, asked: list[Question]
+) -> None:
+    levels = (1, 3)
+    sizes = [LevelCache(adapter, levels, 1.0).of(question)[1].nbytes for question in asked[:3]]
+    cache = LevelCache(adapter, levels, (sizes[0] + sizes[1]) / 2**30)
+    first = [cache.of(question)[1] for question in asked[:3]]
+    again = [cache.of(question)[1] for question in asked[:3]]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False]
+    assert cache.of(asked[0], 0.5)[1] is not first[0]
 
 
 @pytest.mark.parametrize("point", [NATIVE, POINT, OperatingPoint("weighted", 6, 0.25)], ids=lambda p: p.name)

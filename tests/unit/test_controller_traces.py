@@ -1,9 +1,7 @@
 """The controller on the simulated traces: what must hold does."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -13,14 +11,8 @@ from adaptive_fusion.bench.traces import TRACES, best_static, build, native, ora
 
 
 @pytest.fixture(scope="module")
-def simulation() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "controller.py"
-    spec = importlib.util.spec_from_file_location("controller_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def simulation(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("controller")
 
 
 @pytest.mark.parametrize("attainment", [0.95, 0.99])
