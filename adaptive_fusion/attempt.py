@@ -135,7 +135,8 @@ class Executor:
             decision = replace(decision, point=used, reason=reason)
         measurement = _measurement(done, task.arrived, peak)
         if done.clock.stopped_by is not None:
-            controller.miss(choice, measurement.latency_ms, ran=ran(), lost_ms=lost_ms)
+            kind = "cancelled" if done.clock.stopped_by == "cancelled" else "timeout"
+            controller.miss(choice, measurement.latency_ms, kind=kind, ran=ran(), lost_ms=lost_ms)
         else:
             controller.update(choice, measurement, ran=ran(), lost_ms=lost_ms)
         return Run(decision, measurement, done.sequences, done.reduced_length, done.clock.stopped_by)

@@ -9,25 +9,27 @@ milliseconds of operating point o on request x:
 
 - residual ``r = ln(measured / y) - m - d_o``, where m is the common drift and d_o the point's own; ``e``
   is r clipped to +-0.7; ``m += 0.08 e``; ``d_o = 0.995 d_o + 0.03 e``;
-- margin: ``q += 0.05 (miss - (1 - attainment))``, from 0.4, one q for each attainment level in use: the
-  tracker of adaptive conformal inference (Gibbs and Candes 2021, eq. 2). A missed deadline counts always,
-  a kept one only where the margin ruled out a better point, so that requests that are easy anyway do not
-  use up the margin of the others and the room that a coarse ladder leaves is used: whatever the load does,
-  misses <= (1 - attainment) n + (q_n + s - q_0) / 0.05, where s <= 0.4 is one cut at the start: after 20
-  residuals and ``attainment / (1 - attainment)`` more q falls to the largest of the latter, which is the
-  bound of split conformal prediction. Where the plan was not thought to fit, and for the levels of other
-  requests, miss is ``1[r > q]``;
+- spread: ``w += 0.03 (|e| - w)``, from 0.3, for all points together and likewise for each (its first residuals
+  averaged), which counts for as many of its residuals, up to 33, against 10 of all points: w_o;
+- risk: P(late) of a point is that of Student's t with 2 degrees of freedom, whose tails are as heavy as those of
+  latencies and whose distribution function has a closed form, of mean m + d_o and mean absolute deviation w_o, to
+  exceed ``ln((limit - elapsed) / y)``, where elapsed counts queueing; of several limits the largest;
 - step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of
   the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
-- choice: the highest quality with ``y exp(m + d_o + q) <= limit - elapsed`` for every limit set, where
-  elapsed counts queueing; ties go to the cheaper point. If none fits: the cheapest that fits in memory,
-  marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer is cut off
-  at the deadline, refusal needs more: a first token that is predicted, without margin, after the deadline;
+- choice: the highest worth ``quality - price x P(late)``, the Lagrangian of "the best quality at a share of misses of
+  at most 1 - attainment" (Altman 1999, chapter 3): misses are allowed where they buy most. Ties go to the cheaper
+  point. If nothing is worth more than 0: the cheapest that fits in memory, marked infeasible, or
+  `InfeasibleBudgetError` when the budget asks for refusal. Where the answer is cut off at the deadline, refusal needs
+  more: a first token that is predicted, without regard to risk, after the deadline;
+- price, one for each attainment level in use, by dual ascent: ``price += 0.3 (miss - (1 - attainment))``, from 2, at
+  least 1 (a late answer is worth nothing) and at most 50. Of requests not thought to fit only kept ones count. So,
+  whatever the load does and however wrong P(late) is, misses of requests thought to fit are at most
+  ``(1 - attainment) n + (price_n - 2) / 0.3``, as long as the price stays below its upper end;
 - a refusal measures nothing, so it lowers m by 0.02: else a controller that refuses everything would never
   find out that the load is over;
-- a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and a miss. If r <= 0 the cut came
-  before the expected end and says nothing of the drift: then it only counts as a miss, and only if the
-  plan was thought to fit;
+- a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and, if it was thought to fit, as a miss. If
+  r <= 0 the cut came before the expected end and says nothing of the drift. A request that was given up by whoever
+  asked is a miss only if it was late by then;
 - memory: a point fits if ``predicted * v <= min(free, vram_gb)``, with v the upper envelope of measured /
   predicted: its maximum x 1.05, forgotten by 0.02 % a request; an out-of-memory error raises v by 5 %;
 - hysteresis, only after out of memory (on predicted memory) and overload (on predicted time): points
@@ -45,13 +47,19 @@ from typing import Any
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.corrections import Corrections
 from adaptive_fusion.decisions import Measurement, Prediction, Rejected
-from adaptive_fusion.drift import Drift, number
+from adaptive_fusion.drift import Drift, exceeds, number
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 from adaptive_fusion.point import OperatingPoint
 
-SCHEMA = 2
-MISS_KINDS = ("oom", "overload", "timeout")
+SCHEMA = 3
+MISS_KINDS = ("cancelled", "oom", "overload", "timeout")
 STALE_S = 600.0
+
+_Found = tuple[float, Drift | None, str, tuple[Any, ...]]
+"""P(late), the drift it comes from, and why in words and numbers: put together only for the log."""
+_Seen = tuple["Candidate", float, Drift | None, str, tuple[Any, ...]]
+_LATE = "{} {:.0f} of {:.0f} ms, late with {:.0f} %"
+_NO_LIMIT: _Found = (0.0, None, "best quality, no time limit set", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +84,10 @@ class Candidate:
 class Choice:
     """What the controller chose and why.
 
-    `margin` is the factor on the predicted time of the tightest limit (drift and safety together);
-    `rejected` holds the points of higher quality that did not fit, with reasons; `limited` names the
-    limits that ruled them out. `feasible` is the controller's own opinion.
+    `p_late` is the risk that it misses a limit, 0 without one. `margin` is the factor on its predicted time, of the
+    limit with the highest risk, that it stays below with the probability that the budget asks for (`attainment`).
+    `rejected` holds the points of at least its quality that were not taken, with reasons. `feasible` is the
+    controller's own opinion.
     """
 
     candidate: Candidate
@@ -89,7 +98,7 @@ class Choice:
     budget: Budget
     elapsed_ms: float
     decided_s: float
-    limited: tuple[str, ...] = ()
+    p_late: float = 0.0
 
     @property
     def point(self) -> OperatingPoint:
@@ -165,59 +174,60 @@ class Controller:
                 else:
                     counts["ignored"] += 1
                     usable = [min(usable, key=lambda row: candidates[row[2]].predicted.peak_memory_gb)]
-            limits: list[tuple[str, float, Drift, float]] = []
-            for name, limit, drift in (
-                ("latency", budget.latency_ms, learned.latency),
-                ("ttft", budget.ttft_ms, learned.ttft),
-            ):
-                if limit is not None:
-                    limits.append((name, limit - elapsed_ms, drift, drift.margin(budget.attainment)))
-            envelope = math.exp(learned.memory)
-            rejected: list[Rejected] = []
-            limited: tuple[str, ...] = ()
-            for _, total, index, ttft in usable:
-                candidate = candidates[index]
-                point = candidate.point
-                needed = candidate.predicted.peak_memory_gb * envelope
-                margin, tightest, why, reason = 1.0, -1.0, "", "best quality, no time limit set"
-                if needed > memory_left:
-                    why = f"memory {needed:.3g} > {memory_left:.3g} GiB"
-                elif candidate.predicted.peak_memory_gb >= learned.memory_ceiling.limit:
-                    why = "memory: too near a point that ran out of it"
-                elif total >= learned.time_ceiling.limit:
-                    why = "overload: too near a point that was too slow"
-                else:
-                    for name, left, drift, safety in limits:
-                        factor = math.exp(drift.common + drift.points.get(candidate.key, 0.0) + safety)
-                        expected = factor * (total if name == "latency" else ttft)
-                        if expected > left:
-                            why = f"{name} {expected:.0f} > {left:.0f} ms"
-                            if name not in limited:
-                                limited += (name,)
-                            break
-                        if expected > tightest * left:
-                            tightest, margin = expected / left if left else 1.0, factor
-                            reason = f"best quality that fits: {name} {expected:.0f} <= {left:.0f} ms"
-                if not why:
-                    return Choice(candidate, True, margin, reason, tuple(rejected), budget, elapsed_ms, now, limited)
-                rejected.append(Rejected(point, why, candidate.predicted))
-            counts["infeasible"] += 1
-            fallback = self._cheapest(candidates, usable, memory_left / envelope)
-            why = next(row.reason for row in rejected if row.point == fallback.point)
-            if budget.on_infeasible == "refuse" and self._hopeless(
-                fallback, budget, elapsed_ms, memory_left / envelope
-            ):
-                self._refuse()
-                raise InfeasibleBudgetError(
-                    f"no operating point fits the budget; the cheapest, {fallback.point.name}: {why}"
+            limits = [
+                (name, limit - elapsed_ms, drift)
+                for name, limit, drift in (
+                    ("latency", budget.latency_ms, learned.latency),
+                    ("ttft", budget.ttft_ms, learned.ttft),
                 )
-            margin = 1.0
-            if limits:
-                _, _, drift, safety = limits[0]
-                margin = math.exp(drift.common + drift.points.get(fallback.key, 0.0) + safety)
-            others = tuple(row for row in rejected if row.point != fallback.point)
-            reason = f"nothing fits, cheapest taken: {why}"
-            return Choice(fallback, False, margin, reason, others, budget, elapsed_ms, now, limited)
+                if limit is not None
+            ]
+            price = learned.price(budget.attainment).value if limits else 0.0
+            envelope = math.exp(learned.memory)
+            seen: list[_Seen] = []
+            best, worth = -1, 0.0
+            found: _Found
+            for negative, total, index, ttft in usable:
+                if best >= 0 and -negative <= worth:
+                    break  # no risk is below 0, so no point of this quality or less is worth more
+                candidate = candidates[index]
+                needed = candidate.predicted.peak_memory_gb
+                if needed * envelope > memory_left:
+                    found = (1.0, None, "memory {:.3g} > {:.3g} GiB", (needed * envelope, memory_left))
+                elif needed >= learned.memory_ceiling.limit:
+                    found = (1.0, None, "memory: too near a point that ran out of it", ())
+                elif total >= learned.time_ceiling.limit:
+                    found = (1.0, None, "overload: too near a point that was too slow", ())
+                elif not limits:
+                    found, best, worth = _NO_LIMIT, len(seen), -negative
+                else:
+                    found = _risk(candidate.key, ttft, total, limits)
+                    net = -negative - price * found[0]
+                    if net > worth:
+                        best, worth = len(seen), net
+                seen.append((candidate, *found))
+            if best >= 0:
+                chosen, p_late, drift, words, numbers = seen[best]
+                why = words.format(*numbers)
+                reason = f"best quality for its risk: {why}" if limits else why
+                others = seen[:best]
+            else:
+                counts["infeasible"] += 1
+                cheapest = self._cheapest(candidates, usable, memory_left / envelope)
+                chosen, p_late, drift, words, numbers = next(row for row in seen if row[0] is cheapest)
+                why = words.format(*numbers)
+                if budget.on_infeasible == "refuse" and self._hopeless(
+                    chosen, budget, elapsed_ms, memory_left / envelope
+                ):
+                    self._refuse()
+                    raise InfeasibleBudgetError(
+                        f"no operating point fits the budget; the cheapest, {chosen.point.name}: {why}"
+                    )
+                reason = f"nothing fits, cheapest taken: {why}"
+                others = [row for row in seen if row[0] is not chosen]
+            margin = drift.margin(chosen.key, budget.attainment) if drift is not None else 1.0
+            rejected = tuple(Rejected(row[0].point, row[3].format(*row[4]), row[0].predicted) for row in others)
+            return Choice(chosen, best >= 0, margin, reason, rejected, budget, elapsed_ms, now, p_late)
 
     def _cheapest(
         self,
@@ -231,9 +241,9 @@ class Controller:
         memory_left = min(memory_left, self._learned.memory_ceiling.limit)
         rows = [(total, candidates[index]) for _, total, index, _ in usable]
         fitting = [row for row in rows if row[1].predicted.peak_memory_gb < memory_left]
-        drift = self._learned.latency.points
+        drift = self._learned.latency
         if fitting:
-            return min(fitting, key=lambda row: row[0] * math.exp(drift.get(row[1].key, 0.0)))[1]
+            return min(fitting, key=lambda row: row[0] * drift.factor(row[1].key))[1]
         return min(rows, key=lambda row: (row[1].predicted.peak_memory_gb, row[0]))[1]
 
     def _hopeless(self, fallback: Candidate, budget: Budget, elapsed_ms: float, memory_left: float) -> bool:
@@ -293,7 +303,6 @@ class Controller:
                 choice.budget,
                 before_ms=choice.elapsed_ms + lost_ms,
                 feasible=choice.feasible,
-                limited=choice.limited if ran is None else (),
             )
 
     def miss(
@@ -310,8 +319,9 @@ class Controller:
         Args:
             choice: What `choose` returned for it.
             censored_ms: When it was cut off, from arrival: the latency is at least this.
-            kind: ``timeout`` (stopped at its deadline), ``overload`` (given up as far too slow) or ``oom``
-                (this try ran out of memory; if the request is tried again, `update` or `miss` follows).
+            kind: ``timeout`` (stopped at its deadline), ``overload`` (given up as far too slow), ``cancelled`` (given
+                up by whoever asked) or ``oom`` (this try ran out of memory; if the request is tried again, `update`
+                or `miss` follows).
             ran: The candidate that really ran, if not the chosen one.
             lost_ms: The part of `censored_ms` that earlier failed tries took.
 
@@ -321,14 +331,16 @@ class Controller:
         if kind not in MISS_KINDS:
             raise ConfigError(f"kind of miss is {kind!r}; expected one of {', '.join(MISS_KINDS)}")
         candidate = choice.candidate if ran is None else ran
+        limit = choice.budget.latency_ms
+        late = limit is not None and (kind in ("overload", "timeout") or (kind == "cancelled" and censored_ms > limit))
         with self._lock:
-            self._learned.counts["misses"] += 1
+            self._learned.counts["cancelled" if kind == "cancelled" else "misses"] += 1
             self._learned.cut_off(
                 candidate.key,
                 candidate.predicted,
                 censored_ms - choice.elapsed_ms - lost_ms,
                 choice.budget.attainment,
-                late=kind != "oom" and choice.feasible and choice.budget.latency_ms is not None,
+                late=late and choice.feasible,
                 kind=kind,
             )
 
@@ -358,3 +370,21 @@ class Controller:
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"controller state is incomplete or malformed: {error!r}") from None
         return controller
+
+
+def _risk(key: str, ttft_ms: float, latency_ms: float, limits: Sequence[tuple[str, float, Drift]]) -> _Found:
+    """P(late) of a point at the limit where it is highest."""
+    worst, found = -1.0, _NO_LIMIT
+    for name, left_ms, drift in limits:
+        predicted_ms = latency_ms if name == "latency" else ttft_ms
+        middle, scale = drift.expect(key)
+        if left_ms <= 0.0:
+            risk = 1.0
+        elif predicted_ms <= 0.0:
+            risk = 0.0
+        else:
+            risk = exceeds(math.log(left_ms) - math.log(predicted_ms), middle, scale)
+        if risk > worst:
+            worst = risk
+            found = (risk, drift, _LATE, (name, predicted_ms * math.exp(middle), left_ms, 100.0 * risk))
+    return found

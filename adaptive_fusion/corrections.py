@@ -1,4 +1,4 @@
-"""What the controller has learned: drift and margins of both times, the envelope of memory, ceilings after failures.
+"""What the controller has learned: drift of both times, prices of a miss, the envelope of memory, ceilings.
 
 Knows predictions, measurements and limits. Knows nothing of candidates on offer or how one is chosen, and nothing of
 clocks and threads: `controller` states the law that this is the learning half of, and holds the lock.
@@ -10,7 +10,9 @@ from typing import Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.decisions import Measurement, Prediction
-from adaptive_fusion.drift import CLIP, Ceiling, Drift, number
+from adaptive_fusion.drift import CLIP, PRICE_MAX, PRICE_MIN, Ceiling, Drift, Price, number
+
+MAX_LEVELS = 16
 
 _MEMORY_HEADROOM, _MEMORY_FORGET = math.log(1.05), 0.0002
 
@@ -24,9 +26,19 @@ class Corrections:
 
     def __init__(self, memory_margin: float) -> None:
         self.ttft, self.latency = Drift(), Drift()
+        self.prices: dict[float, Price] = {}
         self.memory = math.log(number(memory_margin, 1.0, 4.0))
         self.memory_ceiling, self.time_ceiling = Ceiling(), Ceiling()
-        self.counts = dict.fromkeys(("updates", "misses", "ooms", "ignored"), 0)
+        self.counts = dict.fromkeys(("updates", "misses", "ooms", "cancelled", "ignored"), 0)
+
+    def price(self, attainment: float) -> Price:
+        """The price of a miss for requests of this attainment level; at most 16 levels are kept."""
+        found = self.prices.get(attainment)
+        if found is None:
+            if len(self.prices) >= MAX_LEVELS:
+                del self.prices[next(iter(self.prices))]
+            found = self.prices[attainment] = Price()
+        return found
 
     def finished(
         self,
@@ -37,7 +49,6 @@ class Corrections:
         *,
         before_ms: float,
         feasible: bool,
-        limited: tuple[str, ...],
     ) -> None:
         """Learn from a request that ran to its end.
 
@@ -49,20 +60,20 @@ class Corrections:
             budget: The limits it had.
             before_ms: The part of the measured times that passed before it was run.
             feasible: Whether it was thought to fit.
-            limited: The limits that ruled a better point out.
         """
-        for name, drift, limit, taken, expected in (
-            ("latency", self.latency, budget.latency_ms, measured.latency_ms, predicted.latency_ms),
-            ("ttft", self.ttft, budget.ttft_ms, measured.ttft_ms, predicted.ttft_ms),
+        late: list[bool] = []
+        for drift, limit, taken, expected in (
+            (self.latency, budget.latency_ms, measured.latency_ms, predicted.latency_ms),
+            (self.ttft, budget.ttft_ms, measured.ttft_ms, predicted.ttft_ms),
         ):
             ratio = self._log_ratio(taken - before_ms, expected)
             if ratio is None:
                 continue
-            signal = None
-            if limit is not None and feasible:
-                allowed = 1.0 - budget.attainment
-                signal = 1.0 - allowed if taken > limit else -allowed if name in limited else 0.0
-            drift.learn(key, ratio, budget.attainment, signal)
+            drift.learn(key, ratio)
+            if limit is not None:
+                late.append(taken > limit)
+        if late and (feasible or not any(late)):
+            self.price(budget.attainment).move(budget.attainment, missed=any(late))
         self.memory_ceiling.passed()
         self.time_ceiling.passed()
         if measured.peak_memory_gb != 0.0:
@@ -74,10 +85,14 @@ class Corrections:
     def cut_off(
         self, key: str, predicted: Prediction, censored_ms: float, attainment: float, *, late: bool, kind: str
     ) -> None:
-        """Learn from a try that did not finish within `censored_ms`; `late` if it was thought to meet a deadline."""
+        """Learn from a try that did not finish within `censored_ms`; `late` if it was thought to meet a deadline and
+        did not.
+        """
         ratio = self._log_ratio(censored_ms, predicted.latency_ms)
         if ratio is not None:
-            self.latency.learn(key, ratio, attainment, attainment if late else None, censored=True)
+            self.latency.learn(key, ratio, censored=True)
+            if late:
+                self.price(attainment).move(attainment, missed=True)
         if kind == "oom":
             self.counts["ooms"] += 1
             self.memory = min(self.memory + _MEMORY_HEADROOM, CLIP + _MEMORY_HEADROOM)
@@ -105,6 +120,7 @@ class Corrections:
         return {
             "latency": self.latency.state(),
             "ttft": self.ttft.state(),
+            "prices": [{"attainment": level, "value": price.value} for level, price in self.prices.items()],
             "memory": self.memory,
             "memory_ceiling": self.memory_ceiling.state(),
             "time_ceiling": self.time_ceiling.state(),
@@ -114,6 +130,8 @@ class Corrections:
         """Take on `state`'s values; raises as reading it does (KeyError, TypeError, ConfigError...)."""
         self.latency.restore(state["latency"])
         self.ttft.restore(state["ttft"])
+        for row in state["prices"][:MAX_LEVELS]:
+            self.price(number(row["attainment"], 0.0, 1.0)).value = number(row["value"], PRICE_MIN, PRICE_MAX)
         self.memory = number(state["memory"], -1.0, 2.0)
         self.memory_ceiling.restore(state["memory_ceiling"])
         self.time_ceiling.restore(state["time_ceiling"])

@@ -86,6 +86,8 @@ class Decision:
     judgement: two numbers. `propensity` is the probability with which `point` was chosen (1.0 unless exploring), so
     that explored traffic can be evaluated off-policy. `rung` names the ladder's step, the same for every size of input,
     where `point` holds the pixels of this one.
+    `p_late` is the risk taken that a limit is missed; the predicted times x `margin` are kept with the probability
+    that the budget asks for (`attainment`).
     """
 
     request_id: str
@@ -101,6 +103,7 @@ class Decision:
     feasible: bool = True
     propensity: float = 1.0
     margin: float = 1.0
+    p_late: float = 0.0
     elapsed_ms: float = 0.0
     budget: Mapping[str, Any] = field(default_factory=dict)
     prompt_features: Mapping[str, float] = field(default_factory=dict)
@@ -120,7 +123,7 @@ class Decision:
             p = self.predicted
             lines.append(
                 f"  predicted encode {p.encode_ms:.1f} + prefill {p.prefill_ms:.1f} + decode {p.decode_ms:.1f} ms"
-                f" (x{self.margin:.2f} margin), {p.peak_memory_gb:.3f} GiB"
+                f" (x{self.margin:.2f} margin, late with {100 * self.p_late:.0f} %), {p.peak_memory_gb:.3f} GiB"
             )
         if took is not None:
             memory = f", {took.peak_memory_gb:.3f} GiB" if took.peak_memory_gb else ""
@@ -169,6 +172,7 @@ def record(
         "budget": dict(decision.budget),
         "feasible": decision.feasible,
         "predicted": asdict(decision.predicted) if decision.predicted else None,
+        "p_late": decision.p_late,
         "reason": decision.reason,
         "measurement": asdict(measurement) if measurement else None,
         "finish_reason": finish_reason,

@@ -1,8 +1,8 @@
-"""What the controller learns: drift and margin of one measured time, and ceilings that fall at once and
+"""What the controller learns: drift and spread of a measured time, the price of a miss, ceilings that fall at once and
 rise slowly.
 
-Pure arithmetic on logarithms, deterministic and always finite; knows no points, budgets or requests.
-`controller` states the law that these are parts of.
+Pure arithmetic, deterministic and always finite; knows no points, budgets or requests. `controller` states the law that
+these are parts of.
 """
 
 import math
@@ -14,19 +14,22 @@ from typing import Any
 from adaptive_fusion.errors import ConfigError
 
 CLIP = 0.7
-MARGIN_MAX = 3.0
 BOUND = 8.0
 MAX_POINTS = 256
-MAX_LEVELS = 16
 MAX_KEY = 200
+PRICE_MIN, PRICE_MAX = 1.0, 50.0
 
 _COMMON_GAIN = 0.08
 _POINT_GAIN, _POINT_KEEP = 0.03, 0.995
-_MARGIN_GAIN, _MARGIN_START = 0.05, 0.4
-_SETTLING, _MOST_SEEN = 20, 1000
+_SPREAD_GAIN, _SPREAD_START, _SPREAD_MIN = 0.03, 0.3, 0.005
+_SHRINK = 10
+_SCALE = 1.0 / math.sqrt(2.0)  # mean absolute value to scale, of Student's t with 2 degrees of freedom
+_MOST_SEEN = 33
+_PRICE_GAIN, _PRICE_START = 0.3, 2.0
 _SLACK, _UP, _DOWN = 0.12, 0.6, 1.0
 _STEP, _WAIT, _MAX_WAIT = 1.25, 25, 1600
 _FADE = 0.02
+_MARGIN_MAX = 3.0
 
 
 def number(value: Any, low: float, high: float) -> float:
@@ -36,89 +39,80 @@ def number(value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-class Margin:
-    """The safety margin of one attainment level: `log`, and what its start is cut by once enough was seen.
+class Price:
+    """What a miss costs at one attainment level, in answers of quality 1."""
 
-    Of n exchangeable residuals the next one exceeds the largest with probability 1 / (n + 1) (split conformal
-    prediction, Vovk et al. 2005). So after the first residuals, in which the drift is still being learned, and
-    `attainment / (1 - attainment)` more, the margin starts anew at the largest of these, if that is less.
-    """
+    __slots__ = ("value",)
 
-    __slots__ = ("cut", "largest", "log", "needed", "seen")
+    def __init__(self) -> None:
+        self.value = _PRICE_START
 
-    def __init__(self, attainment: float) -> None:
-        self.log, self.cut = _MARGIN_START, 0.0
-        self.seen, self.largest = 0, 0.0
-        enough = attainment / max(1.0 - attainment, 1e-9)
-        self.needed = _SETTLING + math.ceil(enough - 1e-9) if enough < _MOST_SEEN else 0
+    def move(self, attainment: float, *, missed: bool) -> None:
+        step = attainment if missed else attainment - 1.0
+        self.value = min(max(self.value + _PRICE_GAIN * step, PRICE_MIN), PRICE_MAX)
 
-    def move(self, step: float) -> None:
-        self.log = min(max(self.log + _MARGIN_GAIN * step, 0.0), MARGIN_MAX)
 
-    def see(self, residual: float) -> None:
-        if self.seen >= self.needed:
-            return
-        self.seen += 1
-        if self.seen > _SETTLING:
-            self.largest = max(self.largest, min(residual, MARGIN_MAX))
-        if self.seen == self.needed and self.largest < self.log:
-            self.cut = self.log - self.largest
-            self.log = self.largest
+class _Own:
+    """A point's own part: its offset from the common drift, and its residuals' mean absolute value."""
+
+    __slots__ = ("offset", "seen", "spread")
+
+    def __init__(self, offset: float = 0.0, spread: float = 0.0, seen: int = 0) -> None:
+        self.offset, self.spread, self.seen = offset, spread, seen
+
+
+_UNSEEN = _Own()
 
 
 class Drift:
-    """Log-space correction and margin of one measured quantity; see the module for the law."""
+    """Log-space correction and spread of one measured quantity; see the module for the law."""
 
-    __slots__ = ("common", "down", "margins", "points", "recent", "steps", "up")
+    __slots__ = ("common", "down", "points", "recent", "spread", "steps", "up")
 
     def __init__(self) -> None:
         self.common = 0.0
-        self.points: dict[str, float] = {}
-        self.margins: dict[float, Margin] = {}
+        self.spread = _SPREAD_START
+        self.points: dict[str, _Own] = {}
         self.up = self.down = 0.0
         self.recent: deque[float] = deque(maxlen=4)
         self.steps = 0
 
-    def margin(self, attainment: float) -> float:
-        found = self.margins.get(attainment)
-        if found is None:
-            if len(self.margins) >= MAX_LEVELS:
-                del self.margins[next(iter(self.margins))]
-            found = self.margins[attainment] = Margin(attainment)
-        return found.log
+    def expect(self, key: str) -> tuple[float, float]:
+        """Logarithm of measured / predicted to expect of a point, and the scale of Student's t around it."""
+        own = self.points.get(key, _UNSEEN)
+        spread = (own.seen * own.spread + _SHRINK * self.spread) / (own.seen + _SHRINK)
+        return self.common + own.offset, _SCALE * max(spread, _SPREAD_MIN)
 
     def factor(self, key: str) -> float:
-        """Measured / predicted to expect of a point, without margin."""
-        return math.exp(self.common + self.points.get(key, 0.0))
+        """Measured / predicted to expect of a point."""
+        return math.exp(self.expect(key)[0])
+
+    def margin(self, key: str, probability: float) -> float:
+        """The factor on a prediction that a point's time stays below with this probability, at most e^3 its own."""
+        middle, scale = self.expect(key)
+        rest = max(2.0 * probability * (1.0 - probability), 1e-12)
+        return math.exp(middle + min(max(scale * (2.0 * probability - 1.0) / math.sqrt(rest), 0.0), _MARGIN_MAX))
 
     def fade(self) -> None:
         """Expect a little less, where nothing is measured any more."""
         self.common = max(self.common - _FADE, -BOUND)
 
-    def learn(self, key: str, log_ratio: float, level: float, signal: float | None, *, censored: bool = False) -> None:
-        """Take in one request: `signal` moves the margin of its own level; None stands for the quantile
-        rule.
-        """
-        own = self.points.get(key, 0.0)
-        residual = log_ratio - self.common - own
-        known = not censored or residual > 0.0
-        for each, margin in self.margins.items():
-            if each == level and signal is not None:
-                step = signal
-            elif known:
-                step = each - 1.0 + (residual > margin.log)
-            else:
-                continue
-            margin.move(step)
-            if known:
-                margin.see(residual)
-        if not known:
+    def learn(self, key: str, log_ratio: float, *, censored: bool = False) -> None:
+        """Take in one measured time; one that was `censored` says something only if it is above what is expected."""
+        own = self.points.get(key)
+        residual = log_ratio - self.common - (own.offset if own else 0.0)
+        if censored and residual <= 0.0:
             return
+        if own is None:
+            if len(self.points) >= MAX_POINTS:
+                del self.points[next(iter(self.points))]
+            own = self.points[key] = _Own()
         error = min(max(residual, -CLIP), CLIP)
         common = self.common + _COMMON_GAIN * error
-        if key not in self.points and len(self.points) >= MAX_POINTS:
-            del self.points[next(iter(self.points))]
-        self.points[key] = _POINT_KEEP * own + _POINT_GAIN * error
+        own.offset = _POINT_KEEP * own.offset + _POINT_GAIN * error
+        own.seen = min(own.seen + 1, _MOST_SEEN)
+        own.spread += max(_SPREAD_GAIN, 1.0 / own.seen) * (abs(error) - own.spread)
+        self.spread += _SPREAD_GAIN * (abs(error) - self.spread)
         self.recent.append(error)
         self.up = max(0.0, self.up + error - _SLACK)
         self.down = max(0.0, self.down - error - _SLACK)
@@ -131,11 +125,10 @@ class Drift:
     def state(self) -> dict[str, Any]:
         return {
             "common": self.common,
-            "points": dict(self.points),
-            "margins": [
-                {"attainment": level, "log": m.log, "seen": m.seen, "largest": m.largest, "cut": m.cut}
-                for level, m in self.margins.items()
-            ],
+            "spread": self.spread,
+            "points": {
+                key: {"offset": own.offset, "spread": own.spread, "seen": own.seen} for key, own in self.points.items()
+            },
             "up": self.up,
             "down": self.down,
             "recent": list(self.recent),
@@ -144,16 +137,23 @@ class Drift:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.common = number(state["common"], -BOUND, BOUND)
+        self.spread = number(state["spread"], 0.0, CLIP)
         self.up, self.down = (number(state[name], 0.0, 2.0) for name in ("up", "down"))
         self.recent.extend(number(value, -CLIP, CLIP) for value in state["recent"])
         self.steps = int(number(state["steps"], 0, 1e15))
-        for key, value in list(state["points"].items())[:MAX_POINTS]:
-            self.points[str(key)[:MAX_KEY]] = number(value, -BOUND, BOUND)
-        for row in state["margins"][:MAX_LEVELS]:
-            level = number(row["attainment"], 0.0, 1.0)
-            margin = self.margins[level] = Margin(level)
-            margin.log, margin.largest = (number(row[name], 0.0, MARGIN_MAX) for name in ("log", "largest"))
-            margin.seen, margin.cut = int(number(row["seen"], 0, 1e6)), number(row["cut"], 0.0, MARGIN_MAX)
+        for key, row in list(state["points"].items())[:MAX_POINTS]:
+            offset, spread = number(row["offset"], -BOUND, BOUND), number(row["spread"], 0.0, CLIP)
+            self.points[str(key)[:MAX_KEY]] = _Own(offset, spread, int(number(row["seen"], 0, _MOST_SEEN)))
+
+
+def exceeds(log_room: float, middle: float, scale: float) -> float:
+    """P(a time exceeds its room), where ln(time / predicted) is Student's t with 2 degrees of freedom around `middle`.
+
+    Heavy-tailed as latencies are, with a distribution function in closed form; `log_room` is ln(room / predicted), and
+    a residual's mean absolute value is `scale` times the square root of 2.
+    """
+    t = (log_room - middle) / scale
+    return 0.5 - 0.5 * t / math.sqrt(2.0 + t * t)
 
 
 class Ceiling:

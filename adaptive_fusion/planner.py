@@ -99,6 +99,7 @@ class Planner:
             feasible=choice.feasible,
             propensity=propensity,
             margin=choice.margin,
+            p_late=choice.p_late,
             elapsed_ms=ask.elapsed_ms,
             budget=budget.to_dict(),
             prompt_features=features,

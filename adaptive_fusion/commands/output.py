@@ -129,6 +129,7 @@ def decision_fields(decision: "Decision") -> dict[str, Any]:
         "feasible": decision.feasible,
         "budget": dict(decision.budget),
         "margin": decision.margin,
+        "p_late": decision.p_late,
         "predicted": asdict(decision.predicted) if decision.predicted else None,
         "rejected": [{"point": row.point.to_dict(), "reason": row.reason} for row in decision.rejected],
     }

@@ -89,7 +89,7 @@ def _panel(name: str, reply: "Reply") -> Panel:
         rows.add_row(
             "predicted",
             f"first token {said.ttft_ms:.0f} ms, latency {said.latency_ms:.0f} ms (x{decision.margin:.2f} margin: "
-            f"{first}, {whole}), {said.peak_memory_gb:.3f} GiB",
+            f"{first}, {whole}; late with {100 * decision.p_late:.0f} %), {said.peak_memory_gb:.3f} GiB",
         )
     for row in decision.rejected:
         rows.add_row("not", f"{row.point.name}: {row.reason}")

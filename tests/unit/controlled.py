@@ -1,6 +1,7 @@
 """Candidates, measurements and settled controllers for the tests of the controller."""
 
 import math
+import random
 from typing import Any
 
 from adaptive_fusion.budget import Budget
@@ -30,13 +31,15 @@ def took(latency: float, *, ttft: float | None = None, gb: float = 0.0) -> Measu
     return Measurement(0, 0, 0, 0, 0.4 * latency if ttft is None else ttft, latency, 0, 0, 0, 0, gb)
 
 
-def settled(load: float = 1.0, attainment: float = 0.95, n: int = 300) -> Controller:
-    """A controller that has seen a steady load, without noise."""
+def settled(load: float = 1.0, attainment: float = 0.95, n: int = 300, noise: float = 0.0) -> Controller:
+    """A controller that has seen a steady load, with log-normal noise or without."""
     controller = Controller(clock=lambda: 0.0)
     budget = Budget(latency_ms=150, ttft_ms=60, attainment=attainment)
+    rng = random.Random(0)
     for _ in range(n):
         choice = controller.choose(LADDER, budget)
-        controller.update(choice, took(load * choice.candidate.predicted.latency_ms))
+        factor = load * math.exp(rng.gauss(0.0, noise))
+        controller.update(choice, took(factor * choice.candidate.predicted.latency_ms))
     return controller
 
 

@@ -21,24 +21,43 @@ from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 # The choice
 
 
-def test_best_quality_that_fits_with_reasons_for_the_rest() -> None:
+def test_the_best_worth_with_reasons_for_what_would_be_better() -> None:
     controller = Controller()
     shuffled = [LADDER[2], LADDER[0], LADDER[3], LADDER[1]]
-    choice = controller.choose(shuffled, Budget(latency_ms=150))  # the margin starts at exp(0.4) = 1.49
-    assert choice.candidate is LADDER[1] and choice.feasible and choice.limited == ("latency",)
-    assert choice.margin == pytest.approx(math.exp(0.4))
-    assert [(r.point, r.reason) for r in choice.rejected] == [(LADDER[0].point, "latency 298 > 150 ms")]
-    assert controller.choose(shuffled, LOOSE).candidate is LADDER[0]
+    choice = controller.choose(shuffled, Budget(latency_ms=150))
+    assert choice.candidate is LADDER[1] and choice.feasible
+    # Student's t with 2 degrees of freedom: the spread starts at 0.3, and a miss costs 2 answers
+    t = math.log(150 / 100) / (0.3 / math.sqrt(2))
+    assert choice.p_late == pytest.approx(0.5 - t / (2 * math.sqrt(2 + t * t)))
+    assert choice.reason == "best quality for its risk: latency 100 of 150 ms, late with 10 %"
+    assert [(r.point, r.reason) for r in choice.rejected] == [
+        (LADDER[0].point, "latency 200 of 150 ms, late with 85 %")
+    ]
+    # the 95 % quantile of that distribution is 2.920
+    assert choice.margin == pytest.approx(math.exp(2.920 * 0.3 / math.sqrt(2)), rel=1e-3)
+    free = controller.choose(shuffled, LOOSE)
+    assert free.candidate is LADDER[0] and free.p_late == 0.0 and free.margin == 1.0
 
 
 def test_every_limit_set_must_hold_and_queueing_counts() -> None:
     controller = Controller()
     assert controller.choose(LADDER, Budget(latency_ms=1e6, ttft_ms=35)).candidate is LADDER[2]
-    assert controller.choose(LADDER, Budget(latency_ms=400), elapsed_ms=0).candidate is LADDER[0]
-    assert controller.choose(LADDER, Budget(latency_ms=400), elapsed_ms=240).candidate is LADDER[1]
+    assert controller.choose(LADDER, Budget(latency_ms=900), elapsed_ms=0).candidate is LADDER[0]
+    assert controller.choose(LADDER, Budget(latency_ms=900), elapsed_ms=650).candidate is LADDER[1]
     assert controller.choose(LADDER, Budget(ttft_ms=100), elapsed_ms=75).candidate is LADDER[3]
     assert controller.choose(LADDER, Budget(vram_gb=1.3)).candidate is LADDER[1]
     assert controller.choose(LADDER, Budget(vram_gb=1.3), free_memory_gb=0.7).candidate is LADDER[2]
+
+
+def test_misses_are_allowed_where_they_buy_most() -> None:
+    """Both points are as likely to be late; only the one that is worth it is taken."""
+    budget = Budget(latency_ms=120)
+    dear, cheap = candidate(100, 0.9), candidate(20, 0.3)
+    controller = settled(noise=0.15)
+    much = controller.choose([dear, cheap], budget)
+    little = controller.choose([dear, replace(cheap, quality=0.88)], budget)
+    assert much.candidate is dear and little.candidate.predicted == cheap.predicted
+    assert much.p_late > 0.05 > little.p_late
 
 
 def test_equal_quality_goes_to_the_cheaper_point() -> None:
@@ -49,14 +68,14 @@ def test_equal_quality_goes_to_the_cheaper_point() -> None:
 def test_nothing_fits() -> None:
     controller = Controller()
     late = controller.choose(LADDER, Budget(latency_ms=10))
-    assert not late.feasible and late.candidate is LADDER[3] and "37 > 10 ms" in late.reason
+    assert not late.feasible and late.candidate is LADDER[3] and "25 of 10 ms, late with 98 %" in late.reason
     assert len(late.rejected) == 3
     full = controller.choose(LADDER, Budget(latency_ms=10, vram_gb=0.1))
     assert not full.feasible and full.candidate is LADDER[3]
     # late is better than out of memory: the fastest does not fit in memory, the next one does
     fat = [candidate(100, 0.9, 0.2), candidate(50, 0.5, 4.0)]
     assert controller.choose(fat, Budget(latency_ms=10, vram_gb=1)).candidate is fat[0]
-    with pytest.raises(InfeasibleBudgetError, match="latency 37 > 10 ms"):
+    with pytest.raises(InfeasibleBudgetError, match="latency 25 of 10 ms"):
         controller.choose(LADDER, Budget(latency_ms=10, on_infeasible="refuse"))
     assert controller.state()["counts"]["refused"] == 1
     with pytest.raises(ConfigError, match="none of 0"):
@@ -109,7 +128,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([0.0,
     st.none() | st.floats(0.1, 8),
     st.floats(0, 500),
 )
-def test_a_feasible_choice_keeps_every_limit_and_no_better_one_would(
+def test_no_point_is_worth_more_than_the_chosen_one(
     rows: list[tuple[float, float, float]],
     latency: float | None,
     ttft: float | None,
@@ -120,18 +139,26 @@ def test_a_feasible_choice_keeps_every_limit_and_no_better_one_would(
     budget = Budget(latency_ms=latency, ttft_ms=ttft, vram_gb=vram)
     choice = Controller(memory_margin=1.25).choose(candidates, budget, elapsed_ms=elapsed)
 
-    def fits(c: Candidate, tolerance: float) -> bool:
-        p, factor = c.predicted, math.exp(0.4) * (1 - tolerance)
-        return (
-            (latency is None or factor * p.latency_ms <= latency - elapsed)
-            and (ttft is None or factor * p.ttft_ms <= ttft - elapsed)
-            and (vram is None or p.peak_memory_gb * 1.25 * (1 - tolerance) <= vram)
-        )
+    def p_late(c: Candidate) -> float:
+        limits = [(latency, c.predicted.latency_ms), (ttft, c.predicted.ttft_ms)]
+        return max((student(left - elapsed, ms) for left, ms in limits if left is not None), default=0.0)
 
-    safe = max((c.quality for c in candidates if fits(c, -1e-9)), default=-1.0)
-    assert choice.feasible or safe < 0
-    if choice.feasible:
-        assert fits(choice.candidate, 1e-9) and choice.candidate.quality >= safe
+    def student(left: float, ms: float) -> float:
+        t = math.log(max(left, 1e-300) / ms) * math.sqrt(2) / 0.3
+        return 0.5 - t / (2 * math.sqrt(2 + t * t)) if left > 0 else 1.0
+
+    timed = latency is not None or ttft is not None
+    worth = {
+        i: c.quality - 2.0 * p_late(c)
+        for i, c in enumerate(candidates)
+        if vram is None or c.predicted.peak_memory_gb * 1.25 <= vram
+    }
+    if not choice.feasible:
+        assert all(value <= 1e-9 for value in worth.values()) if timed else not worth
+        return
+    index = next(i for i, c in enumerate(candidates) if c is choice.candidate)
+    assert worth[index] >= max(worth.values()) - 1e-9
+    assert choice.p_late == pytest.approx(p_late(choice.candidate))
 
 
 # Faults
