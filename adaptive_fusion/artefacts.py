@@ -45,6 +45,8 @@ def find_policy(name_or_path: str | Path) -> Path:
     """
     if isinstance(name_or_path, str) and name_or_path in shipped_names():
         return shipped_root() / name_or_path / POLICY_FILE
+    if not isinstance(name_or_path, str | Path):
+        raise PolicyError(f"policy is {name_or_path!r}; expected a path or one of {', '.join(shipped_names())}")
     path = Path(name_or_path)
     try:
         if path.is_dir():
@@ -82,7 +84,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's table; raises PolicyError if it is not one."""
     try:
         return tomllib.loads(_read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a plain ValueError, for a number of too many digits
         raise PolicyError(f"{path.name} is not TOML: {error}") from error
 
 
@@ -95,7 +97,7 @@ def read_json(path: Path) -> Any:
     text = _read_text(path)
     try:
         return json.loads(text, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a plain ValueError, for a number of too many digits
         raise PolicyError(f"{path.name} is not JSON: {error}") from error
 
 

@@ -6,7 +6,8 @@ prompts, texts, policies or logs: `runner` makes tasks of requests and answers o
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import InfeasibleBudgetError
 from adaptive_fusion.meters import Meter
 from adaptive_fusion.models import Adapter
-from adaptive_fusion.oom import run_with_step_down
+from adaptive_fusion.oom import OutOfMemoryError, run_with_step_down
 from adaptive_fusion.planner import Ask, Planner
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.timing import GenerationClock, synchronize
@@ -121,14 +122,19 @@ class Executor:
             lost_ms = elapsed - choice.elapsed_ms
 
         measured = self.meter.free_of_charge or budget.vram_gb is not None
+        peak = None
         if measured:
             self.meter.start()
+        else:
+            self.meter.skip()
         try:
             done = run_with_step_down(attempt, self._steps_down(used), on_oom=out_of_memory, release=_release)
         except InfeasibleBudgetError:
             controller.refused(choice)
             raise
-        peak = self.meter.stop() if measured else None
+        finally:
+            if measured:
+                peak = self.meter.stop()
         decision = task.decision
         if used != decision.point:
             reason = f"{decision.reason}; stepped down after running out of memory"
@@ -140,6 +146,29 @@ class Executor:
         else:
             controller.update(choice, measurement, ran=ran(), lost_ms=lost_ms)
         return Run(decision, measurement, done.sequences, done.reduced_length, done.clock.stopped_by)
+
+    def warm_up(self, points: Iterable[OperatingPoint], prepare: Callable[[OperatingPoint], dict[str, Any]]) -> None:
+        """Prepare, encode and generate two tokens at each point, with the meter running as in a measured request.
+
+        Nothing learns from it, and random numbers come as if it had not been. A point that runs out of memory is
+        passed over: a request that takes it finds out for itself.
+        """
+        model = self.adapter.model
+
+        def attempt(point: OperatingPoint) -> None:
+            with torch.no_grad():
+                encoded = self.adapter.encode(prepare(point), point)
+                model.generate(**encoded.inputs, min_new_tokens=2, max_new_tokens=2)
+
+        device = torch.device(model.device)
+        self.meter.start()
+        try:
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+                for point in points:
+                    with suppress(OutOfMemoryError):
+                        run_with_step_down(attempt, [point], release=_release)
+        finally:
+            self.meter.stop()
 
     def _once(
         self, point: OperatingPoint, task: Task, clock: GenerationClock, deadline: float | None, prefill_ms: float

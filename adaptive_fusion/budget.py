@@ -4,7 +4,6 @@ Knows numbers and their valid ranges, and how budgets from several sources combi
 models, points or clocks, and reads no environment by itself: the caller passes the mapping.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -69,7 +68,6 @@ class Budget:
             if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)
-                or not math.isfinite(value)
                 or not 0 < value <= top
                 or (name == "attainment" and value == top)
             ):
@@ -96,6 +94,8 @@ class Budget:
             BudgetError: For an unknown name or a value out of range.
         """
         known = (*_NUMBERS, *_CHOICES)
+        if not isinstance(values, Mapping):
+            raise BudgetError(f"budget is {values!r}; expected a table of {', '.join(known)}")
         unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise BudgetError(f"budget has unknown limits {unknown}; expected {', '.join(known)}")
@@ -129,9 +129,14 @@ class Budget:
 
         The order, weakest first: Python, policy file, environment, command line, the request itself. Per
         field: a request that sets only `latency_ms` keeps the memory limit of the policy file.
+
+        Raises:
+            BudgetError: For anything that is not a Budget.
         """
         values = self.to_dict()
         for budget in stronger:
             if budget is not None:
+                if not isinstance(budget, Budget):
+                    raise BudgetError(f"budget is {budget!r}; expected a Budget or None")
                 values.update(budget.to_dict())
         return Budget(**values)

@@ -9,8 +9,8 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 SHAPES = (
     (384, 384), (128, 128), (240, 368), (272, 272), (336, 160), (208, 304), (400, 248), (176, 192),
     (288, 256), (144, 240), (360, 312), (220, 220), (312, 392), (264, 136), (192, 192), (344, 344),
+    (96, 64), (64, 112), (112, 88), (128, 136),
 )  # fmt: skip
 """Width and height of the images measured, all different as real ones are: what a request takes also depends on what
-requests of other sizes left in the heap."""
+requests of other sizes left in the heap. The last are small: what every request takes, of whatever size, shows there.
+"""
 ANSWERS = (4, 24)
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 RATES = {"cuda": (1e14, 1e12), "cpu": (4e10, 1e10)}
@@ -109,35 +111,55 @@ def find_profile(adapter: Adapter) -> tuple[Profile, str]:
     return estimate, f"estimated from the model's shape: {note}"
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """A fitted profile, and how far off it is on requests of sizes and shapes that it was not fitted to.
+
+    `errors` has, for each of encode, prefill, decode and memory, what `relative_errors` returns; it is empty if that
+    was not asked for.
+    """
+
+    profile: Profile
+    errors: Mapping[str, Mapping[str, float]]
+
+
 def calibrate(
     runner: "AdaptiveRunner",
     *,
     repeats: int = 2,
+    check: bool = False,
     save: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> Profile:
+) -> Calibration:
     """Measure requests over sizes, downsampling, fusion and answer lengths; fit, save and use the profile.
+
+    Memory and times are measured apart, because measuring memory takes time on the CPU. Memory comes first: there,
+    requests that ran unmeasured leave a heap in which others take a quarter more.
 
     Args:
         runner: The model to measure; its controller starts anew afterwards.
-        repeats: Rounds over all requests, after one to warm up.
+        repeats: Rounds over all requests for their memory and as many for their times, after one to warm up.
+        check: Also measure requests to judge the profile by.
         save: Keep the profile in the user's cache directory, where `find_profile` looks.
         progress: Called with (done, all) after each request.
     """
     from adaptive_fusion.reference.screens import make_scene
 
-    plan = _requests(runner.adapter)
+    plan, unseen = _requests(runner.adapter), _check_requests(runner.adapter) if check else []
     samples: list[Sample] = []
-    total, done = len(plan) * (repeats + 1), 0
+    held_out: list[Sample] = []
+    total, done = len(plan) * (2 * repeats + 1) + 2 * len(unseen), 0
     order = random.Random(0)
-    for turn in range(repeats + 1):
-        # In rounds, so that no request follows its like; the first also brings the heap to where real ones find it.
-        for sides, point, tokens in order.sample(plan, len(plan)):
+    # In rounds, so that no request follows its like; the first brings everything to where later ones find it.
+    rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
+    rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
+    for requests, memory, kept in rounds:
+        for sides, point, tokens in order.sample(requests, len(requests)):
             # A new image each time, as requests bring them: one that was there before takes less.
             scene = make_scene("dense" if done % 2 else "simple", done, "train", (400, 400))
-            found = _measured(runner, scene.image.resize(sides), point, tokens)
-            if turn:
-                samples.append(found)
+            found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory)
+            if kept is not None:
+                kept.append(found)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -145,41 +167,30 @@ def calibrate(
     if save:
         save_profile(user_cache_dir(os.environ), profile)
     runner.use_profile(profile)
-    return profile
+    return Calibration(profile, _errors(profile, held_out))
 
 
-def _measured(runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int) -> Sample:
+def _measured(
+    runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int, *, memory: bool
+) -> Sample:  # fmt: skip
+    """One request's peak alone, or its times."""
     # The memory budget is never reached; without one the peak may go unmeasured.
-    budget = Budget(vram_gb=MAX_VRAM_GB)
+    budget = Budget(vram_gb=MAX_VRAM_GB) if memory else None
     reply = runner.chat(
         image, "Describe.", point=point, budget=budget, max_new_tokens=tokens, min_new_tokens=tokens
     )  # fmt: skip
-    return point, runner.work(image, "Describe.", point, reply.measurement.new_tokens), reply.measurement
+    took = reply.measurement
+    if memory:
+        took = replace(
+            took, preprocess_ms=0.0, encode_ms=0.0, prefill_ms=0.0, decode_ms=0.0, ttft_ms=0.0, latency_ms=0.0
+        )
+    return point, runner.work(image, "Describe.", point, took.new_tokens), took
 
 
-def check(
-    runner: "AdaptiveRunner", *, progress: Callable[[int, int], None] | None = None
-) -> dict[str, dict[str, float]]:
-    """Relative errors of the profile in use on requests of sizes and shapes that it was not fitted to.
-
-    Returns:
-        For each of encode, prefill, decode and memory: `median` and `p95` of |predicted / measured - 1|, `bias`
-        (its median with the sign), and `constant_p95`, the 95th percentile that the best constant would have (the one
-        for which it is least).
-    """
-    from adaptive_fusion.reference.screens import make_scene
-
-    rng, model = random.Random(0), CostModel(runner.profile)
+def _errors(profile: Profile, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
+    model = CostModel(profile)
     found: dict[str, list[tuple[float, float]]] = {stage: [] for stage in SIZES}
-    jobs = [
-        (index, sides, point)
-        for index, sides in enumerate(CHECK_SIDES)
-        for point in _check_points(runner.adapter, sides)
-    ]
-    rng.shuffle(jobs)
-    for done, (seed, sides, point) in enumerate(jobs, 1):
-        image = make_scene(rng.choice(("simple", "dense")), seed, "eval", (400, 400)).image.resize(sides)
-        _, work, took = _measured(runner, image, point, rng.choice((6, 16)))
+    for point, work, took in samples:
         said = model.predict(point, work)
         for stage, predicted, measured in (
             ("encode", said.encode_ms, took.ttft_ms - took.prefill_ms),
@@ -189,9 +200,15 @@ def check(
         ):
             if measured > 0.0:
                 found[stage].append((predicted, measured))
-        if progress is not None:
-            progress(done, len(jobs))
     return {stage: relative_errors(pairs) for stage, pairs in found.items() if pairs}
+
+
+def _check_requests(adapter: Adapter) -> list[tuple[tuple[int, int], OperatingPoint, int]]:
+    return [
+        (sides, point, (6, 16)[index % 2])
+        for sides in CHECK_SIDES
+        for index, point in enumerate(_check_points(adapter, sides))
+    ]
 
 
 def _check_points(adapter: Adapter, sides: tuple[int, int]) -> list[OperatingPoint]:
@@ -206,7 +223,9 @@ def _check_points(adapter: Adapter, sides: tuple[int, int]) -> list[OperatingPoi
 
 
 def relative_errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Of pairs of predicted and measured what `check` returns of each stage."""
+    """Of pairs of predicted and measured: `median` and `p95` of |predicted / measured - 1|, `bias` (its median with the
+    sign), and `constant_p95`, the 95th percentile that the best constant would have (the one for which it is least).
+    """
 
     def high(errors: list[float]) -> float:
         return sorted(errors)[math.ceil(0.95 * len(errors)) - 1]

@@ -31,6 +31,11 @@ class ChatRequest:
     content_hash: str | None
 
     @property
+    def texts(self) -> list[str]:
+        """Everything said in the conversation, in order."""
+        return [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
+
+    @property
     def sizes(self) -> list[Size]:
         """Sizes of the media, in order."""
         return [media_size(medium) for medium in self.media]

@@ -188,15 +188,15 @@ def feedback_record(
     Raises:
         ConfigError: For another rating.
     """
-    value = THUMBS.get(rating, math.nan) if isinstance(rating, str) else float(rating)
-    if not 0 <= value <= 1:
+    value = THUMBS.get(rating) if isinstance(rating, str) else rating
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ConfigError(f"rating is {rating!r}; expected up, down or a number from 0 to 1")
     return {
         "schema": SCHEMA,
         "event": "feedback",
         "time_s": time_s,
         "request_id": request_id,
-        "rating": value,
+        "rating": float(value),
         "source_id": source_id,
     }
 
@@ -214,19 +214,39 @@ def _clean(value: Any) -> Any:
     return value
 
 
+def _cut_short(handle: int) -> bool:
+    """Whether a file ends within a line, as after a kill or on a disk that was full."""
+    if os.fstat(handle).st_size == 0:
+        return False
+    os.lseek(handle, -1, os.SEEK_END)
+    return os.read(handle, 1) != b"\n"
+
+
 class DecisionLog:
     """Appends records to a JSONL file, one ``write`` per record, rotating by size.
 
     A record is one line written by one system call to a file opened for appending, so threads and processes do not
     tear each other's lines and a kill loses at most the record under way. A full or unwritable disk never fails a
     request: such records are counted in `dropped`.
+
+    Args:
+        path: The file; its folder is made if need be.
+        max_bytes: Size, at least 1, beyond which the file is set aside as ``path.1`` and a new one begun.
+        keep: How many files set aside are kept, at least 1.
+
+    Raises:
+        ConfigError: For a `max_bytes` or `keep` below 1.
     """
 
     def __init__(self, path: str | Path, *, max_bytes: int = 64 << 20, keep: int = 8) -> None:
+        for name, value in (("max_bytes", max_bytes), ("keep", keep)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
         self.path = Path(path)
         self.max_bytes, self.keep = max_bytes, keep
         self.written = 0
         self.dropped = 0
+        self._whole = False  # whether the file is known to end with a whole line
         self._lock = threading.Lock()
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -235,15 +255,19 @@ class DecisionLog:
         with self._lock:
             try:
                 self._rotate(len(line))
-                handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
                 try:
+                    if not self._whole and _cut_short(handle):
+                        line = b"\n" + line  # else this record would be lost with the torn one
                     if os.write(handle, line) != len(line):
                         raise OSError("short write")
                 finally:
                     os.close(handle)
                 self.written += 1
+                self._whole = True
             except OSError:
                 self.dropped += 1
+                self._whole = False
 
     def feedback(
         self, request_id: str, rating: float | str, *, source_id: str | None = None, time_s: float | None = None

@@ -21,7 +21,8 @@ CONTENT: tuple[Kind, ...] = ("simple", "dense", "simple", "reading", "dense", "c
 MAX_NEW_TOKENS = 160
 _FRAME_MS = 500
 _SHARE = 1.6
-"""The controller starts with a margin of e^0.4: a tighter budget would not leave full compute to what needs it."""
+"""A fresh controller does not know the spread of times yet: a tighter budget would not leave full compute to what needs
+it."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class Rung:
     pixel_share: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.point, OperatingPoint):
+            raise PolicyError(f"point is {self.point!r}; expected an OperatingPoint")
         quality, share = number(self.quality, "quality"), number(self.pixel_share, "pixel_share")
         if not 0 <= quality <= 1:
             raise PolicyError(f"quality is {quality!r}; expected 0 to 1")
@@ -66,6 +68,8 @@ class Rung:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Rung":
         """Read `to_dict`'s form; raises ConfigError for unknown knobs and values out of range."""
+        if not isinstance(values, Mapping):
+            raise PolicyError(f"rung is {values!r}; expected a table of knobs and quality")
         if "quality" not in values:
             raise PolicyError(f"a rung has {sorted(values)} and no quality; expected its expected quality, 0 to 1")
         point = {key: value for key, value in values.items() if key not in ("quality", "pixel_share")}

@@ -8,6 +8,7 @@ and the caller as no measurement. All figures are GiB.
 import ctypes
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,10 @@ class Meter(Protocol):
         """GiB above the resting set at the highest since `start`; None if unknown."""
         ...
 
+    def skip(self) -> None:
+        """Begin a request that is not measured."""
+        ...
+
     def free_gb(self) -> float | None:
         """GiB that a request can still have, headroom taken off; None if unknown."""
         ...
@@ -39,7 +44,44 @@ def _size(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) and 0.0 <= value < 1e6 else None
 
 
-class CudaMeter:
+class _Marked(ABC):
+    """Start and stop of a meter with a resting set and a high-water mark in bytes; reading either may raise."""
+
+    def __init__(self, headroom_gb: float) -> None:
+        self.headroom_gb = headroom_gb
+        self.failures = 0
+        self._resting: float | None = None
+
+    def start(self) -> None:
+        """See `Meter`."""
+        self._resting = None
+        try:
+            self._resting = self._rest()
+        except Exception:
+            self.failures += 1
+
+    def stop(self) -> float | None:
+        """See `Meter`."""
+        resting, self._resting = self._resting, None
+        if resting is None:
+            return None
+        try:
+            highest = self._highest()
+        except Exception:
+            self.failures += 1
+            return None
+        return None if highest is None else _size(max(highest - resting, 0.0) / GIB)
+
+    @abstractmethod
+    def _rest(self) -> float:
+        """Reset the high-water mark and return the resting set."""
+
+    @abstractmethod
+    def _highest(self) -> float | None:
+        """The high-water mark; None if it is older than the request."""
+
+
+class CudaMeter(_Marked):
     """Statistics of torch's caching allocator and the driver.
 
     Peak: ``max_memory_allocated`` less what was allocated at the start. Free: what the driver has, of
@@ -56,29 +98,18 @@ class CudaMeter:
     free_of_charge = True
 
     def __init__(self, probe: Any, device: Any = None, *, headroom_gb: float = 0.25) -> None:
-        self.probe, self.device, self.headroom_gb = probe, device, headroom_gb
-        self.failures = 0
-        self._resting: float | None = None
+        super().__init__(headroom_gb)
+        self.probe, self.device = probe, device
 
-    def start(self) -> None:
-        """See `Meter`."""
-        self._resting = None
-        try:
-            self.probe.reset_peak_memory_stats(self.device)
-            self._resting = float(self.probe.memory_allocated(self.device))
-        except Exception:
-            self.failures += 1
+    def _rest(self) -> float:
+        self.probe.reset_peak_memory_stats(self.device)
+        return float(self.probe.memory_allocated(self.device))
 
-    def stop(self) -> float | None:
+    def skip(self) -> None:
         """See `Meter`."""
-        resting, self._resting = self._resting, None
-        if resting is None:
-            return None
-        try:
-            return _size((float(self.probe.max_memory_allocated(self.device)) - resting) / GIB)
-        except Exception:
-            self.failures += 1
-            return None
+
+    def _highest(self) -> float:
+        return float(self.probe.max_memory_allocated(self.device))
 
     def free_gb(self) -> float | None:
         """See `Meter`. What was measured but does not fit into the headroom is 0, not unknown."""
@@ -112,29 +143,34 @@ def _fields(text: str) -> dict[str, float]:
     return result
 
 
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
-_LARGE = 128 << 10
-"""Bytes from which a block has pages of its own: glibc's first value, kept from growing to 32 MiB as it does."""
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of <malloc.h>
+_MEASURED = 32 << 10
+"""Bytes from which a block has pages of its own while requests are measured. At 128 KiB the tensors of images below 500
+patches stay in the heap of the reference model, and those peaks are half as high again, at random."""
+_USUAL = 32 << 20
+"""The same otherwise: as far as glibc lets its threshold grow by itself until it is set."""
 
 
-def _settler() -> Callable[[], None]:
-    """Makes large blocks of the heap go back when they are freed, and gives back what is free now; with another C
-    library than glibc nothing.
+def _heap() -> Callable[[bool], None]:
+    """With True, makes large blocks of the heap go back when they are freed, and gives back what is free now; with
+    False, lets them stay again. With another C library than glibc nothing.
     """
     try:
         library = ctypes.CDLL(None)
         trim, option = library.malloc_trim, library.mallopt
     except (OSError, AttributeError):
-        return lambda: None
+        return lambda measured: None
 
-    def call() -> None:
-        option(ctypes.c_int(_MMAP_THRESHOLD), ctypes.c_int(_LARGE))
-        trim(ctypes.c_size_t(0))
+    def settle(measured: bool) -> None:
+        option(ctypes.c_int(_MMAP_THRESHOLD), ctypes.c_int(_MEASURED if measured else _USUAL))
+        option(ctypes.c_int(_TRIM_THRESHOLD), ctypes.c_int(_MEASURED if measured else 2 * _USUAL))
+        if measured:
+            trim(ctypes.c_size_t(0))
 
-    return call
+    return settle
 
 
-class CpuMeter:
+class CpuMeter(_Marked):
     """Resident memory of this process on Linux.
 
     Writing 5 to ``/proc/self/clear_refs`` resets the high-water mark of the resident set, for the whole
@@ -143,20 +179,22 @@ class CpuMeter:
     None. Free heap is given back first (malloc_trim), else a request that reuses it would seem to take
     nothing; with the pages that must then be had again that takes one to two milliseconds.
 
-    From the first measured request on, blocks of 128 KiB and more have pages of their own in this process (mallopt).
-    Otherwise the holes that a request leaves in the heap stay resident until its end, and what it takes depends on the
-    sizes of the requests before it: a third more than its tensors need, or not, at random. That costs time: about 15 %
-    on the largest images of the reference model, little on small ones. In a process that ran requests unmeasured
-    before, the holes of those remain, and peaks are a fifth to a third higher until the controller has learned it.
+    From a measured request on, blocks of 32 KiB and more have pages of their own in this process (mallopt). Otherwise
+    the holes that a request leaves in the heap stay resident until its end, and what it takes depends on the sizes of
+    the requests before it: a third more than its tensors need, or not, at random. That costs time, up to half as much
+    again on the largest images of the reference model, so a request that is not measured ends it; where both kinds
+    take turns, peaks are up to a third higher than where all are measured, until the controller has learned it.
 
     Free: ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
-    Steps of the kernel's counters: about 0.1 MiB a thread.
+    Steps of the kernel's counters: about 0.1 MiB a processor (a thread, before Linux 6.2), so small peaks are known
+    only roughly. Where the machine as a whole runs out of memory, pages of this process are taken while a request runs,
+    and its peak is too low.
 
     Args:
         headroom_gb: Kept back.
         read: Text of a file, for tests.
         write: Replaces the text of a file, for tests.
-        settle: Brings the heap into the state that peaks are measured from.
+        settle: Called with True before a request is measured, and with False before the next one that is not.
     """
 
     free_of_charge = False
@@ -167,41 +205,34 @@ class CpuMeter:
         headroom_gb: float = 0.25,
         read: Callable[[str], str] = _read,
         write: Callable[[str, str], None] = _write,
-        settle: Callable[[], None] | None = None,
+        settle: Callable[[bool], None] | None = None,
     ) -> None:
-        self.headroom_gb = headroom_gb
-        self.failures = 0
+        super().__init__(headroom_gb)
         self._read, self._write = read, write
-        self._settle = settle if settle is not None else _settler()
-        self._resting: float | None = None
+        self._settle = settle if settle is not None else _heap()
         self._floor = 0.0
+        self._settled = False
 
-    def start(self) -> None:
+    def skip(self) -> None:
         """See `Meter`."""
-        self._resting = None
-        try:
-            self._settle()
-            try:
-                self._write("/proc/self/clear_refs", "5")
-                self._floor = 0.0
-            except OSError:
-                self.failures += 1
-                self._floor = self._status()["VmHWM"]
-            self._resting = self._status()["VmRSS"]
-        except Exception:
-            self.failures += 1
+        if self._settled:
+            self._settle(False)
+            self._settled = False
 
-    def stop(self) -> float | None:
-        """See `Meter`."""
-        resting, self._resting = self._resting, None
-        if resting is None:
-            return None
+    def _rest(self) -> float:
+        self._settle(True)
+        self._settled = True
         try:
-            peak = self._status()["VmHWM"]
-        except Exception:
+            self._write("/proc/self/clear_refs", "5")
+            self._floor = 0.0
+        except OSError:
             self.failures += 1
-            return None
-        return _size(max(peak - resting, 0.0) / GIB) if peak > self._floor else None
+            self._floor = self._status()["VmHWM"]
+        return self._status()["VmRSS"]
+
+    def _highest(self) -> float | None:
+        peak = self._status()["VmHWM"]
+        return peak if peak > self._floor else None
 
     def free_gb(self) -> float | None:
         """See `Meter`."""
@@ -241,6 +272,9 @@ class NoMeter:
         """See `Meter`."""
 
     def stop(self) -> None:
+        """See `Meter`."""
+
+    def skip(self) -> None:
         """See `Meter`."""
 
     def free_gb(self) -> None:

@@ -50,6 +50,10 @@ class Limits:
     max_decode_megapixels: float = 8000.0
 
     def __post_init__(self) -> None:
+        for field, default in Limits.__dataclass_fields__.items():
+            value, kind = getattr(self, field), int if isinstance(default.default, int) else int | float
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ConfigError(f"Limits.{field} is {value!r}; expected a {'whole ' * (kind is int)}number")
         in_range = {
             "max_megapixels": (0 < self.max_megapixels <= _PILLOW_MAX_MEGAPIXELS, "in (0, 178]"),
             "max_aspect": (1 <= self.max_aspect < math.inf, "finite and at least 1"),

@@ -6,6 +6,7 @@ millisecond.
 """
 
 import math
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from adaptive_fusion.errors import PolicyError
 
 Matrix = NDArray[np.float64]
 
+_LARGEST = sys.float_info.max
 MAX_NODES = 1_000_000
 """Most nodes an ensemble may have: a bound for what a file can make this process allocate and walk."""
 
@@ -35,7 +37,8 @@ def check_keys(values: Any, what: str, required: Collection[str], optional: Coll
 
 def number(value: Any, what: str) -> float:
     """`value` as a finite float; PolicyError if it is anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Compared, not asked isfinite: that raises for an integer beyond the largest float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
         raise PolicyError(f"{what} is {value!r}; expected a finite number")
     return float(value)
 

@@ -3,7 +3,6 @@
 Knows what the knobs may be, not what they do: `fusion` combines levels, `models` applies a point to a model.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -59,9 +58,7 @@ class OperatingPoint:
                 f"max_pixels is {pixels!r}; expected None or an integer from {MIN_PIXELS} to {MAX_PIXELS}"
             )
         fps = self.max_fps
-        if fps is not None and (
-            isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or not 0 < fps <= 120
-        ):
+        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
             raise ConfigError(f"max_fps is {fps!r}; expected None or a number above 0, at most 120")
         object.__setattr__(self, "downsample", float(self.downsample))
         for name in ("layers", "adapter_rank"):
@@ -92,7 +89,9 @@ class OperatingPoint:
             ConfigError: For an unknown knob or a value that is not one of its choices.
         """
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"operating point is {values!r}; expected a table of {', '.join(known)}")
+        unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
             raise ConfigError(f"operating point has unknown knobs {unknown}; expected {', '.join(known)}")
         return cls(**values)

@@ -96,7 +96,14 @@ class Policy:
                 raise PolicyError(f"{what} is {value!r}; expected 0 to 1")
             object.__setattr__(self, what, value)
         check_keys(self.lanes, "lanes", LANES)
+        for lane in LANES:
+            rungs = self.lanes[lane]
+            if not isinstance(rungs, list | tuple) or not all(isinstance(rung, Rung) for rung in rungs):
+                raise PolicyError(f"lane {lane} is {rungs!r}; expected a tuple of rungs")
         object.__setattr__(self, "lanes", {lane: tuple(self.lanes[lane]) for lane in LANES})
+        weights = self.fusion_weights
+        if not isinstance(weights, list | tuple) or not all(isinstance(path, Path) for path in weights):
+            raise PolicyError(f"fusion_weights is {weights!r}; expected a tuple of paths (pathlib.Path)")
         files = [path.name for path in self.fusion_weights]
         if len(set(files)) != len(files):
             raise PolicyError(f"fusion_weights has files {files}; expected each name once")

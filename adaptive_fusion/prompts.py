@@ -48,6 +48,7 @@ _CHINESE = {task: re.compile(chinese) for task, (_, chinese) in _TASKS.items()}
 _YES_NO_START = re.compile(
     r"(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|isn|aren|don|doesn)\b"
 )
+_REQUEST = re.compile(r"(?:can|could|will|would) you (?:please )?(?!see\b|find\b|tell (?:me )?(?:if|whether)\b)")
 _YES_NO_TEXT = re.compile(r"yes or no|yes/no|true or false|是否|是不是|有没有|对吗|吗[?\uff1f]?$|能不能|会不会")
 _WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
 _CJK = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
@@ -129,6 +130,7 @@ def prompt_kind(prompt: str) -> str:
     """The kind of answer a prompt asks for, one of `PROMPT_KINDS`: for expected answer lengths and logs."""
     text = _looked_at(prompt)
     asks = _asks(text, _WORD.findall(text))
-    if asks["yesno"]:
-        return "yesno"
-    return next((_KINDS.get(task, task) for task in _TASKS if asks[task]), "other")
+    task = next((_KINDS.get(task, task) for task in _TASKS if asks[task]), "other")
+    # "Can you read the text?" wants the text, not a yes.
+    requested = _REQUEST.match(text) is not None and task != "other" and not _YES_NO_TEXT.search(text)
+    return "yesno" if asks["yesno"] and not requested else task

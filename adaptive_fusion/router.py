@@ -15,7 +15,7 @@ import numpy as np
 from adaptive_fusion.calibration import Calibration, Platt, calibration_from_dict
 from adaptive_fusion.complexity import FEATURE_NAMES, VERSION, Complexity
 from adaptive_fusion.errors import PolicyError
-from adaptive_fusion.plain import LinearModel, Matrix, Model, check_keys, model_from_dict
+from adaptive_fusion.plain import LinearModel, Matrix, Model, check_keys, model_from_dict, number
 from adaptive_fusion.prompts import PROMPT_FEATURE_NAMES, PROMPT_VERSION
 
 SCHEMA = 1
@@ -227,7 +227,13 @@ class QualityModel:
 
 
 def constant_router(p_complex: float = 0.5) -> PlainRouter:
-    """A router that reads nothing and always says `p_complex`, in (0, 1), for lanes that are alike."""
+    """A router that reads nothing and always says `p_complex`, in (0, 1), for lanes that are alike.
+
+    Raises:
+        PolicyError: For a probability out of that range.
+    """
+    if not 0 < number(p_complex, "p_complex") < 1:
+        raise PolicyError(f"p_complex is {p_complex!r}; expected above 0 and below 1")
     return PlainRouter(Inputs(()), LinearModel((), (), math.log(p_complex / (1 - p_complex))))
 
 

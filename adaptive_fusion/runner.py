@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from adaptive_fusion.attempt import Executor, Run, Task
@@ -39,6 +40,9 @@ from adaptive_fusion.policy import Policy
 from adaptive_fusion.prompts import prompt_kind
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.stream import Stream
+
+WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
+"""Width and height of the warm-up's image, run in full once, and what other points make of it. Both are resized."""
 
 # A model keeps M-RoPE state between prefill and decode, so two generations on one model must not interleave,
 # whichever runner they come from.
@@ -143,6 +147,7 @@ class AdaptiveRunner:
         self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
         self._lock = _LOCKS.setdefault(model, threading.RLock())
         self._bypass = threading.local()
+        self._warm = False
 
     def use_profile(self, profile: Profile, note: str = "given") -> None:
         """Predict from `profile` from now on; the controller forgets what it learned about the former one."""
@@ -214,7 +219,7 @@ class AdaptiveRunner:
             UnsupportedModelError: For a `point` that the model cannot run.
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
-        return self._answer(_Call(media, prompt, budget, max_new_tokens, point, generate_kwargs))
+        return self._answer(_Call(media, prompt, budget, max_new_tokens, self._given(point), generate_kwargs))
 
     def stream(
         self,
@@ -230,7 +235,8 @@ class AdaptiveRunner:
 
         Closing or abandoning the stream ends the generation at its next token and frees the model.
         """
-        call = _Call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
+        # Its thread is not inside `native`, whatever this one is in.
+        call = _Call(media, prompt, budget, max_new_tokens, self._given(point), generate_kwargs)
         return Stream(partial(self._answer, call), getattr(self.processor, "tokenizer", self.processor))
 
     def decide(
@@ -266,17 +272,23 @@ class AdaptiveRunner:
         """Drop-in for ``model.generate(**inputs)`` with the processor's own tensors; the same return type.
 
         The knobs that still apply after preprocessing are used (fusion, downsampling), with one plan for the whole
-        call. The caller's full prompt and the new tokens are returned at every operating point. Positional inputs,
-        inputs without pixels and calls inside `native` go to the model as they are.
+        call. The caller's full prompt and the new tokens are returned at every operating point; a returned cache is
+        that of the reduced prompt. Positional inputs, inputs without pixels, calls that bring a cache and calls inside
+        `native` go to the model as they are.
         """
         pixels = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
-        if args or not pixels or kwargs.get("input_ids") is None or getattr(self._bypass, "on", False):
+        # A cache goes with the tokens that made it: a reduced prompt would not fit one that was filled before.
+        known = kwargs.get("input_ids") is not None and kwargs.get("past_key_values") is None
+        if args or not pixels or not known or getattr(self._bypass, "on", False):
             return self._plain(args, kwargs)
         arrived = self._clock()
         limits = self.budget.merge(budget)
+        self._warm_up_for(limits)
         ids: Tensor = kwargs["input_ids"]
         complexities = tuple(measure_complexity(array) for array in self.adapter.thumbnails(kwargs))
-        most = int(kwargs.get("max_new_tokens") or getattr(self.model, "generation_config", None).max_new_tokens or 256)  # type: ignore[union-attr]
+        configs = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
+        limits_new = [kwargs.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs)]
+        most = int(next((limit for limit in limits_new if limit), 256))
         ask = Ask(
             kind="mixed" if len({c.kind for c in complexities}) > 1 else complexities[0].kind,
             sizes=self.adapter.sizes(kwargs),
@@ -304,6 +316,25 @@ class AdaptiveRunner:
         sequences.sequences = restore_prompt(sequences.sequences, run.reduced_length, ids)
         return sequences
 
+    def warm_up(self) -> None:
+        """Run a small image through the model once at every kind of point that the policy has.
+
+        The first request of a process brings libraries, kernels and fusion modules into memory (30 MiB on the CPU,
+        several times what the request itself takes), and would break any memory budget with it. So the first request
+        that has one does this before it is decided; the time, about that of a short request for each of the policy's
+        points, counts in its latency. Whoever serves calls this at start instead. Nothing is learned or logged, and
+        later outputs are what they would have been.
+        """
+        request = build_request(Image.new("RGB", WARM_UP_SIDES), "?")
+        rungs = [rung for ladder in self.policy.lanes.values() for rung in ladder]
+        points = [NATIVE, *(replace(rung.point, max_pixels=WARM_UP_PIXELS, max_fps=None) for rung in rungs)]
+        with self._lock:
+            self._warm = True
+            self._executor.warm_up(
+                dict.fromkeys(self.adapter.restrict(point)[0] for point in points),
+                lambda point: self.adapter.prepare(request.messages_at(point), point),
+            )
+
     @contextmanager
     def native(self) -> Iterator["AdaptiveRunner"]:
         """Inside this context (of this thread) every request runs the model untouched."""
@@ -327,9 +358,20 @@ class AdaptiveRunner:
         with self._lock:
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
+    def _given(self, point: OperatingPoint | None) -> OperatingPoint | None:
+        """The point that a request must run, if any: what it says, or native inside `native`."""
+        return NATIVE if point is None and getattr(self._bypass, "on", False) else point
+
+    def _warm_up_for(self, limits: Budget) -> None:
+        if limits.vram_gb is not None and not self._warm:
+            with self._lock:
+                if not self._warm:  # another thread may have done it meanwhile
+                    self.warm_up()
+
     def _ask(self, request: ChatRequest, max_new_tokens: int, arrived: float) -> Ask:
         tokenizer = getattr(self.processor, "tokenizer", None)
-        text = len(tokenizer(request.prompt).input_ids) if tokenizer and request.prompt else 0
+        said = "\n".join(request.texts)
+        text = len(tokenizer(said).input_ids) if tokenizer and said else 0
         return Ask(
             kind=request.kind,
             sizes=request.sizes,
@@ -344,7 +386,9 @@ class AdaptiveRunner:
 
     def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
         arrived = self._clock()
-        point = NATIVE if getattr(self._bypass, "on", False) and call.point is None else call.point
+        several = call.generate_kwargs.get("num_return_sequences") or 1
+        if several != 1:
+            raise ConfigError(f"num_return_sequences is {several!r}; chat and stream give 1 answer, generate several")
         request = build_request(call.media, call.prompt, hashed=self.log is not None)
         extra = {"max_new_tokens": call.max_new_tokens, **call.generate_kwargs}
         if streamer is not None:
@@ -353,15 +397,19 @@ class AdaptiveRunner:
         def prepare(chosen: OperatingPoint) -> dict[str, Any]:
             return self.adapter.prepare(request.messages_at(chosen), chosen)
 
+        limits = self.budget.merge(call.budget)
         with self._lock:
+            self._warm_up_for(limits)
             # Decided once the model is free, so that waiting for it counts as elapsed.
             ask = self._ask(request, call.max_new_tokens, arrived)
-            decision, choice = self._planner.decide(ask, self.budget.merge(call.budget), point)
+            decision, choice = self._planner.decide(ask, limits, call.point)
             run = self._run(Task(ask, decision, choice, arrived, prepare, extra, cancelled=cancelled))
-        new = run.sequences[0, run.reduced_length :]
+        whole = run.sequences if isinstance(run.sequences, Tensor) else run.sequences.sequences
+        new = whole[0, run.reduced_length :]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
-        ended = bool(len(new)) and int(new[-1]) in self.adapter.end_tokens
+        # Short of the limit it ended by itself: at a token that ends answers, or as `generate_kwargs` say.
+        ended = len(new) < call.max_new_tokens or (len(new) > 0 and int(new[-1]) in self.adapter.end_tokens)
         finish = run.stopped_by or ("stop" if ended else "length")
         self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
         self._log(run, request.prompt, request.content_hash, finish)

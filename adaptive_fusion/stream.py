@@ -1,20 +1,30 @@
 """An answer as an iterator over pieces of text, with a worker that can neither hang the reader nor outlive it.
 
-``TextIteratorStreamer`` alone waits forever if its worker dies, and an abandoned one leaves the model generating. Knows
-a callable that generates with a streamer; nothing of models.
+``TextIteratorStreamer`` alone waits forever if its worker dies or its end was read once, takes the prompt of a second
+try for text, and an abandoned one leaves the model generating. Knows a callable that generates with a streamer;
+nothing of models.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from transformers import TextIteratorStreamer
 
 T = TypeVar("T")
 
+_PROMPT_END = 4
+"""Last tokens by which a prompt is known again: a chat template ends every one alike."""
+
 
 class Stream(Generic[T]):
     """Iterates over text; afterwards `reply` is what the worker returned.
+
+    If `work` generates anew (after running out of memory), the new answer's pieces follow those already given.
 
     Args:
         work: Called in a thread with a streamer and a cancel event; generates and returns its result.
@@ -24,20 +34,14 @@ class Stream(Generic[T]):
     """
 
     def __init__(self, work: Callable[[Any, threading.Event], T], tokenizer: Any) -> None:
-        self._streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._streamer = _Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._cancelled = threading.Event()
-        self._error: BaseException | None = None
-        self._reply: T | None = None
-        self._thread = threading.Thread(target=self._work, args=(work,), daemon=True)
+        self._result: Future[T] = Future()
+        # The thread must not hold the stream: one that nobody holds is abandoned, read or not.
+        args = (work, self._streamer, self._cancelled, self._result)
+        self._thread = threading.Thread(target=_work, args=args, daemon=True)
+        weakref.finalize(self, self._cancelled.set)
         self._thread.start()
-
-    def _work(self, work: Callable[[Any, threading.Event], T]) -> None:
-        try:
-            self._reply = work(self._streamer, self._cancelled)
-        except BaseException as error:  # handed to the reader, whatever it is
-            self._error = error
-        finally:
-            self._streamer.end()
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -46,8 +50,7 @@ class Stream(Generic[T]):
                     yield piece
         finally:
             self.close()
-        if self._error is not None:
-            raise self._error
+        self._result.result()
 
     @property
     def reply(self) -> T:
@@ -56,11 +59,7 @@ class Stream(Generic[T]):
         Raises:
             Whatever the worker raised.
         """
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._reply is not None  # the worker either returned or raised
-        return self._reply
+        return self._result.result()
 
     def close(self) -> None:
         """End the generation at its next token, if it still runs, and wait for that."""
@@ -73,3 +72,39 @@ class Stream(Generic[T]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _work(
+    work: Callable[[Any, threading.Event], T], streamer: "_Pieces", cancelled: threading.Event, result: "Future[T]"
+) -> None:
+    try:
+        result.set_result(work(streamer, cancelled))
+    except BaseException as error:  # handed to the reader, whatever it is
+        result.set_exception(error)
+    finally:
+        # Not end(): that decodes what is left, and may raise what the worker died of.
+        streamer.text_queue.put(streamer.stop_signal)
+
+
+class _Pieces(TextIteratorStreamer):  # type: ignore[misc]
+    """Skips the prompt of every try, and ends for every reader."""
+
+    _end: Tensor | None = None
+
+    def put(self, value: Tensor) -> None:
+        if value.ndim > 1:  # a prompt, or several tokens of assisted generation
+            end = value[0, -_PROMPT_END:]
+            if self._end is None:
+                self._end = end
+            elif torch.equal(end, self._end):
+                self.token_cache.clear()
+                self.print_len, self.next_tokens_are_prompt = 0, True
+        super().put(value)
+
+    def __next__(self) -> str:
+        try:
+            piece: str = super().__next__()
+            return piece
+        except StopIteration:
+            self.text_queue.put(self.stop_signal)
+            raise

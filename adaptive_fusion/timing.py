@@ -14,8 +14,9 @@ from transformers import StoppingCriteria
 
 def synchronize(device: torch.device) -> None:
     """Wait until an accelerator has done what it was given; nothing where calls return when they are done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and device.type == accelerator.type:
+        torch.accelerator.synchronize(device)
 
 
 class GenerationClock(StoppingCriteria):  # type: ignore[misc]

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, NoReturn
 import numpy as np
 from PIL import Image
 
-from adaptive_fusion.errors import MediaError
+from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.pixels import Array, Limits, check_size, fit, from_array, to_rgb, to_uint8
 
 _METADATA_CLOCK_HZ = 1_000_000
@@ -44,13 +44,18 @@ class Video:
 
     def __post_init__(self) -> None:
         frames, times = self.frames, self.timestamps_s
+        if not isinstance(frames, np.ndarray) or not isinstance(times, tuple):
+            raise MediaError(
+                f"a clip is made of {type(frames).__name__} and {type(times).__name__}; expected a numpy array of "
+                "frames and a tuple of their times"
+            )
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or min(frames.shape) < 1:
             raise MediaError(f"clip frames are {frames.dtype} {frames.shape}; they must be uint8 (T, H, W, 3)")
         if len(frames) < 2 or len(times) != len(frames):
             raise MediaError(f"a clip needs T >= 2 frames and T timestamps, got {len(frames)} and {len(times)}")
         if times[0] < 0 or not all(a <= b < math.inf for a, b in pairwise(times)):
             raise MediaError(f"clip timestamps must be finite, at least 0 and not decreasing, got {times[:8]}")
-        if not 0 < self.duration_s < math.inf or self.total_frames < len(frames):
+        if not 0 < self.duration_s < math.inf or not len(frames) <= self.total_frames < math.inf:
             raise MediaError(
                 f"a clip needs a finite duration above 0 and total_frames >= T, "
                 f"got {self.duration_s} s and {self.total_frames}"
@@ -92,9 +97,15 @@ class Video:
 
 
 def frames_at(total: int, duration_s: float, max_fps: float | None) -> int:
-    """How many of a clip's `total` frames are left at `max_fps`: at least its first and its last."""
+    """How many of a clip's `total` frames are left at `max_fps`: at least its first and its last.
+
+    Raises:
+        ConfigError: If `max_fps` is neither None nor a finite number above 0.
+    """
     if max_fps is None:
         return total
+    if not isinstance(max_fps, int | float) or not 0 < max_fps < math.inf:
+        raise ConfigError(f"max_fps is {max_fps!r}; expected None or a finite number above 0")
     return min(total, max(2, math.floor(duration_s * max_fps + 1e-6)))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from adaptive_fusion.bench import report
-from adaptive_fusion.bench.rivals import compare, tuned_setpoint
+from adaptive_fusion.bench.rivals import FED, compare, tuned_setpoint
 from adaptive_fusion.bench.traces import (
     MIN_REQUESTS,
     TRACES,
@@ -33,6 +33,7 @@ from adaptive_fusion.bench.traces import (
     read_trace,
     shortfalls,
 )
+from adaptive_fusion.commands.output import progress
 from adaptive_fusion.controller import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import AdaptiveFusionError
@@ -119,10 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         setpoint = tuned_setpoint(world, options.attainment, options.seed)
         if options.trace is not None:
-            traces = [read_trace(options.trace, world, options.seed)]
+            traces = [read_trace(options.trace, options.seed)(world)]
         else:
             traces = [build(name, world, n, options.seed) for name in TRACES]
-        results = {trace.name: compare(trace, options.attainment, setpoint) for trace in traces}
+        with progress(FED * len(traces), options.json) as advance:
+            results = {trace.name: compare(trace, options.attainment, setpoint, advance) for trace in traces}
         seconds = time.perf_counter() - begin
         found = {
             "attainment": options.attainment,

@@ -5,9 +5,12 @@
 Images have random sides, no two alike, and are simple or dense. The budget of each request is drawn between what its
 cheapest and its dearest operating point are predicted to need, margin included, so that most of them rule something
 out. A request exceeds its budget if its measured peak is more than 2 % above; one that nothing fits, in the
-controller's own opinion, is counted apart. The first request of a process is counted like any other, though it also
-brings libraries and kernels into memory. Without a measured profile in the user's cache the model is calibrated
-first.
+controller's own opinion, is counted apart. The first request of the process is counted like any other: the libraries
+and kernels that it would bring into memory, several times its own need, come with the runner's warm-up before it.
+It needs a measured profile: run ``adaptive-fusion calibrate`` before.
+
+Peaks are resident memory, so a machine that runs out of it spoils them: what the kernel takes from this process while a
+request runs is missing from its peak, and what it gets back counts. ``/proc/pressure/memory`` says so.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from adaptive_fusion import AdaptiveRunner, Budget
-from adaptive_fusion.calibrate import calibrate, relative_errors
+from adaptive_fusion.calibrate import relative_errors
 from adaptive_fusion.commands.output import progress
 from adaptive_fusion.reference.screens import PROMPTS, make_scene
 
@@ -89,8 +92,9 @@ def main() -> int:
         parser.error("--requests needs at least 1")
     runner = AdaptiveRunner.from_pretrained(args.model, policy=args.policy)
     if not runner.profile.samples:
-        with progress(0, args.json) as advance:
-            calibrate(runner, save=False, progress=lambda _done, total: advance(total))
+        parser.error(
+            f"{args.model} is {runner.profile_note}; run first: adaptive-fusion calibrate --model {args.model}"
+        )
     with progress(args.requests, args.json) as advance:
         found = keep_budgets(runner, args.requests, seed=args.seed, advance=advance)
     if args.json:

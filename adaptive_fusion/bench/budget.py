@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from adaptive_fusion.bench.rivals import Ours, compare, run, tuned_setpoint
+from adaptive_fusion.bench.rivals import FED, Ours, compare, run, tuned_setpoint
 from adaptive_fusion.bench.scenes import Item
 from adaptive_fusion.bench.traces import (
     HOG,
@@ -153,9 +154,10 @@ def measure_table(
     """Run every question at native and at each point of its lane, `repeats` times calm and, with `hogs`, as often
     beside that many busy processes.
 
-    First every question is answered in full, at all its points in one batch, for the quality of the answers. Times and
-    peak memory are those of requests that run alone and stop at the second token. Points take turns, so that a slow
-    minute of the machine falls on all of them.
+    Peak memory (once) and times are those of requests that run alone and stop at the second token; they are measured
+    apart, because measuring memory takes time on the CPU. Points take turns, so that a slow minute of the machine falls
+    on all of them. Before that every question is answered in full, at all its points in one batch, for the quality of
+    the answers.
 
     Args:
         advance: Called after each answer and each request with the number of both.
@@ -168,18 +170,20 @@ def measure_table(
     offers = [runner.offers(item.media, item.prompt, max_new_tokens=ANSWER_TOKENS) for item in items]
     points = [[NATIVE, *(candidate.point for candidate in found)] for _, found in offers]
     jobs = [(case, column) for case, row in enumerate(points) for column in range(len(row))]
-    total = len(jobs) * (1 + repeats * (2 if hogs else 1))
+    total = len(jobs) * (2 + repeats * (2 if hogs else 1))
     shape = (len(items), max(map(len, points)))
     calm, busy = np.full((*shape, repeats), math.inf), np.full((*shape, repeats), math.inf)
     memory, answered = np.full(shape, math.inf), np.zeros(shape)
 
-    def ask(case: int, column: int) -> Measurement:
+    def ask(case: int, column: int, budget: Budget | None = None) -> Measurement:
         item, point = items[case], points[case][column]
-        measured = Budget(vram_gb=MAX_VRAM_GB)  # never reached; without one the peak may go unmeasured
-        reply = runner.chat(item.media, item.prompt, point=point, budget=measured, max_new_tokens=2, do_sample=False)
+        reply = runner.chat(item.media, item.prompt, point=point, budget=budget, max_new_tokens=2, do_sample=False)
         advance(total)
         return reply.measurement
 
+    measured = Budget(vram_gb=MAX_VRAM_GB)  # never reached; without one the peak may go unmeasured
+    for case, column in jobs:
+        memory[case, column] = ask(case, column, measured).peak_memory_gb
     model = RunnerModel(runner, max_new_tokens=ANSWER_TOKENS)
     for case, item in enumerate(items):
         for column, worth in enumerate(_answered(model, item, points[case])):
@@ -187,9 +191,7 @@ def measure_table(
             advance(total)
     for turn in range(repeats):
         for case, column in [*jobs[turn % len(jobs) :], *jobs[: turn % len(jobs)]]:
-            took = ask(case, column)
-            calm[case, column, turn] = took.ttft_ms
-            memory[case, column] = max(memory[case, column] if turn else 0.0, took.peak_memory_gb)
+            calm[case, column, turn] = ask(case, column).ttft_ms
     if hogs:
         with cpu_hogs(hogs):
             for turn in range(repeats):
@@ -256,13 +258,23 @@ def _squeeze(table: Table) -> float:
 
 
 def replay(
-    world: World, attainment: float, n: int, *, seed: int = 0, trace: Callable[[World], Trace] | None = None
+    world: World,
+    attainment: float,
+    n: int,
+    *,
+    seed: int = 0,
+    trace: Callable[[World], Trace] | None = None,
+    advance: Callable[[int], None] = lambda total: None,
 ) -> dict[str, Any]:
-    """Every row on every trace of this world, n requests each (or on `trace` alone), as plain values."""
+    """Every row on every trace of this world, n requests each (or on `trace` alone), as plain values.
+
+    `advance` is called after each row of a trace with the number of all.
+    """
     setpoint = tuned_setpoint(world, attainment, seed)
     names = TRACES if world.hogged is None else (*TRACES, HOG)
     traces = [trace(world)] if trace is not None else [build(name, world, n, seed) for name in names]
-    results = {each.name: compare(each, attainment, setpoint) for each in traces}
+    step = partial(advance, FED * len(traces))
+    results = {each.name: compare(each, attainment, setpoint, step) for each in traces}
     least = min(len(each.load) for each in traces)
     return {
         "attainment": attainment,

@@ -12,7 +12,7 @@ import numpy as np
 from adaptive_fusion.bench.answers import ADAPTIVE, NATIVE, RATIOS, gated, native, weighted
 from adaptive_fusion.bench.scores import FloatArray, IntArray, Scores, whole
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_ratio
+from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_ratio, won_back
 
 DRAWS, SEED = 1000, 0
 """Of every bootstrap."""
@@ -72,11 +72,7 @@ class _Table:
         return float(values.mean()) if len(values) else float("nan")
 
     def add(self, kind: str, rows: Sequence[str], part: str, key: str, limit: Limit | None = None) -> None:
-        """``difference`` a - b, ``ratio`` a / b, or ``won back`` (a - b) / (c - b), where all of it was measured.
-
-        Nothing is won back where c - b is not surely a loss: a share of what may be zero or negative has no interval
-        (Fieller, 1954).
-        """
+        """``difference`` a - b, ``ratio`` a / b, or ``won back`` (a - b) / (c - b), where all of it was measured."""
         if part not in self.parts or any(row not in self.scores for row in rows):
             return
         a, b, *rest = (self.scores[row].take(key, self.parts[part]) for row in rows)
@@ -89,8 +85,8 @@ class _Table:
             value = ratio(a, b, self.draws)
         else:
             [full] = rest
-            lost = bootstrap_diff(full, b, seed=SEED, n=self.draws)
-            value = ratio(a - b, full - b, self.draws) if lost.low > 0 else None
+            share = won_back(full, b, a, seed=SEED, n=self.draws)
+            value = None if share is None else as_dict(share)
         entry = {"kind": kind, "rows": list(rows), "slice": part, "metric": key, "value": value}
         self.found.append(entry | ({"limit": limit.to_dict(value)} if limit else {}))
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from adaptive_fusion.bench.answers import NATIVE
 from adaptive_fusion.bench.answers import ROWS as QUALITY_ROWS
-from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, shape
+from adaptive_fusion.bench.shapes import SHAPES, Shape, ShapeProcessor, shape
 from adaptive_fusion.bench.trial import run_request
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
@@ -253,6 +253,15 @@ def dtype_for(device: str) -> str:
     return "float32" if slow else "bfloat16"
 
 
+def _check_device(device: str) -> None:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = ["cpu"]
+    if accelerator is not None:
+        usable += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if device not in usable:
+        raise ConfigError(f"device is {device!r}; expected one of {', '.join(usable)}")
+
+
 def adapter_of_size(size: str, device: str = "cpu", dtype: str | None = None) -> Adapter:
     """An adapter over a random model of a published size, or over the embedded reference model in its own dtype.
 
@@ -260,8 +269,12 @@ def adapter_of_size(size: str, device: str = "cpu", dtype: str | None = None) ->
         dtype: A name in `DTYPES`; None takes `dtype_for`.
 
     Raises:
-        ConfigError: For an unknown size or dtype, or a model that does not fit into the free memory.
+        ConfigError: For an unknown size or dtype, a device that this machine does not have, or a model that does not
+            fit into the free memory.
     """
+    if size.lower() not in (sizes := (*SHAPES, "reference")):
+        raise ConfigError(f"size is {size!r}; expected one of {', '.join(sizes)}")
+    _check_device(device)
     dtype = dtype_for(device) if dtype is None else dtype
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")

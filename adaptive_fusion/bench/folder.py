@@ -17,8 +17,10 @@ def folder_items(folder: Path, captions: Path, prompt: str, limit: int | None = 
 
     Raises:
         ConfigError: If `captions` is refused by `read_coco`, an image lies outside the folder or is missing, or
-            fewer than 2 images have captions.
+            `limit` or the number of images with captions is below 2: a shuffled pair needs two.
     """
+    if limit is not None and limit < 2:
+        raise ConfigError(f"limit is {limit} images; expected at least 2")
     chosen = list(read_coco(captions).items())[:limit]
     items = [Item(SLICE, _inside(folder, name), prompt, tuple(texts)) for name, texts in chosen]
     if len(items) < 2:

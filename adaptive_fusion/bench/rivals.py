@@ -12,6 +12,7 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ from adaptive_fusion.errors import AdaptiveFusionError
 
 _SETPOINTS = (0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35)
 _TUNING = 4000
+FED = 3
+"""Rows that a trace is fed through, request by request."""
 
 
 class Row(Protocol):
@@ -200,15 +203,19 @@ def run(trace: Trace, row: Row, *, timed: int = 4000, chunk: int = 10_000) -> Ou
     return Outcome(np.array(chosen), np.array(latency), statistics.median(spent) * 1e6 if spent else 0.0)
 
 
-def compare(trace: Trace, attainment: float, setpoint: float) -> dict[str, dict[str, float]]:
-    """Scores of every row on one trace."""
+def compare(
+    trace: Trace, attainment: float, setpoint: float, advance: Callable[[], None] = lambda: None
+) -> dict[str, dict[str, float]]:
+    """Scores of every row on one trace; `advance` is called after each of the `FED` rows that take time."""
     best = oracle(trace)
-    outcomes = {
-        "native": native(trace),
-        "best static": best_static(trace, attainment),
-        "aimd": run(trace, Aimd(trace.world, attainment)),
-        "pid": run(trace, Pid(trace.world, setpoint)),
-        "ours": run(trace, Ours(trace.world, attainment)),
-        "oracle": best,
+    outcomes = {"native": native(trace), "best static": best_static(trace, attainment)}
+    fed: dict[str, Row] = {
+        "aimd": Aimd(trace.world, attainment),
+        "pid": Pid(trace.world, setpoint),
+        "ours": Ours(trace.world, attainment),
     }
+    for name, row in fed.items():
+        outcomes[name] = run(trace, row)
+        advance()
+    outcomes["oracle"] = best
     return {name: score(trace, outcome, best) for name, outcome in outcomes.items()}

@@ -181,8 +181,8 @@ def build(name: str, world: World, n: int, seed: int) -> Trace:
     return make_trace(name, world, load, rng)
 
 
-def read_trace(path: Path, world: World, seed: int) -> Trace:
-    """A trace file: CSV with a header and a column ``load`` (factor on every time).
+def read_trace(path: Path, seed: int) -> Callable[[World], Trace]:
+    """What draws the trace of a file in a world: CSV with a header and a column ``load`` (factor on every time).
 
     Optional columns: ``work`` (size relative to a usual request) and ``simple`` (0 or 1), which pick the case;
     ``elapsed_ms`` (queueing); ``free_gb``.
@@ -211,11 +211,15 @@ def read_trace(path: Path, world: World, seed: int) -> Trace:
 
     load = column("load", 1e-3)
     assert load is not None  # its presence was checked
-    rng = np.random.default_rng(seed)
-    case = _pick(world, len(load), rng, column("work", 1e-9), column("simple", 0.0))
-    return make_trace(
-        "file", world, load, rng, case=case, elapsed=column("elapsed_ms", 0.0), free=column("free_gb", 0.0)
-    )
+    work, simple = column("work", 1e-9), column("simple", 0.0)
+    elapsed, free = column("elapsed_ms", 0.0), column("free_gb", 0.0)
+
+    def draw(world: World) -> Trace:
+        rng = np.random.default_rng(seed)
+        case = _pick(world, len(load), rng, work, simple)
+        return make_trace("file", world, load, rng, case=case, elapsed=elapsed, free=free)
+
+    return draw
 
 
 def _pick(world: World, n: int, rng: np.random.Generator, work: Array | None, simple: Array | None) -> Whole:

@@ -6,7 +6,6 @@ runs.
 """
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +57,8 @@ def quality(
     with refusing([model], as_json):
         if (data is None) != (captions is None):
             raise ConfigError("--data and --captions belong together; got only one of them")
+        if knobs and points:
+            raise ConfigError(f"--knobs has rows of its own; got --points {', '.join(points)} as well")
         from adaptive_fusion.bench import report
         from adaptive_fusion.bench.answers import KNOB_ROWS, ROWS, cheap_rung, rows_for, trained_rows, use_weights
         from adaptive_fusion.bench.folder import folder_items
@@ -251,6 +252,7 @@ def budget(
         targets = attainment or [0.95]
         for target in targets:
             Budget(ttft_ms=ttft_ms, attainment=target)  # refuses what is out of range before anything is run
+        chosen = None if trace is None else read_trace(trace, seed)
         if plot is not None and len(targets) > 1:
             raise ConfigError(f"--plot draws one target; got {len(targets)} of --attainment")
         items = reference_items(scenes)
@@ -262,9 +264,9 @@ def budget(
         with progress(0, as_json) as advance:
             table = measure_table(runner, items, repeats=repeats, hogs=beside, advance=advance)
         world = measured_world(table, ttft_ms or table.default_deadline_ms, runner.profile.memory_margin)
-        chosen = None if trace is None else partial(read_trace, trace, seed=seed)
         for target in targets:
-            found = replay(world, target, requests, seed=seed, trace=chosen)
+            with progress(0, as_json) as advance:
+                found = replay(world, target, requests, seed=seed, trace=chosen, advance=advance)
             checks = []
             if real:
                 with progress(0, as_json) as advance:

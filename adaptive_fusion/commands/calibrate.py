@@ -23,33 +23,32 @@ def calibrate(
     model: options.Model = "reference",
     repeats: Annotated[int, typer.Option(min=1, help="Times each request is measured.")] = 2,
     check: Annotated[
-        bool, typer.Option("--check", help="Then predict requests of other sizes and print how far off that is.")
+        bool,
+        typer.Option(
+            "--check", help="Also measure requests of other sizes, and print how far off their prediction is."
+        ),
     ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a model's costs on this machine and keep them in the user's cache, where they are found again."""
     from adaptive_fusion.calibrate import calibrate as measure
-    from adaptive_fusion.calibrate import check as compare
     from adaptive_fusion.commands.session import open_runner
     from adaptive_fusion.profiles import profile_path, user_cache_dir
 
     runner = open_runner(model, "native")
     try:
         with progress(0, as_json) as advance:
-            profile = measure(runner, repeats=repeats, progress=lambda _done, total: advance(total))
+            found = measure(runner, repeats=repeats, check=check, progress=lambda _done, total: advance(total))
     except OSError as error:
         raise ConfigError(f"the profile cannot be kept ({error.strerror}); set XDG_CACHE_HOME to a folder") from error
-    found = None
-    if check:
-        with progress(0, as_json) as advance:
-            found = compare(runner, progress=lambda _done, total: advance(total))
-    path = profile_path(user_cache_dir(os.environ), profile.key)
+    path = profile_path(user_cache_dir(os.environ), found.profile.key)
     if as_json:
-        emit({"model": model, "path": str(path), "profile": profile.to_dict(), "check": found})
+        errors = found.errors if check else None
+        emit({"model": model, "path": str(path), "profile": found.profile.to_dict(), "check": errors})
         return
-    console().print(_table(profile))
-    if found is not None:
-        console().print(_checked(found))
+    console().print(_table(found.profile))
+    if check:
+        console().print(_checked(found.errors))
     console().print(f"kept in {path}")
 
 

@@ -51,8 +51,8 @@ def distil(
     cheaper points. No labels are needed and none of the model's weights changes. State is kept in FILE.work.
     """
     with refusing([str(path) for path in inputs], as_json):
-        if out.suffix != ".safetensors":
-            raise ConfigError(f"--out is {out.name!r}; expected a name ending in .safetensors")
+        if out.suffix != ".safetensors" or out.is_dir():
+            raise ConfigError(f"--out is {out.name!r}; expected the name of a file that ends in .safetensors")
         from adaptive_fusion.point import OperatingPoint
 
         point = OperatingPoint(fusion, layers, adapter_rank=rank)

@@ -40,7 +40,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of the split and the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Judge policies by the trusted labels of LOGS, with 95 % bootstrap intervals over contents.
+    """Judge policies by the trusted labels of LOGS (by all where fewer than 20 are), with 95 % bootstrap intervals over
+    contents.
 
     Beside each policy stand a random router, entropy as the score and at its median, the best static point
     and the oracle. Rated decisions with a propensity also give its value off-policy (IPS, SNIPS, doubly
@@ -83,6 +84,8 @@ def _show(out: "Console", report: "Report") -> None:
         shown = [(name.replace("_", " "), name) for name in ("ips", "snips", "doubly_robust", "logged", "coverage")]
         title = f"{report.policy}: off-policy, {value.decisions} decisions worth {value.effective_samples:.0f}"
         out.print(_figures(title, {name: getattr(value, name) for _, name in shown}, shown))
+    if report.off_policy_note:
+        out.print(f"{report.policy}: no value off-policy: {report.off_policy_note}")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -89,8 +89,10 @@ def label(
             from adaptive_fusion.learning.labeller import RunnerModel
             from adaptive_fusion.learning.oracle import label_inputs
             from adaptive_fusion.learning.references import examples, media_files, read_references
-            from adaptive_fusion.learning.scoring import ModelScorer
+            from adaptive_fusion.learning.scoring import METRICS, ModelScorer
 
+            if metric not in METRICS:
+                raise ConfigError(f"metric is {metric!r}; expected one of {', '.join(sorted(METRICS))}")
             known = None if references is None else read_references(references, prompt, metric)
             chosen, unknown = examples(media_files(inputs), prompt, known)
             # One process loads the model before anything else, so that a wrong name ends the command at once.

@@ -46,17 +46,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def describe(error: AdaptiveFusionError) -> dict[str, str]:
+def describe(error: Exception) -> dict[str, str]:
     """An error as fields of a JSON object."""
     return {"error": str(error), "error_type": type(error).__name__}
 
 
 @contextmanager
 def refusing(inputs: Sequence[str], as_json: bool) -> Iterator[None]:
-    """Ends the command with exit code 2 on a library error that concerns the whole call, not one input."""
+    """Ends the command with exit code 2 on a library error that concerns the whole call, not one input, or on a file
+    that cannot be read or written."""
     try:
         yield
-    except AdaptiveFusionError as error:
+    except (AdaptiveFusionError, OSError) as error:
         complain(f"{type(error).__name__}: {error}")
         if as_json:
             for name in inputs:

@@ -10,6 +10,8 @@ from adaptive_fusion.errors import ConfigError
 
 LOWER_QUOTA = 3
 """Levels from the lower half of the ViT, where small text and edges live, when more than three take part."""
+MAX_DEPTH = 1024
+"""Most blocks a ViT is believed to have: choosing among a billion would not end."""
 
 
 def check_levels(name: str, levels: Sequence[int], depth: int | None = None) -> tuple[int, ...]:
@@ -32,11 +34,12 @@ def select_levels(depth: int, taps: Sequence[int], layers: int) -> tuple[int, ..
     choice above three levels contains the smaller ones, and `layers` above `depth` gives every level. A
     model without taps starts from its last level.
 
-    Raises ConfigError for a depth or a number of layers below 1, or taps that are not blocks of the model.
+    Raises ConfigError for a depth or a number of layers below 1 or above `MAX_DEPTH`, or taps that are not
+    blocks of the model.
     """
     for name, value in (("depth", depth), ("layers", layers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DEPTH:
+            raise ConfigError(f"{name} is {value!r}; expected an integer from 1 to {MAX_DEPTH}")
     chosen = set(check_levels("taps", taps, depth)) or {depth - 1}
     lower_half = [i for i in range(depth) if 2 * i < depth]
     needs_lower = layers > max(LOWER_QUOTA, len(taps))
@@ -71,8 +74,8 @@ def depth_profile(count: int) -> tuple[float, ...]:
 
     0.05, 0.08, 0.12, 0.15, 0.25, 0.35 for six levels; other counts read that curve at equal distances.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ConfigError(f"count is {count!r}; expected an integer of at least 1")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEPTH:
+        raise ConfigError(f"count is {count!r}; expected an integer from 1 to {MAX_DEPTH}")
     curve = (0.05, 0.08, 0.12, 0.15, 0.25, 0.35)
     values = []
     for index in range(count):

@@ -55,6 +55,8 @@ def fit_calibration(raw: FloatArray, data: Dataset, shapes: Sequence[str] = ("pl
     if "isotonic" not in shapes or len(y) < ISOTONIC_ROWS:
         return _platt(raw, y, weight)
     half = data.group % 2 == 0
+    if half.all() or not half.any():  # so few contents that one half has them all
+        return _platt(raw, y, weight)
     gain = np.empty(len(y))
     for fit, judge in ((half, ~half), (~half, half)):
         line, steps = (shape(raw[fit], y[fit], weight[fit]) for shape in (_platt, _isotonic))

@@ -85,12 +85,13 @@ def compare(requests: Requests, more: Statistics, *, seed: int, n: int) -> tuple
         curves = {name: router.curve(weight) for name, router in routers.items()}
         own, oracle = curves["policy"], curves["oracle"].apgr
         kept, spent, whole = mean(quality), mean(cost), mean(requests.whole)
+        spent_whole = mean(requests.whole_cost)
         median_quality, median_cost = map(mean, by_median)
         return {
             "quality": kept,
             "kept": kept / whole if whole else np.nan,
             "cost": spent,
-            "cost_share": spent / mean(requests.whole_cost),
+            "cost_share": spent / spent_whole if spent_whole else np.nan,
             "strong_share": mean(requests.goes.astype(float)),
             "apgr": own.apgr,
             "cpt_50": own.cpt(0.5),

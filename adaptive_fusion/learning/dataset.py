@@ -33,6 +33,8 @@ _SHARES = (0.6, 0.2, 0.2 + 1e-9)
 NATIVE_NAME = "native@1"
 MAX_RUNGS = 64
 """Most rungs read beyond those asked for: labels could name any number."""
+MAX_WEIGHT = 1e9
+"""Most that a label may weigh; one of more counts nothing, or its source's sum could pass any cap."""
 _BLOCK = 8  # columns fetched at once: bounds what is held twice
 
 
@@ -222,12 +224,25 @@ def build_dataset(
 
 
 def _other_rungs(table: LogTable, rungs: Sequence[str]) -> list[str]:
-    """Rungs that trusted labels have a quality of, without `rungs`; of very many the most frequent."""
+    """Rungs that trusted labels have a quality of, without `rungs`; of very many the most frequent. Of names that
+    differ in case only, which are one column to DuckDB, the first."""
     sources = ", ".join(_text(name) for name in TRUSTED)
     named = f"SELECT unnest(json_keys(quality)) AS name FROM labels WHERE source IN ({sources})"
     query = f"SELECT name FROM ({named}) GROUP BY name ORDER BY count(*) DESC, name"
     found = [str(row[0]) for row in table.connection.execute(query).fetchall()]
-    return sorted(name for name in found[: MAX_RUNGS + len(rungs)] if name not in rungs)[:MAX_RUNGS]
+    known = {"", *(name.lower() for name in rungs)}
+    others = []
+    for name in found[: MAX_RUNGS + len(rungs)]:
+        if name.lower() not in known:
+            known.add(name.lower())
+            others.append(name)
+    return sorted(others)[:MAX_RUNGS]
+
+
+def fill_empty(x: FloatArray) -> None:
+    """Put 0 into the columns of features without a single value, in place: estimators refuse those, and what is
+    constant decides nothing."""
+    x[:, np.isnan(x).all(axis=0)] = 0.0
 
 
 def cap_weights(data: Dataset, cap: float) -> FloatArray:
@@ -344,7 +359,7 @@ parsed AS (
     (md5_number_lower(coalesce(s.content_hash, l.request_id, s.features::VARCHAR, '')) >> 1)::BIGINT AS grp,
     CASE l.source {sources} END AS source, coalesce(ids.n, 0) AS source_id,
     l.target, coalesce(l.reference_quality, TRY_CAST({native} AS DOUBLE)) AS reference_quality,
-    CASE WHEN l.weight >= 0 AND l.weight < 'inf' THEN l.weight ELSE 0 END AS weight,
+    CASE WHEN l.weight BETWEEN 0 AND {MAX_WEIGHT} THEN l.weight ELSE 0 END AS weight,
     CASE l.rung {taken} ELSE -1 END AS taken, l.propensity,
     CASE WHEN s.kind = 'video' THEN 1.0 ELSE 0.0 END AS video,
     coalesce(l.slices::VARCHAR, '') AS slices, coalesce(s.kind, '') AS kind,

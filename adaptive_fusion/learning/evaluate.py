@@ -58,6 +58,7 @@ class Report:
         curves: Cost-quality curve of the policy and of each baseline.
         off_policy: What the policy would have been worth on the logged decisions that were rated, where
             there are any.
+        off_policy_note: Why the logged decisions do not tell, where there are some and they do not.
     """
 
     policy: str
@@ -72,6 +73,7 @@ class Report:
     clips: Mapping[str, float]
     curves: Mapping[str, Curve] = field(repr=False)
     off_policy: OffPolicyValue | None = None
+    off_policy_note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able values; the policy's curve at up to 101 shares of strong calls."""
@@ -94,6 +96,7 @@ class Report:
             "clips": dict(self.clips),
             "curve": {part: getattr(curve, part)[some].tolist() for part in parts},
             "off_policy": None if self.off_policy is None else self.off_policy.to_dict(),
+            "off_policy_note": self.off_policy_note,
         }
 
 
@@ -108,7 +111,7 @@ def evaluate(
     n: int = 500,
     allow_pickle: bool = False,
 ) -> list[Report]:
-    """Judge policies on the trusted labels of some logs.
+    """Judge policies on the trusted labels of some logs, or on all labels of those with too few (see `judges`).
 
     Args:
         policies: Names, paths or policies.
@@ -138,7 +141,10 @@ def evaluate(
     for policy in loaded:
         report = evaluate_policy(policy, judged, seed=seed, n=n)
         if decided.any():
-            report = replace(report, off_policy=off_policy(policy, data, seed=seed, n=n))
+            try:
+                report = replace(report, off_policy=off_policy(policy, data, seed=seed, n=n))
+            except ConfigError as error:  # the other figures stand
+                report = replace(report, off_policy_note=str(error))
         reports.append(report)
     if plot is not None:
         from adaptive_fusion.learning.drawing import plot_curves

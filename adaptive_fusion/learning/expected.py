@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.arms import lanes_of, scores
-from adaptive_fusion.learning.dataset import BoolArray, Dataset, FloatArray, IntArray
+from adaptive_fusion.learning.dataset import BoolArray, Dataset, FloatArray, IntArray, fill_empty
 from adaptive_fusion.learning.export import export_model
 from adaptive_fusion.learning.metrics import bootstrap_mean
 from adaptive_fusion.plain import Model
@@ -146,6 +146,7 @@ def _best_model(
         early_stopping=False,
         random_state=seed,
     )
+    fill_empty(x)
     even = bool((weight == weight[0]).all())
     fitted = {
         "constant": None,

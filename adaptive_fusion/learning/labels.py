@@ -7,6 +7,7 @@ that one reader takes logs and labels alike; `join_labels` makes one table of th
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,9 +198,14 @@ def feedback_from_csv(file: str | Path, *, best: float = 1.0, worst: float = 0.0
     columns, rows = read_table(file)
     if not {"request_id", "rating"} <= set(columns):
         raise ConfigError(f"{file.name} has columns {columns}; expected request_id and rating")
-    for row in rows:
+    for number, row in enumerate(rows, 2):
         text = (row["rating"] or "").strip().lower()
         rating = text if text in THUMBS else (_finite(text) - worst) / (best - worst)
+        if not isinstance(rating, str) and not 0 <= rating <= 1:
+            raise ConfigError(
+                f"{file.name} has rating {row['rating']!r} in row {number}; expected up, down or a number from"
+                f" {worst:g} to {best:g}"
+            )
         time_s = _finite(row.get("time_s"))
         yield feedback_record(
             row["request_id"],
@@ -227,17 +233,43 @@ def shadow_record(
 def append_records(records: Iterable[Mapping[str, Any]], out: str | Path) -> int:
     """Append records to a JSONL file, made with its folder if need be; returns how many.
 
+    All of them are made before the first is written, so that a record that is refused leaves the file as it was.
+
     Raises:
+        ConfigError: For a file that ends in something else than a record.
         ValueError: For a number that JSON does not have.
     """
     out = Path(out)
+    lines = [json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n" for record in records]
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
+    mend_tail(out)
     with out.open("a", encoding="utf-8") as handle:
-        for record in records:
-            handle.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-            written += 1
-    return written
+        handle.writelines(lines)
+    return len(lines)
+
+
+def mend_tail(out: Path) -> None:
+    """Let a JSONL file end in a whole line, if it is there, so that what is appended begins one of its own.
+
+    A last line without its end is ended where it is a whole record, and cut off where it is a torn one.
+
+    Raises:
+        ConfigError: If it is neither: the file is not ours to cut.
+    """
+    if not out.exists():
+        return
+    with out.open("rb+") as handle:
+        tail = deque(handle, maxlen=1).pop() if out.stat().st_size else b""
+        if not tail or tail.endswith(b"\n"):
+            return
+        if not tail.startswith(b"{"):
+            raise ConfigError(f"{out.name!r} ends in {tail[:40]!r}; expected a file of JSON records, one a line")
+        try:
+            json.loads(tail)
+        except ValueError:
+            handle.truncate(handle.tell() - len(tail))
+        else:
+            handle.write(b"\n")
 
 
 _JOIN = f"""

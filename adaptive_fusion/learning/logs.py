@@ -125,7 +125,7 @@ def open_logs(paths: Iterable[str | Path], *, memory_gb: float = 0.5, threads: i
         threads: Threads of DuckDB.
 
     Raises:
-        ConfigError: If there are no logs, or a Parquet file cannot be read.
+        ConfigError: If there are no logs, or one of them cannot be read.
         AdaptiveFusionError: If DuckDB is not installed.
     """
     files = log_files(paths)
@@ -150,17 +150,26 @@ def compact(paths: Iterable[str | Path], out: str | Path, *, memory_gb: float = 
     connection closed.
 
     Raises:
-        ConfigError: As `open_logs`.
+        ConfigError: As `open_logs`; for an `out` that is not named as a Parquet file, which would be read as
+            JSONL, or one that cannot be written.
     """
     out = Path(out)
+    if out.suffix != ".parquet" or out.is_dir():
+        raise ConfigError(f"out is {out.name!r}; expected the name of a file that ends in .parquet")
     part = out.with_name(out.name + ".part")
     with open_logs(paths, memory_gb=memory_gb, threads=threads) as table:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        import duckdb  # there, or nothing could have been opened
+
         try:
-            table.connection.execute(f"COPY (SELECT * FROM log) TO {_quote(part)} (FORMAT parquet, COMPRESSION zstd)")
-            os.replace(part, out)
-        finally:
-            part.unlink(missing_ok=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                query = f"COPY (SELECT * FROM log) TO {_quote(part)} (FORMAT parquet, COMPRESSION zstd)"
+                table.connection.execute(query)
+                os.replace(part, out)
+            finally:
+                part.unlink(missing_ok=True)
+        except (OSError, duckdb.IOException) as error:
+            raise ConfigError(f"out is {out.name!r}, which cannot be written: {_reason(error, part)}") from error
         return table
 
 
@@ -189,26 +198,25 @@ def _columns() -> str:
 def _load(connection: Any, file: Path, folder: Path) -> None:
     import duckdb
 
-    if file.suffix == ".parquet":
-        try:
+    try:
+        if file.suffix == ".parquet":
             _load_parquet(connection, file)
-        except duckdb.Error as error:
-            raise ConfigError(f"cannot read {file.name}: {str(error).splitlines()[0]}") from error
-        return
-    if file.stat().st_size == 0:
-        return
-    if file.stat().st_size <= MAX_LINE or not _has_long_line(file):
-        _load_jsonl(connection, file)
-        return
-    clean = folder / "clean.jsonl"
-    _drop_long_lines(file, clean)
-    _load_jsonl(connection, clean)
-    clean.unlink()
+        elif file.stat().st_size <= MAX_LINE or not _has_long_line(file):
+            _load_jsonl(connection, file)
+        else:
+            clean = folder / "clean.jsonl"
+            _drop_long_lines(file, clean)
+            _load_jsonl(connection, clean)
+            clean.unlink()
+    except (OSError, duckdb.Error) as error:
+        raise ConfigError(f"cannot read {file.name}: {_reason(error, file)}") from error
 
 
 def _load_jsonl(connection: Any, file: Path) -> None:
+    if file.stat().st_size == 0:
+        return
     shape = "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in COLUMNS.items()) + "}"
-    source = _READ.format(files=_quote(file), size=MAX_LINE)
+    source = _READ.format(files=_named(file), size=MAX_LINE)
     values = {name: f"r.{name}" for name in COLUMNS}
     connection.execute(
         f"INSERT INTO log SELECT {_select(values)}, broken FROM ("
@@ -218,13 +226,23 @@ def _load_jsonl(connection: Any, file: Path) -> None:
 
 
 def _load_parquet(connection: Any, file: Path) -> None:
-    there = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {_quote(file)}").fetchall()}
+    there = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {_named(file)}").fetchall()}
     values = {name: f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()}
-    connection.execute(f"INSERT INTO log SELECT {_select(values)}, false FROM read_parquet({_quote(file)})")
+    connection.execute(f"INSERT INTO log SELECT {_select(values)}, false FROM read_parquet({_named(file)})")
 
 
 def _select(values: dict[str, str]) -> str:
     return ", ".join((values | {"event": f"coalesce({values['event']}, 'decision')"}).values())
+
+
+def _reason(error: Exception, file: Path) -> str:
+    """Why a file could not be read or written, without the folder it lies in."""
+    return (getattr(error, "strerror", None) or str(error).splitlines()[0]).replace(str(file), file.name)
+
+
+def _named(file: Path) -> str:
+    """The file of just that name: DuckDB takes brackets, asterisks and question marks for a pattern."""
+    return _quote(glob.escape(str(file)))
 
 
 def _quote(value: str | Path) -> str:

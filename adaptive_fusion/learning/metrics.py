@@ -224,6 +224,22 @@ def bootstrap_ratio(
     return _ratio_of_sums(first, second, seed, n, level, groups)
 
 
+def won_back(
+    full: npt.ArrayLike, reduced: npt.ArrayLike, restored: npt.ArrayLike, *, seed: int, n: int = 2000
+) -> Interval | None:
+    """Return the interval of the share of what `reduced` loses against `full` that `restored` has again, paired.
+
+    None where nothing is surely lost: a share of what may be zero or negative has no interval (Fieller, 1954).
+    """
+    whole, less = _paired(full, reduced)
+    if bootstrap_diff(whole, less, seed=seed, n=n).low <= 0:
+        return None
+    try:
+        return bootstrap_ratio(_paired(restored, less)[0] - less, whole - less, seed=seed, n=n)
+    except ConfigError:  # the loss is 0 in a resample
+        return None
+
+
 def _ratio_of_sums(
     top: FloatArray, bottom: FloatArray, seed: int, n: int, level: float, groups: npt.ArrayLike | None
 ) -> Interval:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.labels import Subject, label_record
+from adaptive_fusion.learning.labels import Subject, label_record, mend_tail
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def label_inputs(
 ) -> LabelRun:
     """Score rungs on inputs and append one label a line to `out` as soon as it is known.
 
-    An input whose content and question are in `out` already, with all these rungs, is not run again; nor is
-    one that comes twice. Questions on the same content are scored one after the other, in one process, so that
-    a scorer can share work among them. A torn last line, from a run that was killed, is cut off first. An
-    input that raises this library's error is reported and left out; any other error stops the run, with what
-    was scored so far on disk.
+    An input whose content and question are in `out` already, with all these rungs and from the same `source_id`,
+    is not run again; nor is one that comes twice. Questions on the same content are scored one after the other, in
+    one process, so that a scorer can share work among them. A torn last line, from a run that was killed, is cut
+    off first. An input that raises this library's error is reported and left out; any other error stops the run,
+    with what was scored so far on disk.
 
     Args:
         scorer: Describes and scores.
@@ -81,17 +81,18 @@ def label_inputs(
         out: JSONL file of labels.
         jobs: Processes, if the scorer can be pickled; else it runs in this one.
         progress: Show a progress bar on standard error.
-        source_id: Goes into the labels.
+        source_id: What labels, such as the model; goes into the labels.
         clock: Seconds since the epoch, for the labels.
 
     Raises:
-        ConfigError: Without rungs.
+        ConfigError: Without rungs, or for an `out` that ends in something else than a record.
     """
     if not rungs:
         raise ConfigError("no rungs to score; expected at least one")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = _done(out, {rung.name for rung in rungs})
+    mend_tail(out)
+    done = _done(out, {rung.name for rung in rungs}, source_id)
     todo: list[tuple[Any, Subject]] = []
     failed: list[tuple[str, str]] = []
     resumed = repeated = 0
@@ -134,26 +135,21 @@ def label_inputs(
     return LabelRun(scored, resumed, repeated, tuple(failed))
 
 
-def _done(out: Path, rungs: set[str]) -> set[tuple[Any, Any]]:
-    """Keys of the labels in `out` that cover the rungs; cuts off a torn last line."""
+def _done(out: Path, rungs: set[str], source_id: str | None) -> set[tuple[Any, Any]]:
+    """Keys of the labels in `out` by that source that cover the rungs."""
     if not out.exists():
         return set()
     found = set()
-    whole = 0
     with out.open("rb") as handle:
         for line in handle:
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and isinstance(record.get("quality"), dict) and rungs <= set(record["quality"]):
+            if not isinstance(record, dict) or record.get("source_id") != source_id:
+                continue
+            if isinstance(record.get("quality"), dict) and rungs <= set(record["quality"]):
                 found.add((record.get("content_hash"), record.get("prompt_hash")))
-    if whole < out.stat().st_size:
-        with out.open("rb+") as handle:
-            handle.truncate(whole)
     return found
 
 

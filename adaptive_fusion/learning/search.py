@@ -25,7 +25,7 @@ from sklearn.utils.validation import has_fit_parameter
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.arms import MIN_ROWS, judges
 from adaptive_fusion.learning.calibrate import CalibratedEstimator, fit_calibration, log_losses, log_odds
-from adaptive_fusion.learning.dataset import BoolArray, Dataset, FloatArray, IntArray
+from adaptive_fusion.learning.dataset import BoolArray, Dataset, FloatArray, IntArray, fill_empty
 from adaptive_fusion.learning.export import export_classifier
 from adaptive_fusion.prompts import PROMPT_FEATURE_NAMES
 from adaptive_fusion.router import EstimatorRouter, Inputs, PlainRouter, Router
@@ -222,6 +222,7 @@ def fit_candidate(data: Dataset, candidate: Candidate, rows: IntArray) -> Any:
     """The candidate fitted on rows; a plain model where it can be exported, else the estimator."""
     places = np.array([data.names.index(name) for name in candidate.inputs.names])
     x = data.x[np.ix_(rows, places)]
+    fill_empty(x)
     _clip(x)
     estimator = candidate.make()
     y = data.y[rows].astype(np.int64)

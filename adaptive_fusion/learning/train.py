@@ -4,10 +4,14 @@ Knows the steps and the files of a trained policy. Must not know what happens in
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from adaptive_fusion.artefacts import POLICY_FILE
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.card import card, finite
 from adaptive_fusion.learning.dataset import NATIVE_NAME, build_dataset
 from adaptive_fusion.learning.fit import FittedPolicy, fit_policy
@@ -53,11 +57,11 @@ def train(
     """Train a policy on labelled logs and write its folder, if it passes the gate.
 
     The folder holds the policy's files, ``report.json`` and a README card. The same logs, base and seed give
-    the same bytes.
+    the same bytes. An earlier policy in it is replaced once the new one is complete.
 
     Args:
         logs: Decision logs and labels, see `log_files`.
-        out: Folder to write.
+        out: Folder to write: a new one, one of a policy, or one without files of a policy's names.
         base: Policy whose ladders are kept; a name, path or policy.
         incumbent: What the candidate must not be worse than on the hold-out, the part of the data that
             neither fit nor threshold saw; `base` if None.
@@ -75,9 +79,12 @@ def train(
 
     Raises:
         GateRefused: If the candidate is worse than the incumbent; nothing is written.
-        ConfigError: For logs that cannot be trained on, or a value out of range.
+        ConfigError: For logs that cannot be trained on, a value out of range, or an `out` that is a file or holds
+            another README.
         PolicyError: For a base or incumbent that cannot be loaded.
     """
+    out = Path(out)
+    _check_target(out)
     start = base if isinstance(base, Policy) else Policy.load(base)
     other = start if incumbent is None else incumbent
     against = other if isinstance(other, Policy) else Policy.load(other)
@@ -120,16 +127,34 @@ def train(
             "--out DIR",
         ]
     )
-    return Trained(fitted, verdict, _write(Path(out), fitted, verdict, against.name, command))
+    return Trained(fitted, verdict, _write(out, fitted, verdict, against.name, command))
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out is {folder.name!r}, a file; expected a folder")
+    if (folder / POLICY_FILE).exists():
+        return
+    if found := [name for name in FILES if (folder / name).exists()]:
+        raise ConfigError(
+            f"out is {folder.name!r}, which holds {', '.join(found)} but no {POLICY_FILE}; expected a new folder or one"
+            " of a policy"
+        )
 
 
 def _write(folder: Path, fitted: FittedPolicy, verdict: Verdict, against: str, command: str) -> Path:
+    """All files are written beside their places first, so that a full disk leaves an earlier policy whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in FILES:
-        (folder / stale).unlink(missing_ok=True)
-    fitted.policy.save(folder)
-    found = {"incumbent": against, **asdict(verdict)}
-    report = json.dumps(finite({**fitted.report, "gate": found}), indent=1, sort_keys=True, allow_nan=False)
-    (folder / "report.json").write_text(report + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(fitted, verdict, against, command), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as beside:
+        new = Path(beside)
+        fitted.policy.save(new)
+        found = {"incumbent": against, **asdict(verdict)}
+        report = json.dumps(finite({**fitted.report, "gate": found}), indent=1, sort_keys=True, allow_nan=False)
+        (new / "report.json").write_text(report + "\n", encoding="utf-8")
+        (new / "README.md").write_text(card(fitted, verdict, against, command), encoding="utf-8")
+        for stale in FILES:
+            if not (new / stale).exists():
+                (folder / stale).unlink(missing_ok=True)
+        for file in sorted(new.iterdir()):
+            os.replace(file, folder / file.name)
     return folder

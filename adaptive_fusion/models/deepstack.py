@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion, apply_gate
 
 
@@ -23,6 +24,9 @@ def fused_taps(tower: nn.Module, fusion: DeepStackFusion | None, lengths: Sequen
         tower: A Qwen3-VL vision model, dense or MoE.
         fusion: The module that fuses; None turns every tap off (the list stays empty, no merger runs).
         lengths: Patches per image or clip, in packed order.
+
+    Raises:
+        UnsupportedModelError: If the tower ran without its blocks' forward hooks.
     """
     groups = fusion.spec.groups if fusion is not None else ()
     merged: list[Tensor | None] = [None] * len(groups)
@@ -40,7 +44,14 @@ def fused_taps(tower: nn.Module, fusion: DeepStackFusion | None, lengths: Sequen
 
     with _watched(tower, [level for group in groups for level in group], take):
         yield result
-        result.extend(tensor for tensor in merged if tensor is not None)
+        found = [tensor for tensor in merged if tensor is not None]
+        if len(found) < len(groups):
+            # Fewer taps would pass for a plan that turns them off, and cost quality unseen.
+            raise UnsupportedModelError(
+                f"{type(tower).__name__} ran {len(found)} of {len(groups)} taps' blocks where they can be seen; "
+                "expected a tower that runs the forward hooks of its blocks"
+            )
+        result.extend(found)
     levels.clear()
 
 

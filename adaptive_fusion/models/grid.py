@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
@@ -142,28 +143,33 @@ class GridAdapter(Adapter):
                 kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
         return dict(self.processor(text=[text], return_tensors="pt", **kwargs).to(self.model.device))
 
-    @staticmethod
-    def _size(processor: Any, point: OperatingPoint, frames: int) -> dict[str, Any]:
+    def _size(self, processor: Any, point: OperatingPoint, frames: int) -> dict[str, Any]:
         if point.max_pixels is None:
             return {}
         low, high = _limits(processor)
         factor = processor.patch_size * processor.merge_size
         high = min(high, max(point.max_pixels, factor * factor) * frames)
-        return {"size": {"shortest_edge": min(low, high), "longest_edge": high}}
+        low = min(low, high)
+        # Limits that AutoProcessor.from_pretrained was given stay with the tokenizer, and transformers takes them from
+        # there as arguments of every call, over `size`.
+        loaded = getattr(getattr(self.processor, "tokenizer", None), "init_kwargs", {})
+        taken = getattr(getattr(processor, "valid_kwargs", None), "__annotations__", {})
+        again = {k: v for k, v in (("min_pixels", low), ("max_pixels", high)) if k in loaded and k in taken}
+        return {"size": {"shortest_edge": low, "longest_edge": high}, **again}
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
         patch, temporal = self._patch, self._temporal
         return [
             Size(t * temporal if kind == "video" else t, h * patch, w * patch, kind == "video", exact=True)
-            for kind, (_, grid_key, _) in KINDS.items()
-            for t, h, w in _grids(inputs, grid_key)
+            for kind in KINDS
+            for t, h, w in _grids(inputs, kind)
         ]
 
     def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
         return [
             array
-            for kind, (pixel_key, grid_key, _) in KINDS.items()
-            for array in self._unpatch(inputs.get(pixel_key), _grids(inputs, grid_key), kind)
+            for kind, (pixel_key, _, _) in KINDS.items()
+            for array in self._unpatch(inputs.get(pixel_key), _grids(inputs, kind), kind)
         ]
 
     def _unpatch(self, pixels: Tensor | None, grids: list[Grid], kind: str) -> list[npt.NDArray[np.uint8]]:
@@ -211,9 +217,9 @@ class GridAdapter(Adapter):
         tokens = patches = 0
         for kind, (pixel_key, grid_key, id_key) in KINDS.items():
             pixels = reduced.pop(pixel_key, None)
-            if inputs.get(grid_key) is None:
+            grids = _grids(inputs, kind, seen=recorded is not None)
+            if not grids:
                 continue
-            grids = _grids(inputs, grid_key)
             merged = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
             small = [pooled_grid(*grid, point.downsample) for grid in merged]
             if recorded is None:
@@ -304,6 +310,15 @@ def _limits(processor: Any) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _grids(inputs: Mapping[str, Any], key: str) -> list[Grid]:
-    grid = inputs.get(key)
-    return [] if grid is None else [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
+def _grids(inputs: Mapping[str, Any], kind: str, *, seen: bool = False) -> list[Grid]:
+    """Frames, rows and columns, in patches, of each image or clip; the pixels of those `seen` already may be gone."""
+    pixel_key, grid_key, _ = KINDS[kind]
+    pixels, grid = inputs.get(pixel_key), inputs.get(grid_key)
+    found = [] if grid is None else [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
+    rows, patches = 0 if pixels is None else len(pixels), sum(t * h * w for t, h, w in found)
+    if rows != patches and not seen:
+        raise ConfigError(
+            f"{pixel_key} has {rows} rows and {grid_key} stands for {patches} patches; "
+            "expected as many, both as the processor gives them"
+        )
+    return found

@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from adaptive_fusion.errors import ConfigError
+
 Kind = Literal["simple", "dense", "reading", "clip"]
 T = TypeVar("T")
 Split = Literal["train", "eval"]
@@ -56,6 +58,8 @@ BINS = 8
 CONSONANTS, VOWELS, DIGITS = "BCDFGHJKLMNPRSTVWXZ", "AEIOU", "0123456789"
 LABEL_CHARS = "ABCDEFGHJKLMNPRSTUVWXYZ23456789"
 """No I, O, Q, 0, 1: in a ten-pixel sans serif they are the same drawing as another character."""
+MIN_SIDE, MAX_SIDE = 64, 4096
+"""Smaller screens have no room for enough layouts: those of one split may not exist."""
 GRID = 16
 """Sides are multiples of this: one visual token of the reference model (2 x 2 patches of 8 px)."""
 
@@ -120,14 +124,19 @@ def make_scene(kind: Kind, seed: int, split: Split, sides: tuple[int, int] = (25
         kind: One of ``KINDS``.
         seed: Any integer; the same arguments always give the same scene.
         split: ``train`` or ``eval``: words and layouts of one never occur in the other.
-        sides: Smallest and largest image side in pixels, for stills of every kind alike (clips use half of it).
+        sides: Smallest and largest image side in pixels, 64 to 4096, for stills of every kind alike (clips use half
+            of it).
         effort: In (0, 1]; scales how many elements or words a scene may hold (a curriculum starts low).
 
     Raises:
-        ValueError: For an unknown kind or split.
+        ConfigError: For an unknown kind or split, or sides or an effort out of range.
     """
     if kind not in KINDS or split not in get_args(Split):
-        raise ValueError(f"unknown scene {kind!r}/{split!r}; kinds {KINDS}, splits {get_args(Split)}")
+        raise ConfigError(f"unknown scene {kind!r}/{split!r}; expected kinds {KINDS}, splits {get_args(Split)}")
+    if not MIN_SIDE <= sides[0] <= sides[1] <= MAX_SIDE:
+        raise ConfigError(f"sides are {sides!r}; expected the smallest and the largest, {MIN_SIDE} to {MAX_SIDE}")
+    if not 0 < effort <= 1:
+        raise ConfigError(f"effort is {effort!r}; expected above 0, at most 1")
     rng = random.Random(f"{kind}/{split}/{seed}")
     low, high = sides[0] // GRID, sides[1] // GRID
     if kind == "clip":

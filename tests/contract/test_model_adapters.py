@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
@@ -22,10 +23,11 @@ from transformers import (
 )
 
 from adaptive_fusion.complexity import measure_complexity
-from adaptive_fusion.errors import UnsupportedModelError
+from adaptive_fusion.errors import ConfigError, UnsupportedModelError
 from adaptive_fusion.models import GridAdapter, Size, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
+from adaptive_fusion.reference import model_path
 from adaptive_fusion.runner import AdaptiveRunner
 from tests.conftest import _random, tiny_text, tiny_vision, token_ids
 
@@ -170,6 +172,36 @@ def test_images_are_put_back_together_from_the_processors_tensors(family: Any, n
     (found,) = adapter.thumbnails(adapter.prepare(ask(smooth), NATIVE))
     assert found.shape == (64, 64, 3)
     assert abs(found.astype(int) - torch.tensor(list(smooth.getdata())).view(64, 64, 3).numpy()).max() <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Passing `min_pixels`:FutureWarning")  # transformers' own, about its own defaults
+@pytest.mark.parametrize("given", [{"min_pixels": 4096, "max_pixels": 10000}, {"max_pixels": 10000}])
+def test_a_processor_loaded_with_its_own_limits_keeps_the_points_budget(
+    tiny_dense: Any, noise_image: Any, clip: Any, given: dict[str, int]
+) -> None:
+    adapter = adapter_for(tiny_dense, AutoProcessor.from_pretrained(model_path(), **given))
+    sizes = [Size(1, 200, 300), Size(*clip.frames.shape[:3], clip=True)]
+    content = [{"type": "image", "image": noise_image(300, 200)}, {"type": "video", "video": clip}]
+    for point in (NATIVE, OperatingPoint(max_pixels=6400), OperatingPoint(max_pixels=2048)):
+        inputs = adapter.prepare([{"role": "user", "content": content}], point)
+        still, *_ = adapter.sizes(inputs)
+        assert still.height * still.width <= (point.max_pixels or 10000)
+        assert adapter.encode(inputs, point).patches == adapter.plan(sizes, point).patches
+
+
+def test_tensors_that_lost_their_other_half_are_refused(family: Any, noise_image: Any) -> None:
+    name, model, processor = family
+    if name == "Gemma 3":  # its images have no grid
+        return
+    adapter = adapter_for(model, processor)
+    inputs = adapter.prepare(ask(noise_image(64, 64)), NATIVE)
+    pixels = {**inputs, "pixel_values": inputs["pixel_values"][:-1]}
+    for half in ({k: v for k, v in inputs.items() if k != "image_grid_thw"}, {**inputs, "pixel_values": None}, pixels):
+        for use in (adapter.sizes, adapter.thumbnails, lambda given: adapter.encode(given, NATIVE)):
+            with pytest.raises(
+                ConfigError, match=r"pixel_values has \d+ rows and image_grid_thw stands for \d+ patches"
+            ):
+                use(half)
 
 
 def test_the_runner_drives_every_family_with_a_shipped_policy(family: Any, noise_image: Any) -> None:

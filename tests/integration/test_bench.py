@@ -108,7 +108,10 @@ def test_quality_of_a_captioned_folder_from_the_command_line(tmp_path: Path, noi
         assert image.format == "PNG"
     other = DeepStackFusion(replace(module.spec, rank=16))
     other.save(weights)
-    for wrong in (["--data", str(tmp_path)], [*data, *options], [*data, "--plot", str(tmp_path / "out.jpg")]):
+    for wrong in (
+        *(["--data", str(tmp_path)], [*data, *options], [*data, "--plot", str(tmp_path / "out.jpg")]),
+        *([*data, "--scenes", "1"], [*data, "--knobs", "--points", "top"]),
+    ):
         refused = CliRunner().invoke(app, ["quality", *wrong])
         assert refused.exit_code == 2, refused.output
 
@@ -124,8 +127,12 @@ def test_cost_from_the_command_line() -> None:
     assert set(rows) == {"native@1", "top@1", *lane}
     assert rows["native@1"]["runs"] == 2 and rows["top@1"]["encode_prefill_ms_ratio"]["median"] > 0
     assert all(rows[name]["lane"] and rows[name]["patches"] < rows["native@1"]["patches"] for name in lane)
-    for wrong in (["--size", "3b"], ["--points", "quick@1"], ["--policy", "none-such"], ["--dtype", "int8"]):
-        assert CliRunner().invoke(app, ["cost", *arguments, *wrong]).exit_code == 2
+    for option, wrong in (
+        *(("--size", "3b"), ("--points", "quick@1"), ("--policy", "none-such"), ("--dtype", "int8")),
+        *(("--device", "abacus"), ("--device", "cpu:x"), ("--device", "cuda:999")),
+    ):
+        refused = CliRunner().invoke(app, ["cost", *arguments, option, wrong])
+        assert refused.exit_code == 2 and wrong.partition("@")[0] in refused.stderr, refused.stderr
 
 
 def test_a_random_model_of_a_shape_runs_every_row() -> None:

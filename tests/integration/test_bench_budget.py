@@ -103,7 +103,7 @@ def test_a_trace_file_picks_load_and_cases(world: World, tmp_path: Path) -> None
     path = tmp_path / "trace.csv"
     rows = [f"{1.7 if 200 <= i < 400 else 1.0},1.6,{i % 2},{i % 30},8.0" for i in range(600)]
     path.write_text("load,work,simple,elapsed_ms,free_gb\n" + "\n".join(rows))
-    trace = read_trace(path, world, 0)
+    trace = read_trace(path, 0)(world)
     assert trace.load[200:400].min() == 1.7 and trace.elapsed[29] == 29 and trace.free[0] == 8.0
     assert [world.cases[case].simple for case in trace.case[:4]] == [False, True, False, True]
     assert {world.cases[case].work for case in trace.case} == {1.6, 1.9}
@@ -121,13 +121,13 @@ def test_a_trace_file_picks_load_and_cases(world: World, tmp_path: Path) -> None
         ("load\n-1\n", "-1 in load"),
     ],
 )
-def test_a_bad_trace_file_is_refused(world: World, tmp_path: Path, text: str, says: str) -> None:
+def test_a_bad_trace_file_is_refused(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
-        read_trace(path, world, 0)
+        read_trace(path, 0)
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_trace(tmp_path / "none.csv", world, 0)
+        read_trace(tmp_path / "none.csv", 0)
 
 
 @pytest.fixture(scope="module")

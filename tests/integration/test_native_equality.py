@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.deepstack import fused_taps
 from adaptive_fusion.models.placeholders import restore_prompt
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
@@ -185,3 +187,12 @@ def test_mergers_run_once_or_not_at_all(tiny_dense: Any, processor: Any, noise_i
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_a_tower_that_shows_no_blocks_is_refused(tiny_dense: Any, processor: Any) -> None:
+    """Zeros in place of its taps would pass for a plan, and be answered from."""
+    visual, fusion = tiny_dense.model.visual, adapter_for(tiny_dense, processor).fusion(OperatingPoint("gated", 12))
+    before = list(visual.deepstack_visual_indexes)
+    with pytest.raises(UnsupportedModelError, match=r"0 of 3 taps' blocks"), fused_taps(visual, fusion, [16]):
+        pass  # as a tower that is replayed from a captured graph: no hook is called
+    assert list(visual.deepstack_visual_indexes) == before

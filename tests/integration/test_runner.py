@@ -118,6 +118,8 @@ def test_stream_gives_the_same_text_and_frees_the_model_when_abandoned(
     abandoned = runner.stream(screen, "Describe the screen.", point=NATIVE, max_new_tokens=2000, min_new_tokens=2000)
     abandoned.close()
     assert abandoned.reply.finish_reason == "cancelled" and abandoned.reply.measurement.new_tokens < 2000
+    counts = runner.controller.state()["counts"]
+    assert counts["cancelled"] == 1 and counts["misses"] == 0
     assert runner.chat(screen, "Describe the screen.", **args).text == whole.text
     with pytest.raises(MediaError):
         list(runner.stream(b"not an image", "?"))
@@ -249,3 +251,49 @@ def test_policy_objects_and_unknown_names(reference_model: Any, processor: Any) 
         AdaptiveRunner(reference_model, processor, policy="nonsense")
     with pytest.raises(UnsupportedModelError, match="Linear"):
         AdaptiveRunner(torch.nn.Linear(1, 1), processor)
+
+
+def test_a_stream_inside_native_is_native(runner: AdaptiveRunner, screen: Image.Image) -> None:
+    with runner.native():
+        stream = runner.stream(screen, "Describe the screen.", max_new_tokens=4, do_sample=False)
+    assert stream.reply.decision.point == NATIVE and stream.reply.decision.lane == "fixed"
+
+
+def test_what_generate_returns_and_ends_by_is_understood(runner: AdaptiveRunner, screen: Image.Image) -> None:
+    args: dict[str, Any] = {"point": NATIVE, "do_sample": False}
+    plain = runner.chat(screen, "Describe the screen.", max_new_tokens=12, **args)
+    as_dict = runner.chat(screen, "Describe the screen.", max_new_tokens=12, return_dict_in_generate=True, **args)
+    assert as_dict.text == plain.text and plain.finish_reason == "length"
+    # Ended by the caller's own token, long before the limit.
+    tokenizer = runner.processor.tokenizer
+    third = int(tokenizer(plain.text, add_special_tokens=False).input_ids[2])
+    ended = runner.chat(screen, "Describe the screen.", max_new_tokens=12, eos_token_id=third, **args)
+    assert ended.finish_reason == "stop" and ended.measurement.new_tokens < 12
+    with pytest.raises(ConfigError, match="num_return_sequences is 2"):
+        runner.chat(screen, "Describe the screen.", num_return_sequences=2, do_sample=True)
+
+
+def test_the_whole_conversation_counts_in_the_prediction(runner: AdaptiveRunner, screen: Image.Image) -> None:
+    def asked(history: str) -> Any:
+        messages = [
+            {"role": "system", "content": history},
+            {"role": "user", "content": [{"type": "image", "image": screen}, {"type": "text", "text": "What is it?"}]},
+        ]
+        return runner.decide(messages).predicted
+
+    assert asked("word " * 400).prefill_ms > asked("word").prefill_ms
+
+
+def test_a_call_with_a_cache_goes_to_the_model_as_it_is(
+    runner: AdaptiveRunner, processor: Any, screen: Image.Image
+) -> None:
+    content = [{"type": "image", "image": screen}, {"type": "text", "text": "Describe the screen."}]
+    inputs = runner.adapter.prepare([{"role": "user", "content": content}], NATIVE)
+    args: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
+    half = OperatingPoint(downsample=0.5)
+    before = runner.last
+    from transformers import DynamicCache
+
+    with_cache = runner.generate(**inputs, point=half, past_key_values=DynamicCache(), **args)
+    assert runner.last == before
+    assert with_cache.tolist() == runner.model.generate(**inputs, **args).tolist()

@@ -13,7 +13,9 @@ FIELDS = ("latency_ms", "ttft_ms", "vram_gb", "attainment", "on_infeasible", "on
 
 
 @pytest.mark.parametrize("name", ["latency_ms", "ttft_ms", "vram_gb", "attainment"])
-@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, -math.inf, 1e9, True, "100", [1]])
+@pytest.mark.parametrize(
+    "value", [0, -1, math.nan, math.inf, -math.inf, 1e9, pytest.param(10**400, id="10^400"), True, "100", [1]]
+)
 def test_absurd_numbers_are_refused_by_name_value_and_range(name: str, value: Any) -> None:
     with pytest.raises(BudgetError) as caught:
         Budget(**{name: value})
@@ -59,6 +61,11 @@ def test_from_dict_refuses_unknown_names() -> None:
     assert Budget.from_dict({"latency_ms": 5, "ttft_ms": None}).to_dict() == {"latency_ms": 5.0}
     with pytest.raises(BudgetError, match=r"latency_s.*expected latency_ms, ttft_ms"):
         Budget.from_dict({"latency_s": 1})
+    for wrong in (None, 5, [1]):
+        with pytest.raises(BudgetError, match=r"budget is .*expected a table of latency_ms"):
+            Budget.from_dict(wrong)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match=r"budget is \{'latency_ms': 5\}; expected a Budget or None"):
+        Budget().merge({"latency_ms": 5})  # type: ignore[arg-type]
 
 
 budgets = st.builds(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
@@ -71,6 +72,7 @@ def test_a_bad_value_refuses_every_input_with_the_value_and_the_choices(
         (["explain", "a.png", "--save-plot", "nowhere/a.png"], "'nowhere', which does not exist"),
         (["demo", "--latency-ms", "0"], "latency_ms is 0.0; expected a number above 0"),
         (["demo", "--policy", "nosuch"], "expected one of balanced"),
+        (["bench", "budget", "--trace", "nowhere.csv"], "trace is 'nowhere.csv', which is no file"),
     ],
 )
 def test_bad_usage_is_exit_code_2_with_the_reason(arguments: list[str], said: str) -> None:
@@ -80,7 +82,7 @@ def test_bad_usage_is_exit_code_2_with_the_reason(arguments: list[str], said: st
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "explain", "demo", "doctor", "policies", "calibrate", "bench"])
+@pytest.mark.parametrize("command", sorted(get_command(app).commands))
 def test_every_command_describes_itself(command: str) -> None:
     listed = call("--help")
     assert listed.exit_code == 0 and re.search(rf"\b{command}\b +\w", one_line(listed.stdout))

@@ -73,6 +73,7 @@ def test_profile_of_six() -> None:
     ("depth", "taps", "layers", "named"),
     [
         (0, (), 3, "depth is 0"),
+        (10**9, (), 3, "depth is 1000000000; expected an integer from 1 to 1024"),
         (24, (), 0, "layers is 0"),
         (24, (), True, "layers is True"),
         (24, (), 3.0, "layers is 3.0"),

@@ -10,6 +10,9 @@ from learning_data import CHEAP, RUNGS, STRONG, base_policy, oracle_labels, subj
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
+from adaptive_fusion.commands.evaluate import _show
+from adaptive_fusion.commands.output import console
+from adaptive_fusion.learning.evaluate import evaluate
 from adaptive_fusion.learning.labels import shadow_record
 from adaptive_fusion.policy import Policy
 
@@ -103,6 +106,20 @@ def test_evaluate_reads_the_value_off_policy_where_decisions_are_rated(trained: 
     assert "off-policy, 200 decisions" in call("evaluate", folder / "new", *logs).stdout
 
 
+def test_decisions_that_tell_nothing_of_a_policy_leave_its_other_figures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = subject(np.zeros(4), 10**7)
+    hashes = {"content_hash": known.content_hash, "kind": "image", "features": dict(known.features)}
+    decided = {"schema": 1, "request_id": "a", "rung": RUNGS[1], "propensity": 1.0, **hashes}
+    write_jsonl(tmp_path / "decisions.jsonl", [decided, shadow_record("a", {RUNGS[1]: 0.9})])
+    (report,) = evaluate([folder / "base"], [folder / "labels.jsonl", tmp_path], n=5)
+    assert report.figures["kept"].mean > 0 and report.off_policy is None
+    assert "takes none of the logged actions" in report.to_dict()["off_policy_note"]
+    _show(console(), report)
+    assert "no value off-policy: the target policy takes none" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_worse_policy_ends_with_exit_code_1_and_the_figures(
     trained: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
@@ -121,7 +138,8 @@ def test_a_worse_policy_ends_with_exit_code_1_and_the_figures(
 
 
 def test_bad_input_ends_with_exit_code_2(folder: Path, tmp_path: Path) -> None:
-    labels, base = folder / "labels.jsonl", folder / "base"
+    labels, base, votes = folder / "labels.jsonl", folder / "base", tmp_path / "votes.csv"
+    votes.write_text("request_id,rating\na,up\n")
     for arguments, said in (
         (("train", tmp_path / "nothing", "--out", tmp_path / "x"), "no logs at 'nothing'"),
         (("train", labels, "--out", tmp_path / "x"), f"the labels have {STRONG}, {CHEAP}, {RUNGS[1]}"),
@@ -130,6 +148,11 @@ def test_bad_input_ends_with_exit_code_2(folder: Path, tmp_path: Path) -> None:
         (("evaluate", "nosuch", "--logs", labels), "'nosuch'"),
         (("evaluate", base, "--logs", labels, "--split", "half"), "'half'"),
         (("evaluate", base, "--logs", labels, "--plot", tmp_path / "x.gif"), ".png"),
+        (("train", labels, "--base", base, "--out", labels), "out is 'labels.jsonl', a file"),
+        (("logs", "compact", labels, "--out", labels), "ends in .parquet"),
+        (("label", "--feedback", votes, "--out", tmp_path), "Is a directory"),
+        (("label", "--feedback", votes, "--out", labels / "x"), "labels.jsonl"),
+        (("label", tmp_path / "a.png", "--metric", "bleu", "--out", tmp_path / "x"), "metric is 'bleu'"),
     ):
         result = call(*arguments)
         assert result.exit_code == 2 and said in result.stderr, result.stderr

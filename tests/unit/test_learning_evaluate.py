@@ -64,6 +64,8 @@ def test_the_figures_of_routellm_on_a_case_done_by_hand() -> None:
     # equal scores are routed at random: the diagonal, whatever the arms
     flat = Router(np.zeros(4), arms).curve()
     assert (flat.apgr, flat.cpt(0.5), flat.cpt(0.8)) == pytest.approx((0.5, 0.5, 0.8))
+    # where the strong arm spoils an answer, less may be spent than there is
+    assert Router(np.array([0.9, 0.1]), arms_of([0, 1], [1, 0])).curve().at_cost(3) == 1.0
     # a strong arm that is no better recovers nothing
     same = Router(np.arange(3.0), arms_of([1, 0, 1], [1, 0, 1])).curve()
     assert np.isnan(same.apgr) and np.isnan(same.cpt(0.5))
@@ -230,6 +232,9 @@ def test_the_gate_refuses_what_is_worse_beyond_the_interval_and_says_why(data: D
     good, noisy = policy(TRUE), policy(linear(2.3, 1.4, reads=3.7, bias=-2.3))
     assert gate(good, good, data, n=100).accepted
     assert gate(noisy, good, data, n=100).accepted
+    # On few rows somewhat worse is not surely worse.
+    unsure = gate(policy(linear(1.5, 2, reads=3.0, bias=-2.0)), good, data.take(np.arange(200)), n=100)
+    assert unsure.accepted and unsure.figures["apgr_difference"].mean < 0 < unsure.figures["apgr_difference"].high
     blind = gate(policy(linear(2.5, 1.5, reads=-4.0, bias=1.0)), good, data, n=100)
     assert not blind.accepted and blind.figures["apgr_difference"].high < 0
     assert blind.reasons[0].startswith(f"apgr_difference is {blind.figures['apgr_difference'].mean:.4f}")
@@ -244,3 +249,13 @@ def test_the_gate_never_judges_by_feedback_unless_told_to(data: Dataset) -> None
     with pytest.raises(ConfigError, match="0 rows of human, oracle, shadow"):
         gate(policy(TRUE), policy(TRUE), lies)
     assert gate(policy(TRUE), policy(TRUE), lies, trusted=("feedback",), n=50).accepted
+
+
+def test_a_native_point_that_costs_nothing_has_no_cost_share(tmp_path: Path) -> None:
+    records = oracle_labels(100, 1)
+    for record in records:
+        record["cost"] = dict.fromkeys(record["cost"], 0.0)
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    report = evaluate_policy(policy(TRUE), data, n=20)
+    assert np.isnan(report.figures["cost_share"].mean) and report.figures["kept"].mean > 0.9
+    json.dumps(report.to_dict(), allow_nan=False)

@@ -136,6 +136,20 @@ def test_a_quality_model_is_kept_only_where_choosing_by_it_wins(tmp_path: Path) 
     assert read.quality_model == model
 
 
+def test_features_that_only_other_labels_have_do_not_stop_the_fit(tmp_path: Path) -> None:
+    records = oracle_labels(500, 3, asks=False)
+    for record in records:  # measured without a question; people were shown one
+        record["prompt_features"] = {}
+    rng = np.random.default_rng(0)
+    for i, row in enumerate(rng.normal(size=(300, 4))):
+        known = subject(row, 10**6 + i, reads=bool(i % 2))
+        records.append(label_record(known, "human", target=float(row[0] > 0)))
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    fitted = fit_policy(data, base_policy(), estimators=("logistic",), n=20)
+    assert set(fitted.report["quality_model"]["errors"]) == {STRONG, MIDDLE, CHEAP}
+    assert isinstance(fitted.policy.router, PlainRouter)
+
+
 def test_an_estimator_of_ones_own_is_calibrated_and_kept_as_it_is(
     data: Dataset, fresh: Dataset, tmp_path: Path
 ) -> None:
@@ -175,6 +189,8 @@ def test_isotonic_calibration_is_taken_only_where_a_line_is_wrong(data: Dataset)
     assert found.batch(np.array([-2.0, 0.0, 2.5])) == pytest.approx([0.05, 0.5, 0.95], abs=0.06)
     few = steps.take(np.arange(500))
     assert not isinstance(fit_calibration(raw[:500], few), Isotonic)
+    one = replace(steps, group=np.full(n, 2))  # no other half to judge by
+    assert not isinstance(fit_calibration(raw, one), Isotonic)
     # a score that ranks the wrong way round is not turned round
     assert fit_calibration(-raw, straight).batch(np.array([-3.0, 3.0])) == pytest.approx([0.5, 0.5], abs=0.05)
 

@@ -268,8 +268,57 @@ def test_feedback_files_have_thumbs_or_stars(tmp_path: Path) -> None:
         ("c", 1.0, "bob"),
     ]
     file.write_text("request_id,rating\na,6\n")
-    with pytest.raises(ConfigError, match="from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"votes.csv has rating '6' in row 2; .* from 1 to 5"):
         list(feedback_from_csv(file, worst=1, best=5))
+    file.write_text("request_id,rating\na,up\nb,\n")
+    with pytest.raises(ConfigError, match="rating '' in row 3"):
+        append_records(feedback_from_csv(file), tmp_path / "l.jsonl")
+    assert not (tmp_path / "l.jsonl").exists()  # all rows or none
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('{"a":1}\n{"torn": ', '{"a":1}\n'),
+        ('{"a":1}\n{"whole":2}', '{"a":1}\n{"whole":2}\n'),
+        ('{"a":1}\n', '{"a":1}\n'),
+        ("", ""),
+    ],
+)
+def test_what_is_appended_begins_a_line_of_its_own(before: str, after: str, tmp_path: Path) -> None:
+    out = tmp_path / "l.jsonl"
+    out.write_text(before)
+    append_records([{"new": 3}], out)
+    assert out.read_text() == after + '{"new":3}\n'
+
+
+def test_a_file_that_holds_something_else_is_not_cut(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("bread\nand butter")
+    with pytest.raises(ConfigError, match=r"'notes.txt' ends in b'and butter'"):
+        append_records([{"new": 3}], notes)
+    assert notes.read_text() == "bread\nand butter"
+
+
+@pytest.mark.parametrize("name", ["", CHEAP.upper(), "a'b\"c", "$", "x" * 5000])
+def test_a_hostile_rung_name_does_not_stop_the_reading(name: str, tmp_path: Path) -> None:
+    records = oracle_labels(20, 1)
+    for record in records:
+        record["quality"] |= {name: 0.25, "sum3@1": 0.5, "SUM3@1": 0.5}
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS, all_rungs=True)
+    assert len(data) == 20 and np.isfinite(data.quality[:, : len(RUNGS)]).all()
+    assert len([found for found in data.rungs if found.lower() == "sum3@1"]) == 1
+
+
+def test_no_weight_is_too_large_for_the_cap(tmp_path: Path) -> None:
+    records = oracle_labels(20, 1)
+    records += [
+        label_record(subject(np.zeros(4), 10**6 + i), "feedback", target=1.0, weight=weight, source_id="eve")
+        for i, weight in enumerate((1e308, 1e308, 1e9))
+    ]
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS, source_cap=0.02)
+    assert np.isfinite(data.weight.sum())
+    assert data.weight[~data.trusted()].sum() == pytest.approx(0.02 * data.weight.sum())
 
 
 @pytest.mark.parametrize(

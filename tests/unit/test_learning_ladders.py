@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from learning_data import CHEAP, MIDDLE, RUNGS, STRONG, base_policy, rung, subject, write_jsonl
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.learning.dataset import Dataset, build_dataset
 from adaptive_fusion.learning.labels import label_record
 from adaptive_fusion.learning.ladders import choose_lanes, prune
@@ -74,13 +76,19 @@ def test_a_rung_that_a_cheaper_one_matches_is_dropped_and_the_first_stays() -> N
     assert found.lanes["gated"][0] == steps[0] and found.lanes["gated"][1] == steps[3]
 
 
-def recipe_labels(path: Path, count: int, seed: int) -> Path:
-    """Labels of made-up scenes at every rung that the recipe knows, with the slices that it reads."""
+@contextmanager
+def recipe_on_path() -> Iterator[None]:
     sys.path.insert(0, str(RECIPE.parent))
     try:
-        from train_policies import RECIPES
+        yield
     finally:
         sys.path.remove(str(RECIPE.parent))
+
+
+def recipe_labels(path: Path, count: int, seed: int) -> Path:
+    """Labels of made-up scenes at every rung that the recipe knows, with the slices that it reads."""
+    with recipe_on_path():
+        from train_policies import RECIPES
     rungs = {step.name: step for recipe in RECIPES.values() for ladder in recipe.lanes.values() for step in ladder}
     rng = np.random.default_rng(seed)
     records = []
@@ -115,3 +123,14 @@ def test_the_recipe_writes_policies_whose_cards_have_the_held_out_figures(tmp_pa
         qualities = [step.quality for step in policy.lanes[lane]]
         assert len(set(qualities)) == len(qualities)
     assert len({step.name for lane in LANES for step in Policy.load(out / "native").lanes[lane]}) == 1
+
+
+def test_held_out_labels_are_those_of_scenes_and_are_read_before_their_file_is_written(tmp_path: Path) -> None:
+    with recipe_on_path():
+        from train_policies import mixed
+    held = recipe_labels(tmp_path / "mixed.jsonl", 20, 2)
+    before = [json.loads(line) for line in held.read_text().splitlines()]
+    assert [json.loads(line) for line in mixed([held], held).read_text().splitlines()] == before
+    other = write_jsonl(tmp_path / "other.jsonl", [{**before[0], "slices": {}}])
+    with pytest.raises(AdaptiveFusionError, match="a scene and its task"):
+        mixed([other], tmp_path / "out.jsonl")

@@ -158,3 +158,27 @@ def test_features_of_the_question_left_out_for_being_0_read_as_0(tmp_path: Path)
     assert (2.0, 1.0, 0.0) in found and len(data) == 3
     unknown = [row for row in data.columns(["prompt_read"])[:, 0] if row != row]
     assert len(unknown) == 2  # measured by another extractor, or there was no question
+
+
+def test_a_name_with_brackets_or_asterisks_is_one_file(tmp_path: Path) -> None:
+    for index, name in enumerate(("log[1].jsonl", "log1.jsonl", "log*.jsonl")):
+        (tmp_path / name).write_text(f'{{"request_id": "{index}"}}\n')
+    compact([tmp_path / "log*.jsonl"], tmp_path / "old[1].parquet")
+    compact([tmp_path / "log1.jsonl"], tmp_path / "old1.parquet")
+    for name, found in (("log[1].jsonl", "0"), ("log*.jsonl", "2"), ("old[1].parquet", "2"), ("old1.parquet", "1")):
+        assert table([tmp_path / name], "request_id") == [(found,)]
+
+
+def test_what_cannot_be_read_or_written_is_refused_by_name(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("{}\n")
+    (tmp_path / "torn.jsonl.gz").write_bytes(b"\x1f\x8b not really")
+    with pytest.raises(ConfigError, match=r"cannot read torn\.jsonl\.gz"), open_logs([tmp_path / "torn.jsonl.gz"]):
+        pass
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "taken.parquet.part").mkdir()
+    for name in ("old.jsonl", "folder.parquet", "taken.parquet", "log.jsonl/under-a-file.parquet"):
+        with pytest.raises(ConfigError, match=f"out is '{Path(name).name}'") as refused:
+            compact([log], tmp_path / name)
+        assert str(tmp_path) not in str(refused.value)
+    assert not (tmp_path / "old.jsonl").exists() and log.read_text() == "{}\n"

@@ -133,3 +133,11 @@ def test_a_known_effective_sample_size() -> None:
 def test_what_cannot_be_estimated_is_refused(p: list[float], pi: list[float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         estimate([1, 0], p, pi, predicted=[0, 0], value=[0, 0])
+
+
+def test_the_reward_model_has_not_seen_the_content_that_it_predicts() -> None:
+    rng = np.random.default_rng(0)
+    contents = np.repeat(np.arange(100), 2)  # two decisions each
+    x, reward = rng.normal(size=(100, 15))[contents], rng.random(100)[contents]
+    said = reward_model(x, np.zeros(200, np.int64), reward, contents, 1)[:, 0]
+    assert said.std() > 0.05 and np.corrcoef(said, reward)[0, 1] < 0.2  # noise cannot be known in advance

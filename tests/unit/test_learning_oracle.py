@@ -80,6 +80,13 @@ def test_labels_that_lack_a_rung_are_made_again(tmp_path: Path) -> None:
     assert len(data) == 2 and np.isfinite(data.quality).all()
 
 
+def test_labels_of_another_model_are_made_anew(tmp_path: Path) -> None:
+    out = tmp_path / "l.jsonl"
+    assert label(Sums(), [1, 2], out, source_id="small").scored == 2
+    assert label(Sums(), [1, 2], out, source_id="large") == LabelRun(2, 0, 0, ())
+    assert label(Sums(), [1, 2], out, source_id="small") == LabelRun(0, 2, 0, ())
+
+
 def test_several_processes_give_the_same_labels_and_an_unpicklable_scorer_runs_here(tmp_path: Path) -> None:
     inputs = [*range(10), 3, 13]
     alone, parallel, here = (tmp_path / name for name in ("alone", "parallel", "here"))

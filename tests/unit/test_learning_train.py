@@ -1,6 +1,8 @@
 """From logs to a policy folder: the same every time, robust against hostile rows, and refused if worse."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from learning_data import (
 )
 from sklearn.linear_model import LogisticRegression
 
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.learning import train as train_module
 from adaptive_fusion.learning.dataset import Dataset, build_dataset
 from adaptive_fusion.learning.gate import GateRefused
 from adaptive_fusion.learning.labels import label_record
@@ -122,6 +126,38 @@ def test_a_worse_candidate_is_refused_with_the_figures_unless_forced(trained: Tr
     assert not out.exists()
     forced = train([path], out, force=True, **common)
     assert not forced.verdict.accepted and "REFUSED, written by force" in (out / "README.md").read_text()
+
+
+def test_what_is_in_the_folder_stays_unless_it_is_a_policy(trained: Trained, logs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("Mine.")
+    for out, said in ((tmp_path / "file", "'file', a file"), (project, "README.md but no policy.toml")):
+        with pytest.raises(ConfigError, match=said):
+            train(["no such logs"], out, base=base_policy())  # refused before anything is read
+    assert (project / "README.md").read_text() == "Mine."
+    shutil.copytree(trained.folder, tmp_path / "old")
+    (tmp_path / "old" / "quality.json").touch()
+    (tmp_path / "old" / "notes.txt").write_text("kept")
+    train([logs], tmp_path / "old", base=base_policy(), n=100)
+    names = {path.name for path in trained.folder.iterdir()}
+    assert {path.name for path in (tmp_path / "old").iterdir()} == names | {"notes.txt"}
+
+
+def test_a_folder_that_cannot_be_written_whole_keeps_the_earlier_policy(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.folder, tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_module, "card", full)
+    with pytest.raises(OSError, match="No space left"):
+        train_module._write(tmp_path / "old", trained.fitted, trained.verdict, "base", "command")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
 
 
 class _Guess:

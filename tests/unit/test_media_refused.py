@@ -1,7 +1,9 @@
 """Bad media, absurd limits and impossible videos are refused with a clear error of the library's own."""
 
+import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,12 +127,29 @@ def test_limits_refuse_absurd_values(field: str, value: float) -> None:
         Limits(**{field: value})
 
 
+@pytest.mark.parametrize("value", [None, "1", True, [1], 1j])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
+def test_limits_refuse_what_is_no_number(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is {re.escape(repr(value))}; expected a (whole )?number"):
+        Limits(**{field: value})
+    with pytest.raises(ConfigError, match=r"max_frames is 2.5; expected a whole number"):
+        Limits(max_frames=2.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "2", [2]])
+def test_a_clip_is_not_thinned_to_an_absurd_rate(fps: Any) -> None:
+    clip = Video(np.zeros((4, 4, 4, 3), np.uint8), (0.0, 0.5, 1.0, 1.5), 2.0, 4)
+    with pytest.raises(ConfigError, match=re.escape(f"max_fps is {fps!r}; expected None or a finite number above 0")):
+        clip.at_most(fps)
+
+
 def test_a_video_refuses_parts_that_do_not_fit() -> None:
     frames = np.zeros((2, 4, 4, 3), np.uint8)
     for bad in (
         (frames.astype(float), (0.0, 1.0), 2.0, 2), (frames[:1], (0.0,), 1.0, 1), (frames, (0.0,), 2.0, 2),
         (frames, (1.0, 0.0), 2.0, 2), (frames, (0.0, float("nan")), 2.0, 2), (frames, (0.0, 1.0), 0.0, 2),
-        (frames, (0.0, 1.0), 2.0, 1),
+        (frames, (0.0, 1.0), 2.0, 1), (frames.tolist(), (0.0, 1.0), 2.0, 2), (frames, 1.0, 2.0, 2),
+        (frames, (0.0, 1.0), 2.0, float("nan")),
     ):  # fmt: skip
         with pytest.raises(MediaError):
             Video(*bad)

@@ -111,7 +111,7 @@ def cpu(files: dict[str, str], written: dict[str, str] | None = None) -> CpuMete
             raise PermissionError(path)
         written[path] = text
 
-    return CpuMeter(headroom_gb=0.0, read=read, write=write, settle=lambda: None)
+    return CpuMeter(headroom_gb=0.0, read=read, write=write, settle=lambda measured: None)
 
 
 def test_cpu_peak_from_the_high_water_mark() -> None:
@@ -123,6 +123,21 @@ def test_cpu_peak_from_the_high_water_mark() -> None:
     files["/proc/self/status"] = status(1 << 20, 3 << 20)
     assert meter.stop() == 2.0
     assert meter.stop() is None, "a second stop has no start"
+
+
+def test_the_heap_is_set_for_measured_requests_and_left_alone_for_others() -> None:
+    settled: list[bool] = []
+    files = {"/proc/self/status": status(1, 1)}
+    meter = CpuMeter(read=files.__getitem__, write=files.__setitem__, settle=settled.append)
+    meter.skip()
+    assert settled == []
+    for _ in range(2):
+        meter.start()
+        meter.stop()
+    assert settled == [True, True], "what happens between two measured requests counts for the second"
+    meter.skip()
+    meter.skip()
+    assert settled == [True, True, False]
 
 
 def test_cpu_without_the_reset_knows_only_new_highs() -> None:
@@ -199,7 +214,7 @@ np.ones(16 << 20, np.uint8)  # freed at once: from now on glibc would keep block
 meter = CpuMeter()
 meter.start()
 assert meter.stop() is not None
-blocks = [np.ones(1 << 18, np.uint8) for _ in range(64)]
+blocks = [np.ones(1 << 16, np.uint8) for _ in range(256)]
 above = np.ones(1 << 10, np.uint8)
 before = meter._status()["VmRSS"]
 blocks.clear()
@@ -209,7 +224,7 @@ print(int(before - meter._status()["VmRSS"]))
 
 @linux
 def test_a_large_block_goes_back_when_it_is_freed_once_a_request_was_measured() -> None:
-    """Below a block that stays, 16 MiB of blocks that glibc would else keep as holes of the heap.
+    """Below a block that stays, 16 MiB in blocks of 64 KiB that glibc would else keep as holes of the heap.
 
     In a process of its own: holes that earlier work left would take the blocks in.
     """

@@ -25,6 +25,7 @@ from adaptive_fusion.learning.metrics import (
     exact_match,
     matching_accuracy,
     tokenize,
+    won_back,
 )
 
 CANDIDATES = [
@@ -282,3 +283,16 @@ def test_bootstrap_refuses_bad_input_naming_it() -> None:
         bootstrap_ratio([1, 2], [0, 0], seed=0)
     with pytest.raises(ConfigError, match="not finite"):
         bootstrap(lambda chosen: math.nan, 3, seed=0)
+
+
+def test_what_is_won_back_is_a_share_of_a_sure_loss() -> None:
+    rng = np.random.default_rng(0)
+    full = rng.uniform(0.7, 1, 60)
+    reduced = full - rng.uniform(0.1, 0.5, 60)
+    third = won_back(full, reduced, reduced + (full - reduced) / 3, seed=1, n=200)
+    assert third is not None and (third.low, third.mean, third.high) == pytest.approx((1 / 3,) * 3)
+    some = won_back(full, reduced, reduced + 0.1, seed=1, n=200)
+    asked = bootstrap_ratio(np.full(60, 0.1), full - reduced, seed=1, n=200)
+    assert some is not None and (some.low, some.mean, some.high) == pytest.approx((asked.low, asked.mean, asked.high))
+    for unsure in (full, full + rng.normal(0, 0.1, 60)):
+        assert won_back(full, unsure, full, seed=1, n=200) is None

@@ -1,6 +1,7 @@
 """Policies: routing, ladders, and files that round-trip exactly or are refused with what was found."""
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,8 @@ def test_a_router_linked_from_elsewhere_is_refused(tmp_path: Path) -> None:
         ("router.json", b"[]"),
         ("router.json", b'{"schema": 1, "features": NaN}'),
         ("router.json", b"[" * 100_000),
+        ("router.json", b'{"schema": ' + b"1" * 5000 + b"}"),
+        ("policy.toml", b"schema = " + b"1" * 5000),
         ("quality.json", b"null"),
     ],
 )
@@ -357,3 +360,41 @@ def test_what_the_older_form_cannot_hold_is_not_written() -> None:
         limited.to_legacy()
     with pytest.raises(AdaptiveFusionError, match="vision_tower is list"):
         Policy.from_legacy([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lanes": {**policy().lanes, "video": NATIVE}}, "lane video is OperatingPoint.*expected a tuple of rungs"),
+        ({"lanes": {**policy().lanes, "gated": (NATIVE,)}}, "lane gated is .*expected a tuple of rungs"),
+        ({"fusion_weights": ("gated.safetensors",)}, "fusion_weights is .*expected a tuple of paths"),
+        ({"fusion_weights": "gated.safetensors"}, "fusion_weights is .*expected a tuple of paths"),
+    ],
+)
+def test_parts_of_another_kind_are_refused_where_the_policy_is_built(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        policy(**change)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"balanced", ["balanced"]])
+def test_a_policy_is_asked_for_by_name_or_path(name: Any) -> None:
+    with pytest.raises(PolicyError, match=r"policy is .*expected a path or one of .*balanced"):
+        Policy.load(name)
+
+
+@pytest.mark.parametrize("wrong", [None, pytest.param(10**400, id="10^400"), "native", [NATIVE]])
+def test_rungs_and_points_are_tables(wrong: Any) -> None:
+    with pytest.raises(PolicyError, match=r"rung is .*expected a table"):
+        Rung.from_dict(wrong)
+    with pytest.raises(ConfigError, match=r"operating point is .*expected a table of fusion, layers"):
+        OperatingPoint.from_dict(wrong)
+    with pytest.raises(PolicyError, match=r"point is .*expected an OperatingPoint"):
+        Rung(wrong)
+    with pytest.raises(ConfigError, match="unknown knobs"):
+        OperatingPoint.from_dict({1: 2, "layer": 6})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("fps", [0, -1, math.nan, math.inf, 121, pytest.param(10**400, id="10^400"), True, "2"])
+def test_a_points_frame_rate_is_in_range(fps: Any) -> None:
+    with pytest.raises(ConfigError, match=f"max_fps is {fps!r}; expected"):
+        OperatingPoint(max_fps=fps)

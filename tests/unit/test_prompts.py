@@ -28,6 +28,10 @@ HASHED = [name for name in PROMPT_FEATURE_NAMES if name.startswith("prompt_hash_
         ("视频里发生了什么？", "event"),
         ("图中有多少个图标？", "count"),
         ("这张图片里有红色圆圈吗？", "yesno"),
+        ("Can you describe the image?", "describe"),
+        ("Could you please read the text?", "read"),
+        ("Can you see any text?", "yesno"),
+        ("Will you say yes or no: is there text?", "yesno"),
         ("", "other"),
     ],
 )

@@ -207,7 +207,7 @@ def paths(values: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(paths(tree_router())),
-    st.sampled_from([None, "x", True, -7, 1e400, math.nan, [], {}, {"surprise": 1}, 10**9]),
+    st.sampled_from([None, "x", True, -7, 10**400, math.inf, math.nan, [], {}, {"surprise": 1}, 10**9]),
 )
 def test_a_damaged_router_is_refused_with_the_librarys_error_or_still_works(path: tuple[Any, ...], value: Any) -> None:
     values = tree_router()
@@ -255,3 +255,11 @@ def test_quality_models_round_trip_and_stay_in_range() -> None:
     expected = again.expected(["native@1", "native@0.5", "top@1"], complexity(**{IMAGE[0]: 7.0}))
     assert expected == {"native@1": 1.0, "native@0.5": 1.0}
     assert again.expected(["native@0.5"], complexity(**{IMAGE[0]: 0.1})) == {"native@0.5": 0.0}
+
+
+@pytest.mark.parametrize(
+    "p_complex", [0, 1, -1, math.nan, math.inf, 1e9, pytest.param(10**400, id="10^400"), None, "0.5"]
+)
+def test_a_constant_router_wants_a_probability(p_complex: Any) -> None:
+    with pytest.raises(PolicyError, match=f"p_complex is {p_complex!r}; expected"):
+        constant_router(p_complex)

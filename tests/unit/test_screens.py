@@ -1,5 +1,6 @@
 """The synthetic screens: seeded, held out by construction, and with answers that match what is drawn."""
 
+import math
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.reference.screens import COLORS, GRID, GROUNDS, KINDS, elements, held_out, make_scene
 
 seeds = st.integers(0, 2**40)
@@ -67,5 +69,17 @@ def test_sizes_of_simple_and_dense_scenes_come_from_one_distribution() -> None:
 
 
 def test_unknown_kinds_are_refused() -> None:
-    with pytest.raises(ValueError, match="nonsense"):
+    with pytest.raises(ConfigError, match="nonsense"):
         make_scene("nonsense", 0, "train")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sides", [(0, 0), (32, 32), (96, 64), (64, 10**9), (math.nan, 64)])
+def test_sides_without_room_for_both_splits_are_refused(sides: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"sides are .*64 to 4096"):
+        make_scene("dense", 0, "eval", sides)  # at 32 x 32 there is one layout, of the other split: drawing never ended
+
+
+@pytest.mark.parametrize("effort", [0, -1, 1.5, math.nan, math.inf])
+def test_efforts_out_of_range_are_refused(effort: float) -> None:
+    with pytest.raises(ConfigError, match=f"effort is {effort!r}"):
+        make_scene("dense", 0, "eval", effort=effort)

@@ -26,10 +26,9 @@ from transformers.utils import logging
 
 from adaptive_fusion.bench.answers import gated, native, weighted
 from adaptive_fusion.bench.scenes import Item, media, reference_items
-from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.learning.distil import Settings, distil
-from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_mean, bootstrap_ratio
+from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_mean, won_back
 from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, greedy, prepare
 from adaptive_fusion.models import GridAdapter
 from adaptive_fusion.policy import Policy
@@ -193,7 +192,7 @@ def summarise(found: Mapping[str, Mapping[str, Sequence[float]]], parts: Sequenc
                     own = values[f"{name}@{ratio:g}"]
                     record[name] = mean(own)
                     record[f"{name} gains"] = plain(diff(own, average))
-                    record[f"{name} won back"] = plain(won_back(full, average, own))
+                    record[f"{name} won back"] = plain(won_back(full, average, own, seed=0))
                     beyond = (own - average) - (full - average) / 3
                     record[f"{name} beyond a third"] = plain(bootstrap_mean(beyond, seed=0))
                 record["gated over weighted"] = plain(diff(values[f"gated@{ratio:g}"], values[f"weighted@{ratio:g}"]))
@@ -207,16 +206,6 @@ def mean(values: Any) -> float:
 
 def diff(a: Any, b: Any) -> Interval:
     return bootstrap_diff(a, b, seed=0)
-
-
-def won_back(full: Any, average: Any, own: Any) -> Interval | None:
-    """Share of the lost quality that comes back; None where nothing is surely lost."""
-    if diff(full, average).low <= 0:
-        return None
-    try:
-        return bootstrap_ratio(own - average, full - average, seed=0)
-    except ConfigError:
-        return None
 
 
 def plain(interval: Interval | None) -> dict[str, float] | None:

@@ -10,12 +10,14 @@ does not change them. Run again with the same arguments, it goes on where it sto
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 from train_policies import RECIPES
 
 from adaptive_fusion.commands.options import rung_of
+from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labeller import RunnerModel
 from adaptive_fusion.learning.oracle import label_inputs
@@ -62,4 +64,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AdaptiveFusionError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.complexity import measure_complexity
-from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.arms import judges
 from adaptive_fusion.learning.card import card, figure_lines, finite, lane_lines, slice_lines
@@ -36,6 +36,7 @@ from adaptive_fusion.learning.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.gate import gate
 from adaptive_fusion.learning.labels import Subject, append_records, human_labels
 from adaptive_fusion.learning.ladders import choose_lanes, labelled, prune
+from adaptive_fusion.learning.tables import read_table
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import COMPLEX, LANES, SIMPLE, VIDEO, Policy
 from adaptive_fusion.router import constant_router
@@ -142,8 +143,10 @@ TARGETS = (
 
 def human(scores: Path, share_of: float, folder: Path) -> Path:
     """A label file from a CSV of file, category and score, whose weights add up to `share_of`."""
-    with scores.open(newline="", encoding="utf-8") as file:
-        rows = [(row["file"], row["score"], row["category"]) for row in csv.DictReader(file)]
+    columns, read = read_table(scores)
+    if not {"file", "score", "category"} <= set(columns):
+        raise ConfigError(f"{scores.name} has columns {columns}; expected file, score and category")
+    rows = [(row["file"], row["score"], row["category"]) for row in read]
     table = folder / "human.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("path", "score", "group"), *((scores.parent / f, s, c) for f, s, c in rows)])
@@ -163,13 +166,13 @@ def human(scores: Path, share_of: float, folder: Path) -> Path:
 
 def mixed(held_out: Iterable[Path], out: Path) -> Path:
     """The labels that judge: of each scene, the one of the question that its kind is judged by."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
     lines = (line for path in held_out for line in path.read_text(encoding="utf-8").splitlines())
     records = (json.loads(line) for line in lines if line.startswith("{"))
-    kept = (r for r in records if JUDGED.get(r["slices"].get("scene")) == r["slices"].get("task"))
-    if not append_records(kept, out):
+    kept = [r for r in records if (task := r["slices"].get("task")) and JUDGED.get(r["slices"].get("scene")) == task]
+    if not kept:
         raise AdaptiveFusionError(f"no label in {[path.name for path in held_out]} has a scene and its task as slices")
+    out.unlink(missing_ok=True)  # not before all is read: it may be one of them
+    append_records(kept, out)
     return out
 
 
