@@ -17,14 +17,15 @@ milliseconds of operating point o on request x:
 - step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of
   the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
 - choice: the highest worth ``quality - price x P(late)``, the Lagrangian of "the best quality at a share of misses of
-  at most 1 - attainment" (Altman 1999, chapter 3): misses are allowed where they buy most. Ties go to the cheaper
-  point. If nothing is worth more than 0: the cheapest that fits in memory, marked infeasible, or
-  `InfeasibleBudgetError` when the budget asks for refusal. Where the answer is cut off at the deadline, refusal needs
-  more: a first token that is predicted, without regard to risk, after the deadline;
-- price, one for each attainment level in use, by dual ascent: ``price += 0.3 (miss - (1 - attainment))``, from 2, at
-  least 1 (a late answer is worth nothing) and at most 50. Of requests not thought to fit only kept ones count. So,
-  whatever the load does and however wrong P(late) is, misses of requests thought to fit are at most
-  ``(1 - attainment) n + (price_n - 2) / 0.3``, as long as the price stays below its upper end;
+  at most 1 - attainment" (Everett 1963): misses are allowed where they buy most. Ties go to the cheaper point. If
+  nothing is worth more than 0: the cheapest that fits in memory, marked infeasible, or `InfeasibleBudgetError` when the
+  budget asks for refusal. Where the answer is cut off at the deadline, refusal needs more: a first token that is
+  predicted, without regard to risk, after the deadline;
+- price, one for each attainment level in use, by dual ascent (a virtual queue, Neely 2010):
+  ``price += 0.3 (miss - (1 - attainment))``, from 2, at least 1 (a late answer is worth nothing) and at most 50. Of
+  requests not thought to fit only kept ones count. So, whatever the load does and however wrong P(late) is, misses of
+  requests thought to fit are at most ``(1 - attainment) n + (price_n - 2) / 0.3``, as long as the price stays below its
+  upper end;
 - a refusal measures nothing, so it lowers m by 0.02: else a controller that refuses everything would never
   find out that the load is over;
 - a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and, if it was thought to fit, as a miss. If
@@ -129,7 +130,7 @@ class Controller:
         elapsed_ms: float = 0.0,
         free_memory_gb: float | None = None,
     ) -> Choice:
-        """The candidate of highest quality that fits the budget.
+        """The candidate whose quality, less the price of its risk to be late, is highest; see the law.
 
         Args:
             candidates: The lane's operating points with quality and prediction, in any order, at least one.
@@ -140,7 +141,7 @@ class Controller:
                 considered.
 
         Raises:
-            InfeasibleBudgetError: If nothing fits and the budget says ``refuse``.
+            InfeasibleBudgetError: If nothing is worth its risk, or fits in memory, and the budget says ``refuse``.
             ConfigError: If there is no candidate with a finite quality and prediction.
         """
         now = self._clock()

@@ -198,6 +198,8 @@ class Liar:
 
     def start(self) -> None: ...
 
+    def skip(self) -> None: ...
+
     def free_gb(self) -> float | None:
         self.turn += 1
         return self.readings[self.turn % len(self.readings)]

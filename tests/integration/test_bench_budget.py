@@ -144,7 +144,7 @@ def test_measured_replayed_and_run_for_real(
     steps: list[int] = []
     table = measure_table(runner, items, repeats=2, advance=steps.append)
     columns = [1 + len(case.candidates) for case in table.cases]
-    assert len(steps) == steps[0] == 3 * sum(columns) and table.busy is None and table.hogged is None
+    assert len(steps) == steps[0] == 4 * sum(columns) and table.busy is None and table.hogged is None
     for case, width in enumerate(columns):
         assert np.isfinite(table.calm[case, :width]).all() and np.isinf(table.calm[case, width:]).all()
         assert (table.memory[case, :width] >= 0).all() and (table.answered[case] >= 0).all()

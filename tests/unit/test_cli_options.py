@@ -72,7 +72,7 @@ def test_a_bad_value_refuses_every_input_with_the_value_and_the_choices(
         (["explain", "a.png", "--save-plot", "nowhere/a.png"], "'nowhere', which does not exist"),
         (["demo", "--latency-ms", "0"], "latency_ms is 0.0; expected a number above 0"),
         (["demo", "--policy", "nosuch"], "expected one of balanced"),
-        (["bench", "budget", "--trace", "nowhere.csv"], "trace is 'nowhere.csv', which is no file"),
+        (["bench", "budget", "--trace", "nowhere.csv"], "trace 'nowhere.csv' cannot be read: FileNotFoundError"),
     ],
 )
 def test_bad_usage_is_exit_code_2_with_the_reason(arguments: list[str], said: str) -> None:
