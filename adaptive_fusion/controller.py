@@ -17,15 +17,16 @@ milliseconds of operating point o on request x:
 - step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of
   the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
 - choice: the highest worth ``quality - price x P(late)``, the Lagrangian of "the best quality at a share of misses of
-  at most 1 - attainment" (Everett 1963): misses are allowed where they buy most. Ties go to the cheaper point. If
-  nothing is worth more than 0: the cheapest that fits in memory, marked infeasible, or `InfeasibleBudgetError` when the
-  budget asks for refusal. Where the answer is cut off at the deadline, refusal needs more: a first token that is
-  predicted, without regard to risk, after the deadline;
+  at most 1 - attainment" (Everett 1963): misses are allowed where they buy most, but no risk above 0.8 is taken, so
+  that what is late is not late by much. Ties go to the cheaper point. If nothing is worth more than 0: the cheapest
+  that fits in memory, marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer
+  is cut off at the deadline, refusal needs more: a first token that is predicted, without regard to risk, after the
+  deadline;
 - price, one for each attainment level in use, by dual ascent (a virtual queue, Neely 2010):
-  ``price += 0.3 (miss - (1 - attainment))``, from 2, at least 1 (a late answer is worth nothing) and at most 50. Of
-  requests not thought to fit only kept ones count. So, whatever the load does and however wrong P(late) is, misses of
-  requests thought to fit are at most ``(1 - attainment) n + (price_n - 2) / 0.3``, as long as the price stays below its
-  upper end;
+  ``price += 0.3 (miss - (1 - attainment))``, from 2, at least 0.5 (half an answer) and at most 50. Of requests not
+  thought to fit only kept ones count. So, whatever the load does and however wrong P(late) is, misses of requests
+  thought to fit are at most ``(1 - attainment) n + (price_n - 2) / 0.3``, as long as the price stays below its upper
+  end;
 - a refusal measures nothing, so it lowers m by 0.02: else a controller that refuses everything would never
   find out that the load is over;
 - a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and, if it was thought to fit, as a miss. If
@@ -55,6 +56,7 @@ from adaptive_fusion.point import OperatingPoint
 SCHEMA = 3
 MISS_KINDS = ("cancelled", "oom", "overload", "timeout")
 STALE_S = 600.0
+RISK_MAX = 0.8
 
 _Found = tuple[float, Drift | None, str, tuple[Any, ...]]
 """P(late), the drift it comes from, and why in words and numbers: put together only for the log."""
@@ -204,7 +206,7 @@ class Controller:
                 else:
                     found = _risk(candidate.key, ttft, total, limits)
                     net = -negative - price * found[0]
-                    if net > worth:
+                    if net > worth and found[0] <= RISK_MAX:
                         best, worth = len(seen), net
                 seen.append((candidate, *found))
             if best >= 0:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.controller import Candidate, Choice, Controller
+from adaptive_fusion.controller import RISK_MAX, Candidate, Choice, Controller
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 
@@ -147,12 +147,12 @@ def test_no_point_is_worth_more_than_the_chosen_one(
         t = math.log(max(left, 1e-300) / ms) * math.sqrt(2) / 0.3
         return 0.5 - t / (2 * math.sqrt(2 + t * t)) if left > 0 else 1.0
 
-    timed = latency is not None or ttft is not None
     worth = {
         i: c.quality - 2.0 * p_late(c)
         for i, c in enumerate(candidates)
-        if vram is None or c.predicted.peak_memory_gb * 1.25 <= vram
+        if (vram is None or c.predicted.peak_memory_gb * 1.25 <= vram) and p_late(c) <= RISK_MAX
     }
+    timed = latency is not None or ttft is not None
     if not choice.feasible:
         assert all(value <= 1e-9 for value in worth.values()) if timed else not worth
         return
