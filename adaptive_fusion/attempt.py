@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from adaptive_fusion.controller import Candidate, Choice
+from adaptive_fusion.choice import Candidate, Choice
 from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import InfeasibleBudgetError
 from adaptive_fusion.meters import Meter

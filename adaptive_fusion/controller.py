@@ -43,70 +43,21 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.choice import NO_LIMIT, Candidate, Choice, Found, risk_of
 from adaptive_fusion.corrections import Corrections
-from adaptive_fusion.decisions import Measurement, Prediction, Rejected
-from adaptive_fusion.drift import Drift, exceeds, number
+from adaptive_fusion.decisions import Measurement, Rejected
+from adaptive_fusion.drift import Drift, number
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
-from adaptive_fusion.point import OperatingPoint
 
 SCHEMA = 3
 MISS_KINDS = ("cancelled", "oom", "overload", "timeout")
 STALE_S = 600.0
 RISK_MAX = 0.8
 
-_Found = tuple[float, Drift | None, str, tuple[Any, ...]]
-"""P(late), the drift it comes from, and why in words and numbers: put together only for the log."""
-_Seen = tuple["Candidate", float, Drift | None, str, tuple[Any, ...]]
-_LATE = "{} {:.0f} of {:.0f} ms, late with {:.0f} %"
-_NO_LIMIT: _Found = (0.0, None, "best quality, no time limit set", ())
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An operating point on offer for one request, with its expected quality in [0, 1] and predicted cost.
-
-    `key` is the name under which its own drift is kept: the same for every request, also where the point's
-    pixel budget follows the size of the image. Empty, it becomes the point's name.
-    """
-
-    point: OperatingPoint
-    quality: float
-    predicted: Prediction
-    key: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.key:
-            object.__setattr__(self, "key", self.point.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What the controller chose and why.
-
-    `p_late` is the risk that it misses a limit, 0 without one. `margin` is the factor on its predicted time, of the
-    limit with the highest risk, that it stays below with the probability that the budget asks for (`attainment`).
-    `rejected` holds the points of at least its quality that were not taken, with reasons. `feasible` is the
-    controller's own opinion.
-    """
-
-    candidate: Candidate
-    feasible: bool
-    margin: float
-    reason: str
-    rejected: tuple[Rejected, ...]
-    budget: Budget
-    elapsed_ms: float
-    decided_s: float
-    p_late: float = 0.0
-
-    @property
-    def point(self) -> OperatingPoint:
-        """The operating point to run."""
-        return self.candidate.point
+_Seen = tuple[Candidate, float, Drift | None, str, tuple[Any, ...]]
 
 
 class Controller:
@@ -189,7 +140,7 @@ class Controller:
             envelope = math.exp(learned.memory)
             seen: list[_Seen] = []
             best, worth = -1, 0.0
-            found: _Found
+            found: Found
             for negative, total, index, ttft in usable:
                 if best >= 0 and -negative <= worth:
                     break  # no risk is below 0, so no point of this quality or less is worth more
@@ -202,9 +153,9 @@ class Controller:
                 elif total >= learned.time_ceiling.limit:
                     found = (1.0, None, "overload: too near a point that was too slow", ())
                 elif not limits:
-                    found, best, worth = _NO_LIMIT, len(seen), -negative
+                    found, best, worth = NO_LIMIT, len(seen), -negative
                 else:
-                    found = _risk(candidate.key, ttft, total, limits)
+                    found = risk_of(candidate.key, ttft, total, limits)
                     net = -negative - price * found[0]
                     if net > worth and found[0] <= RISK_MAX:
                         best, worth = len(seen), net
@@ -373,21 +324,3 @@ class Controller:
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"controller state is incomplete or malformed: {error!r}") from None
         return controller
-
-
-def _risk(key: str, ttft_ms: float, latency_ms: float, limits: Sequence[tuple[str, float, Drift]]) -> _Found:
-    """P(late) of a point at the limit where it is highest."""
-    worst, found = -1.0, _NO_LIMIT
-    for name, left_ms, drift in limits:
-        predicted_ms = latency_ms if name == "latency" else ttft_ms
-        middle, scale = drift.expect(key)
-        if left_ms <= 0.0:
-            risk = 1.0
-        elif predicted_ms <= 0.0:
-            risk = 0.0
-        else:
-            risk = exceeds(math.log(left_ms) - math.log(predicted_ms), middle, scale)
-        if risk > worst:
-            worst = risk
-            found = (risk, drift, _LATE, (name, predicted_ms * math.exp(middle), left_ms, 100.0 * risk))
-    return found

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.choice import Candidate, Choice
 from adaptive_fusion.complexity import Complexity, is_still
-from adaptive_fusion.controller import Candidate, Choice, Controller
+from adaptive_fusion.controller import Controller
 from adaptive_fusion.cost import CostModel, LengthModel, Work
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.ladder import Rung

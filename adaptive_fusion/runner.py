@@ -25,8 +25,9 @@ from adaptive_fusion.attempt import Executor, Run, Task
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.calibrate import find_profile
 from adaptive_fusion.chat import ChatRequest, build_request
+from adaptive_fusion.choice import Candidate
 from adaptive_fusion.complexity import measure_complexity
-from adaptive_fusion.controller import Candidate, Controller
+from adaptive_fusion.controller import Controller
 from adaptive_fusion.cost import CostModel, LengthModel, Profile, Work
 from adaptive_fusion.decisions import Decision, DecisionLog, Measurement, record, text_hash
 from adaptive_fusion.errors import ConfigError

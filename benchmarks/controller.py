@@ -33,8 +33,8 @@ from adaptive_fusion.bench.traces import (
     read_trace,
     shortfalls,
 )
+from adaptive_fusion.choice import Candidate
 from adaptive_fusion.commands.output import progress
-from adaptive_fusion.controller import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.point import OperatingPoint

@@ -40,7 +40,7 @@ from adaptive_fusion.bench.traces import (
     shortfalls,
 )
 from adaptive_fusion.budget import MAX_VRAM_GB, Budget
-from adaptive_fusion.controller import Candidate
+from adaptive_fusion.choice import Candidate
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.ladder import Rung

@@ -19,7 +19,8 @@ import numpy as np
 
 from adaptive_fusion.bench.traces import AMPLE_GB, Outcome, Trace, World, best_static, build, native, oracle, score
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.controller import Candidate, Controller
+from adaptive_fusion.choice import Candidate
+from adaptive_fusion.controller import Controller
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import AdaptiveFusionError
 

@@ -19,8 +19,8 @@ from adaptive_fusion.bench.budget import Delay, Table, cpu_hogs, measure_table, 
 from adaptive_fusion.bench.rivals import Ours, run
 from adaptive_fusion.bench.scenes import Item, reference_items
 from adaptive_fusion.bench.traces import HOG, TRACES, Case, World, best_static, build, oracle, read_trace, score
+from adaptive_fusion.choice import Candidate
 from adaptive_fusion.commands.bench import app
-from adaptive_fusion.controller import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint

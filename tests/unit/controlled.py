@@ -5,7 +5,8 @@ import random
 from typing import Any
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.controller import Candidate, Controller
+from adaptive_fusion.choice import Candidate
+from adaptive_fusion.controller import Controller
 from adaptive_fusion.decisions import Measurement, Prediction
 from adaptive_fusion.point import OperatingPoint
 

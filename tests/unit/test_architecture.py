@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "pixels", "plain", "prompts", "meters", "timing", "stream", "calibration"}),
     frozenset({"video", "point", "budget", "fusion", "legacy", "oom"}),
     frozenset({"media", "_complexity_features", "complexity", "ladder", "artefacts"}),
-    frozenset({"router", "decisions", "drift", "cost", "corrections", "controller", "profiles"}),
+    frozenset({"router", "decisions", "drift", "cost", "choice", "corrections", "controller", "profiles"}),
     frozenset({"policy"}),
     frozenset({"models"}),
     frozenset({"chat", "planner", "calibrate", "reference", "attempt", "runner"}),

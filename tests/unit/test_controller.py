@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.controller import RISK_MAX, Candidate, Choice, Controller
+from adaptive_fusion.choice import Candidate, Choice
+from adaptive_fusion.controller import RISK_MAX, Controller
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 
