@@ -14,7 +14,8 @@ from adaptive_fusion.point import NATIVE
 from adaptive_fusion.reference.screens import PROMPTS, Kind, Scene, elements, make_scene
 
 if TYPE_CHECKING:
-    from adaptive_fusion.runner import AdaptiveRunner, Reply
+    from adaptive_fusion.reply import Reply
+    from adaptive_fusion.runner import AdaptiveRunner
 
 CONTENT: tuple[Kind, ...] = ("simple", "dense", "simple", "reading", "dense", "clip")
 """What is rendered, in this order."""

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +40,7 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.prompts import prompt_kind
 from adaptive_fusion.reference import model_path
+from adaptive_fusion.reply import Reply
 from adaptive_fusion.stream import Stream
 
 WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
@@ -48,39 +49,6 @@ WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
 # A model keeps M-RoPE state between prefill and decode, so two generations on one model must not interleave,
 # whichever runner they come from.
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer with the decision behind it and what it took.
-
-    `finish_reason` is ``stop`` (the model ended), ``length`` (`max_new_tokens`), ``deadline`` or ``cancelled``.
-    """
-
-    text: str
-    finish_reason: str
-    decision: Decision
-    measurement: Measurement
-
-    @property
-    def met(self) -> bool | None:
-        """Whether every time and memory limit of the budget was kept; None without a limit."""
-        return budget_met(self.decision.budget, self.measurement)
-
-    def explain(self) -> str:
-        """`Decision.explain` with what the request took."""
-        return self.decision.explain(self.measurement)
-
-
-def budget_met(budget: Mapping[str, Any], measured: Measurement) -> bool | None:
-    """Whether `measured` keeps the limits set in `budget` (`Budget.to_dict`'s form); None without a limit."""
-    pairs = {
-        "latency_ms": measured.latency_ms,
-        "ttft_ms": measured.ttft_ms,
-        "vram_gb": measured.peak_memory_gb,
-    }
-    checks = [value <= budget[name] for name, value in pairs.items() if name in budget]
-    return all(checks) if checks else None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaptive_fusion.demo import Row, Summary
-    from adaptive_fusion.runner import Reply
+    from adaptive_fusion.reply import Reply
 
 app = typer.Typer()
 

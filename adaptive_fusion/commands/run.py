@@ -11,7 +11,7 @@ from adaptive_fusion.commands import options
 from adaptive_fusion.commands.output import Result, complain, decision_fields, each, printable, refusing
 
 if TYPE_CHECKING:
-    from adaptive_fusion.runner import Reply
+    from adaptive_fusion.reply import Reply
 
 app = typer.Typer()
 

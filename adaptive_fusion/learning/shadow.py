@@ -24,7 +24,8 @@ from adaptive_fusion.learning.labeller import Interrupted, RunnerModel
 from adaptive_fusion.learning.labels import shadow_record
 from adaptive_fusion.learning.scoring import Example, ModelScorer
 from adaptive_fusion.policy import LANES
-from adaptive_fusion.runner import AdaptiveRunner, Reply
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.stream import Stream
 
 

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"router", "decisions", "drift", "cost", "choice", "corrections", "controller", "profiles"}),
     frozenset({"policy"}),
     frozenset({"models"}),
-    frozenset({"chat", "planner", "calibrate", "reference", "attempt", "runner"}),
+    frozenset({"chat", "planner", "calibrate", "reference", "attempt", "reply", "runner"}),
 )
 TOP = len(LAYERS)
 BEYOND_RUNTIME = ("learning", "bench")

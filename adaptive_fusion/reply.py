@@ -1,0 +1,43 @@
+"""What a runner gives back: the answer, the decision behind it and what it took.
+
+Knows records. Must not know of models or of how an answer comes about.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptive_fusion.decisions import Decision, Measurement
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer with the decision behind it and what it took.
+
+    `finish_reason` is ``stop`` (the model ended), ``length`` (`max_new_tokens`), ``deadline`` or ``cancelled``.
+    """
+
+    text: str
+    finish_reason: str
+    decision: Decision
+    measurement: Measurement
+
+    @property
+    def met(self) -> bool | None:
+        """Whether every time and memory limit of the budget was kept; None without a limit."""
+        return budget_met(self.decision.budget, self.measurement)
+
+    def explain(self) -> str:
+        """`Decision.explain` with what the request took."""
+        return self.decision.explain(self.measurement)
+
+
+def budget_met(budget: Mapping[str, Any], measured: Measurement) -> bool | None:
+    """Whether `measured` keeps the limits set in `budget` (`Budget.to_dict`'s form); None without a limit."""
+    pairs = {
+        "latency_ms": measured.latency_ms,
+        "ttft_ms": measured.ttft_ms,
+        "vram_gb": measured.peak_memory_gb,
+    }
+    checks = [value <= budget[name] for name, value in pairs.items() if name in budget]
+    return all(checks) if checks else None
