@@ -181,9 +181,9 @@ class CpuMeter(_Marked):
 
     From a measured request on, blocks of 32 KiB and more have pages of their own in this process (mallopt). Otherwise
     the holes that a request leaves in the heap stay resident until its end, and what it takes depends on the sizes of
-    the requests before it: a third more than its tensors need, or not, at random. That costs time, up to half as much
-    again on the largest images of the reference model, so a request that is not measured ends it; where both kinds
-    take turns, peaks are up to a third higher than where all are measured, until the controller has learned it.
+    the requests before it: a third more than its tensors need, or not, at random. That costs time: about 1.6
+    times as much on the largest images of the reference model. So a request that is not measured ends it; where both
+    kinds take turns, peaks are about a quarter higher than where all are measured, until the controller has learned it.
 
     Free: ``MemAvailable`` or what the control group leaves, whichever is less, less a headroom.
     Steps of the kernel's counters: about 0.1 MiB a processor (a thread, before Linux 6.2), so small peaks are known

@@ -92,9 +92,7 @@ def main() -> int:
         parser.error("--requests needs at least 1")
     runner = AdaptiveRunner.from_pretrained(args.model, policy=args.policy)
     if not runner.profile.samples:
-        parser.error(
-            f"{args.model} is {runner.profile_note}; run first: adaptive-fusion calibrate --model {args.model}"
-        )
+        parser.error(f"{args.model} has no measured profile; run first: adaptive-fusion calibrate --model {args.model}")
     with progress(args.requests, args.json) as advance:
         found = keep_budgets(runner, args.requests, seed=args.seed, advance=advance)
     if args.json:
