@@ -355,7 +355,8 @@ class AdaptiveRunner:
 
     def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
         arrived = self._clock()
-        several = call.generate_kwargs.get("num_return_sequences") or 1
+        config = call.generate_kwargs.get("generation_config")
+        several = call.generate_kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
         if several != 1:
             raise ConfigError(f"num_return_sequences is {several!r}; chat and stream give 1 answer, generate several")
         request = build_request(call.media, call.prompt, hashed=self.log is not None)

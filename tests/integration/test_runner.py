@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import (
@@ -271,6 +272,9 @@ def test_what_generate_returns_and_ends_by_is_understood(runner: AdaptiveRunner,
     assert ended.finish_reason == "stop" and ended.measurement.new_tokens < 12
     with pytest.raises(ConfigError, match="num_return_sequences is 2"):
         runner.chat(screen, "Describe the screen.", num_return_sequences=2, do_sample=True)
+    several = GenerationConfig(num_return_sequences=3, do_sample=True)
+    with pytest.raises(ConfigError, match="num_return_sequences is 3"):
+        runner.chat(screen, "Describe the screen.", generation_config=several)
 
 
 def test_the_whole_conversation_counts_in_the_prediction(runner: AdaptiveRunner, screen: Image.Image) -> None:
