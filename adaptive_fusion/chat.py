@@ -16,7 +16,6 @@ from adaptive_fusion.complexity import Complexity, measure_complexity
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.media import Media, content_hash, load_media
 from adaptive_fusion.models.base import Size
-from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.video import Video
 
 
@@ -44,16 +43,6 @@ class ChatRequest:
     def durations_s(self) -> list[float]:
         """Durations of the media in seconds, in order; 0 for images."""
         return [medium.duration_s if isinstance(medium, Video) else 0.0 for medium in self.media]
-
-    def messages_at(self, point: OperatingPoint) -> tuple[dict[str, Any], ...]:
-        """The messages with their clips at no more than the point's frame rate."""
-        if point.max_fps is None or not any(isinstance(medium, Video) for medium in self.media):
-            return self.messages
-
-        def thinned(part: dict[str, Any]) -> dict[str, Any]:
-            return {**part, "video": part["video"].at_most(point.max_fps)} if part["type"] == "video" else part
-
-        return tuple({**message, "content": [thinned(p) for p in message["content"]]} for message in self.messages)
 
     @property
     def kind(self) -> str:

@@ -31,7 +31,6 @@ from adaptive_fusion.point import OperatingPoint
 VERSION = 1
 MAX_KINDS = 256
 
-_FUSED = frozenset({"gated", "sum", "weighted"})
 SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 6}
 
 
@@ -81,7 +80,7 @@ def encode_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
     patches = work.patches
     total = sum(patches)
     squares = sum([n * n for n in patches])
-    fused = total * point.layers if point.fusion in _FUSED else 0
+    fused = total * point.layers if point.fuses else 0
     some = 1.0 if patches else 0.0
     return (some, len(patches), total, squares, fused, fused * point.adapter_rank)
 
@@ -103,7 +102,7 @@ def memory_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
     patches = work.patches
     total = sum(patches)
     largest = max(patches, default=0)
-    fused = total * point.layers if point.fusion in _FUSED else 0
+    fused = total * point.layers if point.fuses else 0
     tokens = work.prompt_tokens + work.batch * work.new_tokens
     return (1.0, total, largest * largest, tokens, fused, work.source_pixels)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.evaluation.questions import SLICE, Question
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.reference.screens import PROMPTS, Kind, Scene, elements, make_scene
 
@@ -27,26 +28,17 @@ it."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One rendered file, the question about it and its only right answer."""
+class Row:
+    """A question about a rendered file with the native and the adaptive answer."""
 
-    path: str
-    content: Kind
-    prompt: str
-    truth: str
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return Path(self.path).name
-
-
-@dataclass(frozen=True)
-class Row(Task):
-    """A task with the native and the adaptive answer."""
-
+    question: Question
     native: "Reply"
     adaptive: "Reply"
+
+    @property
+    def truth(self) -> str:
+        """The only right answer."""
+        return self.question.references[0]
 
 
 @dataclass(frozen=True)
@@ -64,15 +56,16 @@ class Summary:
     right_adaptive: float
 
 
-def render(folder: Path, seed: int = 0) -> list[Task]:
+def render(folder: Path, seed: int = 0) -> list[Question]:
     """Write `CONTENT` to PNG files and a GIF in `folder`; scenes are of the evaluation split, never trained on."""
-    tasks = []
+    questions = []
     for index, kind in enumerate(CONTENT):
         scene = make_scene(kind, seed + index, "eval")
         path = folder / f"{index + 1}{'.gif' if kind == 'clip' else '.png'}"
         _write(scene, path)
-        tasks.append(Task(str(path), kind, PROMPTS[scene.task], scene.answers[scene.task]))
-    return tasks
+        answer = scene.answers[scene.task]
+        questions.append(Question(str(path), PROMPTS[scene.task], (answer,), slices={SLICE: kind}))
+    return questions
 
 
 def _write(scene: Scene, path: Path) -> None:
@@ -85,27 +78,27 @@ def _write(scene: Scene, path: Path) -> None:
 
 
 def compare(
-    runner: "AdaptiveRunner", tasks: Sequence[Task], latency_ms: float | None, advance: Callable[[], None]
+    runner: "AdaptiveRunner", questions: Sequence[Question], latency_ms: float | None, advance: Callable[[], None]
 ) -> Iterator[Row]:
-    """Answer every task natively, then under the budget; yields a row per task.
+    """Answer every question natively, then under the budget; yields a row per question.
 
     Args:
         runner: Its policy decides; the native answers teach its cost model this machine.
-        tasks: What `render` wrote.
+        questions: What `render` wrote.
         latency_ms: The budget; None takes 160 % of native's slowest answer.
         advance: Called after each answer.
     """
     natives = []
-    for task in tasks:
-        natives.append(runner.chat(task.path, task.prompt, point=NATIVE, max_new_tokens=MAX_NEW_TOKENS))
+    for question in questions:
+        natives.append(runner.chat(question.media, question.prompt, point=NATIVE, max_new_tokens=MAX_NEW_TOKENS))
         advance()
     if latency_ms is None:
         latency_ms = round(_SHARE * max(reply.measurement.latency_ms for reply in natives))
     budget = Budget(latency_ms=latency_ms)
-    for task, native in zip(tasks, natives, strict=True):
-        adaptive = runner.chat(task.path, task.prompt, budget=budget, max_new_tokens=MAX_NEW_TOKENS)
+    for question, native in zip(questions, natives, strict=True):
+        adaptive = runner.chat(question.media, question.prompt, budget=budget, max_new_tokens=MAX_NEW_TOKENS)
         advance()
-        yield Row(task.path, task.content, task.prompt, task.truth, native, adaptive)
+        yield Row(question, native, adaptive)
 
 
 def right_share(truth: str, answer: str) -> float:

@@ -3,6 +3,7 @@
 Knows one step of a ladder. Must not know of lanes, policies, models or costs.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from adaptive_fusion.errors import ConfigError, PolicyError
 from adaptive_fusion.plain import number
 from adaptive_fusion.point import MAX_PIXELS, MIN_PIXELS, OperatingPoint
+
+_SHARE = re.compile(r"(?P<point>.*)/(?P<percent>\d+(?:\.\d+)?)%")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,23 @@ class Rung:
     def name(self) -> str:
         """The point's name with the share, such as ``weighted6r4@0.5/25%``: the same for every request."""
         return self.point.name if self.pixel_share == 1 else f"{self.point.name}/{100 * self.pixel_share:g}%"
+
+    @classmethod
+    def parse(cls, name: str) -> "Rung":
+        """The rung that `name` writes as this text: a point, with an optional share of the native pixels (``/25%``).
+
+        Raises:
+            ConfigError: As `OperatingPoint.parse`.
+            PolicyError: For a share that is not above 0 and at most 100 %.
+        """
+        found = _SHARE.fullmatch(name)
+        point = OperatingPoint.parse(found["point"] if found else name)
+        return cls(point, pixel_share=float(found["percent"]) / 100 if found else 1.0)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the model sees all that it would natively."""
+        return self.pixel_share == 1 and self.point.is_full
 
     def resolve(self, native_pixels: int) -> OperatingPoint:
         """The point for an image or frame of `native_pixels`, counted after the processor's own limit.

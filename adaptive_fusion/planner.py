@@ -29,7 +29,7 @@ TEMPLATE_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Ask:
+class RequestInfo:
     """What the planner needs to know of a request; times in milliseconds."""
 
     kind: str
@@ -60,8 +60,8 @@ class Planner:
         self.adapter, self.policy, self.cost = adapter, policy, cost
         self.controller, self.lengths, self._rng = controller, lengths, rng
 
-    def decide(self, ask: Ask, budget: Budget, point: OperatingPoint | None = None) -> tuple[Decision, Choice]:
-        """The decision for `ask` under `budget`, and the choice that the controller learns from afterwards.
+    def decide(self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None) -> tuple[Decision, Choice]:
+        """The decision for `info` under `budget`, and the choice that the controller learns from afterwards.
 
         A given `point` is taken as it is, with its prediction.
 
@@ -74,21 +74,21 @@ class Planner:
         limits = budget
         if point is not None or not (self.cost.profile.samples or self.controller.informed):
             limits = replace(budget, on_infeasible="cheapest")
-        hardest, route = self.route(ask)
-        features = {k: v for k, v in prompt_features(ask.prompt).items() if v} if ask.prompt else {}
+        hardest, route = self.route(info)
+        features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
         if point is not None:
             self.adapter.require(point)
-            candidates = [self.candidate(point, 1.0, ask)]
+            candidates = [self.candidate(point, 1.0, info)]
             lane, propensity = "fixed", 1.0
-            choice = self.controller.choose(candidates, limits, elapsed_ms=ask.elapsed_ms)
+            choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
             choice = replace(choice, reason="the point was given", rejected=())
         else:
             lane = route.lane
-            candidates = self.candidates(ask, lane, hardest)
-            choice, propensity = self._choose(candidates, limits, ask)
+            candidates = self.candidates(info, lane, hardest)
+            choice, propensity = self._choose(candidates, limits, info)
         decision = Decision(
             request_id=uuid.uuid4().hex,
-            kind=ask.kind,
+            kind=info.kind,
             complexity=hardest,
             p_complex=route.score if hardest is not None else None,
             lane=lane,
@@ -101,78 +101,73 @@ class Planner:
             propensity=propensity,
             margin=choice.margin,
             p_late=choice.p_late,
-            elapsed_ms=ask.elapsed_ms,
+            elapsed_ms=info.elapsed_ms,
             budget=budget.to_dict(),
             prompt_features=features,
             rejected=choice.rejected,
         )
         return decision, choice
 
-    def route(self, ask: Ask) -> tuple[Complexity | None, Route]:
+    def route(self, info: RequestInfo) -> tuple[Complexity | None, Route]:
         """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""
-        if not ask.complexities:
+        if not info.complexities:
             return None, self.policy.route(None)
-        routes = [(c, self.policy.route(c, ask.prompt)) for c in ask.complexities]
+        routes = [(c, self.policy.route(c, info.prompt)) for c in info.complexities]
         hardest, route = max(routes, key=lambda pair: (pair[1].lane == VIDEO, pair[1].lane == COMPLEX, pair[1].score))
         return hardest, route
 
-    def candidates(self, ask: Ask, lane: str, complexity: Complexity | None) -> list[Candidate]:
-        """The lane's ladder on this model and these media, each point once, with predicted cost.
-
-        A share of the native pixels is taken of the largest medium: one budget holds for all of a request.
-        """
-        native = max((self.adapter.native_pixels(size) for size in ask.sizes), default=1)
+    def candidates(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> list[Candidate]:
+        """The lane's ladder on this model and these media, each point once, with predicted cost."""
         best: dict[OperatingPoint, tuple[float, str]] = {}
-        for rung in self._rungs(ask, lane, complexity):
-            point = rung.resolve(native)
-            if ask.pixels_fixed and (point.max_pixels or point.max_fps):
-                point = replace(point, max_pixels=None, max_fps=None)
-            point, _ = self.adapter.restrict(point)
+        for rung in self._rungs(info, lane, complexity):
+            point = self.adapter.resolve(rung, info.sizes)
+            if info.pixels_fixed and point.before_encoder:
+                point = point.without(point.before_encoder)
             if point not in best or rung.quality > best[point][0]:
                 best[point] = rung.quality, rung.name
         # The rung's name is the same for every size of image, so drift is learned per rung.
-        new = self.expected_tokens(ask)
-        return [self.candidate(point, quality, ask, new, name) for point, (quality, name) in best.items()]
+        new = self.expected_tokens(info)
+        return [self.candidate(point, quality, info, new, name) for point, (quality, name) in best.items()]
 
-    def _rungs(self, ask: Ask, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
+    def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
         """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
-        rungs = self.policy.ladder(lane, complexity, ask.prompt)
+        rungs = self.policy.ladder(lane, complexity, info.prompt)
         if lane != VIDEO or complexity is None or not is_still(complexity):
             return rungs
         few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
         return (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
 
-    def expected_tokens(self, ask: Ask) -> float:
+    def expected_tokens(self, info: RequestInfo) -> float:
         """How long an answer to this kind of prompt has been."""
-        return self.lengths.expected(prompt_kind(ask.prompt), ask.max_new_tokens)
+        return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
 
     def candidate(
-        self, point: OperatingPoint, quality: float, ask: Ask, new: float | None = None, key: str = ""
+        self, point: OperatingPoint, quality: float, info: RequestInfo, new: float | None = None, key: str = ""
     ) -> Candidate:
-        """One point on offer for `ask`, with its predicted cost for an answer of `new` tokens (else as expected)."""
-        return Candidate(point, quality, self.cost.predict(point, self.work(point, ask, new)), key)
+        """One point on offer for `info`, with its predicted cost for an answer of `new` tokens (else as expected)."""
+        return Candidate(point, quality, self.cost.predict(point, self.work(point, info, new)), key)
 
-    def work(self, point: OperatingPoint, ask: Ask, new: float | None = None) -> Work:
-        """What `point` makes the model do for `ask`."""
-        sizes = ask.sizes
-        if point.max_fps is not None and ask.durations_s and not ask.pixels_fixed:
+    def work(self, point: OperatingPoint, info: RequestInfo, new: float | None = None) -> Work:
+        """What `point` makes the model do for `info`."""
+        sizes = info.sizes
+        if point.max_fps is not None and info.durations_s and not info.pixels_fixed:
             sizes = [
                 replace(size, frames=frames_at(size.frames, duration, point.max_fps)) if size.clip else size
-                for size, duration in zip(sizes, ask.durations_s, strict=True)
+                for size, duration in zip(sizes, info.durations_s, strict=True)
             ]
         plan = self.adapter.plan(sizes, point)
         return Work(
             patches=plan.segments,
             visual_tokens=plan.tokens,
-            prompt_tokens=plan.tokens + ask.text_tokens,
-            new_tokens=self.expected_tokens(ask) if new is None else new,
-            batch=ask.batch,
+            prompt_tokens=plan.tokens + info.text_tokens,
+            new_tokens=self.expected_tokens(info) if new is None else new,
+            batch=info.batch,
             source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )
 
-    def _choose(self, candidates: list[Candidate], budget: Budget, ask: Ask) -> tuple[Choice, float]:
+    def _choose(self, candidates: list[Candidate], budget: Budget, info: RequestInfo) -> tuple[Choice, float]:
         """The controller's choice, or now and then a random point that fits, with the propensity of either."""
-        limits: dict[str, Any] = {"elapsed_ms": ask.elapsed_ms, "free_memory_gb": ask.free_memory_gb}
+        limits: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
         choice = self.controller.choose(candidates, budget, **limits)
         explore = self.policy.explore
         if explore == 0.0 or not choice.feasible:

@@ -84,9 +84,10 @@ def demo_plot(rows: Sequence["Row"], path: Path) -> None:
     figure = new_figure(14, 3.0 * len(rows) + 0.3)
     axes = figure.subplots(len(rows), 4, squeeze=False, width_ratios=(1, 2, 1, 1))
     for row, (picture, words, time, tokens) in zip(rows, axes, strict=True):
-        picture.imshow(_thumbnail(_picture(row.path)))
+        picture.imshow(_thumbnail(_picture(row.question.media)))
+        asked, decision = row.question, row.adaptive.decision
         lines = (
-            f"{row.name}, {row.content}: {row.adaptive.decision.lane} lane, {row.adaptive.decision.point.name}",
+            f"{asked.name}, {asked.slice}: {decision.lane} lane, {decision.point.name}",
             f"truth: {row.truth}",
             f"native: {row.native.text}",
             f"adaptive: {row.adaptive.text}",

@@ -1,11 +1,14 @@
-"""The operating point: the five knobs of visual compute (and the frame rate of clips), validated where it is built.
+"""The operating point: the knobs of visual compute, validated where it is built, and what each says of itself.
 
-Knows what the knobs may be, not what they do: `fusion` combines levels, `models` applies a point to a model.
+A knob is declared once, with `knob`: where it acts, which values it may have, how it stands in a point's name. Names,
+files, the keys of recordings and what an adapter sets aside follow from that. Knows what the knobs may be, not what
+they do: `fusion` combines levels, `models` applies a point to a model.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
 from adaptive_fusion.errors import ConfigError
 
@@ -15,6 +18,62 @@ DOWNSAMPLES = (1.0, 0.5, 0.25)
 RANKS = (0, 4, 8, 16)
 MIN_PIXELS = 1024
 MAX_PIXELS = 1 << 28
+
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
+_HEAD = re.compile(
+    rf"(?P<fusion>[A-Za-z_-]+)(?:(?P<layers>\d+)(?:r(?P<adapter_rank>\d+))?)?(?:@(?P<downsample>{_NUMBER})?)?"
+)
+_KNOBS: dict[type, dict[str, tuple["Knob", Any]]] = {}
+_PART = re.compile(rf"/(?P<value>{_NUMBER})(?P<unit>[a-z]+)")
+
+
+Acts = Literal["before", "inside", "after"]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a knob says of itself.
+
+    Attributes:
+        acts: ``before`` the encoder (on pixels and frames), ``inside`` it (on what its blocks compute) or ``after`` it
+            (on what they gave: levels and tokens).
+        valid: Whether it may have a value.
+        expected: The values it may have, in words.
+        reduces: Whether any value but its default takes something away from what the model would see.
+        unit: Ends its part of a point's name, ``/65536px``; empty for those that the name begins with.
+        kind: Of its values.
+    """
+
+    acts: Acts
+    valid: Callable[[Any], bool]
+    expected: str
+    reduces: bool = True
+    unit: str = ""
+    kind: type = float
+
+
+def knob(default: Any, acts: Acts, valid: Callable[[Any], bool], expected: str, **more: Any) -> Any:
+    """A field of `OperatingPoint`; see `Knob` for the arguments."""
+    return field(default=default, metadata={"knob": Knob(acts, valid, expected, **more)})
+
+
+def _one_of(default: Any, choices: tuple[Any, ...], *, reduces: bool, kind: type) -> Any:
+    def valid(value: Any) -> bool:
+        return not isinstance(value, bool) and value in choices
+
+    return knob(default, "after", valid, f"one of {', '.join(map(str, choices))}", reduces=reduces, kind=kind)
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _some_pixels(value: Any) -> bool:
+    return value is None or (_is(value, int) and MIN_PIXELS <= value <= MAX_PIXELS)
+
+
+def _some_fps(value: Any) -> bool:
+    return value is None or (_is(value, int, float) and 0 < value <= 120)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,62 +92,109 @@ class OperatingPoint:
         ConfigError: If a value is not one of the choices above.
     """
 
-    fusion: str = "native"
-    layers: int = 3
-    downsample: float = 1.0
-    max_pixels: int | None = None
-    adapter_rank: int = 0
-    max_fps: float | None = None
+    fusion: str = _one_of("native", FUSIONS, reduces=False, kind=str)
+    layers: int = _one_of(3, LAYERS, reduces=False, kind=int)
+    downsample: float = _one_of(1.0, DOWNSAMPLES, reduces=True, kind=float)
+    max_pixels: int | None = knob(
+        None, "before", _some_pixels, f"None or an integer from {MIN_PIXELS} to {MAX_PIXELS}", unit="px", kind=int
+    )
+    adapter_rank: int = _one_of(0, RANKS, reduces=False, kind=int)
+    max_fps: float | None = knob(None, "before", _some_fps, "None or a number above 0, at most 120", unit="fps")
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("fusion", FUSIONS),
-            ("layers", LAYERS),
-            ("downsample", DOWNSAMPLES),
-            ("adapter_rank", RANKS),
-        ):
+        for name, (said, default) in self.knobs().items():
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
-                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(str, choices))}")
-        pixels = self.max_pixels
-        if pixels is not None and (
-            isinstance(pixels, bool) or not isinstance(pixels, int) or not MIN_PIXELS <= pixels <= MAX_PIXELS
-        ):
-            raise ConfigError(
-                f"max_pixels is {pixels!r}; expected None or an integer from {MIN_PIXELS} to {MAX_PIXELS}"
-            )
-        fps = self.max_fps
-        if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 120):
-            raise ConfigError(f"max_fps is {fps!r}; expected None or a number above 0, at most 120")
-        object.__setattr__(self, "downsample", float(self.downsample))
-        for name in ("layers", "adapter_rank"):
-            object.__setattr__(self, name, int(getattr(self, name)))
+            if not said.valid(value):
+                raise ConfigError(f"{name} is {value!r}; expected {said.expected}")
+            if default is not None:
+                object.__setattr__(self, name, said.kind(value))
+
+    @classmethod
+    def knobs(cls) -> dict[str, tuple[Knob, Any]]:
+        """By name what each knob says of itself, and the value at which it does nothing."""
+        found = _KNOBS.get(cls)
+        if found is None:
+            found = _KNOBS[cls] = {each.name: (each.metadata["knob"], each.default) for each in fields(cls)}
+        return found
+
+    @property
+    def fuses(self) -> bool:
+        """Whether levels are put together: not in ``native`` (the model's own taps) and ``top`` (none)."""
+        return self.fusion not in ("native", "top")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the model sees all that it would natively: every pixel, frame and token."""
+        return all(getattr(self, name) == default for name, (said, default) in self.knobs().items() if said.reduces)
+
+    @property
+    def before_encoder(self) -> dict[str, Any]:
+        """The knobs in use that act before the encoder, and their values."""
+        return {
+            name: getattr(self, name)
+            for name, (said, default) in self.knobs().items()
+            if said.acts == "before" and getattr(self, name) != default
+        }
+
+    def without(self, knobs: Iterable[str]) -> Self:
+        """The same point with these knobs at rest."""
+        return replace(self, **{name: self.knobs()[name][1] for name in knobs})
+
+    @property
+    def encoder_key(self) -> tuple[Any, ...]:
+        """What the encoder's blocks compute depends on: points that share it can follow from one recording of them."""
+        return tuple(getattr(self, name) for name, (said, _) in self.knobs().items() if said.acts != "after")
 
     @property
     def name(self) -> str:
-        """Short readable form, such as ``weighted6r4@0.5/65536px``."""
-        parts = [self.fusion]
-        if self.fusion not in ("native", "top"):
-            parts.append(f"{self.layers}r{self.adapter_rank}" if self.adapter_rank else f"{self.layers}")
-        parts.append(f"@{self.downsample:g}")
-        if self.max_pixels is not None:
-            parts.append(f"/{self.max_pixels}px")
-        if self.max_fps is not None:
-            parts.append(f"/{self.max_fps:g}fps")
-        return "".join(parts)
+        """Short readable form, such as ``weighted6r4@0.5/65536px``; `parse` reads it back."""
+        head = self.fusion
+        if self.fuses:
+            head += f"{self.layers}r{self.adapter_rank}" if self.adapter_rank else f"{self.layers}"
+        parts = [f"{head}@{self.downsample:g}"]
+        for name, (said, default) in self.knobs().items():
+            value = getattr(self, name)
+            if said.unit and value != default:
+                parts.append(f"{value if said.kind is int else format(value, 'g')}{said.unit}")
+        return "/".join(parts)
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The point that `name` writes as this text; what the text leaves out is at its default.
+
+        Raises:
+            ConfigError: For a text of another form or a knob that is not one of its choices.
+        """
+        knobs = cls.knobs()
+        units = {said.unit: name for name, (said, _) in knobs.items() if said.unit}
+        head = _HEAD.match(name)
+        values = {key: text for key, text in head.groupdict().items() if text is not None} if head else {}
+        rest = name[head.end() :] if head else name
+        while (part := _PART.match(rest)) and part["unit"] in units and units[part["unit"]] not in values:
+            values[units[part["unit"]]] = part["value"]
+            rest = rest[part.end() :]
+        try:
+            read = {key: knobs[key][0].kind(text) for key, text in values.items()}
+        except ValueError:
+            read = {}
+        if rest or not read:
+            raise ConfigError(
+                f"point is {name!r}; expected a name such as native, top@0.5, weighted6r4@0.5 or gated12r8@1/65536px"
+            )
+        return cls(**read)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and TOML can hold; knobs that are None are left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "OperatingPoint":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read `to_dict`'s form.
 
         Raises:
             ConfigError: For an unknown knob or a value that is not one of its choices.
         """
-        known = [field.name for field in fields(cls)]
+        known = list(cls.knobs())
         if not isinstance(values, Mapping):
             raise ConfigError(f"operating point is {values!r}; expected a table of {', '.join(known)}")
         unknown = sorted(str(name) for name in values if name not in known)

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adaptive_fusion.attempt import Executor, Run, Task
+from adaptive_fusion.attempt import Executor, Prepare, Run, Task
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.calibrate import find_profile
 from adaptive_fusion.chat import ChatRequest, build_request
@@ -35,7 +35,7 @@ from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.meters import meter_for
 from adaptive_fusion.models import Adapter, adapter_for
 from adaptive_fusion.models.placeholders import restore_prompt
-from adaptive_fusion.planner import TEMPLATE_TOKENS, Ask, Planner
+from adaptive_fusion.planner import TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.prompts import prompt_kind
@@ -219,21 +219,21 @@ class AdaptiveRunner:
         """The decision `chat` would take, without running the model."""
         arrived = self._clock()
         request = build_request(media, prompt)
-        return self._planner.decide(self._ask(request, max_new_tokens, arrived), self.budget.merge(budget))[0]
+        return self._planner.decide(self._chat_info(request, max_new_tokens, arrived), self.budget.merge(budget))[0]
 
     def offers(
         self, media: Any, prompt: str | None = None, *, max_new_tokens: int = 256
     ) -> tuple[str, list[Candidate]]:
         """The lane that a request takes, and what it offers with expected quality and predicted cost, best first."""
-        ask = self._ask(build_request(media, prompt), max_new_tokens, self._clock())
-        hardest, route = self._planner.route(ask)
-        found = self._planner.candidates(ask, route.lane, hardest)
+        info = self._chat_info(build_request(media, prompt), max_new_tokens, self._clock())
+        hardest, route = self._planner.route(info)
+        found = self._planner.candidates(info, route.lane, hardest)
         return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
 
     def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
         """What `point` makes the model do for a request that is answered in `new_tokens`."""
-        ask = self._ask(build_request(media, prompt), new_tokens, self._clock())
-        return replace(self._planner.work(point, ask), new_tokens=float(new_tokens))
+        info = self._chat_info(build_request(media, prompt), new_tokens, self._clock())
+        return replace(self._planner.work(point, info), new_tokens=float(new_tokens))
 
     def generate(
         self, *args: Any, budget: Budget | None = None, point: OperatingPoint | None = None, **kwargs: Any
@@ -255,29 +255,26 @@ class AdaptiveRunner:
         self._warm_up_for(limits)
         ids: Tensor = kwargs["input_ids"]
         complexities = tuple(measure_complexity(array) for array in self.adapter.thumbnails(kwargs))
+        sizes = self.adapter.sizes(kwargs)
+        visual = self.adapter.plan(sizes, NATIVE).tokens // ids.shape[0]
         configs = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
         limits_new = [kwargs.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs)]
         most = int(next((limit for limit in limits_new if limit), 256))
-        ask = Ask(
+        info = self._info(
+            arrived,
             kind="mixed" if len({c.kind for c in complexities}) > 1 else complexities[0].kind,
-            sizes=self.adapter.sizes(kwargs),
+            sizes=sizes,
             complexities=complexities,
             prompt="",
             max_new_tokens=most,
-            text_tokens=ids.shape[1],
+            text_tokens=max(1, ids.shape[1] - visual),
             batch=ids.shape[0],
-            elapsed_ms=(self._clock() - arrived) * 1e3,
-            free_memory_gb=self._executor.meter.free_gb(),
             pixels_fixed=True,
         )
-        ask = replace(
-            ask,
-            text_tokens=max(1, ids.shape[1] - self.adapter.plan(ask.sizes, NATIVE).tokens // ids.shape[0]),
-        )
+        tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        options = {key: value for key, value in kwargs.items() if key not in tensors}
         with self._lock:
-            decision, choice = self._planner.decide(ask, limits, point)
-            task = Task(ask, decision, choice, arrived, lambda _: dict(kwargs), dict(kwargs), frozenset(kwargs))
-            run = self._run(task)
+            run = self._run(info, limits, point, arrived, lambda _: tensors, options)
         self._log(run, prompt="", content=None, finish=run.stopped_by)
         sequences = run.sequences
         if isinstance(sequences, Tensor):
@@ -301,7 +298,7 @@ class AdaptiveRunner:
             self._warm = True
             self._executor.warm_up(
                 dict.fromkeys(self.adapter.restrict(point)[0] for point in points),
-                lambda point: self.adapter.prepare(request.messages_at(point), point),
+                partial(self.adapter.prepare, request.messages),
             )
 
     @contextmanager
@@ -337,11 +334,17 @@ class AdaptiveRunner:
                 if not self._warm:  # another thread may have done it meanwhile
                     self.warm_up()
 
-    def _ask(self, request: ChatRequest, max_new_tokens: int, arrived: float) -> Ask:
+    def _info(self, arrived: float, **known: Any) -> RequestInfo:
+        """What the planner needs to know, with the time that has passed since and the memory that is left."""
+        elapsed_ms, free = (self._clock() - arrived) * 1e3, self._executor.meter.free_gb()
+        return RequestInfo(**known, elapsed_ms=elapsed_ms, free_memory_gb=free)
+
+    def _chat_info(self, request: ChatRequest, max_new_tokens: int, arrived: float) -> RequestInfo:
         tokenizer = getattr(self.processor, "tokenizer", None)
         said = "\n".join(request.texts)
         text = len(tokenizer(said).input_ids) if tokenizer and said else 0
-        return Ask(
+        return self._info(
+            arrived,
             kind=request.kind,
             sizes=request.sizes,
             durations_s=request.durations_s,
@@ -349,8 +352,6 @@ class AdaptiveRunner:
             prompt=request.prompt,
             max_new_tokens=max_new_tokens,
             text_tokens=text + TEMPLATE_TOKENS,
-            elapsed_ms=(self._clock() - arrived) * 1e3,
-            free_memory_gb=self._executor.meter.free_gb(),
         )
 
     def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
@@ -364,16 +365,13 @@ class AdaptiveRunner:
         if streamer is not None:
             extra["streamer"] = streamer
 
-        def prepare(chosen: OperatingPoint) -> dict[str, Any]:
-            return self.adapter.prepare(request.messages_at(chosen), chosen)
-
         limits = self.budget.merge(call.budget)
         with self._lock:
             self._warm_up_for(limits)
             # Decided once the model is free, so that waiting for it counts as elapsed.
-            ask = self._ask(request, call.max_new_tokens, arrived)
-            decision, choice = self._planner.decide(ask, limits, call.point)
-            run = self._run(Task(ask, decision, choice, arrived, prepare, extra, cancelled=cancelled))
+            info = self._chat_info(request, call.max_new_tokens, arrived)
+            prepare = partial(self.adapter.prepare, request.messages)
+            run = self._run(info, limits, call.point, arrived, prepare, extra, cancelled)
         whole = run.sequences if isinstance(run.sequences, Tensor) else run.sequences.sequences
         new = whole[0, run.reduced_length :]
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -385,8 +383,20 @@ class AdaptiveRunner:
         self._log(run, request.prompt, request.content_hash, finish)
         return Reply(text.strip(), finish, run.decision, run.measurement)
 
-    def _run(self, task: Task) -> Run:
-        run = self._executor.run(task, self._planner)
+    def _run(
+        self,
+        info: RequestInfo,
+        limits: Budget,
+        point: OperatingPoint | None,
+        arrived: float,
+        prepare: Prepare,
+        options: dict[str, Any],
+        cancelled: threading.Event | None = None,
+    ) -> Run:
+        """Decide and run; the caller holds the lock."""
+        decision, choice = self._planner.decide(info, limits, point)
+        predict = partial(self._planner.candidate, quality=0.0, info=info)
+        run = self._executor.run(Task(decision, choice, arrived, prepare, options, predict, cancelled), self.controller)
         self.last = run.decision, run.measurement
         return run
 

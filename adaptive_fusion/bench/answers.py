@@ -3,18 +3,18 @@
 Knows adapters, questions and single trials. Must not know what an answer is worth.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaptive_fusion.bench.scenes import Item
-from adaptive_fusion.bench.trial import caption_likelihood, run_request
 from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.likelihood import Likelihood, after_prompt
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.timed import Encoding, TimedModel, until_end
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.meters import Meter, meter_for
@@ -92,7 +92,7 @@ def trained_rows(adapter: Adapter, rows: Mapping[str, Rung], files: Sequence[Pat
 
 def answer_all(
     adapter: Adapter,
-    items: Sequence[Item],
+    items: Sequence[Question],
     rows: Mapping[str, Rung],
     decide: Decide | None = None,
     *,
@@ -110,17 +110,17 @@ def answer_all(
         advance: Called after each (item, row).
     """
     names = [*rows, *([ADAPTIVE] if decide else [])]
-    meter = meter_for(str(adapter.model.device))
+    timed, meter = TimedModel(adapter), meter_for(str(adapter.model.device))
     partners = _partners(items)
     answers: dict[str, dict[int, Answer]] = {name: {} for name in names}
     shuffled: dict[int, Answer] = {}
-    _warm_up(adapter, items[0], rows, decide, meter)
+    _warm_up(timed, items[0], rows, decide, meter)
     for index, item in enumerate(items):
-        request = build_request(item.media, item.prompt)
+        request = build_request(item.load(), item.prompt)
         turn = index % len(names)
         for name in (*names[turn:], *names[:turn]):
             other = items[partners[index]] if name == NATIVE else None
-            answer, swapped = _answer(adapter, request, item, rows.get(name), decide, meter, max_new_tokens, other)
+            answer, swapped = _answer(timed, request, item, rows.get(name), decide, meter, max_new_tokens, other)
             answers[name][index] = answer
             if swapped is not None:
                 shuffled[partners[index]] = swapped
@@ -133,7 +133,7 @@ def answer_all(
     return result
 
 
-def _partners(items: Sequence[Item]) -> list[int]:
+def _partners(items: Sequence[Question]) -> list[int]:
     """For each item the next one of its slice, the last one's being the first."""
     members: dict[str, list[int]] = {}
     for index, item in enumerate(items):
@@ -145,45 +145,53 @@ def _partners(items: Sequence[Item]) -> list[int]:
     return partners
 
 
-def _warm_up(adapter: Adapter, item: Item, rows: Mapping[str, Rung], decide: Decide | None, meter: Meter) -> None:
+def _warm_up(timed: TimedModel, item: Question, rows: Mapping[str, Rung], decide: Decide | None, meter: Meter) -> None:
     """Everything once, so that no row pays for building its fusion module or for first calls."""
-    request = build_request(item.media, item.prompt)
+    request = build_request(item.load(), item.prompt)
     for rung in rows.values():
-        point = _resolved(adapter, request, rung)
-        run_request(adapter, partial(adapter.prepare, request.messages, point), point, meter, max_new_tokens=2)
+        point = timed.adapter.resolve(rung, request.sizes)
+        prepare = partial(timed.adapter.prepare, request.messages, point)
+        timed.request(prepare, point, meter, max_new_tokens=2, do_sample=False)
     if decide is not None:
         decide(request.media[0], item.prompt)
 
 
-def _resolved(adapter: Adapter, request: ChatRequest, rung: Rung) -> OperatingPoint:
-    return rung.resolve(max(adapter.native_pixels(size) for size in request.sizes))
-
-
 def _answer(
-    adapter: Adapter,
+    timed: TimedModel,
     request: ChatRequest,
-    item: Item,
+    item: Question,
     rung: Rung | None,
     decide: Decide | None,
     meter: Meter,
     max_new_tokens: int,
-    other: Item | None,
+    other: Question | None,
 ) -> tuple[Answer, Answer | None]:
     """One row's answer to `item`; with `other`, what the same image makes of that item's captions as well."""
-    earlier = 0.0
+    adapter, earlier = timed.adapter, 0.0
     if rung is not None:
-        point = _resolved(adapter, request, rung)
+        point = adapter.resolve(rung, request.sizes)
     else:
         assert decide is not None  # rows without a rung are the adaptive one
-        began = time.perf_counter()
+        began = timed.clock()
         point = decide(request.media[0], item.prompt).point
-        earlier = (time.perf_counter() - began) * 1e3
+        earlier = (timed.clock() - began) * 1e3
     prepare = partial(adapter.prepare, request.messages, point)
-    outcome = run_request(adapter, prepare, point, meter, max_new_tokens=max_new_tokens, earlier_ms=earlier)
-    text = adapter.processor.tokenizer.decode(outcome.tokens, skip_special_tokens=True).strip()
-    likely, right = caption_likelihood(adapter, outcome.encoded, (item.references[0], *item.negatives))
-    answer = Answer(text, tuple(likely), right[0], outcome.measurement)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    done, measurement = timed.request(prepare, point, meter, earlier_ms=earlier, **options)
+    new = until_end(done.new_tokens[0].tolist(), adapter.end_tokens)
+    text = adapter.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    own = _captions(timed, done.encoding, item)
+    answer = Answer(text, tuple(each.total for each in own), own[0].ranked_first, measurement)
     if other is None:
         return answer, None
-    likely, right = caption_likelihood(adapter, outcome.encoded, (other.references[0], *other.negatives))
-    return answer, Answer(text, tuple(likely), right[0])
+    theirs = _captions(timed, done.encoding, other)
+    return answer, Answer(text, tuple(each.total for each in theirs), theirs[0].ranked_first)
+
+
+def _captions(timed: TimedModel, encoding: Encoding, item: Question) -> list[Likelihood]:
+    """How likely the item's first reference and its negatives are as the answer, each with the end token."""
+    tokenizer = timed.adapter.processor.tokenizer
+    texts = (item.references[0], *item.negatives)
+    rows = [[*tokenizer(text, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)] for text in texts]
+    prompt, _ = timed.prefill(encoding)
+    return after_prompt(timed.adapter.model, prompt, rows)

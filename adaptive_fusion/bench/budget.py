@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from adaptive_fusion.bench.rivals import FED, Ours, compare, run, tuned_setpoint
-from adaptive_fusion.bench.scenes import Item
 from adaptive_fusion.bench.traces import (
     HOG,
     STEP,
@@ -43,9 +42,9 @@ from adaptive_fusion.budget import MAX_VRAM_GB, Budget
 from adaptive_fusion.choice import Candidate
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labeller import RunnerModel
-from adaptive_fusion.learning.scoring import Example
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -145,7 +144,7 @@ class Delay:
 
 def measure_table(
     runner: AdaptiveRunner,
-    items: Sequence[Item],
+    items: Sequence[Question],
     *,
     repeats: int = 3,
     hogs: int = 0,
@@ -167,7 +166,7 @@ def measure_table(
     """
     if repeats < 1:
         raise ConfigError(f"repeats is {repeats!r}; expected at least 1")
-    offers = [runner.offers(item.media, item.prompt, max_new_tokens=ANSWER_TOKENS) for item in items]
+    offers = [runner.offers(item.load(), item.prompt, max_new_tokens=ANSWER_TOKENS) for item in items]
     points = [[NATIVE, *(candidate.point for candidate in found)] for _, found in offers]
     jobs = [(case, column) for case, row in enumerate(points) for column in range(len(row))]
     total = len(jobs) * (2 + repeats * (2 if hogs else 1))
@@ -177,7 +176,7 @@ def measure_table(
 
     def ask(case: int, column: int, budget: Budget | None = None) -> Measurement:
         item, point = items[case], points[case][column]
-        reply = runner.chat(item.media, item.prompt, point=point, budget=budget, max_new_tokens=2, do_sample=False)
+        reply = runner.chat(item.load(), item.prompt, point=point, budget=budget, max_new_tokens=2, do_sample=False)
         advance(total)
         return reply.measurement
 
@@ -200,16 +199,16 @@ def measure_table(
     return Table(_cases(items, offers), calm, busy if hogs else None, memory, answered)
 
 
-def _answered(model: RunnerModel, item: Item, points: Sequence[OperatingPoint]) -> list[float]:
+def _answered(model: RunnerModel, item: Question, points: Sequence[OperatingPoint]) -> list[float]:
     """What the answers at these points are worth."""
-    if item.score is None:
-        raise ConfigError(f"a question of {item.slice} has no score; expected questions with one")
+    if item.metric is None:
+        raise ConfigError(f"a question of {item.slice} has no metric; expected questions with one")
     rungs = [Rung(point) for point in points]
-    found = model.answers(Example(item.media, item.prompt), rungs)
-    return [item.score(found[rung.name][0], item.references) for rung in rungs]
+    found = model.answers(item, rungs)
+    return [float(item.score(found[rung.name][0]) or 0.0) for rung in rungs]
 
 
-def _cases(items: Sequence[Item], offers: Sequence[tuple[str, list[Candidate]]]) -> tuple[Case, ...]:
+def _cases(items: Sequence[Question], offers: Sequence[tuple[str, list[Candidate]]]) -> tuple[Case, ...]:
     works = [max(c.predicted.encode_ms for c in found) for _, found in offers]
     usual = median(works)
     return tuple(
@@ -294,7 +293,7 @@ class _Live:
     """A row that really asks: the runner decides and runs; what it chose and took is kept."""
 
     def __init__(
-        self, runner: AdaptiveRunner, items: Sequence[Item], budget: Budget, columns: list[dict[str, int]]
+        self, runner: AdaptiveRunner, items: Sequence[Question], budget: Budget, columns: list[dict[str, int]]
     ) -> None:
         self.runner, self.items, self.budget, self.columns = runner, items, budget, columns
         self.index: list[int] = []
@@ -304,7 +303,7 @@ class _Live:
     def ask(self, case: int) -> None:
         item = self.items[case]
         reply = self.runner.chat(
-            item.media, item.prompt, budget=self.budget, max_new_tokens=2, do_sample=False
+            item.load(), item.prompt, budget=self.budget, max_new_tokens=2, do_sample=False
         )  # fmt: skip
         self.index.append(self.columns[case].get(reply.decision.rung, 0))
         self.ttft_ms.append(reply.measurement.ttft_ms)
@@ -313,7 +312,7 @@ class _Live:
 
 def run_real(
     runner: AdaptiveRunner,
-    items: Sequence[Item],
+    items: Sequence[Question],
     world: World,
     attainment: float,
     n: int,

@@ -17,9 +17,9 @@ from torch import nn
 from adaptive_fusion.bench.answers import NATIVE
 from adaptive_fusion.bench.answers import ROWS as QUALITY_ROWS
 from adaptive_fusion.bench.shapes import SHAPES, Shape, ShapeProcessor, shape
-from adaptive_fusion.bench.trial import run_request
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.execution.timed import TimedModel
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.meters import meter_for
 from adaptive_fusion.models import Adapter, Size, adapter_for
@@ -144,25 +144,18 @@ def measure_costs(
         advance: Called after each run with the number of all.
     """
     meter = meter_for(str(adapter.model.device))
-    native = adapter.native_pixels(workload.size())
+    timed = TimedModel(adapter, clock)
     work = {name: _work(adapter, rung, workload) for name, rung in rows.items()}
     full = [name for name in rows if name != NATIVE and work[name] == work[NATIVE]]
     rest = [name for name in rows if work[name] != work[NATIVE]]
 
     def run(name: str) -> Run:
-        point = rows[name].resolve(native)
+        point = adapter.resolve(rows[name], [workload.size()])
         inputs = workload.inputs(adapter, point)
         adapter.fusion(point)  # built outside the clock
-        outcome = run_request(
-            adapter,
-            partial(dict, inputs),
-            point,
-            meter,
-            max_new_tokens=workload.new_tokens,
-            exactly=True,
-            clock=clock,
-        )
-        return Run(name, outcome.measurement)
+        exactly = {"min_new_tokens": workload.new_tokens, "max_new_tokens": workload.new_tokens, "do_sample": False}
+        _, measurement = timed.request(partial(dict, inputs), point, meter, **exactly)
+        return Run(name, measurement)
 
     run(min(rows, key=lambda name: sum(work[name])))  # first calls are what it is for
     todo = [name for number in range(repeats) for name in round_order(full, rest, number)]
@@ -175,7 +168,7 @@ def measure_costs(
 
 def _work(adapter: Adapter, rung: Rung, workload: Workload) -> tuple[int, int]:
     """Patches that are encoded, and tokens that reach the language model."""
-    plan = adapter.plan([workload.size()], rung.resolve(adapter.native_pixels(workload.size())))
+    plan = adapter.plan([workload.size()], adapter.resolve(rung, [workload.size()]))
     return plan.patches, plan.tokens
 
 

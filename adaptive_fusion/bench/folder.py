@@ -5,14 +5,14 @@ Names files inside the folder only. Must not know of models, operating points or
 
 from pathlib import Path
 
-from adaptive_fusion.bench.scenes import Item
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import SLICE, Question
 from adaptive_fusion.learning.references import read_coco
 
-SLICE = "captions"
+CAPTIONS = "captions"
 
 
-def folder_items(folder: Path, captions: Path, prompt: str, limit: int | None = None) -> list[Item]:
+def folder_items(folder: Path, captions: Path, prompt: str, limit: int | None = None) -> list[Question]:
     """One item per captioned image, in the file's order, the first `limit` of them.
 
     Raises:
@@ -22,7 +22,9 @@ def folder_items(folder: Path, captions: Path, prompt: str, limit: int | None = 
     if limit is not None and limit < 2:
         raise ConfigError(f"limit is {limit} images; expected at least 2")
     chosen = list(read_coco(captions).items())[:limit]
-    items = [Item(SLICE, _inside(folder, name), prompt, tuple(texts)) for name, texts in chosen]
+    items = [
+        Question(_inside(folder, name), prompt, tuple(texts), None, slices={SLICE: CAPTIONS}) for name, texts in chosen
+    ]
     if len(items) < 2:
         raise ConfigError(f"{len(items)} images have captions; expected at least 2")
     return items

@@ -10,8 +10,8 @@ import numpy as np
 
 from adaptive_fusion.bench.answers import NATIVE, Decide, answer_all
 from adaptive_fusion.bench.comparisons import DRAWS, SEED, as_dict, compare, ratio, shortfalls
-from adaptive_fusion.bench.scenes import Item
 from adaptive_fusion.bench.scores import COUNTS, QUALITIES, STAGES, IntArray, Scores, score_all, slices, whole
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.metrics import bleu4, bleu_statistics, bootstrap, bootstrap_mean
 from adaptive_fusion.models import Adapter
@@ -19,7 +19,7 @@ from adaptive_fusion.models import Adapter
 
 def evaluate(
     adapter: Adapter,
-    items: Sequence[Item],
+    items: Sequence[Question],
     rows: Mapping[str, Rung],
     decide: Decide | None = None,
     *,

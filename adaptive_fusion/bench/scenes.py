@@ -5,14 +5,14 @@ Knows the synthetic screens and the text metrics. Must not know of models, opera
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.metrics import anls, element_recall, exact_match
+from adaptive_fusion.evaluation.questions import SLICE, Question
+from adaptive_fusion.learning.metrics import element_recall
 from adaptive_fusion.reference.screens import (
     BINS,
     COLORS,
@@ -35,35 +35,16 @@ FIRST_SEED = 100_000
 """Seeds of the evaluation scenes start here; small seeds are looked at while training."""
 NEGATIVES = 3
 
-Score = Callable[[str, Sequence[str]], float]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question about one medium.
-
-    `references` are right answers; `negatives` are captions that differ from the first reference in one
-    element, word or character. `score` gives the quality of an answer in [0, 1]; None where only caption
-    metrics apply.
-    """
-
-    slice: str
-    media: Any
-    prompt: str
-    references: tuple[str, ...]
-    negatives: tuple[str, ...] = ()
-    score: Score | None = None
-
 
 def recall(answer: str, references: Sequence[str]) -> float:
     """Share of the scene's elements that a free description states fully right."""
     return element_recall(elements(answer), elements(references[0]))
 
 
-SCORES: dict[str, Score] = {"simple": recall, "dense": recall, "reading": anls, "clips": exact_match}
+METRIC_OF_SLICE = {"simple": "elements", "dense": "elements", "reading": "anls", "clips": "exact"}
 
 
-def reference_items(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[Item]:
+def reference_items(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[Question]:
     """Evaluation-split scenes: `scenes` each of dense, reading and clips, three times as many simple ones.
 
     All of them together are the mixed set. `sides` bounds a still's sides in pixels (see `make_scene`).
@@ -81,10 +62,12 @@ def reference_items(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[It
     ]
 
 
-def _item(name: str, scene: Scene) -> Item:
+def _item(name: str, scene: Scene) -> Question:
     truth = scene.answers[scene.task]
     wrong = tuple(hard_negatives(truth, scene.kind))
-    return Item(name, media(scene), PROMPTS[scene.task], (truth,), wrong, SCORES[name])
+    return Question(
+        media(scene), PROMPTS[scene.task], (truth,), METRIC_OF_SLICE[name], negatives=wrong, slices={SLICE: name}
+    )
 
 
 def media(scene: Scene) -> Any:

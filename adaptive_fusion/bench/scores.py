@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_fusion.bench.answers import Answer
-from adaptive_fusion.bench.scenes import Item
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.cider import cider_d
-from adaptive_fusion.learning.metrics import anls, bleu_statistics, exact_match, matching_accuracy, tokenize
+from adaptive_fusion.learning.metrics import bleu_statistics, exact_match, matching_accuracy, tokenize
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ class Scores:
         return values[~np.isnan(values)]
 
 
-def slices(items: Sequence[Item]) -> dict[str, IntArray]:
+def slices(items: Sequence[Question]) -> dict[str, IntArray]:
     """Indices of each slice's items; `mixed` is all of them where there are several slices."""
     names = list(dict.fromkeys(item.slice for item in items))
     found = {name: np.array([i for i, item in enumerate(items) if item.slice == name]) for name in names}
@@ -50,7 +50,7 @@ def whole(names: Iterable[str]) -> str:
     return MIXED if MIXED in names else names[0]
 
 
-def score_all(items: Sequence[Item], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Scores]:
+def score_all(items: Sequence[Question], answers: Mapping[str, Sequence[Answer]]) -> dict[str, Scores]:
     """Quality, CIDEr-D, reading, matching, token accuracy and measurements of every row, per item.
 
     CIDEr-D takes its document frequencies from all references of the evaluation set. `reading` is the ANLS of the
@@ -60,15 +60,15 @@ def score_all(items: Sequence[Item], answers: Mapping[str, Sequence[Answer]]) ->
     return {name: _scores(items, references, row) for name, row in answers.items()}
 
 
-def _scores(items: Sequence[Item], references: Sequence[Sequence[list[str]]], answers: Sequence[Answer]) -> Scores:
+def _scores(items: Sequence[Question], references: Sequence[Sequence[list[str]]], answers: Sequence[Answer]) -> Scores:
     texts = [tokenize(answer.text) for answer in answers]
     pairs = list(zip(items, answers, strict=True))
-    quality = [item.score(answer.text, item.references) if item.score else None for item, answer in pairs]
+    quality = [item.score(answer.text) for item, answer in pairs]
     columns: dict[str, FloatArray] = {
         "quality": _column(quality),
         "exact": _column(exact_match(answer.text, item.references) for item, answer in pairs),
         "cider": cider_d(texts, references),
-        "reading": _column(q if item.score is anls else None for item, q in zip(items, quality, strict=True)),
+        "reading": _column(q if item.metric == "anls" else None for item, q in zip(items, quality, strict=True)),
         "matching": _column(_matched(item, answer.likelihoods) for item, answer in pairs),
         "token_accuracy": _column(answer.token_accuracy for answer in answers),
     }
@@ -78,7 +78,7 @@ def _scores(items: Sequence[Item], references: Sequence[Sequence[list[str]]], an
     return Scores(columns, bleu_statistics(texts, references), all(m is not None for m in measured))
 
 
-def _matched(item: Item, likelihoods: Sequence[float]) -> float | None:
+def _matched(item: Question, likelihoods: Sequence[float]) -> float | None:
     if not item.negatives:
         return None
     if not likelihoods:  # nobody looked: a guess among the candidates

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from adaptive_fusion.commands.options import Json, Model, PolicyName, rung_of
+from adaptive_fusion.commands.options import Json, Model, PolicyName
 from adaptive_fusion.commands.output import emit, progress, refusing
 from adaptive_fusion.errors import ConfigError
 
@@ -65,6 +65,7 @@ def quality(
         from adaptive_fusion.bench.quality import evaluate
         from adaptive_fusion.bench.scenes import reference_items
         from adaptive_fusion.commands.session import open_runner
+        from adaptive_fusion.ladder import Rung
         from adaptive_fusion.plots import check_target
 
         if plot is not None:
@@ -74,7 +75,7 @@ def quality(
             items = reference_items(scenes)
         else:
             items = folder_items(data, captions, prompt, limit=scenes)
-        chosen = KNOB_ROWS if knobs else [rung_of(text) for text in points] if points else ROWS
+        chosen = KNOB_ROWS if knobs else [Rung.parse(text) for text in points] if points else ROWS
         runner = open_runner(model, policy)
         # The policy is judged as it ships: limits in the environment are this machine's.
         runner.budget = runner.policy.budget
@@ -155,6 +156,7 @@ def cost(
         )
         from adaptive_fusion.bench.shapes import SHAPES
         from adaptive_fusion.commands.session import quieten
+        from adaptive_fusion.ladder import Rung
         from adaptive_fusion.plots import check_target
         from adaptive_fusion.policy import SIMPLE, Policy
 
@@ -162,7 +164,7 @@ def cost(
         if plot is not None:
             check_target(plot)
         loaded = Policy.load(policy)
-        rows = cost_rows(loaded, [rung_of(text) for text in points] if points else ROWS)
+        rows = cost_rows(loaded, [Rung.parse(text) for text in points] if points else ROWS)
         began = time.perf_counter()
         adapter = adapter_of_size(size, device, dtype)
         build_s = time.perf_counter() - began

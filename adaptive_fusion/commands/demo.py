@@ -42,10 +42,10 @@ def demo(
 
         runner = open_runner(model, policy)
         folder = _folder(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        tasks = render(folder, seed)
+        questions = render(folder, seed)
         warm_up(runner)
-        with progress(2 * len(tasks), as_json) as advance:
-            rows = list(compare(runner, tasks, latency_ms, advance))
+        with progress(2 * len(questions), as_json) as advance:
+            rows = list(compare(runner, questions, latency_ms, advance))
         summary = summarise(rows)
         if as_json:
             for row in rows:
@@ -69,9 +69,9 @@ def _folder(out: Path) -> Path:
 
 def _fields(row: "Row") -> dict[str, Any]:
     return {
-        "input": row.name,
-        "content": row.content,
-        "prompt": row.prompt,
+        "input": row.question.name,
+        "content": row.question.slice,
+        "prompt": row.question.prompt,
         "truth": row.truth,
         **decision_fields(row.adaptive.decision),
         "text": row.adaptive.text,
@@ -92,10 +92,12 @@ def _show(out: Console, rows: list["Row"], summary: "Summary") -> None:
         answers.add_column(column, overflow="fold")
     for row in rows:
         decision = row.adaptive.decision
-        plans.add_row(row.name, row.content, "native", "", "native@1", *_costs(row.native, summary.budget_ms))
+        plans.add_row(
+            row.question.name, row.question.slice, "native", "", "native@1", *_costs(row.native, summary.budget_ms)
+        )
         plans.add_row("", "", "adaptive", decision.lane, decision.point.name, *_costs(row.adaptive, summary.budget_ms))
         plans.add_section()
-        answers.add_row(row.name, row.truth, printable(row.native.text), printable(row.adaptive.text))
+        answers.add_row(row.question.name, row.truth, printable(row.native.text), printable(row.adaptive.text))
     out.print(plans)
     out.print(answers)
     out.print(

@@ -15,8 +15,8 @@ from adaptive_fusion.commands.output import complain, console, emit, refusing
 from adaptive_fusion.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
+    from adaptive_fusion.evaluation.questions import Question
     from adaptive_fusion.learning.distil import Report
-    from adaptive_fusion.learning.teacher import Question
 
 app = typer.Typer()
 
@@ -78,8 +78,8 @@ def distil(
 
 def _questions(inputs: list[Path], prompts: list[str]) -> list["Question"]:
     """Every prompt about every medium; files that cannot be read as one are named and left out."""
+    from adaptive_fusion.evaluation.questions import Question
     from adaptive_fusion.learning.references import media_files
-    from adaptive_fusion.learning.teacher import Question
     from adaptive_fusion.media import load_media
 
     usable = []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaptive_fusion.commands.options import Json, Model, PolicyName, rung_of
+from adaptive_fusion.commands.options import Json, Model, PolicyName
 from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, refusing
 from adaptive_fusion.errors import ConfigError
 
@@ -88,13 +88,13 @@ def label(
             from adaptive_fusion.commands.session import open_runner
             from adaptive_fusion.learning.labeller import RunnerModel
             from adaptive_fusion.learning.oracle import label_inputs
-            from adaptive_fusion.learning.references import examples, media_files, read_references
+            from adaptive_fusion.learning.references import media_files, questions, read_references
             from adaptive_fusion.learning.scoring import METRICS, ModelScorer
 
             if metric not in METRICS:
                 raise ConfigError(f"metric is {metric!r}; expected one of {', '.join(sorted(METRICS))}")
             known = None if references is None else read_references(references, prompt, metric)
-            chosen, unknown = examples(media_files(inputs), prompt, known)
+            chosen, unknown = questions(media_files(inputs), prompt, known)
             # One process loads the model before anything else, so that a wrong name ends the command at once.
             source = (open_runner(model, policy),) if jobs == 1 else (open_runner, model, policy)
             scorer = ModelScorer(RunnerModel(*source, max_new_tokens=max_new_tokens))
@@ -114,18 +114,19 @@ def label(
 
 
 def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
+    from adaptive_fusion.ladder import Rung
     from adaptive_fusion.policy import Policy
 
     ladders = Policy.load(policy).lanes.values()
-    chosen = [rung_of(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
+    chosen = [Rung.parse(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
     return list({rung.name: rung for rung in chosen}.values())
 
 
 def _human(table: Path, out: Path, failed: Failed) -> int:
+    from adaptive_fusion.evaluation.questions import Question
     from adaptive_fusion.learning.labeller import describe
     from adaptive_fusion.learning.labels import append_records, human_labels
-    from adaptive_fusion.learning.scoring import Example
 
-    labels, refused = human_labels(table, lambda path: describe(Example(path, "")))
+    labels, refused = human_labels(table, lambda path: describe(Question(path, "")))
     failed += refused
     return append_records(labels, out)

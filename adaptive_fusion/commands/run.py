@@ -40,7 +40,9 @@ def run(
     """
     with refusing(files, as_json):
         budget = options.budget_of(latency_ms, ttft_ms, vram_gb, attainment)
-        fixed = None if point is None else options.point_of(point)
+        from adaptive_fusion.point import OperatingPoint
+
+        fixed = None if point is None else OperatingPoint.parse(point)
         from adaptive_fusion.commands.session import open_runner, warm_up
 
         runner = open_runner(model, policy, log)

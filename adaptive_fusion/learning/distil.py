@@ -24,13 +24,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, UnsupportedModelError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.learning import checkpoint
 from adaptive_fusion.learning.divergence import Judged, divergence, judge
 from adaptive_fusion.learning.draws import batch_at, draw, share, split
 from adaptive_fusion.learning.frozen import frozen
 from adaptive_fusion.learning.levels import LevelCache
-from adaptive_fusion.learning.teacher import Question, Teacher, Told, answer_logits, fingerprint
+from adaptive_fusion.learning.teacher import Teacher, Told, answer_logits, fingerprint
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import OperatingPoint
 

@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.teacher import WINDOW, Question
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.learning.teacher import WINDOW
 
 
 def share(text: str, seed: int) -> float:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.arms import arm_names, judges, scores, two_arms
 from adaptive_fusion.learning.compare import Requests, best_static, compare
 from adaptive_fusion.learning.curve import Arms, Curve, calibration_error
@@ -212,7 +211,7 @@ def _traffic(policy: Policy, data: Dataset, seed: int, n: int) -> tuple[dict[str
     def offer(lane: str) -> tuple[FloatArray, FloatArray]:
         rung = policy.lanes[lane][0]
         worth, spent = _column(data, data.quality, rung.name), _column(data, data.cost, rung.name)
-        if not _is_full(rung):
+        if not rung.is_full:
             return worth, spent
         return np.where(np.isnan(worth), native, worth), np.where(np.isnan(spent), native_cost, spent)
 
@@ -243,12 +242,6 @@ def _traffic(policy: Policy, data: Dataset, seed: int, n: int) -> tuple[dict[str
 
 def _column(data: Dataset, table: FloatArray, rung: str) -> FloatArray:
     return table[:, data.rungs.index(rung)] if rung in data.rungs else np.full(len(data), np.nan)
-
-
-def _is_full(rung: Rung) -> bool:
-    """Whether the rung spends all of the native compute, so that native's label can stand for it."""
-    point = rung.point
-    return point.downsample == rung.pixel_share == 1 and point.max_pixels is None and point.max_fps is None
 
 
 def _slices(

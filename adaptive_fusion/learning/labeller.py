@@ -6,30 +6,28 @@ decides, learns or logs.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Event
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-from transformers import StoppingCriteriaList
-
 from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.decisions import text_hash
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.evaluation.likelihood import after_prompt
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.timed import Encoding, Pass, Recordings, TimedModel, until_end
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.batches import batches, collate
 from adaptive_fusion.learning.labels import Subject
-from adaptive_fusion.learning.scoring import Example, Took
-from adaptive_fusion.models import Encoded, GridAdapter, Recorded
+from adaptive_fusion.learning.scoring import Timing
+from adaptive_fusion.models import Encoded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.prompts import PROMPT_VERSION, prompt_features
 from adaptive_fusion.runner import AdaptiveRunner
-from adaptive_fusion.timing import GenerationClock, synchronize
 
 MAX_NEW_TOKENS = 160
 BATCH_TOKENS = 16_384
@@ -43,14 +41,14 @@ class Interrupted(AdaptiveFusionError):
     """The work was called off before it ended."""
 
 
-def describe(example: Example) -> Subject:
-    """Hashes and features of one image or clip and its question; no model is needed.
+def describe(question: Question) -> Subject:
+    """Hashes and features of one image or clip and the question about it; no model is needed.
 
     Raises:
         MediaError: For a medium that cannot be used.
         ConfigError: Unless there is exactly one medium: features belong to one.
     """
-    request = build_request(_media(example), example.prompt or None, hashed=True)
+    request = build_request(question.load(), question.prompt or None, hashed=True)
     if len(request.media) != 1 or request.content_hash is None:
         raise ConfigError(f"an input to label needs exactly one image or clip; got {len(request.media)}")
     complexity, asked = request.complexities[0], request.prompt
@@ -62,12 +60,8 @@ def describe(example: Example) -> Subject:
         prompt_features=prompt_features(asked) if asked else {},
         prompt_version=PROMPT_VERSION if asked else None,
         prompt_hash=text_hash(asked) if asked else None,
-        slices=example.slices,
+        slices=question.slices,
     )
-
-
-def _media(example: Example) -> Any:
-    return example.media() if callable(example.media) else example.media
 
 
 @dataclass
@@ -75,12 +69,12 @@ class _Ready:
     """One point, encoded: the rungs that come to it, and milliseconds until the encoder was done."""
 
     names: list[str]
-    point: OperatingPoint
-    encoded: Encoded
+    encoding: Encoding
     ready_ms: float
 
-    def took(self, ttft_ms: float, **more: Any) -> Took:
-        return Took(ttft_ms, patches=self.encoded.patches, visual_tokens=self.encoded.visual_tokens, **more)
+    def timing(self, ttft_ms: float, **more: Any) -> Timing:
+        encoded = self.encoding.encoded
+        return Timing(ttft_ms, patches=encoded.patches, visual_tokens=encoded.visual_tokens, **more)
 
 
 class RunnerModel:
@@ -111,199 +105,137 @@ class RunnerModel:
         self.source, self.args = source, args
         self.max_new_tokens = max_new_tokens
         self._cancelled, self._clock = cancelled, clock
-        self._recorded: tuple[str | None, dict[object, tuple[Recorded, float]]] = None, {}
+        self._recordings: tuple[str | None, Recordings] = None, Recordings(())
 
     @property
     def runner(self) -> AdaptiveRunner:
         """The runner, opened on first use."""
         return self.source if isinstance(self.source, AdaptiveRunner) else _opened(self.source, self.args)
 
-    def describe(self, example: Example) -> Subject:
+    def describe(self, question: Question) -> Subject:
         """See `describe`."""
-        return describe(example)
+        return describe(question)
 
-    @torch.no_grad()
-    def answers(self, example: Example, rungs: Sequence[Rung]) -> dict[str, tuple[str, Took]]:
+    def answers(self, question: Question, rungs: Sequence[Rung]) -> dict[str, tuple[str, Timing]]:
         """See `scoring.Model`.
 
         Raises:
             MediaError: For a medium that cannot be used.
             Interrupted: Once cancelled.
         """
-        ready = self._encode(example, rungs)
-        first = [self._first_tokens(each.encoded) for each in ready]
-        tokens = self._generated([each.encoded for each in ready])
-        found: dict[str, tuple[str, Took]] = {}
-        for each, (prefill_ms, step_ms), new in zip(ready, first, tokens, strict=True):
+        ready = self._encode(question, rungs)
+        first = [self._generate(each.encoding, _TIMED_TOKENS) for each in ready]
+        tokens = self._answered([each.encoding for each in ready])
+        found: dict[str, tuple[str, Timing]] = {}
+        for each, alone, new in zip(ready, first, tokens, strict=True):
             text = self._tokenizer.decode(new, skip_special_tokens=True).strip()
-            ttft_ms = each.ready_ms + prefill_ms
-            latency_ms = ttft_ms + step_ms * max(0, len(new) - 1)
-            took = each.took(ttft_ms, latency_ms=latency_ms, new_tokens=len(new))
-            found |= {name: (text, took) for name in each.names}
+            ttft_ms = each.ready_ms + alone.prefill_ms
+            latency_ms = ttft_ms + alone.step_ms * max(0, len(new) - 1)
+            timing = each.timing(ttft_ms, latency_ms=latency_ms, new_tokens=len(new))
+            found |= {name: (text, timing) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
-    @torch.no_grad()
-    def likelihoods(self, example: Example, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, Took]]:
+    def likelihoods(self, question: Question, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, Timing]]:
         """See `scoring.Model`; the end of the answer counts as a token. Raises as `answers`."""
-        ids = [*self._tokenizer(text, add_special_tokens=False).input_ids, int(self._tokenizer.eos_token_id)]
-        found: dict[str, tuple[float, Took]] = {}
-        for each in self._encode(example, rungs):
-            value, prefill_ms = self._likelihood(each.encoded, ids)
-            found |= {name: (value, each.took(each.ready_ms + prefill_ms)) for name in each.names}
+        answer = [*self._tokenizer(text, add_special_tokens=False).input_ids, int(self._tokenizer.eos_token_id)]
+        found: dict[str, tuple[float, Timing]] = {}
+        for each in self._encode(question, rungs):
+            with self._exclusively():
+                prompt, prefill_ms = self._timed.prefill(each.encoding)
+                [likelihood] = after_prompt(self.runner.model, prompt, [answer])
+            found |= {name: (likelihood.mean, each.timing(each.ready_ms + prefill_ms)) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
     # How it is done
 
     @property
+    def _timed(self) -> TimedModel:
+        return TimedModel(self.runner.adapter, self._clock)
+
+    @property
     def _tokenizer(self) -> Any:
         return self.runner.adapter.processor.tokenizer
 
-    def _encode(self, example: Example, rungs: Sequence[Rung]) -> list[_Ready]:
+    def _encode(self, question: Question, rungs: Sequence[Rung]) -> list[_Ready]:
         """Every different point that the rungs come to on this input, encoded; the first call runs them twice,
         so that no rung pays for first-use work."""
-        request, loaded_ms = self._loaded(example)
+        request, loaded_ms = self._loaded(question)
         points = self._points(request, rungs)
         warm = _WARM.setdefault(self.runner, set())
-        if cold := [each for each in points if not warm.issuperset(points[each])]:
+        if cold := [point for point, names in points.items() if not warm.issuperset(names)]:
             for point in cold:
-                self._first_tokens(self._encoded(request, point, points)[0])
+                self._generate(self._encoded(request, point, points), _TIMED_TOKENS)
             warm.update(rung.name for rung in rungs)
-            self._recorded = None, {}
-            request, loaded_ms = self._loaded(example)
-        return [
-            _Ready(names, point, *self._encoded(request, point, points, loaded_ms)) for point, names in points.items()
-        ]
+            self._recordings = None, Recordings(())
+            request, loaded_ms = self._loaded(question)
+        ready = []
+        for point, names in points.items():
+            encoding = self._encoded(request, point, points)
+            ready.append(_Ready(names, encoding, loaded_ms + encoding.ready_ms))
+        return ready
 
-    def _loaded(self, example: Example) -> tuple[ChatRequest, float]:
+    def _loaded(self, question: Question) -> tuple[ChatRequest, float]:
         """The request, and milliseconds of loading, measuring and hashing its media."""
-        media = _media(example)
+        media = question.load()
         began = self._clock()
-        request = build_request(media, example.prompt or None, hashed=True)
+        request = build_request(media, question.prompt or None, hashed=True)
         return request, (self._clock() - began) * 1e3
 
     def _points(self, request: ChatRequest, rungs: Sequence[Rung]) -> dict[OperatingPoint, list[str]]:
         """Names of the rungs by the point that they come to on this model and input."""
-        adapter = self.runner.adapter
-        native = max((adapter.native_pixels(size) for size in request.sizes), default=1)
+        still = not any(size.clip for size in request.sizes)
         points: dict[OperatingPoint, list[str]] = {}
         for rung in rungs:
-            point, _ = adapter.restrict(rung.resolve(native))
-            if not any(size.clip for size in request.sizes):
-                point = replace(point, max_fps=None)
-            points.setdefault(point, []).append(rung.name)
+            point = self.runner.adapter.resolve(rung, request.sizes)
+            points.setdefault(replace(point, max_fps=None) if still else point, []).append(rung.name)
         return points
 
-    def _encoded(
-        self,
-        request: ChatRequest,
-        point: OperatingPoint,
-        points: Mapping[OperatingPoint, object],
-        loaded_ms: float = 0.0,
-    ) -> tuple[Encoded, float]:
-        """The point's encoder output, and milliseconds of all that comes before it and of the encoder itself."""
+    def _encoded(self, request: ChatRequest, point: OperatingPoint, points: Iterable[OperatingPoint]) -> Encoding:
+        """The request encoded at a point. What the encoder's blocks make of it is kept until the next input, for
+        `points` and other questions."""
         adapter = self.runner.adapter
+        if self._recordings[0] != request.content_hash:
+            self._recordings = request.content_hash, Recordings(())
+        recordings = self._recordings[1]
+        recordings.want(level for each in points for level in adapter.levels(each))
         with self._exclusively():
-            began = self._clock()
-            inputs = adapter.prepare(request.messages_at(point), point)
-            if isinstance(adapter, GridAdapter):
-                read_ms = (self._clock() - began) * 1e3
-                recorded, tower_ms = self._record(adapter, request, point, inputs, points)
-                began = self._clock()
-                encoded = adapter.encode(inputs, point, recorded)
-                loaded_ms += read_ms + tower_ms
-            else:
-                encoded = adapter.encode(inputs, point)
-            self._synchronize()
-            return encoded, loaded_ms + (self._clock() - began) * 1e3
+            return self._timed.encode(partial(adapter.prepare, request.messages, point), point, recordings)
 
-    def _record(
-        self,
-        adapter: GridAdapter,
-        request: ChatRequest,
-        point: OperatingPoint,
-        inputs: Mapping[str, Any],
-        points: Mapping[OperatingPoint, object],
-    ) -> tuple[Recorded, float]:
-        """What the tower makes of the input at the point's pixel budget, and what that took; kept until the next
-        input, for other points and other questions."""
-        if self._recorded[0] != request.content_hash:
-            self._recorded = request.content_hash, {}
-        kept = self._recorded[1]
-        levels = sorted({level for each in points for level in adapter.levels(each)})
-        seen = point.max_pixels, point.max_fps
-        if seen in kept:
-            recorded, tower_ms = kept[seen]
-            if all(set(levels) <= set(found) for found in recorded.levels.values()):
-                return recorded, tower_ms
-        self._synchronize()
-        began = self._clock()
-        recorded = adapter.record(inputs, levels)
-        self._synchronize()
-        kept[seen] = recorded, (self._clock() - began) * 1e3
-        return kept[seen]
-
-    def _first_tokens(self, encoded: Encoded) -> tuple[float, float]:
-        """Milliseconds to the first token, and for each of the next ones."""
-        timer = GenerationClock(self._clock, cancelled=self._cancelled, synchronize=self._synchronize)
-        with self._exclusively():
-            began = self._clock()
-            self._generate(encoded.inputs, timer, _TIMED_TOKENS)
-            self._synchronize()
-            ended = self._clock()
-        first = timer.first_s if timer.first_s is not None else ended
-        step_s = (ended - first) / (timer.steps - 1) if timer.steps > 1 else 0.0
-        return (first - began) * 1e3, step_s * 1e3
-
-    def _generated(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+    def _answered(self, encodings: Sequence[Encoding]) -> list[list[int]]:
         """The new tokens of every answer, without what follows its end."""
-        lengths = [int(each.inputs["input_ids"].shape[1]) for each in encoded]
-        together = isinstance(self.runner.adapter, GridAdapter)
-        ends = self.runner.adapter.end_tokens
+        most = BATCH_TOKENS if self.runner.adapter.packed else 0
         tokens: dict[int, list[int]] = {}
-        for rows in batches(lengths, BATCH_TOKENS if together else 0):
-            parts = [encoded[row].inputs for row in rows]
-            inputs = collate(parts) if len(parts) > 1 else parts[0]
-            with self._exclusively():
-                timer = GenerationClock(self._clock, cancelled=self._cancelled)
-                sequences = self._generate(inputs, timer, self.max_new_tokens)
-            for row, sequence in zip(rows, sequences[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                stop = next((i for i, token in enumerate(sequence, 1) if token in ends), len(sequence))
-                tokens[row] = sequence[:stop]
-        return [tokens[row] for row in range(len(encoded))]
+        for rows in batches([each.length for each in encodings], most):
+            chosen = [encodings[row] for row in rows]
+            done = self._generate(_together(chosen), self.max_new_tokens)
+            for row, new in zip(rows, done.new_tokens.tolist(), strict=True):
+                tokens[row] = until_end(new, self.runner.adapter.end_tokens)
+        return [tokens[row] for row in range(len(encodings))]
 
-    def _generate(self, inputs: Mapping[str, Any], timer: GenerationClock, most: int) -> Tensor:
-        criteria = StoppingCriteriaList([timer])
-        found: Tensor = self.runner.model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=most, do_sample=False, stopping_criteria=criteria
-        )
-        if timer.stopped_by is not None:
-            raise Interrupted(f"the generation was {timer.stopped_by}")
-        return found
-
-    def _likelihood(self, encoded: Encoded, ids: Sequence[int]) -> tuple[float, float]:
-        """Mean log-likelihood of the answer `ids`, and milliseconds of the prompt's part of the pass."""
-        model: Any = self.runner.model
-        target = torch.tensor([ids], device=model.device)
+    def _generate(self, encoding: Encoding, most: int) -> Pass:
+        options = {"max_new_tokens": most, "do_sample": False}
         with self._exclusively():
-            began = self._clock()
-            prompt = model(**encoded.inputs, use_cache=True, logits_to_keep=1)
-            self._synchronize()
-            prefill_ms = (self._clock() - began) * 1e3
-            logits = prompt.logits
-            if len(ids) > 1:
-                # No mask: with one, Qwen's models would count positions for the prompt as well.
-                rest = model(input_ids=target[:, :-1], past_key_values=prompt.past_key_values, use_cache=True)
-                logits = torch.cat([logits, rest.logits], dim=1)
-        likely = torch.log_softmax(logits.float(), dim=-1).gather(2, target[:, :, None])
-        return float(likely.mean()), prefill_ms
+            # What was encoded before others ran begins now.
+            began = replace(encoding, ended_s=self._clock())
+            done = self._timed.generate(began, options, cancelled=self._cancelled)
+        if done.timer.stopped_by is not None:
+            raise Interrupted(f"the generation was {done.timer.stopped_by}")
+        return done
 
     def _exclusively(self) -> AbstractContextManager[object]:
         if self._cancelled is not None and self._cancelled.is_set():
             raise Interrupted("the work was cancelled")
         return self.runner.exclusive()
 
-    def _synchronize(self) -> None:
-        synchronize(self.runner.device)
+
+def _together(encodings: Sequence[Encoding]) -> Encoding:
+    """Encodings as that of one batch."""
+    if len(encodings) == 1:
+        return encodings[0]
+    parts = [each.encoded for each in encodings]
+    inputs = collate([part.inputs for part in parts])
+    encoded = Encoded(inputs, sum(part.visual_tokens for part in parts), sum(part.patches for part in parts))
+    return replace(encodings[0], encoded=encoded)
 
 
 @lru_cache(maxsize=1)

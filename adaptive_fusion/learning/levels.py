@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from adaptive_fusion.learning.teacher import Question, prepare
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.learning.teacher import prepare
 from adaptive_fusion.models import GridAdapter, Recorded
+from adaptive_fusion.point import NATIVE
 
 
 class LevelCache:
@@ -35,7 +37,7 @@ class LevelCache:
         inputs = prepare(self._adapter, question, pixel_share)
         found = (
             {name: value for name, value in inputs.items() if "pixel" not in name},
-            self._adapter.record(inputs, self._levels),
+            self._adapter.record(inputs, NATIVE, self._levels),
         )
         size = found[1].nbytes
         if size <= self._room:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.scoring import METRICS, Example
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.learning.scoring import METRICS
 from adaptive_fusion.learning.tables import read_table
 
 SUFFIXES = frozenset(
@@ -17,9 +18,9 @@ SUFFIXES = frozenset(
 )
 """What is taken from a folder; a file named by itself may have any name."""
 
-Question = tuple[str, str]
+Asked = tuple[str, str]
 """A prompt and the metric of its answers."""
-References = dict[str, dict[Question, list[str]]]
+References = dict[str, dict[Asked, list[str]]]
 """By file name, the right answers to each question."""
 
 
@@ -42,19 +43,19 @@ def media_files(inputs: Iterable[str | Path]) -> list[Path]:
     return list(found)
 
 
-def examples(
+def questions(
     files: Iterable[Path], prompt: str, references: References | None = None
-) -> tuple[list[Example], list[tuple[str, str]]]:
-    """One example per file and question; with `references`, also the files that have none and why.
+) -> tuple[list[Question], list[tuple[str, str]]]:
+    """One question per file and question; with `references`, also the files that have none and why.
 
     Files are matched by their name, without folders.
     """
     if references is None:
-        return [Example(path, prompt) for path in files], []
+        return [Question(path, prompt) for path in files], []
     found, failed = [], []
     for path in files:
         known = references.get(path.name, {})
-        found += [Example(path, asked, tuple(texts), metric) for (asked, metric), texts in known.items()]
+        found += [Question(path, asked, tuple(texts), metric) for (asked, metric), texts in known.items()]
         if not known:
             failed.append((path.name, "the references name no answer for it"))
     return found, failed

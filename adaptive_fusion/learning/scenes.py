@@ -12,7 +12,7 @@ import torch
 
 from adaptive_fusion.bench.scenes import media
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.scoring import Example
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.reference.screens import PROMPTS, Kind, Scene, Split, Task, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -28,7 +28,7 @@ DENSITIES = ((0, "no text"), (180, "little text"))
 STRIDE = 1_000_000
 
 
-def scene_examples(count: int, split: Split, seed: int = 0, sides: tuple[int, int] = SIDES) -> Iterator[Example]:
+def scene_questions(count: int, split: Split, seed: int = 0, sides: tuple[int, int] = SIDES) -> Iterator[Question]:
     """All questions about `count` mixed scenes, those about one scene together.
 
     Scenes of another `seed` or split are others.
@@ -43,8 +43,12 @@ def scene_examples(count: int, split: Split, seed: int = 0, sides: tuple[int, in
         scene = make_scene(kind, index, split, sides)
         for task, answer in scene.answers.items():
             slices = {"scene": kind, "task": task, **_looks(scene)}
-            yield Example(
-                partial(_rendered, kind, index, split, sides), PROMPTS[task], (answer,), METRIC_OF_TASK[task], slices
+            yield Question(
+                partial(_rendered, kind, index, split, sides),
+                PROMPTS[task],
+                (answer,),
+                METRIC_OF_TASK[task],
+                slices=slices,
             )
 
 

@@ -7,12 +7,12 @@ know runners, adapters, tensors or files.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from adaptive_fusion.bench.scenes import recall
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labels import Subject
 from adaptive_fusion.learning.metrics import anls, exact_match, tokenize
@@ -23,32 +23,7 @@ NATIVE_RUNG = Rung(NATIVE)
 
 
 @dataclass(frozen=True)
-class Example:
-    """An input to label: media, a question, and right answers if there are any.
-
-    Attributes:
-        media: What the model takes, or a function that gives it (so that several processes need not be sent
-            the pixels).
-        prompt: The question.
-        references: Right answers; without any, the model's own full-compute answer counts.
-        metric: How answers are scored against the references; one of `METRICS`.
-        slices: Go into the label.
-    """
-
-    media: Any
-    prompt: str
-    references: tuple[str, ...] = ()
-    metric: str = "words"
-    slices: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """For messages: the file's name, or the question."""
-        return Path(self.media).name if isinstance(self.media, str | Path) else self.prompt
-
-
-@dataclass(frozen=True)
-class Took:
+class Timing:
     """What a rung took on an input: times in milliseconds, counts of patches and tokens; None if not measured.
 
     `latency_ms` is the time to the last token.
@@ -68,15 +43,17 @@ class Took:
 class Model(Protocol):
     """What the scorer needs of a model. Rungs come together, so that a model can share work among them."""
 
-    def describe(self, example: Example, /) -> Subject:
+    def describe(self, question: Question, /) -> Subject:
         """Hashes and features of the media and the question."""
         ...
 
-    def answers(self, example: Example, rungs: Sequence[Rung], /) -> Mapping[str, tuple[str, Took]]:
+    def answers(self, question: Question, rungs: Sequence[Rung], /) -> Mapping[str, tuple[str, Timing]]:
         """The greedy answer by rung name, and what it took."""
         ...
 
-    def likelihoods(self, example: Example, text: str, rungs: Sequence[Rung], /) -> Mapping[str, tuple[float, Took]]:
+    def likelihoods(
+        self, question: Question, text: str, rungs: Sequence[Rung], /
+    ) -> Mapping[str, tuple[float, Timing]]:
         """By rung name the mean log-likelihood per token of `text` as the answer, teacher-forced, and what
         the pass took."""
         ...
@@ -118,28 +95,28 @@ class ModelScorer:
 
     model: Model
 
-    def describe(self, item: Example) -> Subject:
+    def describe(self, question: Question) -> Subject:
         """See `Scorer`."""
-        return self.model.describe(item)
+        return self.model.describe(question)
 
-    def score(self, item: Example, rungs: Sequence[Rung]) -> Scores:
+    def score(self, question: Question, rungs: Sequence[Rung]) -> Scores:
         """See `Scorer`.
 
         Raises:
             ConfigError: For an unknown metric or a likelihood that is not finite.
         """
-        return self._by_references(item, rungs) if item.references else self._by_likelihood(item, rungs)
+        return self._by_references(question, rungs) if question.references else self._by_likelihood(question, rungs)
 
-    def _by_references(self, item: Example, rungs: Sequence[Rung]) -> Scores:
-        if item.metric not in METRICS:
-            raise ConfigError(f"metric is {item.metric!r}; expected one of {', '.join(sorted(METRICS))}")
-        found = self.model.answers(item, _with_native(rungs))
-        quality = {name: METRICS[item.metric](text, item.references) for name, (text, _) in found.items()}
+    def _by_references(self, question: Question, rungs: Sequence[Rung]) -> Scores:
+        if question.score("") is None:  # an unknown metric is refused before anything is run
+            raise ConfigError("metric is None; expected one to score answers against the references by")
+        found = self.model.answers(question, _with_native(rungs))
+        quality = {name: float(question.score(text) or 0.0) for name, (text, _) in found.items()}
         return _scores(quality, quality[NATIVE_RUNG.name], {name: took for name, (_, took) in found.items()})
 
-    def _by_likelihood(self, item: Example, rungs: Sequence[Rung]) -> Scores:
-        text, _ = self.model.answers(item, [NATIVE_RUNG])[NATIVE_RUNG.name]
-        found = self.model.likelihoods(item, text, _with_native(rungs))
+    def _by_likelihood(self, question: Question, rungs: Sequence[Rung]) -> Scores:
+        text, _ = self.model.answers(question, [NATIVE_RUNG])[NATIVE_RUNG.name]
+        found = self.model.likelihoods(question, text, _with_native(rungs))
         for name, (value, _) in found.items():
             if not math.isfinite(value):
                 raise ConfigError(f"log-likelihood under {name} is {value}; expected a number")
@@ -148,7 +125,7 @@ class ModelScorer:
         return _scores(quality, 1.0, {name: took for name, (_, took) in found.items()})
 
 
-def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, Took]) -> Scores:
+def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, Timing]) -> Scores:
     cost = {name: each.ttft_ms for name, each in took.items()}
     return Scores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()})
 

@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labeller import Interrupted, RunnerModel
 from adaptive_fusion.learning.labels import shadow_record
-from adaptive_fusion.learning.scoring import Example, ModelScorer
+from adaptive_fusion.learning.scoring import ModelScorer
 from adaptive_fusion.policy import LANES
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner
@@ -42,7 +43,7 @@ class ShadowCounts:
 
 @dataclass(frozen=True)
 class _Task:
-    example: Example
+    question: Question
     reply: Reply
 
 
@@ -169,7 +170,7 @@ class ShadowedRunner:
             if len(self._tasks) >= self._most:
                 self.counts.dropped += 1
                 return
-            self._tasks.append(_Task(Example(media, prompt or ""), reply))
+            self._tasks.append(_Task(Question(media, prompt or ""), reply))
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -197,7 +198,7 @@ class ShadowedRunner:
     def _label(self, task: _Task) -> None:
         decided = task.reply.decision
         rung = Rung(decided.point)
-        scores = self._scorer.score(task.example, [rung])
+        scores = self._scorer.score(task.question, [rung])
         quality = {decided.rung: scores.quality[rung.name]}
         self.log.write(
             shadow_record(decided.request_id, quality, reference_quality=scores.reference_quality, time_s=self._clock())

@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from adaptive_fusion.chat import build_request
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.likelihood import teacher_forced
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.timed import Recordings, TimedModel, until_end
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.batches import collate
-from adaptive_fusion.media import content_hash
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
@@ -31,25 +32,6 @@ WINDOW = 4
 """Batches' worth of questions that are prepared at once and sorted by length."""
 KEPT = 128
 """Most likely tokens whose probability is kept at each position; the others are kept as one sum."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """An image, a clip or several (anything `build_request` takes as media) and what is asked about it."""
-
-    media: Any
-    prompt: str
-
-    @cached_property
-    def content(self) -> str:
-        """Hash of the media: what decides whether a question is held out."""
-        several = isinstance(self.media, list | tuple)
-        return "+".join(content_hash(one) for one in self.media) if several else content_hash(self.media)
-
-    @cached_property
-    def key(self) -> str:
-        """Names the question in files."""
-        return hashlib.sha256(f"{self.content}\n{self.prompt}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -66,15 +48,14 @@ class Told:
 
 def prepare(adapter: Adapter, question: Question, pixel_share: float = 1.0) -> dict[str, Tensor]:
     """The processor's tensors of a question at a share of its native pixels, on the model's device."""
-    request = build_request(question.media, question.prompt)
-    native = max((adapter.native_pixels(size) for size in request.sizes), default=1)
-    inputs = adapter.prepare(request.messages, Rung(NATIVE, pixel_share=pixel_share).resolve(native))
+    request = build_request(question.load(), question.prompt)
+    point = adapter.resolve(Rung(NATIVE, pixel_share=pixel_share), request.sizes)
+    inputs = adapter.prepare(request.messages, point)
     return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
-@torch.no_grad()
 def greedy(
-    adapter: GridAdapter,
+    adapter: Adapter,
     rows: Sequence[Mapping[str, Tensor]],
     point: OperatingPoint,
     max_new_tokens: int,
@@ -84,16 +65,16 @@ def greedy(
 
     With `recorded` the vision tower is not run.
     """
-    encoded = adapter.encode(collate(rows), point, recorded)
-    sequences = adapter.model.generate(**encoded.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    fresh: Tensor = sequences[:, encoded.inputs["input_ids"].shape[1] :]
-    over = torch.isin(fresh, torch.tensor(sorted(adapter.end_tokens), device=fresh.device))
-    counts = torch.where(over.any(1), over.int().argmax(1) + 1, fresh.shape[1]).tolist()
-    return [row[:count].clone() for row, count in zip(fresh, counts, strict=True)]
+    timed = TimedModel(adapter)
+    recordings = None if recorded is None else Recordings((), {point.encoder_key: (recorded, 0.0)})
+    encoding = timed.encode(lambda: collate(rows), point, recordings)
+    new = timed.generate(encoding, {"max_new_tokens": max_new_tokens, "do_sample": False}).new_tokens
+    counts = (len(until_end(row, adapter.end_tokens)) for row in new.tolist())
+    return [row[:count].clone() for row, count in zip(new, counts, strict=True)]
 
 
 def answer_logits(
-    adapter: GridAdapter,
+    adapter: Adapter,
     rows: Sequence[Mapping[str, Tensor]],
     answers: Sequence[Tensor],
     point: OperatingPoint,
@@ -104,9 +85,7 @@ def answer_logits(
     With `recorded` the vision tower is not run; gradient reaches the point's fusion module.
     """
     encoded = adapter.encode(collate(rows, answers), point, recorded)
-    keep = max(map(len, answers)) + 1
-    logits = adapter.model(**encoded.inputs, logits_to_keep=keep, use_cache=False).logits
-    return [row[-len(answer) - 1 : -1].float() for row, answer in zip(logits, answers, strict=True)]
+    return teacher_forced(adapter.model, encoded.inputs, answers)
 
 
 def fingerprint(model: Any) -> str:
@@ -162,7 +141,7 @@ class Teacher:
 
     @torch.no_grad()
     def _answers(self, rows: Sequence[Mapping[str, Tensor]]) -> list[Told]:
-        recorded = self.adapter.record(collate(rows), self.adapter.levels(NATIVE))
+        recorded = self.adapter.record(collate(rows), NATIVE, self.adapter.levels(NATIVE))
         answers = greedy(self.adapter, rows, NATIVE, self.max_new_tokens, recorded)
         behind = answer_logits(self.adapter, rows, answers, NATIVE, recorded)
         found = []

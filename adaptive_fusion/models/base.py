@@ -15,7 +15,9 @@ from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
-from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.ladder import Rung
+from adaptive_fusion.models.recorded import Recorded
+from adaptive_fusion.point import OperatingPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +68,10 @@ class Adapter(ABC):
 
     #: Knobs of `OperatingPoint` that this model honours.
     knobs: frozenset[str] = frozenset()
-    #: For every knob that is not honoured, the reason, in words for the user.
+    #: For knobs that are not honoured, the reason, in words for the user.
     refusals: Mapping[str, str] = {}
+    #: Whether encoder outputs are packed per medium, so that several encoded requests can become one batch.
+    packed: bool = False
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model: Any = model
@@ -102,8 +106,17 @@ class Adapter(ABC):
         model's device."""
 
     @abstractmethod
-    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:
-        """Encode the processor's tensors, fuse and downsample. `inputs` are left as they are."""
+    def record(self, inputs: Mapping[str, Any], point: OperatingPoint, levels: Sequence[int]) -> Recorded:
+        """Run the encoder once, as far as all points with the `encoder_key` of `point` have it in common, and keep the
+        outputs of the blocks `levels`, of which a model without taps has none."""
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
+        """Encode the processor's tensors, fuse and downsample. `inputs` are left as they are.
+
+        With `recorded`, which has to hold the point's levels, the encoder's blocks are not run, and the pixels may be
+        missing.
+        """
 
     @abstractmethod
     def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
@@ -124,12 +137,19 @@ class Adapter(ABC):
     def restrict(self, point: OperatingPoint) -> tuple[OperatingPoint, tuple[str, ...]]:
         """The nearest point this model can run, and the reason for every knob that was set aside."""
         reasons = []
-        for knob, reason in self.refusals.items():
-            neutral = getattr(NATIVE, knob)
-            if getattr(point, knob) != neutral:
+        for knob, (_, neutral) in point.knobs().items():
+            if knob not in self.knobs and getattr(point, knob) != neutral:
                 point = replace(point, **{knob: neutral})
-                reasons.append(f"{knob}: {reason}")
+                reasons.append(f"{knob}: {self.refusals.get(knob, 'the model has no such knob')}")
         return point, tuple(reasons)
+
+    def resolve(self, rung: Rung, sizes: Sequence[Size]) -> OperatingPoint:
+        """The rung's point for media of these sizes, with the knobs that this model has.
+
+        A share of the native pixels is taken of the largest medium: one budget holds for all of a request.
+        """
+        native = max((self.native_pixels(size) for size in sizes), default=1)
+        return self.restrict(rung.resolve(native))[0]
 
     def require(self, point: OperatingPoint) -> None:
         """Refuse a point that the user asked for by name but this model cannot run.
@@ -146,10 +166,10 @@ class Adapter(ABC):
 
     def levels(self, point: OperatingPoint) -> tuple[int, ...]:
         """ViT blocks whose outputs take part at `point`."""
-        if not self.taps or point.fusion == "top":
+        if not point.fuses:
+            return self.taps if point.fusion == "native" else ()
+        if not self.taps:
             return ()
-        if point.fusion == "native":
-            return self.taps
         if point.layers not in self._levels:
             self._levels[point.layers] = select_levels(self.depth, self.taps, point.layers)
         return self._levels[point.layers]
@@ -159,7 +179,7 @@ class Adapter(ABC):
 
         None where nothing is fused: ``native``, ``top`` and models without taps.
         """
-        if point.fusion in ("native", "top") or not self.taps:
+        if not point.fuses or not self.taps:
             return None
         spec = FusionSpec(
             point.fusion,

@@ -38,6 +38,7 @@ class GridAdapter(Adapter):
     """Drives any model whose processor gives ``image_grid_thw`` and whose forward takes ``mm_encoder_outputs``."""
 
     knobs = frozenset({"downsample", "max_pixels", "max_fps", "fusion", "layers", "adapter_rank"})
+    packed = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         super().__init__(model, processor)
@@ -50,8 +51,8 @@ class GridAdapter(Adapter):
         self._kv_bytes = self._cache_bytes_per_token()
         if not self.taps:
             why = f"{type(model).__name__} has no DeepStack taps, so there are no levels to fuse"
-            self.knobs = frozenset({"downsample", "max_pixels", "max_fps"})
             self.refusals = {"fusion": why, "layers": why, "adapter_rank": why}
+            self.knobs = self.knobs - set(self.refusals)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -192,9 +193,8 @@ class GridAdapter(Adapter):
     # Tensors to encoder outputs
 
     @torch.no_grad()
-    def record(self, inputs: Mapping[str, Any], levels: Sequence[int]) -> Recorded:
-        """Run the vision tower once, without its taps, and keep the outputs of the blocks `levels`, of which a model
-        without taps has none."""
+    def record(self, inputs: Mapping[str, Any], point: OperatingPoint, levels: Sequence[int]) -> Recorded:
+        """See `Adapter.record`: the vision tower without its taps."""
         outputs: dict[str, Any] = {}
         kept: dict[str, Mapping[int, Tensor]] = {}
         for kind, (pixel_key, grid_key, _) in KINDS.items():
@@ -207,10 +207,7 @@ class GridAdapter(Adapter):
         return Recorded(outputs, kept)
 
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
-        """See `Adapter.encode`; with `recorded`, which has to hold the point's levels, from these instead of pixels.
-
-        Gradient reaches the fusion module's parameters unless it is switched off.
-        """
+        """See `Adapter.encode`. Gradient reaches the fusion module's parameters unless it is switched off."""
         reduced: dict[str, Any] = dict(inputs)
         outputs: dict[str, Any] = {}
         segments: dict[int, list[Segment]] = {}

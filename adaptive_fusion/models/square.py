@@ -16,6 +16,7 @@ from torch import nn
 from adaptive_fusion.fusion import downsample, pooled_grid
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
 from adaptive_fusion.models.placeholders import Segment, shrink
+from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
 
 
@@ -75,12 +76,26 @@ class SquareAdapter(Adapter):
         images = (pixels.float().cpu().permute(0, 2, 3, 1) * std + mean).round().clamp(0, 255).to(torch.uint8)
         return [cast(npt.NDArray[np.uint8], image.numpy()) for image in images]
 
-    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint) -> Encoded:
+    @torch.no_grad()
+    def record(self, inputs: Mapping[str, Any], point: OperatingPoint, levels: Sequence[int]) -> Recorded:
+        """See `Adapter.record`."""
+        pixels = inputs.get("pixel_values")
+        if pixels is None:
+            return Recorded({}, {})
+        out = self.model.model.get_image_features(pixels, return_dict=True)
+        return Recorded({"image": type(out)(pooler_output=out.pooler_output)}, {"image": {}})
+
+    def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
+        """See `Adapter.encode`."""
         reduced: dict[str, Any] = dict(inputs)
         pixels = reduced.pop("pixel_values", None)
-        if pixels is None:
+        if recorded is not None and recorded.outputs:
+            source = recorded.outputs["image"]
+            out = type(source)(pooler_output=source.pooler_output)
+        elif pixels is not None:
+            out = self.model.model.get_image_features(pixels, return_dict=True)
+        else:
             return Encoded(reduced, 0, 0)
-        out = self.model.model.get_image_features(pixels, return_dict=True)
         images, count, width = out.pooler_output.shape
         side = self._side
         _, h, w = pooled_grid(1, side, side, point.downsample)

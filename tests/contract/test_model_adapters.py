@@ -133,7 +133,7 @@ def test_native_equals_generate_and_downsampling_drops_tokens(family: Any, noise
         encoded = adapter.encode(inputs, point)
         assert encoded.visual_tokens == adapter.plan(adapter.sizes(inputs), point).tokens
         if isinstance(adapter, GridAdapter):
-            replayed = adapter.encode(inputs, point, adapter.record(inputs, adapter.levels(point)))
+            replayed = adapter.encode(inputs, point, adapter.record(inputs, point, adapter.levels(point)))
             outputs = (each.inputs["mm_encoder_outputs"]["image"].pooler_output for each in (encoded, replayed))
             assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
         model.generate(**encoded.inputs, max_new_tokens=3, do_sample=False)

@@ -84,7 +84,7 @@ def test_an_answer_that_began_in_time_ends_within_one_step_of_the_deadline(
         )
     took = reply.measurement
     if took.ttft_ms <= limit:
-        assert took.latency_ms <= limit + max(20.0, max(steps))
+        assert took.latency_ms <= limit + max(20.0, max(steps)) + 1e-6  # sums of floats
     else:
         assert took.new_tokens == 1
     assert reply.finish_reason == (

@@ -16,8 +16,8 @@ from adaptive_fusion.bench.quality import evaluate
 from adaptive_fusion.bench.scenes import reference_items
 from adaptive_fusion.bench.scores import MIXED
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
-from adaptive_fusion.bench.trial import caption_likelihood
 from adaptive_fusion.commands.bench import app
+from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.models import adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
@@ -37,10 +37,10 @@ def test_likelihoods_equal_one_full_forward_each(
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "Describe the screen."}]}]
     encoded = adapter.encode(adapter.prepare(messages, point), point)
     captions = ["red circle top", "b3 blue ring K7, c4 green bar 2", "A"]
-    found, right = caption_likelihood(adapter, encoded, captions)
-    ids = encoded.inputs["input_ids"]
-    for caption, likely, share in zip(captions, found, right, strict=True):
-        tail = [*processor.tokenizer(caption, add_special_tokens=False).input_ids, processor.tokenizer.eos_token_id]
+    tokenizer, ids = processor.tokenizer, encoded.inputs["input_ids"]
+    tails = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in captions]
+    found = after_prompt(tiny_dense, prefill(tiny_dense, encoded.inputs), tails)
+    for tail, likelihood in zip(tails, found, strict=True):
         full = torch.cat([ids, torch.tensor([tail])], dim=1)
         types = torch.nn.functional.pad(encoded.inputs["mm_token_type_ids"], (0, len(tail)))
         inputs = {**encoded.inputs, "input_ids": full, "mm_token_type_ids": types}
@@ -48,8 +48,9 @@ def test_likelihoods_equal_one_full_forward_each(
         with torch.no_grad():
             logits = tiny_dense(**inputs).logits[0, ids.shape[1] - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()
-        assert likely == pytest.approx(float(expected), abs=1e-3)
-        assert share == pytest.approx(float((logits.argmax(-1) == torch.tensor(tail)).float().mean()))
+        assert likelihood.total == pytest.approx(float(expected), abs=1e-3)
+        assert likelihood.mean == pytest.approx(float(expected) / len(tail), abs=1e-3)
+        assert likelihood.ranked_first == pytest.approx(float((logits.argmax(-1) == torch.tensor(tail)).float().mean()))
 
 
 def test_every_scene_is_encoded_once_per_row(tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from adaptive_fusion.bench import report
 from adaptive_fusion.bench.budget import Delay, Table, cpu_hogs, measure_table, measured_world, replay, run_real
 from adaptive_fusion.bench.rivals import Ours, run
-from adaptive_fusion.bench.scenes import Item, reference_items
+from adaptive_fusion.bench.scenes import reference_items
 from adaptive_fusion.bench.traces import HOG, TRACES, Case, World, best_static, build, oracle, read_trace, score
 from adaptive_fusion.choice import Candidate
 from adaptive_fusion.commands.bench import app
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -131,13 +132,13 @@ def test_a_bad_trace_file_is_refused(tmp_path: Path, text: str, says: str) -> No
 
 
 @pytest.fixture(scope="module")
-def items() -> list[Item]:
+def items() -> list[Question]:
     found = reference_items(2, (64, 64))
     return [found[0], found[7], found[-1]]  # simple, dense, a clip
 
 
 def test_measured_replayed_and_run_for_real(
-    tiny_dense: Any, processor: Any, items: list[Item], monkeypatch: pytest.MonkeyPatch
+    tiny_dense: Any, processor: Any, items: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adaptive_fusion.bench.budget.ANSWER_TOKENS", 8)
     runner = AdaptiveRunner(tiny_dense, processor, policy="latency")

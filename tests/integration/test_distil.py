@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from adaptive_fusion.commands import distil as command
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.fusion import FusionSpec
 from adaptive_fusion.learning.distil import Report, Settings, distil
 from adaptive_fusion.learning.levels import LevelCache
-from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, fingerprint, greedy, prepare
+from adaptive_fusion.learning.teacher import Teacher, answer_logits, fingerprint, greedy, prepare
 from adaptive_fusion.models import GridAdapter, Recorded, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
@@ -95,7 +96,7 @@ def test_points_without_fusion_come_from_recordings_bit_for_bit(
     bare = {key: value for key, value in row.items() if "pixel" not in key}
     with torch.no_grad():
         expected = adapter.encode(row, point)
-        found = adapter.encode(bare, point, adapter.record(row, adapter.levels(point)))
+        found = adapter.encode(bare, point, adapter.record(row, point, adapter.levels(point)))
     assert (found.visual_tokens, found.patches) == (expected.visual_tokens, expected.patches)
     assert all(torch.equal(found.inputs[key], expected.inputs[key]) for key in bare)
     for kind in ("image", "video"):
@@ -118,7 +119,7 @@ def test_recorded_levels_give_what_the_pixels_give(
         torch.nn.init.normal_(parameter, std=0.1)
     rows = [prepare(adapter, question) for question in (asked[0], Question(clip, "What happens?"), asked[1])]
     answers = [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.tensor([9, 10])]
-    recorded = [adapter.record(row, module.spec.levels) for row in rows]
+    recorded = [adapter.record(row, NATIVE, module.spec.levels) for row in rows]
     assert all(not level.requires_grad for part in recorded for kind in part.levels.values() for level in kind.values())
     bare = [{key: value for key, value in row.items() if "pixel" not in key} for row in rows]
     with torch.no_grad():

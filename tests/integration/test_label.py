@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from adaptive_fusion.bench.trial import caption_likelihood
 from adaptive_fusion.chat import build_request
 from adaptive_fusion.cli import app
 from adaptive_fusion.errors import ConfigError, MediaError
+from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.dataset import build_dataset
 from adaptive_fusion.learning.labeller import Interrupted, RunnerModel, describe
-from adaptive_fusion.learning.scenes import open_on_one_thread, scene_examples
-from adaptive_fusion.learning.scoring import NATIVE_RUNG, Example, ModelScorer
+from adaptive_fusion.learning.scenes import open_on_one_thread, scene_questions
+from adaptive_fusion.learning.scoring import NATIVE_RUNG, ModelScorer
 from adaptive_fusion.learning.shadow import ShadowedRunner
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.prompts import prompt_features
@@ -72,7 +73,7 @@ def resolved(runner: AdaptiveRunner, media: Any, prompt: str, rung: Rung) -> tup
 def test_answers_are_those_of_single_requests(runner: AdaptiveRunner, kinds: dict[str, Any], kind: str) -> None:
     model, media = RunnerModel(runner, max_new_tokens=10), kinds[kind]
     for prompt in ("Describe the screen.", "Read the text."):  # the second one from the first one's encoder passes
-        found = model.answers(Example(media, prompt), RUNGS)
+        found = model.answers(Question(media, prompt), RUNGS)
         for rung in RUNGS:
             _, point = resolved(runner, media, prompt, rung)
             reply = runner.chat(media, prompt, point=point, max_new_tokens=10, do_sample=False)
@@ -87,19 +88,20 @@ def test_answers_are_those_of_single_requests(runner: AdaptiveRunner, kinds: dic
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_likelihoods_are_those_of_each_point_alone(runner: AdaptiveRunner, kinds: dict[str, Any], kind: str) -> None:
     media, prompt, text = kinds[kind], "Describe the screen.", "b3 blue ring K7, c4 green bar 2"
-    found = RunnerModel(runner).likelihoods(Example(media, prompt), text, RUNGS)
-    tokens = len(runner.processor.tokenizer(text, add_special_tokens=False).input_ids) + 1
+    found = RunnerModel(runner).likelihoods(Question(media, prompt), text, RUNGS)
+    tokenizer = runner.processor.tokenizer
+    answer = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     for rung in RUNGS:
         request, point = resolved(runner, media, prompt, rung)
-        encoded = runner.adapter.encode(runner.adapter.prepare(request.messages_at(point), point), point)
-        [alone], _ = caption_likelihood(runner.adapter, encoded, [text])
-        assert found[rung.name][0] == pytest.approx(alone / tokens, abs=1e-3)
-    empty = RunnerModel(runner).likelihoods(Example(media, prompt), "", RUNGS[:1])
+        encoded = runner.adapter.encode(runner.adapter.prepare(request.messages, point), point)
+        [alone] = after_prompt(runner.model, prefill(runner.model, encoded.inputs), [answer])
+        assert found[rung.name][0] == pytest.approx(alone.mean, abs=1e-3)
+    empty = RunnerModel(runner).likelihoods(Question(media, prompt), "", RUNGS[:1])
     assert -50 < empty[NATIVE_RUNG.name][0] < 0
 
 
 def test_without_references_native_is_worth_one_and_nothing_more(runner: AdaptiveRunner, screen: Image.Image) -> None:
-    scores = ModelScorer(RunnerModel(runner, max_new_tokens=6)).score(Example(screen, "Describe."), RUNGS[1:])
+    scores = ModelScorer(RunnerModel(runner, max_new_tokens=6)).score(Question(screen, "Describe."), RUNGS[1:])
     assert scores.quality["native@1"] == scores.reference_quality == 1
     assert set(scores.quality) == {rung.name for rung in RUNGS} and all(0 <= q <= 1 for q in scores.quality.values())
 
@@ -108,7 +110,7 @@ def test_a_cancelled_model_stops(runner: AdaptiveRunner, screen: Image.Image) ->
     cancelled = threading.Event()
     model = RunnerModel(runner, cancelled=cancelled, clock=iter_clock(cancelled, after=12))
     with pytest.raises(Interrupted):
-        model.answers(Example(screen, "Describe the screen."), RUNGS[:1])
+        model.answers(Question(screen, "Describe the screen."), RUNGS[:1])
 
 
 def iter_clock(event: threading.Event, after: int) -> Any:
@@ -125,14 +127,14 @@ def iter_clock(event: threading.Event, after: int) -> Any:
 
 
 def test_an_input_to_label_is_one_medium(screen: Image.Image) -> None:
-    subject = describe(Example(screen, "Read the text.", slices={"a": "b"}))
+    subject = describe(Question(screen, "Read the text.", slices={"a": "b"}))
     assert subject.prompt_features == prompt_features("Read the text.") and subject.slices == {"a": "b"}
     assert subject.kind == "image" and subject.prompt_hash and subject.features["edge_density"] > 0
-    assert describe(Example(lambda: screen, "")).content_hash == subject.content_hash
+    assert describe(Question(lambda: screen, "")).content_hash == subject.content_hash
     with pytest.raises(ConfigError, match="got 2"):
-        describe(Example([screen, screen], "?"))
+        describe(Question([screen, screen], "?"))
     with pytest.raises(MediaError):
-        describe(Example(b"not media", "?"))
+        describe(Question(b"not media", "?"))
 
 
 def test_a_scorer_that_opens_its_model_travels_light_and_opens_it_once() -> None:
@@ -144,7 +146,7 @@ def test_a_scorer_that_opens_its_model_travels_light_and_opens_it_once() -> None
 
 
 def test_scenes_ask_every_question_of_a_mix_with_sizes_from_one_distribution() -> None:
-    found = list(scene_examples(24, "train", 3, (96, 192)))
+    found = list(scene_questions(24, "train", 3, (96, 192)))
     assert Counter((e.slices["scene"], e.slices["task"], e.metric) for e in found) == {
         ("simple", "describe", "elements"): 12,
         ("dense", "describe", "elements"): 4,
@@ -155,14 +157,14 @@ def test_scenes_ask_every_question_of_a_mix_with_sizes_from_one_distribution() -
     }
     one, other = [describe(e) for e in found if e.slices["scene"] == "dense"][:2]
     assert one.content_hash == other.content_hash and one.prompt_hash != other.prompt_hash
-    assert [e.references for e in found] == [e.references for e in scene_examples(24, "train", 3, (96, 192))]
-    answers = {e.references for e in scene_examples(24, "eval", 3, (96, 192)) if e.slices["scene"] == "dense"}
+    assert [e.references for e in found] == [e.references for e in scene_questions(24, "train", 3, (96, 192))]
+    answers = {e.references for e in scene_questions(24, "eval", 3, (96, 192)) if e.slices["scene"] == "dense"}
     assert answers.isdisjoint(e.references for e in found)
     for kind in ("simple", "dense"):
         sides = {side for seed in range(60) for side in make_scene(kind, seed, "train", (96, 192)).image.size}
         assert sides == set(range(96, 193, 16))
     with pytest.raises(ConfigError, match="0 scenes"):
-        next(scene_examples(0, "train"))
+        next(scene_questions(0, "train"))
 
 
 def test_the_scene_recipe_resumes(

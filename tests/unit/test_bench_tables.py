@@ -18,11 +18,11 @@ from adaptive_fusion.bench.cost import Run, round_order, summarise_costs
 from adaptive_fusion.bench.cost import shortfalls as cost_shortfalls
 from adaptive_fusion.bench.folder import folder_items
 from adaptive_fusion.bench.quality import pareto_front, summarise
-from adaptive_fusion.bench.scenes import SCORES, hard_negatives, reference_items
+from adaptive_fusion.bench.scenes import METRIC_OF_SLICE, hard_negatives, reference_items
 from adaptive_fusion.bench.scores import MIXED, score_all, slices
-from adaptive_fusion.commands.options import rung_of
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.point import FUSIONS, OperatingPoint
 from adaptive_fusion.reference.screens import KINDS, make_scene
@@ -43,9 +43,11 @@ def test_a_hard_negative_is_one_change_away_and_wrong(kind: Any, seed: int) -> N
     truth = scene.answers[scene.task]
     wrong = hard_negatives(truth, kind)
     assert wrong == hard_negatives(truth, kind) and len(set(wrong)) == len(wrong) == 3
-    score = SCORES["clips" if kind == "clip" else kind]
+    metric = METRIC_OF_SLICE["clips" if kind == "clip" else kind]
+    question = Question(None, "?", (truth,), metric)
     for caption in wrong:
-        assert score(caption, [truth]) < 1.0
+        score = question.score(caption)
+        assert score is not None and score < 1.0
         if kind == "reading":
             assert sum(a != b for a, b in zip(caption, truth, strict=True)) == 1
         else:
@@ -57,7 +59,7 @@ def test_the_mixed_set_is_half_simple_and_the_right_answer_scores_one() -> None:
     assert {name: len(chosen) for name, chosen in parts.items()} == {
         "simple": 12, "dense": 4, "reading": 4, "clips": 4, MIXED: 24,
     }  # fmt: skip
-    assert all(item.score is not None and item.score(item.references[0], item.references) == 1.0 for item in ITEMS)
+    assert all(item.score(item.references[0]) == 1.0 for item in ITEMS)
     with pytest.raises(ConfigError, match="scenes is 1"):
         reference_items(1)
 
@@ -220,7 +222,7 @@ RUNGS = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(RUNGS)
 def test_a_rungs_name_reads_back(rung: Rung) -> None:
-    assert rung_of(rung.name).name == rung.name
+    assert Rung.parse(rung.name).name == rung.name
 
 
 def test_default_rows_are_named_once_each() -> None:

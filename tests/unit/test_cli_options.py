@@ -11,7 +11,6 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
-from adaptive_fusion.commands.options import point_of
 from adaptive_fusion.commands.output import printable
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import DOWNSAMPLES, FUSIONS, LAYERS, MAX_PIXELS, MIN_PIXELS, RANKS, OperatingPoint
@@ -113,7 +112,7 @@ points = st.builds(
 @given(points)
 @settings(max_examples=100, deadline=None)
 def test_a_point_is_read_back_from_its_name(point: OperatingPoint) -> None:
-    found = point_of(point.name)
+    found = OperatingPoint.parse(point.name)
     assert found.name == point.name
     if point.fusion not in ("native", "top"):  # those say nothing of layers and rank
         assert found == point
@@ -124,7 +123,7 @@ def test_a_point_is_read_back_from_its_name(point: OperatingPoint) -> None:
 def test_any_other_text_is_a_point_or_a_config_error(text: str) -> None:
     found: Any = None
     try:
-        found = point_of(text)
+        found = OperatingPoint.parse(text)
     except ConfigError as error:
         assert "expected" in str(error)
     assert found is None or isinstance(found, OperatingPoint)

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.distil import Settings
 from adaptive_fusion.learning.divergence import divergence, judge
 from adaptive_fusion.learning.draws import batch_at, draw, split
 from adaptive_fusion.learning.frozen import frozen
-from adaptive_fusion.learning.teacher import Question, Told
+from adaptive_fusion.learning.teacher import Told
 
 VOCABULARY = 12
 

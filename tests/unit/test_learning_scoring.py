@@ -15,11 +15,12 @@ from learning_data import CHEAP, RUNGS, STRONG, rung, subject
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.batches import LEAST_SHARE, batches, collate
 from adaptive_fusion.learning.labels import Subject
-from adaptive_fusion.learning.references import examples, media_files, read_references
-from adaptive_fusion.learning.scoring import Example, ModelScorer, Took, word_f1
+from adaptive_fusion.learning.references import media_files, questions, read_references
+from adaptive_fusion.learning.scoring import ModelScorer, Timing, word_f1
 
 LADDER = [rung(name) for name in RUNGS]
 
@@ -27,34 +28,34 @@ LADDER = [rung(name) for name in RUNGS]
 class Letters:
     """A model that reads the first letters of a word: all natively, half at half resolution."""
 
-    def describe(self, example: Example) -> Subject:
-        return subject(np.array([1.0]), len(example.media))
+    def describe(self, question: Question) -> Subject:
+        return subject(np.array([1.0]), len(question.media))
 
-    def answers(self, example: Example, rungs: Sequence[Rung]) -> dict[str, tuple[str, Took]]:
+    def answers(self, question: Question, rungs: Sequence[Rung]) -> dict[str, tuple[str, Timing]]:
         share = {r.name: r.point.downsample for r in rungs}
         return {
-            name: (example.media[: round(len(example.media) * part)], Took(10 * part, visual_tokens=4))
+            name: (question.media[: round(len(question.media) * part)], Timing(10 * part, visual_tokens=4))
             for name, part in share.items()
         }
 
-    def likelihoods(self, example: Example, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, Took]]:
-        assert text == example.media  # the full-compute answer, whatever the rung
-        return {r.name: (math.log(0.9 * r.point.downsample), Took(10 * r.point.downsample)) for r in rungs}
+    def likelihoods(self, question: Question, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, Timing]]:
+        assert text == question.media  # the full-compute answer, whatever the rung
+        return {r.name: (math.log(0.9 * r.point.downsample), Timing(10 * r.point.downsample)) for r in rungs}
 
 
 def test_answers_are_scored_against_references_or_the_models_own_full_answer() -> None:
     scorer = ModelScorer(Letters())
-    read = scorer.score(Example("ABCDEFGH", "Read.", ("abcdefgh",), metric="anls"), LADDER)
+    read = scorer.score(Question("ABCDEFGH", "Read.", ("abcdefgh",), metric="anls"), LADDER)
     assert read.quality == {"native@1": 1.0, STRONG: 1.0, "weighted3@1": 1.0, CHEAP: 0.5}
     assert read.reference_quality == 1.0 and read.cost[CHEAP] == 5.0
     assert read.measurement[CHEAP] == {"ttft_ms": 5.0, "visual_tokens": 4}
-    wrong = scorer.score(Example("ABCD", "Read.", ("xyz",), metric="exact"), LADDER)
+    wrong = scorer.score(Question("ABCD", "Read.", ("xyz",), metric="exact"), LADDER)
     assert wrong.reference_quality == 0.0 and set(wrong.quality.values()) == {0.0}
-    own = scorer.score(Example("ABCD", "Read."), LADDER)
+    own = scorer.score(Question("ABCD", "Read."), LADDER)
     assert own.reference_quality == 1.0
     assert own.quality == pytest.approx({"native@1": 1.0, STRONG: 1.0, "weighted3@1": 1.0, CHEAP: 0.5})
     with pytest.raises(ConfigError, match="'bleu'"):
-        scorer.score(Example("A", "", ("A",), metric="bleu"), LADDER)
+        scorer.score(Question("A", "", ("A",), metric="bleu"), LADDER)
 
 
 def test_word_f1_of_known_answers() -> None:
@@ -122,14 +123,14 @@ def test_folders_give_their_media_and_files_are_matched_with_references_by_name(
         'path,reference,prompt,metric\nb/2.PNG,"TWO\nLINES",Read it.,anls\n'
         "b/2.PNG,a sign,,\nb/2.PNG,the sign,,\na.jpg,a cat,,\n"
     )
-    found, failed = examples(files, "What is it?", read_references(table, "What is it?"))
+    found, failed = questions(files, "What is it?", read_references(table, "What is it?"))
     assert [(e.name, e.prompt, e.references, e.metric) for e in found] == [
         ("a.jpg", "What is it?", ("a cat",), "words"),
         ("2.PNG", "Read it.", ("TWO\nLINES",), "anls"),
         ("2.PNG", "What is it?", ("a sign", "the sign"), "words"),
     ]
     assert [name for name, _ in failed] == ["c.mp4", "notes.txt"]
-    assert len(examples(files, "?")[0]) == 4
+    assert len(questions(files, "?")[0]) == 4
 
     coco = tmp_path / "captions.json"
     values = {

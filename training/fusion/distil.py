@@ -25,11 +25,12 @@ import torch
 from transformers.utils import logging
 
 from adaptive_fusion.bench.answers import gated, native, weighted
-from adaptive_fusion.bench.scenes import Item, media, reference_items
+from adaptive_fusion.bench.scenes import media, reference_items
+from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.learning.distil import Settings, distil
 from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_mean, won_back
-from adaptive_fusion.learning.teacher import Question, Teacher, answer_logits, greedy, prepare
+from adaptive_fusion.learning.teacher import Teacher, answer_logits, greedy, prepare
 from adaptive_fusion.models import GridAdapter
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
@@ -141,26 +142,25 @@ def measure(args: argparse.Namespace, part: int) -> dict[str, dict[str, list[flo
             quality, accuracy = [0.0] * len(mine), [0.0] * len(mine)
             for start in range(0, len(order), BATCH):
                 chosen = order[start : start + BATCH]
-                rows = [prepare(adapter, Question(mine[i].media, mine[i].prompt)) for i in chosen]
+                rows = [prepare(adapter, mine[i]) for i in chosen]
                 truths = [mine[i].references[0] for i in chosen]
                 ends = [[*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for t in truths]
                 right = [torch.tensor(ids) for ids in ends]
                 said = greedy(adapter, rows, point, MOST)
                 logits = answer_logits(adapter, rows, right, point)
                 for i, tokens, scores, truth in zip(chosen, said, logits, right, strict=True):
-                    score = mine[i].score
-                    assert score is not None  # all reference scenes have one
-                    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                    quality[i] = score(text, mine[i].references)
+                    score = mine[i].score(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+                    assert score is not None  # all reference scenes have a metric
+                    quality[i] = score
                     accuracy[i] = float((scores.argmax(-1) == truth).float().mean())
             found[f"{name}@{ratio:g}"] = {"quality": quality, "token_accuracy": accuracy}
             write(args, {"measured": f"{name}@{ratio:g}", "part": part, "quality": float(np.mean(quality))})
     return found
 
 
-def items(count: int) -> list[Item]:
+def items(count: int) -> list[Question]:
     """Evaluation scenes: `count` dense and reading ones each, half as many simple ones and clips."""
-    kept: list[Item] = []
+    kept: list[Question] = []
     for name in ("dense", "reading", "simple", "clips"):
         most = count if name in ("dense", "reading") else count // 2
         kept += [item for item in reference_items(max(2, count)) if item.slice == name][:most]

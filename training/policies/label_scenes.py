@@ -16,12 +16,11 @@ from pathlib import Path
 
 from train_policies import RECIPES
 
-from adaptive_fusion.commands.options import rung_of
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.ladder import Rung
 from adaptive_fusion.learning.labeller import RunnerModel
 from adaptive_fusion.learning.oracle import label_inputs
-from adaptive_fusion.learning.scenes import SIDES, open_on_one_thread, scene_examples
+from adaptive_fusion.learning.scenes import SIDES, open_on_one_thread, scene_questions
 from adaptive_fusion.learning.scoring import NATIVE_RUNG, ModelScorer
 
 
@@ -44,18 +43,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own model")
     args = parser.parse_args()
 
-    rungs = [rung_of(text) for text in args.points] if args.points else shipped_rungs()
+    rungs = [Rung.parse(text) for text in args.points] if args.points else shipped_rungs()
     model = RunnerModel(open_on_one_thread, args.model, args.policy, clock=time.thread_time)
-    examples = list(scene_examples(args.scenes, args.split, args.seed, tuple(args.sides)))
+    questions = list(scene_questions(args.scenes, args.split, args.seed, tuple(args.sides)))
     began = time.monotonic()
     run = label_inputs(
-        ModelScorer(model), examples, rungs, args.out, jobs=args.jobs, source_id=f"scenes-{args.split}-{args.seed}"
+        ModelScorer(model), questions, rungs, args.out, jobs=args.jobs, source_id=f"scenes-{args.split}-{args.seed}"
     )
     seconds = time.monotonic() - began
     each = ""
     if run.scored:
         question = seconds / run.scored
-        each = f", {question:.2f} s a question, {question * len(examples) / args.scenes:.2f} s a scene"
+        each = f", {question:.2f} s a question, {question * len(questions) / args.scenes:.2f} s a scene"
     print(f"{run.scored} questions at {len(rungs)} rungs in {seconds:.0f} s{each}; {run.resumed} were there already")
     for name, reason in run.failed:
         print(f"left out: {name}: {reason}")
