@@ -23,7 +23,7 @@ from adaptive_fusion import AdaptiveRunner, Budget, measure_complexity
 from adaptive_fusion.controller import Controller
 from adaptive_fusion.cost import CostModel, LengthModel
 from adaptive_fusion.models import Size
-from adaptive_fusion.planner import TEMPLATE_TOKENS, Ask, Planner
+from adaptive_fusion.planner import TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.reference.screens import PROMPTS, make_scene
 
 NEW_TOKENS = 40
@@ -90,7 +90,8 @@ def decision_ms(repeats: int) -> dict[str, dict[str, float]]:
 
             def plan(medium: Any = medium, size: Size = size) -> None:
                 complexity = measure_complexity(medium)
-                planner.decide(Ask(complexity.kind, [size], [complexity], prompt, 256, TEMPLATE_TOKENS), runner.budget)
+                info = RequestInfo(complexity.kind, [size], [complexity], prompt, 256, TEMPLATE_TOKENS)
+                planner.decide(info, runner.budget)
 
             steps: dict[str, Callable[[], Any]] = {
                 "features": partial(measure_complexity, medium),
