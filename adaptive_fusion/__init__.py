@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptive_fusion.budget import Budget
-    from adaptive_fusion.complexity import measure_complexity
+    from adaptive_fusion.features.complexity import measure_complexity
     from adaptive_fusion.point import OperatingPoint
-    from adaptive_fusion.policy import Policy
+    from adaptive_fusion.policy.policy import Policy
     from adaptive_fusion.runner import AdaptiveRunner
 
     __version__: str
@@ -20,8 +20,8 @@ _HOMES = {
     "AdaptiveRunner": "runner",
     "Budget": "budget",
     "OperatingPoint": "point",
-    "Policy": "policy",
-    "measure_complexity": "complexity",
+    "Policy": "policy.policy",
+    "measure_complexity": "features.complexity",
 }
 
 

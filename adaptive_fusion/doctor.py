@@ -217,7 +217,7 @@ def check_policies() -> Iterator[Check]:
     """The shipped policies load."""
 
     def load() -> str:
-        from adaptive_fusion.policy import Policy
+        from adaptive_fusion.policy.policy import Policy
 
         return ", ".join(Policy.load(name).name for name in Policy.shipped())
 
@@ -231,7 +231,7 @@ def check_reference() -> Iterator[Check]:
     def ask() -> str:
         from PIL import Image
 
-        from adaptive_fusion.commands.session import open_runner
+        from adaptive_fusion.loading import open_runner
 
         runner = open_runner("reference", "balanced")
         found.append(runner)

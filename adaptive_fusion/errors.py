@@ -31,3 +31,11 @@ class UnsupportedModelError(AdaptiveFusionError):
 
 class InfeasibleBudgetError(AdaptiveFusionError):
     """No operating point fits the budget and the budget asks for an early refusal."""
+
+
+class MissingExtraError(AdaptiveFusionError, ImportError):
+    """An optional dependency that this function needs is not installed."""
+
+
+class OutOfMemoryError(AdaptiveFusionError, MemoryError):
+    """Every operating point that was tried ran out of memory."""

@@ -21,27 +21,29 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from adaptive_fusion.attempt import Executor, Prepare, Run, Task
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.calibrate import find_profile
-from adaptive_fusion.chat import ChatRequest, build_request
-from adaptive_fusion.choice import Candidate
-from adaptive_fusion.complexity import measure_complexity
-from adaptive_fusion.controller import Controller
-from adaptive_fusion.cost import CostModel, LengthModel, Profile, Work
-from adaptive_fusion.decisions import Decision, DecisionLog, Measurement, record, text_hash
+from adaptive_fusion.control.candidates import Candidate
+from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.cost.lengths import LengthModel
+from adaptive_fusion.cost.model import CostModel, Profile, Work
+from adaptive_fusion.cost.profiles import find_profile
+from adaptive_fusion.decision_log import DecisionLog, record, text_hash
+from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.execution.executor import Executor, Prepare, Run, Task
+from adaptive_fusion.execution.meters import meter_for
+from adaptive_fusion.execution.request import ChatRequest, build_request
+from adaptive_fusion.execution.stream import Stream
+from adaptive_fusion.features.complexity import measure_complexity
+from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.fusion import DeepStackFusion
-from adaptive_fusion.meters import meter_for
 from adaptive_fusion.models import Adapter, adapter_for
 from adaptive_fusion.models.placeholders import restore_prompt
-from adaptive_fusion.planner import TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy import Policy
-from adaptive_fusion.prompts import prompt_kind
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reply import Reply
-from adaptive_fusion.stream import Stream
 
 WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
 """Width and height of the warm-up's image, run in full once, and what other points make of it. Both are resized."""

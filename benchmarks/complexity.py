@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from adaptive_fusion._complexity_features import Pixels, edge_density_and_entropy, take_sample
-from adaptive_fusion.complexity import measure_complexity
+from adaptive_fusion.features.complexity import measure_complexity
+from adaptive_fusion.features.image import Pixels, edge_density_and_entropy, take_sample
 
 SIZES = {"1080p": (1920, 1080), "4K": (3840, 2160)}
 LIMITS_MS = {"edge_entropy": 1.0, "full": 1.5}

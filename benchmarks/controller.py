@@ -5,7 +5,7 @@
 Times, qualities and memory of the eight operating points are a stated model (`LADDER`), not a measurement; what is
 real is the controller, called once per request as a runner calls it. Half of the requests are simple.
 `adaptive-fusion bench budget` puts the same rows on the same traces with times measured on the reference model; rows,
-traces, the form of a trace file and what the columns mean are told in `adaptive_fusion.bench.rivals` and `traces`.
+traces, the form of a trace file and what the columns mean are told in `adaptive_fusion.bench.baselines` and `traces`.
 Here ``best static`` has one point for all requests.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from adaptive_fusion.bench import report
-from adaptive_fusion.bench.rivals import FED, compare, tuned_setpoint
+from adaptive_fusion.bench.baselines import FED, compare, tuned_setpoint
 from adaptive_fusion.bench.traces import (
     MIN_REQUESTS,
     TRACES,
@@ -33,8 +33,8 @@ from adaptive_fusion.bench.traces import (
     read_trace,
     shortfalls,
 )
-from adaptive_fusion.choice import Candidate
 from adaptive_fusion.commands.output import progress
+from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.point import OperatingPoint

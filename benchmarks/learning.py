@@ -17,14 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from adaptive_fusion.complexity import FEATURE_NAMES, VERSION
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.dataset import build_dataset
-from adaptive_fusion.learning.fit import fit_policy
+from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
+from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES
+from adaptive_fusion.learning.data.dataset import build_dataset
+from adaptive_fusion.learning.fitting.fit import fit_policy
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.policy import Policy
-from adaptive_fusion.prompts import PROMPT_FEATURE_NAMES
-from adaptive_fusion.router import constant_router
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.router import constant_router
+from adaptive_fusion.policy.rungs import Rung
 
 CHEAP, STRONG = Rung(OperatingPoint("weighted", downsample=0.5)), Rung(OperatingPoint("gated"))
 BASE = Policy("base", constant_router(), 0.5, {"weighted": (CHEAP,), "gated": (STRONG,), "video": (STRONG,)})

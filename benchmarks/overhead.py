@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 from adaptive_fusion import AdaptiveRunner, Budget, measure_complexity
-from adaptive_fusion.controller import Controller
-from adaptive_fusion.cost import CostModel, LengthModel
+from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.cost.lengths import LengthModel
+from adaptive_fusion.cost.model import CostModel
 from adaptive_fusion.models import Size
-from adaptive_fusion.planner import TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.reference.screens import PROMPTS, make_scene
 
 NEW_TOKENS = 40

@@ -25,9 +25,9 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from adaptive_fusion.media.clips import Video
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reference.screens import make_scene
-from adaptive_fusion.video import Video
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import adaptive_fusion
 from adaptive_fusion import AdaptiveRunner, Budget, Policy, measure_complexity
-from adaptive_fusion.artefacts import shipped_root
+from adaptive_fusion.policy.files import shipped_root
 from adaptive_fusion.reference import model_path
 
 

@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adaptive_fusion.chat import ChatRequest, build_request
 from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.likelihood import Likelihood, after_prompt
 from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.meters import Meter, meter_for
+from adaptive_fusion.execution.request import ChatRequest, build_request
 from adaptive_fusion.execution.timed import Encoding, TimedModel, until_end
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.meters import Meter, meter_for
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.policy import SIMPLE, Policy
+from adaptive_fusion.policy.policy import SIMPLE, Policy
+from adaptive_fusion.policy.rungs import Rung
 
 Decide = Callable[[Any, str], Decision]
 

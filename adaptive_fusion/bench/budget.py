@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_fusion.bench.rivals import FED, Ours, compare, run, tuned_setpoint
+from adaptive_fusion.bench.baselines import FED, Ours, compare, run, tuned_setpoint
 from adaptive_fusion.bench.traces import (
     HOG,
     STEP,
@@ -39,13 +39,13 @@ from adaptive_fusion.bench.traces import (
     shortfalls,
 )
 from adaptive_fusion.budget import MAX_VRAM_GB, Budget
-from adaptive_fusion.choice import Candidate
+from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.labeller import RunnerModel
+from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.runner import AdaptiveRunner
 
 ANSWER_TOKENS = 160

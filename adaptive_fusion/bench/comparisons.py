@@ -12,7 +12,7 @@ import numpy as np
 from adaptive_fusion.bench.answers import ADAPTIVE, NATIVE, RATIOS, gated, native, weighted
 from adaptive_fusion.bench.scores import FloatArray, IntArray, Scores, whole
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_ratio, won_back
+from adaptive_fusion.evaluation.statistics import Interval, bootstrap_diff, bootstrap_ratio, won_back
 
 DRAWS, SEED = 1000, 0
 """Of every bootstrap."""

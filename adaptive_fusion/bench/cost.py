@@ -19,13 +19,13 @@ from adaptive_fusion.bench.answers import ROWS as QUALITY_ROWS
 from adaptive_fusion.bench.shapes import SHAPES, Shape, ShapeProcessor, shape
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.execution.meters import meter_for
 from adaptive_fusion.execution.timed import TimedModel
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.meters import meter_for
 from adaptive_fusion.models import Adapter, Size, adapter_for
 from adaptive_fusion.point import NATIVE as NATIVE_POINT
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.policy import SIMPLE, Policy
+from adaptive_fusion.policy.policy import SIMPLE, Policy
+from adaptive_fusion.policy.rungs import Rung
 
 ROWS = (*QUALITY_ROWS, Rung(NATIVE_POINT, pixel_share=0.5), Rung(NATIVE_POINT, pixel_share=0.25))
 MOST_FULL, MOST_CHEAP = 1.03, 0.45

@@ -12,9 +12,10 @@ from adaptive_fusion.bench.answers import NATIVE, Decide, answer_all
 from adaptive_fusion.bench.comparisons import DRAWS, SEED, as_dict, compare, ratio, shortfalls
 from adaptive_fusion.bench.scores import COUNTS, QUALITIES, STAGES, IntArray, Scores, score_all, slices, whole
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.metrics import bleu4, bleu_statistics, bootstrap, bootstrap_mean
+from adaptive_fusion.evaluation.statistics import bootstrap, bootstrap_mean
+from adaptive_fusion.evaluation.text import bleu4, bleu_statistics
 from adaptive_fusion.models import Adapter
+from adaptive_fusion.policy.rungs import Rung
 
 
 def evaluate(

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_fusion.bench.answers import Answer
+from adaptive_fusion.evaluation.cider import cider_d
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.learning.cider import cider_d
-from adaptive_fusion.learning.metrics import bleu_statistics, exact_match, matching_accuracy, tokenize
+from adaptive_fusion.evaluation.text import bleu_statistics, exact_match, matching_accuracy, tokenize
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

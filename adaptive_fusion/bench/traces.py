@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_fusion.choice import Candidate
+from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.errors import ConfigError
 
 Array = NDArray[np.float64]

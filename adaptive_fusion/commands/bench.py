@@ -61,12 +61,12 @@ def quality(
             raise ConfigError(f"--knobs has rows of its own; got --points {', '.join(points)} as well")
         from adaptive_fusion.bench import report
         from adaptive_fusion.bench.answers import KNOB_ROWS, ROWS, cheap_rung, rows_for, trained_rows, use_weights
-        from adaptive_fusion.bench.folder import folder_items
         from adaptive_fusion.bench.quality import evaluate
-        from adaptive_fusion.bench.scenes import reference_items
-        from adaptive_fusion.commands.session import open_runner
-        from adaptive_fusion.ladder import Rung
+        from adaptive_fusion.evaluation.folders import folder_items
+        from adaptive_fusion.evaluation.scenes import reference_items
+        from adaptive_fusion.loading import open_runner
         from adaptive_fusion.plots import check_target
+        from adaptive_fusion.policy.rungs import Rung
 
         if plot is not None:
             check_target(plot)
@@ -155,10 +155,10 @@ def cost(
             summarise_costs,
         )
         from adaptive_fusion.bench.shapes import SHAPES
-        from adaptive_fusion.commands.session import quieten
-        from adaptive_fusion.ladder import Rung
+        from adaptive_fusion.loading import quieten
         from adaptive_fusion.plots import check_target
-        from adaptive_fusion.policy import SIMPLE, Policy
+        from adaptive_fusion.policy.policy import SIMPLE, Policy
+        from adaptive_fusion.policy.rungs import Rung
 
         quieten()
         if plot is not None:
@@ -239,13 +239,13 @@ def budget(
         import os
 
         from adaptive_fusion.bench import report
+        from adaptive_fusion.bench.baselines import require_pid
         from adaptive_fusion.bench.budget import measure_table, measured_world, replay, run_real
-        from adaptive_fusion.bench.rivals import require_pid
-        from adaptive_fusion.bench.scenes import reference_items
         from adaptive_fusion.bench.traces import read_trace
         from adaptive_fusion.budget import Budget
         from adaptive_fusion.calibrate import calibrate
-        from adaptive_fusion.commands.session import open_runner
+        from adaptive_fusion.evaluation.scenes import reference_items
+        from adaptive_fusion.loading import open_runner
         from adaptive_fusion.plots import check_target
 
         require_pid()

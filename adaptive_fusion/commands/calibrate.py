@@ -13,7 +13,7 @@ from adaptive_fusion.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from adaptive_fusion.cost import Profile
+    from adaptive_fusion.cost.model import Profile
 
 app = typer.Typer()
 
@@ -32,8 +32,8 @@ def calibrate(
 ) -> None:
     """Measure a model's costs on this machine and keep them in the user's cache, where they are found again."""
     from adaptive_fusion.calibrate import calibrate as measure
-    from adaptive_fusion.commands.session import open_runner
-    from adaptive_fusion.profiles import profile_path, user_cache_dir
+    from adaptive_fusion.cost.profiles import profile_path, user_cache_dir
+    from adaptive_fusion.loading import open_runner
 
     runner = open_runner(model, "native")
     try:

@@ -37,8 +37,9 @@ def demo(
     """Render screens and a clip to files, answer each natively and under a latency budget, and compare."""
     with ExitStack() as stack:
         options.budget_of(latency_ms, None, None, None)  # refused before the model is loaded
-        from adaptive_fusion.commands.session import open_runner, warm_up
+        from adaptive_fusion.commands.session import warm_up
         from adaptive_fusion.demo import compare, render, summarise
+        from adaptive_fusion.loading import open_runner
 
         runner = open_runner(model, policy)
         folder = _folder(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -115,7 +116,8 @@ def _costs(reply: "Reply", budget_ms: float) -> tuple[str, str, str, str]:
 
 
 def _draw(rows: list["Row"], out: Path) -> None:
-    from adaptive_fusion.plots import MissingExtraError, demo_plot
+    from adaptive_fusion.commands.pictures import demo_plot
+    from adaptive_fusion.errors import MissingExtraError
 
     try:
         demo_plot(rows, out / "demo.png")

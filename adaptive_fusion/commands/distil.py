@@ -1,7 +1,7 @@
 """``adaptive-fusion distil``: train a fusion module for a frozen model on unlabelled images.
 
-Parses options, finds the images and prints; the work is in `adaptive_fusion.learning.distil`, imported when the
-command runs.
+Parses options, finds the images and prints; the work is in `adaptive_fusion.learning.distillation.distil`, imported
+when the command runs.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from adaptive_fusion.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from adaptive_fusion.evaluation.questions import Question
-    from adaptive_fusion.learning.distil import Report
+    from adaptive_fusion.learning.distillation.distil import Report
 
 app = typer.Typer()
 
@@ -58,9 +58,9 @@ def distil(
         point = OperatingPoint(fusion, layers, adapter_rank=rank)
         wanted = [OperatingPoint(downsample=ratio).downsample for ratio in downsample or ()]
         questions = _questions(inputs, prompt)
-        from adaptive_fusion.commands.session import open_runner
-        from adaptive_fusion.learning.distil import Settings
-        from adaptive_fusion.learning.distil import distil as train
+        from adaptive_fusion.learning.distillation.distil import Settings
+        from adaptive_fusion.learning.distillation.distil import distil as train
+        from adaptive_fusion.loading import open_runner
 
         given: dict[str, Any] = {"ratios": dict.fromkeys(wanted, 1.0)} if wanted else {}
         settings = Settings(steps=steps, batch=batch, lr=lr, seed=seed, max_new_tokens=max_new_tokens, **given)
@@ -78,9 +78,9 @@ def distil(
 
 def _questions(inputs: list[Path], prompts: list[str]) -> list["Question"]:
     """Every prompt about every medium; files that cannot be read as one are named and left out."""
+    from adaptive_fusion.evaluation.folders import media_files
     from adaptive_fusion.evaluation.questions import Question
-    from adaptive_fusion.learning.references import media_files
-    from adaptive_fusion.media import load_media
+    from adaptive_fusion.media.load import load_media
 
     usable = []
     for path in media_files(inputs):

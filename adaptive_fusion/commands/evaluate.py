@@ -13,8 +13,8 @@ from adaptive_fusion.commands.output import complain, console, emit, refusing
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from adaptive_fusion.learning.evaluate import Report
-    from adaptive_fusion.learning.metrics import Interval
+    from adaptive_fusion.evaluation.statistics import Interval
+    from adaptive_fusion.learning.judging.evaluate import Report
 
 app = typer.Typer()
 
@@ -52,7 +52,7 @@ def evaluate(
             from adaptive_fusion.plots import check_target
 
             check_target(plot)
-        from adaptive_fusion.learning.evaluate import evaluate as judge
+        from adaptive_fusion.learning.judging.evaluate import evaluate as judge
 
         reports = judge(policies, logs, tolerance=tolerance, split=split, plot=plot, seed=seed)
     for report in reports:
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def _show(out: "Console", report: "Report") -> None:
-    from adaptive_fusion.learning.card import FIGURES, TRAFFIC_FIGURES
+    from adaptive_fusion.learning.fitting.card import FIGURES, TRAFFIC_FIGURES
 
     cheap, strong = report.arms
     static = f"best static point {report.static}"

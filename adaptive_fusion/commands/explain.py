@@ -41,7 +41,7 @@ def explain(
             from adaptive_fusion.plots import check_target
 
             check_target(save_plot)
-        from adaptive_fusion.commands.session import open_runner
+        from adaptive_fusion.loading import open_runner
 
         runner = open_runner(model, policy)
     decided: list[tuple[str, Decision]] = []
@@ -55,7 +55,7 @@ def explain(
         each(files, as_json, decide)
     finally:
         if save_plot is not None and decided:
-            from adaptive_fusion.plots import explain_plot
+            from adaptive_fusion.commands.pictures import explain_plot
 
             explain_plot(decided, save_plot)
             if not as_json:

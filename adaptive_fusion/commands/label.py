@@ -10,7 +10,7 @@ from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, 
 from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
-    from adaptive_fusion.ladder import Rung
+    from adaptive_fusion.policy.rungs import Rung
 
 app = typer.Typer()
 
@@ -80,16 +80,18 @@ def label(
         if human is not None:
             result["human"] = _human(human, out, failed)
         if feedback is not None:
-            from adaptive_fusion.learning.labels import append_records, feedback_from_csv
+            from adaptive_fusion.jsonl import append_records
+            from adaptive_fusion.learning.data.people import feedback_from_csv
 
             result["feedback"] = append_records(feedback_from_csv(feedback), out)
         if inputs:
             rungs = _rungs(points, policy)
-            from adaptive_fusion.commands.session import open_runner
-            from adaptive_fusion.learning.labeller import RunnerModel
-            from adaptive_fusion.learning.oracle import label_inputs
-            from adaptive_fusion.learning.references import media_files, questions, read_references
-            from adaptive_fusion.learning.scoring import METRICS, ModelScorer
+            from adaptive_fusion.evaluation.folders import media_files, questions, read_references
+            from adaptive_fusion.evaluation.text import METRICS
+            from adaptive_fusion.learning.labelling.labeller import RunnerModel
+            from adaptive_fusion.learning.labelling.oracle import label_inputs
+            from adaptive_fusion.learning.labelling.scoring import ModelScorer
+            from adaptive_fusion.loading import open_runner
 
             if metric not in METRICS:
                 raise ConfigError(f"metric is {metric!r}; expected one of {', '.join(sorted(METRICS))}")
@@ -114,8 +116,8 @@ def label(
 
 
 def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
-    from adaptive_fusion.ladder import Rung
-    from adaptive_fusion.policy import Policy
+    from adaptive_fusion.policy.policy import Policy
+    from adaptive_fusion.policy.rungs import Rung
 
     ladders = Policy.load(policy).lanes.values()
     chosen = [Rung.parse(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
@@ -124,8 +126,9 @@ def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
 
 def _human(table: Path, out: Path, failed: Failed) -> int:
     from adaptive_fusion.evaluation.questions import Question
-    from adaptive_fusion.learning.labeller import describe
-    from adaptive_fusion.learning.labels import append_records, human_labels
+    from adaptive_fusion.jsonl import append_records
+    from adaptive_fusion.learning.data.people import human_labels
+    from adaptive_fusion.learning.labelling.labeller import describe
 
     labels, refused = human_labels(table, lambda path: describe(Question(path, "")))
     failed += refused

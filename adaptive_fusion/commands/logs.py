@@ -31,7 +31,7 @@ def compact(
 
     Lines that are no JSON object are counted and left out.
     """
-    from adaptive_fusion.learning.logs import compact as pack
+    from adaptive_fusion.learning.data.logs import compact as pack
 
     with refusing([str(out)], as_json):
         table = pack(logs, out)

@@ -12,7 +12,7 @@ app = typer.Typer()
 @app.command()
 def policies(as_json: options.Json = False) -> None:
     """List the shipped policies with their lanes."""
-    from adaptive_fusion.policy import Policy
+    from adaptive_fusion.policy.policy import Policy
 
     loaded = [Policy.load(name) for name in Policy.shipped()]
     table = Table(title="Shipped policies", title_justify="left")

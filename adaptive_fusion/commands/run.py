@@ -43,7 +43,8 @@ def run(
         from adaptive_fusion.point import OperatingPoint
 
         fixed = None if point is None else OperatingPoint.parse(point)
-        from adaptive_fusion.commands.session import open_runner, warm_up
+        from adaptive_fusion.commands.session import warm_up
+        from adaptive_fusion.loading import open_runner
 
         runner = open_runner(model, policy, log)
         warm_up(runner)

@@ -10,8 +10,8 @@ from adaptive_fusion.commands.options import Json
 from adaptive_fusion.commands.output import complain, console, emit, printable, refusing
 
 if TYPE_CHECKING:
-    from adaptive_fusion.learning.gate import Verdict
-    from adaptive_fusion.learning.train import Trained
+    from adaptive_fusion.learning.fitting.gate import Verdict
+    from adaptive_fusion.learning.fitting.train import Trained
 
 REFUSED = 1
 """Exit code when the gate refused the new policy; bad input ends with 2."""
@@ -57,9 +57,9 @@ def train(
     only. Exit code 1 if it is worse beyond the 95 % interval: nothing is written then. The same logs and seed
     give the same bytes.
     """
-    from adaptive_fusion.learning.gate import GateRefused
-    from adaptive_fusion.learning.train import ESTIMATOR_NAMES
-    from adaptive_fusion.learning.train import train as run
+    from adaptive_fusion.learning.fitting.gate import GateRefused
+    from adaptive_fusion.learning.fitting.train import ESTIMATOR_NAMES
+    from adaptive_fusion.learning.fitting.train import train as run
 
     with refusing([str(out)], as_json):
         try:
@@ -90,14 +90,14 @@ def train(
 
 
 def _gate(verdict: "Verdict") -> dict[str, Any]:
-    from adaptive_fusion.learning.card import finite
+    from adaptive_fusion.learning.fitting.card import finite
 
     figures = {name: asdict(value) for name, value in verdict.figures.items()}
     return {"reasons": list(verdict.reasons), "rows": verdict.rows, "gate": finite(figures)}
 
 
 def _fields(trained: "Trained") -> dict[str, Any]:
-    from adaptive_fusion.learning.card import finite
+    from adaptive_fusion.learning.fitting.card import finite
 
     report = trained.fitted.report
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.media import content_hash
+from adaptive_fusion.media.hashes import content_hash
 
 SLICE = "slice"
 """The slicing by which benchmarks report."""
@@ -60,7 +60,7 @@ class Question:
         Raises:
             ConfigError: For an unknown metric.
         """
-        from adaptive_fusion.learning.scoring import METRICS  # until the metrics have moved
+        from adaptive_fusion.evaluation.text import METRICS  # until the metrics have moved
 
         if self.metric is None:
             return None

@@ -18,10 +18,10 @@ from transformers import StoppingCriteriaList
 
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.evaluation.likelihood import prefill
-from adaptive_fusion.meters import Meter
+from adaptive_fusion.execution.meters import Meter
+from adaptive_fusion.execution.timing import GenerationClock, synchronize
 from adaptive_fusion.models import Adapter, Encoded, Recorded
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.timing import GenerationClock, synchronize
 
 Prepare = Callable[[], Mapping[str, Any]]
 """Gives the processor's tensors at a point's pixel budget, on the model's device."""

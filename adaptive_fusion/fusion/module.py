@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.fusion.downsample import Grid, downsample, window
 from adaptive_fusion.fusion.kernels import CompiledSum, check_packed, expand_rows
 from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
-from adaptive_fusion.fusion.pooling import WindowPool
 from adaptive_fusion.fusion.strategies import STRATEGIES, TapFusion
+from adaptive_fusion.reduction.learned_pool import WindowPool
+from adaptive_fusion.reduction.pool import Grid, downsample, window
 
 FORMAT = "adaptive_fusion.fusion"
 VERSION = "2"

@@ -19,8 +19,8 @@ gets gradient when:
 - the weights a_i, and B_i of a larger group: as soon as s_t has left 0.
 - C_i: as soon as B_i has left 0.
 
-After the mergers, `weighted` and `gated` have a learned pooling of their own (`adaptive_fusion.fusion.pooling`),
-which starts as plain averages; the others average.
+After the mergers, `weighted` and `gated` have a learned pooling of their own
+(`adaptive_fusion.reduction.learned_pool`), which starts as plain averages; the others average.
 
 Knows packed tensors and per-image lengths; nothing of mergers, model families or files.
 """

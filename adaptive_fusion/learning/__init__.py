@@ -1,4 +1,4 @@
-"""From labelled logs to a policy: metrics, data sets, fitting, calibration, evaluation.
+"""From labelled logs to a policy: data sets, labelling, fitting, judging, distillation.
 
 Never imported by the runtime: everything in here may lean on the heavy packages of the `train` extra.
 """

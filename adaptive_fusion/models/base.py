@@ -15,9 +15,9 @@ from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
-from adaptive_fusion.ladder import Rung
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.rungs import Rung
 
 
 @dataclass(frozen=True, slots=True)

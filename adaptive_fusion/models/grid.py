@@ -17,12 +17,12 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
+from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.video import Video
 
 KINDS = {
     "image": ("pixel_values", "image_grid_thw", "image_token_id"),

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from adaptive_fusion.complexity import measure_complexity
 from adaptive_fusion.errors import ConfigError, UnsupportedModelError
+from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.models import GridAdapter, Size, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy

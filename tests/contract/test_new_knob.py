@@ -12,10 +12,10 @@ from torch import nn
 
 from adaptive_fusion.errors import ConfigError, UnsupportedModelError
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.labeller import RunnerModel
+from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.models import Encoded, GridAdapter, Recorded
 from adaptive_fusion.point import NATIVE, OperatingPoint, knob
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.runner import AdaptiveRunner
 
 

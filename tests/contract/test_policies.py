@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_fusion.artefacts import shipped_root
-from adaptive_fusion.complexity import Complexity, measure_complexity
-from adaptive_fusion.ladder import Rung
+from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy import LANES, Policy
+from adaptive_fusion.policy.files import shipped_root
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, Kind, make_scene
 
 SHIPPED = ("balanced", "latency", "native", "quality")

@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 from adaptive_fusion.bench.answers import ADAPTIVE, CHANCE, KNOB_ROWS, SHUFFLED, SUM, TOP, gated, rows_for, weighted
 from adaptive_fusion.bench.cost import Workload, build_random, cost_rows, measure_costs
 from adaptive_fusion.bench.quality import evaluate
-from adaptive_fusion.bench.scenes import reference_items
 from adaptive_fusion.bench.scores import MIXED
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
 from adaptive_fusion.commands.bench import app
 from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
+from adaptive_fusion.evaluation.scenes import reference_items
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.models import adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy import Policy
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.runner import AdaptiveRunner
 
 SMALL = Shape(64, 4, 2, 1, 96, Vision(64, 8, 96, (1, 3, 5), 2), tied=True)

@@ -15,15 +15,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from adaptive_fusion.bench import report
+from adaptive_fusion.bench.baselines import Ours, run
 from adaptive_fusion.bench.budget import Delay, Table, cpu_hogs, measure_table, measured_world, replay, run_real
-from adaptive_fusion.bench.rivals import Ours, run
-from adaptive_fusion.bench.scenes import reference_items
 from adaptive_fusion.bench.traces import HOG, TRACES, Case, World, best_static, build, oracle, read_trace, score
-from adaptive_fusion.choice import Candidate
 from adaptive_fusion.commands.bench import app
+from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.evaluation.scenes import reference_items
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -195,7 +195,7 @@ def test_the_command_and_its_refusals(
     # Small pictures: what is tried here is the command, not the model.
     monkeypatch.setattr("adaptive_fusion.bench.budget.ANSWER_TOKENS", 8)
     monkeypatch.setattr("adaptive_fusion.calibrate.SHAPES", ((96, 96), (80, 64), (64, 80), (48, 48)))
-    monkeypatch.setattr("adaptive_fusion.bench.scenes.reference_items", lambda n: reference_items(n, (64, 64)))
+    monkeypatch.setattr("adaptive_fusion.evaluation.scenes.reference_items", lambda n: reference_items(n, (64, 64)))
     tiny_dense.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     trace = tmp_path / "trace.csv"

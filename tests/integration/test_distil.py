@@ -15,12 +15,12 @@ from adaptive_fusion.commands import distil as command
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.fusion import FusionSpec
-from adaptive_fusion.learning.distil import Report, Settings, distil
-from adaptive_fusion.learning.levels import LevelCache
-from adaptive_fusion.learning.teacher import Teacher, answer_logits, fingerprint, greedy, prepare
+from adaptive_fusion.learning.distillation.distil import Report, Settings, distil
+from adaptive_fusion.learning.distillation.levels import LevelCache
+from adaptive_fusion.learning.distillation.teacher import Teacher, answer_logits, fingerprint, greedy, prepare
 from adaptive_fusion.models import GridAdapter, Recorded, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy import Policy
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 

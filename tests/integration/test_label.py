@@ -11,23 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+from label_scenes import open_on_one_thread
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from adaptive_fusion.chat import build_request
 from adaptive_fusion.cli import app
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.dataset import build_dataset
-from adaptive_fusion.learning.labeller import Interrupted, RunnerModel, describe
-from adaptive_fusion.learning.scenes import open_on_one_thread, scene_questions
-from adaptive_fusion.learning.scoring import NATIVE_RUNG, ModelScorer
-from adaptive_fusion.learning.shadow import ShadowedRunner
+from adaptive_fusion.evaluation.scenes import scene_questions
+from adaptive_fusion.execution.request import build_request
+from adaptive_fusion.features.prompts import prompt_features
+from adaptive_fusion.learning.data.dataset import build_dataset
+from adaptive_fusion.learning.labelling.labeller import Interrupted, RunnerModel, describe
+from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.prompts import prompt_features
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import make_scene
+from adaptive_fusion.rollout.shadow import ShadowedRunner
 from adaptive_fusion.runner import AdaptiveRunner
 
 ROOT = Path(__file__).parents[2]

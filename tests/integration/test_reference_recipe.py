@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models import adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
-from adaptive_fusion.video import Video
 
 RECIPE = Path(__file__).parents[2] / "training" / "reference"
 pytestmark = pytest.mark.skipif(not RECIPE.is_dir(), reason="the folder training/ is not part of a wheel")

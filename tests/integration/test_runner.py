@@ -19,7 +19,7 @@ from adaptive_fusion.errors import (
     UnsupportedModelError,
 )
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy import Policy
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 

@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from adaptive_fusion.cli import app
-from adaptive_fusion.complexity import FEATURE_NAMES, VERSION
-from adaptive_fusion.learning.labels import Subject, append_records, label_record
-from adaptive_fusion.policy import LANES, Policy
+from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
+from adaptive_fusion.jsonl import append_records
+from adaptive_fusion.learning.data.labels import Subject, label_record
+from adaptive_fusion.policy.policy import LANES, Policy
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial-policy.md"
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from learning_data import CHEAP, RECORDS, RUNGS, oracle_labels, write_jsonl
 
-from adaptive_fusion.learning.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
 
 
 @pytest.fixture(scope="session")

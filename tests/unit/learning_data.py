@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_fusion.complexity import FEATURE_NAMES, VERSION
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.arms import scores
-from adaptive_fusion.learning.dataset import Dataset
-from adaptive_fusion.learning.labels import Subject, label_record
+from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
+from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES
+from adaptive_fusion.learning.data.dataset import Dataset
+from adaptive_fusion.learning.data.labels import Subject, label_record
+from adaptive_fusion.learning.judging.arms import scores
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.policy import Policy
-from adaptive_fusion.prompts import PROMPT_FEATURE_NAMES
-from adaptive_fusion.router import constant_router
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.router import constant_router
+from adaptive_fusion.policy.rungs import Rung
 
 STRONG, MIDDLE, CHEAP = "gated3@1", "weighted3@1", "weighted3@0.5"
 RUNGS = (STRONG, MIDDLE, CHEAP)

@@ -16,16 +16,20 @@ PACKAGE = ROOT / "adaptive_fusion"
 # Each layer may import itself and the layers before it. A folder stands for all modules in it. A module that is not
 # listed counts as the last layer: nothing below may import it.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "pixels", "plain", "prompts", "meters", "timing", "stream", "calibration"}),
-    frozenset({"video", "point", "budget", "fusion", "legacy", "oom"}),
-    frozenset({"media", "_complexity_features", "complexity", "ladder", "artefacts"}),
-    frozenset({"router", "decisions", "drift", "cost", "choice", "corrections", "controller", "profiles"}),
-    frozenset({"policy"}),
+    frozenset({"errors", "checks", "point", "budget", "jsonl", "reference"}),
+    frozenset({"media", "fusion", "reduction"}),
+    frozenset({"features"}),
+    frozenset({"decisions", "decision_log", "reply"}),
+    frozenset({"policy", "calibration"}),
     frozenset({"models"}),
-    frozenset({"chat", "planner", "calibrate", "reference", "attempt", "evaluation", "execution", "reply", "runner"}),
+    frozenset({"cost"}),
+    frozenset({"evaluation"}),
+    frozenset({"control"}),
+    frozenset({"execution"}),
+    frozenset({"runner"}),
 )
 TOP = len(LAYERS)
-BEYOND_RUNTIME = ("learning", "bench")
+BEYOND_RUNTIME = ("learning", "bench", "rollout")
 """Never imported by the runtime; commands import them when they run."""
 HEAVY = {"sklearn", "joblib", "matplotlib", "duckdb", "pandas", "sacrebleu", "pickle", "dill", "cloudpickle"}
 NETWORK = {"requests", "urllib", "httpx", "aiohttp", "http", "socket", "urllib3"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adaptive_fusion.decisions import DecisionLog, feedback_record
+from adaptive_fusion.decision_log import DecisionLog, feedback_record
 from adaptive_fusion.errors import ConfigError
 
 

@@ -24,10 +24,10 @@ from rich.progress import track
 from scipy.optimize import nnls
 from scipy.stats import rankdata
 
-from adaptive_fusion import _complexity_features
-from adaptive_fusion._complexity_features import IMAGE_FEATURES, image_features, take_sample
-from adaptive_fusion.complexity import VERSION
-from adaptive_fusion.media import load_media
+from adaptive_fusion.features import image
+from adaptive_fusion.features.complexity import VERSION
+from adaptive_fusion.features.image import IMAGE_FEATURES, image_features, take_sample
+from adaptive_fusion.media.load import load_media
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -84,7 +84,7 @@ def read_scores(data: Path) -> list[dict[str, str]]:
 def extract(data: Path, rows: list[dict[str, str]], cache: Path, quiet: bool) -> tuple[Array, str]:
     """(images, features) and the SHA-256 over all names, scores and contents."""
     measure = joblib.Memory(cache, verbose=0).cache(_measure, ignore=["path"])
-    extractor = hashlib.sha256(inspect.getsource(_complexity_features).encode()).hexdigest()
+    extractor = hashlib.sha256(inspect.getsource(image).encode()).hexdigest()
     digest, vectors = hashlib.sha256(), []
     for row in track(rows, "features", disable=quiet):
         path = data / row["file"]

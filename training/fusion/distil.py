@@ -25,14 +25,14 @@ import torch
 from transformers.utils import logging
 
 from adaptive_fusion.bench.answers import gated, native, weighted
-from adaptive_fusion.bench.scenes import media, reference_items
 from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.evaluation.scenes import media, reference_items
+from adaptive_fusion.evaluation.statistics import Interval, bootstrap_diff, bootstrap_mean, won_back
 from adaptive_fusion.fusion import DeepStackFusion
-from adaptive_fusion.learning.distil import Settings, distil
-from adaptive_fusion.learning.metrics import Interval, bootstrap_diff, bootstrap_mean, won_back
-from adaptive_fusion.learning.teacher import Teacher, answer_logits, greedy, prepare
+from adaptive_fusion.learning.distillation.distil import Settings, distil
+from adaptive_fusion.learning.distillation.teacher import Teacher, answer_logits, greedy, prepare
 from adaptive_fusion.models import GridAdapter
-from adaptive_fusion.policy import Policy
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 

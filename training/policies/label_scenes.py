@@ -14,14 +14,22 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from train_policies import RECIPES
 
 from adaptive_fusion.errors import AdaptiveFusionError
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.labeller import RunnerModel
-from adaptive_fusion.learning.oracle import label_inputs
-from adaptive_fusion.learning.scenes import SIDES, open_on_one_thread, scene_questions
-from adaptive_fusion.learning.scoring import NATIVE_RUNG, ModelScorer
+from adaptive_fusion.evaluation.scenes import SIDES, scene_questions
+from adaptive_fusion.learning.labelling.labeller import RunnerModel
+from adaptive_fusion.learning.labelling.oracle import label_inputs
+from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
+from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.runner import AdaptiveRunner
+
+
+def open_on_one_thread(model: str, policy: str) -> AdaptiveRunner:
+    """A runner in a process whose tensor work keeps to one thread, so that the thread's own time is its cost."""
+    torch.set_num_threads(1)
+    return AdaptiveRunner.from_pretrained(model, policy=policy)
 
 
 def shipped_rungs() -> list[Rung]:

@@ -25,21 +25,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptive_fusion.complexity import measure_complexity
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
-from adaptive_fusion.ladder import Rung
-from adaptive_fusion.learning.arms import judges
-from adaptive_fusion.learning.card import card, figure_lines, finite, lane_lines, slice_lines
-from adaptive_fusion.learning.dataset import Dataset, build_dataset
-from adaptive_fusion.learning.evaluate import Report, evaluate
-from adaptive_fusion.learning.fit import FittedPolicy, fit_policy
-from adaptive_fusion.learning.gate import gate
-from adaptive_fusion.learning.labels import Subject, append_records, human_labels
-from adaptive_fusion.learning.ladders import choose_lanes, labelled, prune
-from adaptive_fusion.learning.tables import read_table
+from adaptive_fusion.evaluation.tables import read_table
+from adaptive_fusion.features.complexity import measure_complexity
+from adaptive_fusion.jsonl import append_records
+from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.labels import Subject
+from adaptive_fusion.learning.data.people import human_labels
+from adaptive_fusion.learning.fitting.card import card, figure_lines, finite, lane_lines, slice_lines
+from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
+from adaptive_fusion.learning.fitting.gate import gate
+from adaptive_fusion.learning.fitting.ladders import choose_lanes, labelled, prune
+from adaptive_fusion.learning.judging.arms import judges
+from adaptive_fusion.learning.judging.evaluate import Report, evaluate
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy import COMPLEX, LANES, SIMPLE, VIDEO, Policy
-from adaptive_fusion.router import constant_router
+from adaptive_fusion.policy.policy import COMPLEX, LANES, SIMPLE, VIDEO, Policy
+from adaptive_fusion.policy.router import constant_router
+from adaptive_fusion.policy.rungs import Rung
 
 LEFT_OUT = ("log_pixels", "log_aspect")
 """A large image can be simple, so size must not decide."""

@@ -43,7 +43,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 from transformers.utils import logging
 
-from adaptive_fusion.fusion.downsample import downsample, pooled_grid
+from adaptive_fusion.reduction.pool import downsample, pooled_grid
 from adaptive_fusion.reference.screens import BINS, COLORS, KINDS, SHAPES, make_scene
 
 RATIOS = (0.5, 0.25)

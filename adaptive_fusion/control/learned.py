@@ -1,0 +1,137 @@
+"""What the controller has learned: drift of both times, prices of a miss, the envelope of memory, ceilings.
+
+Knows predictions, measurements and limits. Knows nothing of candidates on offer or how one is chosen, and nothing of
+clocks and threads: `controller` states the law that this is the learning half of, and holds the lock.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.estimators import CLIP, PRICE_MAX, PRICE_MIN, Ceiling, Drift, Price, number
+from adaptive_fusion.decisions import Measurement, Prediction
+
+MAX_LEVELS = 16
+
+_MEMORY_HEADROOM, _MEMORY_FORGET = math.log(1.05), 0.0002
+
+
+class Corrections:
+    """What measurements did to the predictions; always finite.
+
+    Args:
+        memory_margin: Where the memory envelope starts: factor on the predicted peak.
+    """
+
+    def __init__(self, memory_margin: float) -> None:
+        self.ttft, self.latency = Drift(), Drift()
+        self.prices: dict[float, Price] = {}
+        self.memory = math.log(number(memory_margin, 1.0, 4.0))
+        self.memory_ceiling, self.time_ceiling = Ceiling(), Ceiling()
+        self.counts = dict.fromkeys(("updates", "misses", "ooms", "cancelled", "ignored"), 0)
+
+    def price(self, attainment: float) -> Price:
+        """The price of a miss for requests of this attainment level; at most 16 levels are kept."""
+        found = self.prices.get(attainment)
+        if found is None:
+            if len(self.prices) >= MAX_LEVELS:
+                del self.prices[next(iter(self.prices))]
+            found = self.prices[attainment] = Price()
+        return found
+
+    def finished(
+        self,
+        key: str,
+        predicted: Prediction,
+        measured: Measurement,
+        budget: Budget,
+        *,
+        before_ms: float,
+        feasible: bool,
+    ) -> None:
+        """Learn from a request that ran to its end.
+
+        Args:
+            key: The name under which the own drift of the point that ran is kept.
+            predicted: What was expected of that point.
+            measured: What it took, counted from arrival; values that are negative or not finite are ignored and
+                counted, each by itself.
+            budget: The limits it had.
+            before_ms: The part of the measured times that passed before it was run.
+            feasible: Whether it was thought to fit.
+        """
+        late: list[bool] = []
+        for drift, limit, taken, expected in (
+            (self.latency, budget.latency_ms, measured.latency_ms, predicted.latency_ms),
+            (self.ttft, budget.ttft_ms, measured.ttft_ms, predicted.ttft_ms),
+        ):
+            ratio = self._log_ratio(taken - before_ms, expected)
+            if ratio is None:
+                continue
+            drift.learn(key, ratio)
+            if limit is not None:
+                late.append(taken > limit)
+        if late and (feasible or not any(late)):
+            self.price(budget.attainment).move(budget.attainment, missed=any(late))
+        self.memory_ceiling.passed()
+        self.time_ceiling.passed()
+        if measured.peak_memory_gb != 0.0:
+            memory = self._log_ratio(measured.peak_memory_gb, predicted.peak_memory_gb)
+            if memory is not None:
+                bounded = min(max(memory, -CLIP), CLIP) + _MEMORY_HEADROOM
+                self.memory = max(bounded, self.memory - _MEMORY_FORGET, _MEMORY_HEADROOM - CLIP)
+
+    def cut_off(
+        self, key: str, predicted: Prediction, censored_ms: float, attainment: float, *, late: bool, kind: str
+    ) -> None:
+        """Learn from a try that did not finish within `censored_ms`; `late` if it was thought to meet a deadline and
+        did not.
+        """
+        ratio = self._log_ratio(censored_ms, predicted.latency_ms)
+        if ratio is not None:
+            self.latency.learn(key, ratio, censored=True)
+            if late:
+                self.price(attainment).move(attainment, missed=True)
+        if kind == "oom":
+            self.counts["ooms"] += 1
+            self.memory = min(self.memory + _MEMORY_HEADROOM, CLIP + _MEMORY_HEADROOM)
+            if 0.0 < predicted.peak_memory_gb < math.inf:
+                self.memory_ceiling.drop(predicted.peak_memory_gb)
+        elif kind == "overload" and 0.0 < predicted.latency_ms < math.inf:
+            self.time_ceiling.drop(predicted.latency_ms)
+
+    def fade(self) -> None:
+        """Expect a little less of the times, where nothing is measured any more."""
+        self.latency.fade()
+        self.ttft.fade()
+
+    def _log_ratio(self, measured: float, predicted: float) -> float | None:
+        """ln(measured / predicted), or None (and counted) if either is not a finite positive number."""
+        if 0.0 < measured < math.inf and 0.0 < predicted < math.inf:
+            ratio = measured / predicted
+            if 0.0 < ratio < math.inf:
+                return math.log(ratio)
+        self.counts["ignored"] += 1
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the counts, in finite plain values that JSON can hold."""
+        return {
+            "latency": self.latency.state(),
+            "ttft": self.ttft.state(),
+            "prices": [{"attainment": level, "value": price.value} for level, price in self.prices.items()],
+            "memory": self.memory,
+            "memory_ceiling": self.memory_ceiling.state(),
+            "time_ceiling": self.time_ceiling.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take on `state`'s values; raises as reading it does (KeyError, TypeError, ConfigError...)."""
+        self.latency.restore(state["latency"])
+        self.ttft.restore(state["ttft"])
+        for row in state["prices"][:MAX_LEVELS]:
+            self.price(number(row["attainment"], 0.0, 1.0)).value = number(row["value"], PRICE_MIN, PRICE_MAX)
+        self.memory = number(state["memory"], -1.0, 2.0)
+        self.memory_ceiling.restore(state["memory_ceiling"])
+        self.time_ceiling.restore(state["time_ceiling"])

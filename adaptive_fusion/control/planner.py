@@ -1,0 +1,184 @@
+"""From what was measured on a request to a decision: route, candidates with predicted costs, choice.
+
+Wires policy, cost model and controller for one adapter. Runs nothing, loads nothing; every input is an argument.
+"""
+
+import random
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Candidate, Choice
+from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.cost.lengths import LengthModel
+from adaptive_fusion.cost.model import CostModel, Work
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.features.complexity import Complexity, is_still
+from adaptive_fusion.features.prompts import prompt_features, prompt_kind
+from adaptive_fusion.media.clips import frames_at
+from adaptive_fusion.models.base import Adapter, Size
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
+from adaptive_fusion.policy.rungs import Rung
+
+STILL_FPS = 0.5
+"""Frames a second that a clip is offered at in which nothing changes."""
+TEMPLATE_TOKENS = 16
+"""What a chat template adds around a question, roughly; the prefill's share of it does not matter."""
+
+
+@dataclass(frozen=True)
+class RequestInfo:
+    """What the planner needs to know of a request; times in milliseconds."""
+
+    kind: str
+    sizes: Sequence[Size]
+    complexities: Sequence[Complexity]
+    prompt: str
+    max_new_tokens: int
+    text_tokens: int
+    durations_s: Sequence[float] = ()  # of the media, in order; without them clips keep their frames
+    batch: int = 1
+    elapsed_ms: float = 0.0
+    free_memory_gb: float | None = None
+    pixels_fixed: bool = False  # preprocessing is over: the knobs before the encoder no longer apply
+
+
+class Planner:
+    """Decides for one adapter with one policy."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        policy: Policy,
+        cost: CostModel,
+        controller: Controller,
+        lengths: LengthModel,
+        rng: random.Random,
+    ) -> None:
+        self.adapter, self.policy, self.cost = adapter, policy, cost
+        self.controller, self.lengths, self._rng = controller, lengths, rng
+
+    def decide(self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None) -> tuple[Decision, Choice]:
+        """The decision for `info` under `budget`, and the choice that the controller learns from afterwards.
+
+        A given `point` is taken as it is, with its prediction.
+
+        An estimate of the costs that no request has confirmed yet refuses nothing.
+
+        Raises:
+            UnsupportedModelError: If `point` has a knob that the model lacks.
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        limits = budget
+        if point is not None or not (self.cost.profile.samples or self.controller.informed):
+            limits = replace(budget, on_infeasible="cheapest")
+        hardest, route = self.route(info)
+        features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
+        if point is not None:
+            self.adapter.require(point)
+            candidates = [self.candidate(point, 1.0, info)]
+            lane, propensity = "fixed", 1.0
+            choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
+            choice = replace(choice, reason="the point was given", rejected=())
+        else:
+            lane = route.lane
+            candidates = self.candidates(info, lane, hardest)
+            choice, propensity = self._choose(candidates, limits, info)
+        decision = Decision(
+            request_id=uuid.uuid4().hex,
+            kind=info.kind,
+            complexity=hardest,
+            p_complex=route.score if hardest is not None else None,
+            lane=lane,
+            point=choice.point,
+            predicted=choice.candidate.predicted,
+            reason=choice.reason,
+            policy=self.policy.name,
+            rung=choice.candidate.key,
+            feasible=choice.feasible,
+            propensity=propensity,
+            margin=choice.margin,
+            p_late=choice.p_late,
+            elapsed_ms=info.elapsed_ms,
+            budget=budget.to_dict(),
+            prompt_features=features,
+            rejected=choice.rejected,
+        )
+        return decision, choice
+
+    def route(self, info: RequestInfo) -> tuple[Complexity | None, Route]:
+        """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""
+        if not info.complexities:
+            return None, self.policy.route(None)
+        routes = [(c, self.policy.route(c, info.prompt)) for c in info.complexities]
+        hardest, route = max(routes, key=lambda pair: (pair[1].lane == VIDEO, pair[1].lane == COMPLEX, pair[1].score))
+        return hardest, route
+
+    def candidates(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> list[Candidate]:
+        """The lane's ladder on this model and these media, each point once, with predicted cost."""
+        best: dict[OperatingPoint, tuple[float, str]] = {}
+        for rung in self._rungs(info, lane, complexity):
+            point = self.adapter.resolve(rung, info.sizes)
+            if info.pixels_fixed and point.before_encoder:
+                point = point.without(point.before_encoder)
+            if point not in best or rung.quality > best[point][0]:
+                best[point] = rung.quality, rung.name
+        # The rung's name is the same for every size of image, so drift is learned per rung.
+        new = self.expected_tokens(info)
+        return [self.candidate(point, quality, info, new, name) for point, (quality, name) in best.items()]
+
+    def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
+        """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
+        rungs = self.policy.ladder(lane, complexity, info.prompt)
+        if lane != VIDEO or complexity is None or not is_still(complexity):
+            return rungs
+        few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
+        return (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
+
+    def expected_tokens(self, info: RequestInfo) -> float:
+        """How long an answer to this kind of prompt has been."""
+        return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
+
+    def candidate(
+        self, point: OperatingPoint, quality: float, info: RequestInfo, new: float | None = None, key: str = ""
+    ) -> Candidate:
+        """One point on offer for `info`, with its predicted cost for an answer of `new` tokens (else as expected)."""
+        return Candidate(point, quality, self.cost.predict(point, self.work(point, info, new)), key)
+
+    def work(self, point: OperatingPoint, info: RequestInfo, new: float | None = None) -> Work:
+        """What `point` makes the model do for `info`."""
+        sizes = info.sizes
+        if point.max_fps is not None and info.durations_s and not info.pixels_fixed:
+            sizes = [
+                replace(size, frames=frames_at(size.frames, duration, point.max_fps)) if size.clip else size
+                for size, duration in zip(sizes, info.durations_s, strict=True)
+            ]
+        plan = self.adapter.plan(sizes, point)
+        return Work(
+            patches=plan.segments,
+            visual_tokens=plan.tokens,
+            prompt_tokens=plan.tokens + info.text_tokens,
+            new_tokens=self.expected_tokens(info) if new is None else new,
+            batch=info.batch,
+            source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
+        )
+
+    def _choose(self, candidates: list[Candidate], budget: Budget, info: RequestInfo) -> tuple[Choice, float]:
+        """The controller's choice, or now and then a random point that fits, with the propensity of either."""
+        limits: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
+        choice = self.controller.choose(candidates, budget, **limits)
+        explore = self.policy.explore
+        if explore == 0.0 or not choice.feasible:
+            return choice, 1.0
+        lenient = replace(budget, on_infeasible="cheapest")
+        singles = [self.controller.choose([c], lenient, **limits) for c in candidates]
+        fitting = [single for single in singles if single.feasible]
+        share = explore / len(fitting)
+        if self._rng.random() < explore:
+            drawn = self._rng.choice(fitting)
+            greedy = drawn.point == choice.point
+            return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0)
+        return choice, 1 - explore + share

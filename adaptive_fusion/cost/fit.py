@@ -1,0 +1,108 @@
+"""A profile fitted to measured requests.
+
+Knows samples and the terms of the cost model. Knows nothing of models, files or how the samples were made.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from operator import mul
+from statistics import median
+
+from adaptive_fusion.cost.model import CostModel, Profile, Work, decode_terms, encode_terms, memory_terms, prefill_terms
+from adaptive_fusion.decisions import Measurement
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.point import OperatingPoint
+
+MIN_SAMPLES = 8
+_ROUNDS = 25
+
+Sample = tuple[OperatingPoint, Work, Measurement]
+
+
+def fit_profile(samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key: Mapping[str, str]) -> Profile:
+    """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
+
+    Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be
+    told apart. With samples at several levels of concurrency `sharing` is fitted too, else it stays 1.
+    Values that are not finite and positive are left out. Of the peaks of one request measured several times the
+    median counts, and every single one for the margin.
+
+    Raises:
+        ConfigError: If a stage has fewer than 8 usable samples.
+    """
+    shared = [sample for sample in samples if sample[1].concurrency > 1]
+    alone = [sample for sample in samples if sample[1].concurrency == 1] or list(samples)
+    encode, encode_ratios = _fit(
+        "encode", [(encode_terms(p, w), m.ttft_ms - m.prefill_ms) for p, w, m in alone if w.patches]
+    )
+    prefill, prefill_ratios = _fit("prefill", [(prefill_terms(w), m.prefill_ms) for _, w, m in alone])
+    decode, decode_ratios = _fit(
+        "decode", [(decode_terms(w), m.latency_ms - m.ttft_ms) for _, w, m in alone if w.new_tokens > 1]
+    )
+    peaks: dict[tuple[OperatingPoint, Work], list[float]] = {}
+    for point, work, measured in alone:
+        if 0.0 < measured.peak_memory_gb < math.inf:
+            peaks.setdefault((point, work), []).append(measured.peak_memory_gb)
+    memory, _ = _fit("memory", [(memory_terms(p, w), median(found)) for (p, w), found in peaks.items()])
+    memory_ratios = [
+        peak / max(sum(map(mul, memory, memory_terms(p, w))), 1e-12)
+        for (p, w), found in peaks.items()
+        for peak in found
+    ]
+    profile = Profile(
+        dict(key),
+        encode,
+        prefill,
+        decode,
+        memory,
+        memory_margin=min(max(1.05 * max(memory_ratios), 1.05), 4.0),
+        samples=len(alone),
+        errors={
+            "encode": _median_error(encode_ratios),
+            "prefill": _median_error(prefill_ratios),
+            "decode": _median_error(decode_ratios),
+            "memory": _median_error(memory_ratios),
+        },
+    )
+    model = CostModel(profile)
+    slopes = [
+        (measured.latency_ms / model.predict(point, replace(work, concurrency=1)).latency_ms - 1.0)
+        / (work.concurrency - 1)
+        for point, work, measured in shared
+        if 0.0 < measured.latency_ms < math.inf
+    ]
+    if not slopes:
+        return profile
+    return replace(profile, sharing=min(max(median(slopes), 0.0), 100.0), samples=len(samples))
+
+
+def _median_error(ratios: Sequence[float]) -> float:
+    return median(abs(ratio - 1.0) for ratio in ratios)
+
+
+def _fit(stage: str, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[tuple[float, ...], list[float]]:
+    """Non-negative coefficients of least absolute log error, and measured / predicted of every usable sample.
+
+    Iteratively reweighted least squares: the absolute log error, unlike the squared relative one, neither
+    leans towards small predictions nor follows the requests that another process slowed down.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    usable = [(terms, value) for terms, value in samples if 0.0 < value < math.inf]
+    if len(usable) < MIN_SAMPLES:
+        raise ConfigError(f"{stage} has {len(usable)} usable samples; expected at least {MIN_SAMPLES}")
+    matrix = np.array([terms for terms, _ in usable], dtype=np.float64)
+    target = np.array([value for _, value in usable], dtype=np.float64)
+    scale = np.where(matrix.max(0) > 0.0, matrix.max(0), 1.0) / float(np.median(target))
+    best, least, weights = np.zeros(matrix.shape[1]), math.inf, 1.0 / target
+    for _ in range(_ROUNDS):
+        solution, _ = nnls(matrix / scale * weights[:, None], target * weights)
+        predicted = np.maximum(matrix @ (solution / scale), 1e-9 * target)
+        error = np.abs(np.log(target / predicted))
+        if error.mean() < least:
+            best, least = solution / scale, float(error.mean())
+        weights = 1.0 / (np.sqrt(predicted * target) * np.sqrt(np.maximum(error, 0.01)))
+    ratios = target / np.maximum(matrix @ best, 1e-12)
+    return tuple(best.tolist()), ratios.tolist()

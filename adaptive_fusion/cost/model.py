@@ -1,0 +1,222 @@
+"""What a request will cost at an operating point: milliseconds per stage and GiB, from a profile of few
+coefficients.
+
+Knows patches, tokens and coefficients. Knows nothing of models, images, budgets, files or clocks: whoever
+plans a request says how much work it is. Plain floats only; `fit` and `estimate` make the coefficients.
+
+With segments s of n_s patches each, N = sum n_s, Q = sum n_s^2, F = N x fused levels, T prompt tokens of
+the whole batch of B, and t new tokens per sequence:
+
+- encode = e0 + e1 S + e2 N + e3 Q + e4 F + e5 F rank (attention is within a segment; S = number of segments)
+- prefill = p0 + p1 T + p2 T^2 / B
+- decode = (t - 1) (d0 + d1 B + d2 (T + B t / 2)): the first token comes with the prefill
+- times of all three x (1 + k (concurrency - 1))
+- peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F + m5 P, with P pixels of the media as they came
+
+All coefficients are non-negative, so that more work is never predicted to cost less.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import mul
+from typing import Any
+
+from adaptive_fusion.checks import amount
+from adaptive_fusion.decisions import Prediction
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.point import OperatingPoint
+
+VERSION = 1
+
+SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 6}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much a request is at one operating point.
+
+    Attributes:
+        patches: ViT patches of each attention segment (an image, or a temporal step of a clip), all the
+            batch's.
+        visual_tokens: Visual tokens that reach the language model, all the batch's.
+        prompt_tokens: Tokens of all the batch's prompts together, visual ones included.
+        new_tokens: Tokens to generate per sequence; an expectation may be fractional.
+        batch: Sequences generated together.
+        concurrency: Requests that share the device while this one runs, itself included.
+        source_pixels: Pixels of all media before they are resized; 0 if the processor is through with them.
+
+    Raises:
+        ConfigError: For a count that is negative or not finite.
+    """
+
+    patches: tuple[int, ...] = ()
+    visual_tokens: int = 0
+    prompt_tokens: int = 1
+    new_tokens: float = 1.0
+    batch: int = 1
+    concurrency: int = 1
+    source_pixels: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("visual_tokens", 0),
+            ("prompt_tokens", 0),
+            ("new_tokens", 0),
+            ("batch", 1),
+            ("concurrency", 1),
+            ("source_pixels", 0),
+        ):
+            if not low <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a finite number from {low}")
+        if self.patches and not 0 <= min(self.patches) <= max(self.patches) < math.inf:
+            raise ConfigError(f"patches has {min(self.patches)!r}; expected counts of at least 0")
+
+
+def encode_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
+    """What e0 to e5 multiply."""
+    patches = work.patches
+    total = sum(patches)
+    squares = sum([n * n for n in patches])
+    fused = total * point.layers if point.fuses else 0
+    some = 1.0 if patches else 0.0
+    return (some, len(patches), total, squares, fused, fused * point.adapter_rank)
+
+
+def prefill_terms(work: Work) -> tuple[float, ...]:
+    """What p0 to p2 multiply."""
+    return (1.0, work.prompt_tokens, work.prompt_tokens * work.prompt_tokens / work.batch)
+
+
+def decode_terms(work: Work) -> tuple[float, ...]:
+    """What d0 to d2 multiply."""
+    steps = max(work.new_tokens - 1.0, 0.0)
+    context = work.prompt_tokens + work.batch * work.new_tokens / 2
+    return (steps, steps * work.batch, steps * context)
+
+
+def memory_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
+    """What m0 to m5 multiply."""
+    patches = work.patches
+    total = sum(patches)
+    largest = max(patches, default=0)
+    fused = total * point.layers if point.fuses else 0
+    tokens = work.prompt_tokens + work.batch * work.new_tokens
+    return (1.0, total, largest * largest, tokens, fused, work.source_pixels)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Coefficients of the cost model on one machine, in milliseconds and GiB; see the module for the terms.
+
+    Attributes:
+        key: What it holds for: model configuration hash, device, dtype, attention backend, versions.
+        encode: e0 to e5. Preprocessing is in it: it is all that comes before the prefill.
+        prefill: p0 to p2.
+        decode: d0 to d2.
+        memory: m0 to m5, the central estimate.
+        memory_margin: Largest measured / predicted peak x 1.05: where the controller's memory envelope
+            starts.
+        sharing: k, the slowdown per further concurrent request; 1 is time sharing.
+        samples: Requests it was fitted on; 0 for an analytic estimate.
+        errors: Median relative error per stage on those samples.
+
+    Raises:
+        ConfigError: For coefficients that are negative, not finite or of the wrong number.
+    """
+
+    key: Mapping[str, str]
+    encode: tuple[float, ...]
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    memory: tuple[float, ...]
+    memory_margin: float = 1.25
+    sharing: float = 1.0
+    samples: int = 0
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, size in SIZES.items():
+            values = getattr(self, name)
+            if len(values) != size:
+                raise ConfigError(f"{name} has {len(values)} coefficients; expected {size}")
+            for value in values:
+                amount(name, value, 0.0, 1e12)
+        amount("memory_margin", self.memory_margin, 1.0, 4.0)
+        amount("sharing", self.sharing, 0.0, 100.0)
+        amount("samples", self.samples, 0, 1e12)
+
+    def mismatch(self, key: Mapping[str, str]) -> str | None:
+        """Why this profile does not hold for `key`, or None if it does."""
+        differing = [
+            f"{name} was {self.key.get(name, 'absent')}, is {key.get(name, 'absent')}"
+            for name in sorted({*self.key, *key})
+            if self.key.get(name) != key.get(name)
+        ]
+        return f"profile is of another set-up: {'; '.join(differing)}" if differing else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "version": VERSION,
+            "key": dict(self.key),
+            **{name: list(getattr(self, name)) for name in SIZES},
+            "memory_margin": self.memory_margin,
+            "sharing": self.sharing,
+            "samples": self.samples,
+            "errors": dict(self.errors),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Profile":
+        """Read `to_dict`'s form.
+
+        Raises:
+            ConfigError: For another version, unknown or missing parts, or coefficients out of range.
+        """
+        known = ("version", "key", *SIZES, "memory_margin", "sharing", "samples", "errors")
+        if values.get("version") != VERSION:
+            raise ConfigError(f"profile has version {values.get('version')!r}; expected {VERSION}")
+        if set(values) != set(known):
+            raise ConfigError(f"profile has parts {sorted(map(str, values))}; expected {sorted(known)}")
+        key, errors = values["key"], values["errors"]
+        if not isinstance(key, Mapping) or not isinstance(errors, Mapping):
+            raise ConfigError("profile's key and errors must be tables")
+        for name in SIZES:
+            if not isinstance(values[name], list | tuple):
+                raise ConfigError(f"profile's {name} is {values[name]!r}; expected a list of numbers")
+        stages = {name: tuple(amount(name, v, 0.0, 1e12) for v in values[name]) for name in SIZES}
+        return cls(
+            key={str(k): str(v) for k, v in key.items()},
+            encode=stages["encode"],
+            prefill=stages["prefill"],
+            decode=stages["decode"],
+            memory=stages["memory"],
+            memory_margin=amount("memory_margin", values["memory_margin"], 1.0, 4.0),
+            sharing=amount("sharing", values["sharing"], 0.0, 100.0),
+            samples=int(amount("samples", values["samples"], 0, 1e12)),
+            errors={str(k): amount("errors", v, 0.0, 1e12) for k, v in errors.items()},
+        )
+
+
+class CostModel:
+    """Predicts from a profile; a few microseconds a call."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+
+    def predict(self, point: OperatingPoint, work: Work) -> Prediction:
+        """Milliseconds per stage and peak GiB above the resting set of `work`, counted for `point`."""
+        profile = self.profile
+        shared = 1.0 + profile.sharing * (work.concurrency - 1)
+        return Prediction(
+            shared * _dot(profile.encode, encode_terms(point, work)),
+            shared * _dot(profile.prefill, prefill_terms(work)),
+            shared * _dot(profile.decode, decode_terms(work)),
+            _dot(profile.memory, memory_terms(point, work)),
+        )
+
+
+def _dot(coefficients: tuple[float, ...], terms: tuple[float, ...]) -> float:
+    total: float = sum(map(mul, coefficients, terms))
+    return total

@@ -1,0 +1,129 @@
+"""The profile in use: the key it holds for, and its file in the user's cache, or an estimate in its place.
+
+Knows models' configurations and files. Knows nothing of samples, and is not needed to predict. A file that cannot be
+used is never an error: it is told why, and an estimate takes its place.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
+from adaptive_fusion.cost.model import Profile
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.models.base import Adapter
+
+MAX_BYTES = 1 << 20
+
+
+def user_cache_dir(environ: Mapping[str, str]) -> Path:
+    """The folder for this library's caches: ``XDG_CACHE_HOME``, ``LOCALAPPDATA`` or ``~/.cache``, as set
+    in `environ`.
+    """
+    base = environ.get("XDG_CACHE_HOME") or environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "adaptive_fusion"
+
+
+def profile_path(cache_dir: Path, key: Mapping[str, str]) -> Path:
+    """Where the profile for `key` is kept: one file per key, named by its hash."""
+    text = json.dumps(dict(key), sort_keys=True, separators=(",", ":"))
+    return Path(cache_dir) / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+
+
+def save_profile(cache_dir: Path, profile: Profile) -> Path:
+    """Write a profile to the cache and return its path; a reader sees the old file or the new one, never
+    half of one.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    path = profile_path(cache_dir, profile.key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(profile.to_dict(), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_profile(path: Path, key: Mapping[str, str]) -> tuple[Profile | None, str]:
+    """The profile in a file if it holds for `key`, and a sentence: what was found, or why it was refused."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            return None, f"profile file is larger than {MAX_BYTES} bytes"
+        values = json.loads(raw)
+        if not isinstance(values, Mapping):
+            return None, "profile file holds no table"
+        profile = Profile.from_dict(values)
+    except FileNotFoundError:
+        return None, "no profile of this set-up; run `adaptive-fusion calibrate`"
+    except OSError as error:
+        return None, f"profile file cannot be read: {error.strerror}"
+    except ConfigError as error:
+        return None, str(error)
+    except (ValueError, RecursionError):
+        return None, "profile file is not valid JSON"
+    refused = profile.mismatch(key)
+    return (None, refused) if refused else (profile, f"profile of {profile.samples} requests")
+
+
+def load_profile(cache_dir: Path, key: Mapping[str, str]) -> tuple[Profile | None, str]:
+    """The cached profile for `key`, or None and the reason; never raises for what a file holds."""
+    return read_profile(profile_path(cache_dir, key), key)
+
+
+def profile_key(adapter: Adapter) -> dict[str, str]:
+    """What a profile depends on: model configuration, device, dtype, attention backend and versions."""
+    import torch
+
+    model = adapter.model
+    config = model.config
+    device = torch.device(model.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    shape = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
+    return {
+        "model": f"{type(model).__name__}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}",
+        "device": f"{device.type}:{name}:{torch.get_num_threads() if device.type == 'cpu' else ''}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(getattr(config, "_attn_implementation", None)),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "adaptive_fusion": _version("adaptive-fusion"),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def find_profile(adapter: Adapter) -> tuple[Profile, str]:
+    """The measured profile in the user's cache if it holds here, else an estimate; and a sentence that says which."""
+    key = profile_key(adapter)
+    profile, note = load_profile(user_cache_dir(os.environ), key)
+    if profile is not None:
+        return profile, note
+    flops, rate = RATES["cuda" if key["device"].startswith("cuda") else "cpu"]
+    estimate = analytic_profile(
+        model_shape(adapter),
+        key,
+        dtype_bytes=int(adapter.model.dtype.itemsize),
+        flops_per_s=flops,
+        bytes_per_s=rate,
+    )
+    return estimate, f"estimated from the model's shape: {note}"

@@ -1,0 +1,219 @@
+"""The execution of one decided request: run it until the deadline, measure it, and step down when memory runs out.
+
+Knows timed passes, a meter and the controller that learns from what a request took. Must not know of media, prompts,
+texts, policies or logs: `runner` makes tasks of requests and answers of runs.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Candidate, Choice
+from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.decisions import Decision, Measurement
+from adaptive_fusion.errors import InfeasibleBudgetError, OutOfMemoryError
+from adaptive_fusion.execution.meters import Meter
+from adaptive_fusion.execution.oom import run_with_step_down
+from adaptive_fusion.execution.timed import Encoding, Pass, TimedModel
+from adaptive_fusion.models import Adapter
+from adaptive_fusion.point import MIN_PIXELS, OperatingPoint
+
+Prepare = Callable[[OperatingPoint], Mapping[str, Any]]
+"""Gives the processor's tensors within a point's pixel budget, on the model's device."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A decided request.
+
+    Attributes:
+        decision: What was decided, for the log.
+        choice: The same for the controller.
+        arrived: On the executor's clock, in seconds.
+        prepare: Gives the inputs at a point.
+        options: For ``generate``, beside the inputs.
+        predict: What any other point would have been expected to take.
+        cancelled: Set by whoever gives the request up.
+    """
+
+    decision: Decision
+    choice: Choice
+    arrived: float
+    prepare: Prepare
+    options: Mapping[str, Any]
+    predict: Callable[[OperatingPoint], Candidate]
+    cancelled: threading.Event | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a task: the decision with the point that really ran, what it took, and ``generate``'s result.
+
+    `reduced_length` is the length of the prompt that the model saw; `stopped_by` is ``deadline``, ``cancelled`` or
+    None.
+    """
+
+    decision: Decision
+    measurement: Measurement
+    sequences: Any
+    reduced_length: int
+    stopped_by: str | None
+
+
+class Executor:
+    """Runs tasks on one model, one at a time: the caller holds the model's lock.
+
+    Args:
+        adapter: The way to the model.
+        meter: Measures the peak of a request; where that costs time, only requests with a memory budget are measured.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, adapter: Adapter, meter: Meter, clock: Callable[[], float]) -> None:
+        self.adapter, self.meter = adapter, meter
+        self.timed = TimedModel(adapter, clock)
+
+    def run(self, task: Task, controller: Controller) -> Run:
+        """Run the decided point and let the controller learn from what it took.
+
+        Out of memory steps down to cheaper points, at most three tries in all. With a hard deadline and
+        ``on_infeasible="refuse"`` no prefill is started whose first token is predicted to come after the deadline.
+
+        Raises:
+            InfeasibleBudgetError: If the prefill was not started for that reason.
+            OutOfMemoryError: If every try ran out of memory.
+        """
+        tries = _Tries(self.timed, task, controller)
+        measured = self._begin_measuring(task.choice.budget)
+        peak = None
+        try:
+            done = run_with_step_down(
+                tries.attempt, self._steps_down(tries.used), on_oom=tries.out_of_memory, release=_release
+            )
+        except InfeasibleBudgetError:
+            controller.refused(task.choice)
+            raise
+        finally:
+            if measured:
+                peak = self.meter.stop()
+        measurement = done.measurement(task.arrived, peak)
+        tries.learn(measurement, done.timer.stopped_by)
+        return Run(tries.decision(), measurement, done.result, done.encoding.length, done.timer.stopped_by)
+
+    def warm_up(self, points: Iterable[OperatingPoint], prepare: Prepare) -> None:
+        """Prepare, encode and generate two tokens at each point, with the meter running as in a measured request.
+
+        Nothing learns from it, and random numbers come as if it had not been. A point that runs out of memory is
+        passed over: a request that takes it finds out for itself.
+        """
+
+        def attempt(point: OperatingPoint) -> None:
+            encoding = self.timed.encode(partial(prepare, point), point)
+            self.timed.generate(encoding, {"min_new_tokens": 2, "max_new_tokens": 2})
+
+        device = torch.device(self.adapter.model.device)
+        self.meter.start()
+        try:
+            with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+                for point in points:
+                    with suppress(OutOfMemoryError):
+                        run_with_step_down(attempt, [point], release=_release)
+        finally:
+            self.meter.stop()
+
+    def _begin_measuring(self, budget: Budget) -> bool:
+        """Start the meter where it is free of charge or memory is limited; whether it was started."""
+        if self.meter.free_of_charge or budget.vram_gb is not None:
+            self.meter.start()
+            return True
+        self.meter.skip()
+        return False
+
+    def _steps_down(self, point: OperatingPoint) -> list[OperatingPoint]:
+        """`point` and two cheaper ones: half the token grid's side, then a quarter with a quarter of the pixels."""
+        ladder = [point]
+        for ratio, share in ((0.5, 2), (0.25, 4)):
+            pixels = max(MIN_PIXELS, point.max_pixels // share) if point.max_pixels else None
+            cheaper, _ = self.adapter.restrict(
+                replace(point, downsample=min(point.downsample, ratio), max_pixels=pixels)
+            )
+            if cheaper != ladder[-1]:
+                ladder.append(cheaper)
+        return ladder
+
+
+class _Tries:
+    """The tries of one task: which point runs, what failed ones took, and what the controller hears of it."""
+
+    def __init__(self, timed: TimedModel, task: Task, controller: Controller) -> None:
+        self.timed, self.task, self.controller = timed, task, controller
+        self.used = task.decision.point
+        self.lost_ms = 0.0
+
+    def attempt(self, point: OperatingPoint) -> Pass:
+        """Prepare, encode and generate at `point`."""
+        self.used = point
+        task, deadline = self.task, self._deadline_s()
+        encoding = self.timed.encode(partial(task.prepare, point), point)
+        self._refuse_if_late(encoding, deadline)
+        return self.timed.generate(encoding, task.options, deadline_s=deadline, cancelled=task.cancelled)
+
+    def out_of_memory(self, _point: OperatingPoint, _said: str) -> None:
+        """A try ran out of memory."""
+        choice = self.task.choice
+        elapsed = (self.timed.clock() - self.task.arrived) * 1e3
+        self.controller.miss(choice, elapsed, kind="oom", ran=self._ran(), lost_ms=self.lost_ms)
+        self.lost_ms = elapsed - choice.elapsed_ms
+
+    def learn(self, measurement: Measurement, stopped_by: str | None) -> None:
+        """The last try came to its end, by itself or stopped."""
+        choice, ran = self.task.choice, self._ran()
+        if stopped_by is None:
+            self.controller.update(choice, measurement, ran=ran, lost_ms=self.lost_ms)
+        else:
+            kind = "cancelled" if stopped_by == "cancelled" else "timeout"
+            self.controller.miss(choice, measurement.latency_ms, kind=kind, ran=ran, lost_ms=self.lost_ms)
+
+    def decision(self) -> Decision:
+        """The decision with the point that really ran."""
+        decided = self.task.decision
+        if self.used == decided.point:
+            return decided
+        reason = f"{decided.reason}; stepped down after running out of memory"
+        return replace(decided, point=self.used, reason=reason)
+
+    def _ran(self) -> Candidate | None:
+        """The candidate that ran, if it is not the chosen one."""
+        return None if self.used == self.task.choice.point else self.task.predict(self.used)
+
+    def _deadline_s(self) -> float | None:
+        """On the clock, when the answer is cut off."""
+        budget = self.task.choice.budget
+        if budget.latency_ms is None or budget.on_deadline != "stop":
+            return None
+        return self.task.arrived + budget.latency_ms / 1e3
+
+    def _refuse_if_late(self, encoding: Encoding, deadline: float | None) -> None:
+        """Raise InfeasibleBudgetError where the first token is predicted to come after the deadline, if the budget
+        asks for it."""
+        if deadline is None or self.task.choice.budget.on_infeasible != "refuse":
+            return
+        candidate = self._ran() or self.task.choice.candidate
+        prefill_ms = candidate.predicted.prefill_ms * self.controller.slowdown(candidate.key)
+        left_ms = (deadline - encoding.ended_s) * 1e3
+        if prefill_ms > max(left_ms, 0.0):
+            raise InfeasibleBudgetError(
+                f"the prefill at {self.used.name} was not started: predicted to take {prefill_ms:.0f} ms, with "
+                f"{left_ms:.0f} ms left to the deadline"
+            )
+
+
+def _release() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,142 @@
+"""A chat request: media loaded and measured, messages in the form that chat templates take.
+
+Knows media, complexity and message parts. Must not know of policies, models or budgets. Nothing is fetched: a source
+that looks like an address is refused by the media loader.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.features.complexity import Complexity, measure_complexity
+from adaptive_fusion.media.clips import Video
+from adaptive_fusion.media.hashes import content_hash
+from adaptive_fusion.media.load import Media, load_media
+from adaptive_fusion.models.base import Size
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What one chat request asks: template messages with loaded media, and what was measured on them."""
+
+    messages: tuple[dict[str, Any], ...]
+    media: tuple[Media, ...]
+    prompt: str
+    complexities: tuple[Complexity, ...]
+    content_hash: str | None
+
+    @property
+    def texts(self) -> list[str]:
+        """Everything said in the conversation, in order."""
+        return [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Sizes of the media, in order."""
+        return [media_size(medium) for medium in self.media]
+
+    @property
+    def durations_s(self) -> list[float]:
+        """Durations of the media in seconds, in order; 0 for images."""
+        return [medium.duration_s if isinstance(medium, Video) else 0.0 for medium in self.media]
+
+    @property
+    def kind(self) -> str:
+        """``text``, ``image``, ``video`` or ``mixed``."""
+        kinds = {complexity.kind for complexity in self.complexities}
+        return "mixed" if len(kinds) > 1 else kinds.pop() if kinds else "text"
+
+
+def media_size(medium: Media) -> Size:
+    """Frames, height and width of a loaded medium."""
+    if isinstance(medium, Video):
+        frames, height, width = medium.frames.shape[:3]
+        return Size(frames, height, width, clip=True)
+    return Size(1, medium.height, medium.width)
+
+
+def is_messages(value: object) -> bool:
+    """Whether `value` is a list of chat messages rather than media."""
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(v, Mapping) and "role" in v for v in value)
+
+
+def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = False) -> ChatRequest:
+    """Load and measure everything that a request names.
+
+    Args:
+        media_or_messages: None, one medium (path, encoded bytes, PIL image, array, `Video`), a list of media (a list
+            inside it is the frames of one clip), or chat messages whose content is a string or a list of parts
+            ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``.
+        prompt: Asked after the media; with messages it becomes one more user message, or None.
+        hashed: Take the media's content hash too, for a log.
+
+    Raises:
+        MediaError: For a medium that cannot be used.
+        ConfigError: For a message or part of an unknown form, or a request without media and prompt.
+    """
+    if prompt is not None and not isinstance(prompt, str):
+        raise ConfigError(f"prompt is {type(prompt).__name__}; expected a string")
+    if is_messages(media_or_messages):
+        raw = [dict(message) for message in media_or_messages]
+        if prompt is not None:
+            raw.append({"role": "user", "content": prompt})
+    else:
+        sources = _as_list(media_or_messages)
+        if not sources and not prompt:
+            raise ConfigError("a request needs media or a prompt; got neither")
+        content = [{"type": "media", "media": source} for source in sources]
+        raw = [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
+    media: list[Media] = []
+    hashes: list[str] | None = [] if hashed else None
+    texts: list[str] = []
+    messages = [_message(message, media, hashes, texts) for message in raw]
+    complexities = tuple(measure_complexity(m.frames if isinstance(m, Video) else m) for m in media)
+    joined = "+".join(hashes) if hashes else None
+    return ChatRequest(tuple(messages), tuple(media), texts[-1] if texts else "", complexities, joined)
+
+
+def _as_list(media: Any) -> list[Any]:
+    if media is None:
+        return []
+    if isinstance(media, str | bytes | Path | Image.Image | np.ndarray | Video):
+        return [media]
+    if isinstance(media, list | tuple):
+        return list(media)
+    raise ConfigError(
+        f"media is {type(media).__name__}; expected a path, bytes, PIL image, array, Video, a list of these, "
+        "or messages"
+    )
+
+
+def _message(message: dict[str, Any], media: list[Media], hashes: list[str] | None, texts: list[str]) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "user", "assistant"):
+        raise ConfigError(f"message role is {role!r}; expected system, user or assistant")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ConfigError(f"message content is {type(content).__name__}; expected a string or a list of parts")
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+            if role == "user":
+                texts.append(part["text"])
+        elif kind in ("image", "video", "media") and part.get(kind) is not None:
+            source = part[kind]
+            loaded = load_media(source)
+            # What it is, not what it was called: an animated image is a clip.
+            found = "video" if isinstance(loaded, Video) else "image"
+            media.append(loaded)
+            if hashes is not None:
+                hashes.append(content_hash(source))
+            parts.append({"type": found, found: loaded})
+        else:
+            raise ConfigError(f"message part is {kind!r}; expected text, image or video with its value")
+    return {"role": role, "content": parts}

@@ -1,0 +1,1 @@
+"""Logs and labels, and the training matrix made of them."""

@@ -1,0 +1,182 @@
+"""Labels in one schema: what each rung of the ladders was worth on an input, or what a person said of it.
+
+Knows four sources: oracle runs, people (`people`), users' feedback and shadow runs of live traffic. Must not
+know how labels are fitted. Labels are log records (``event`` = ``label``, ``feedback`` or ``shadow``), so
+that one reader takes logs and labels alike; `join_labels` makes one table of them.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptive_fusion.decisions import SCHEMA
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.learning.data.logs import LogTable
+
+SOURCES = ("feedback", "human", "oracle", "shadow")
+TRUSTED = ("human", "oracle", "shadow")
+"""Sources that the operator controls; only these may judge a candidate policy."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known of an input apart from its quality; numbers and hashes only.
+
+    Attributes:
+        content_hash: Of the encoded bytes; inputs that share it stay in one split.
+        kind: ``image``, ``video`` or ``text``.
+        features: Complexity features by name, of extractor `features_version`.
+        prompt_features: Prompt features by name, of extractor `prompt_version`.
+        prompt_hash: Of the question; the same image under two questions is two subjects.
+        slices: Names for reports, such as ``{"scene": "dense", "size": "large"}``.
+    """
+
+    content_hash: str
+    kind: str
+    features: Mapping[str, float]
+    features_version: str | None = None
+    prompt_features: Mapping[str, float] = field(default_factory=dict)
+    prompt_version: str | None = None
+    prompt_hash: str | None = None
+    slices: Mapping[str, str] = field(default_factory=dict)
+
+
+def label_record(
+    subject: Subject,
+    source: str,
+    *,
+    quality: Mapping[str, float] | None = None,
+    reference_quality: float | None = None,
+    cost: Mapping[str, float] | None = None,
+    measurement: Mapping[str, Mapping[str, float]] | None = None,
+    target: float | None = None,
+    weight: float = 1.0,
+    source_id: str | None = None,
+    time_s: float = 0.0,
+) -> dict[str, Any]:
+    """One label as a log record.
+
+    Args:
+        subject: What was labelled.
+        source: One of `SOURCES`.
+        quality: Quality in [0, 1] by rung name.
+        reference_quality: Quality of the native point, in [0, 1].
+        cost: Cost by rung name, in one unit for all labels, such as milliseconds to the first token.
+        measurement: What else was measured by rung name, such as ``latency_ms`` and ``visual_tokens``.
+        target: 0 (simple) to 1 (complex), where a person said so instead.
+        weight: How much the label counts.
+        source_id: Who labelled: a rater, user or file; shares of weight are capped per id.
+        time_s: When, seconds since the epoch; the newest of several equal labels counts.
+
+    Raises:
+        ConfigError: For an unknown source or a value out of range.
+    """
+    if source not in SOURCES:
+        raise ConfigError(f"label source is {source!r}; expected one of {', '.join(SOURCES)}")
+    shares = {**(quality or {}), "reference_quality": reference_quality, "target": target}
+    for name, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{name} of a label is {value!r}; expected 0 to 1")
+    for name, value in {**(cost or {}), "weight": weight}.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} of a label is {value!r}; expected a finite number, 0 or more")
+    return {
+        "schema": SCHEMA,
+        "event": "label",
+        "time_s": time_s,
+        "source": source,
+        "source_id": source_id,
+        "content_hash": subject.content_hash,
+        "prompt_hash": subject.prompt_hash,
+        "kind": subject.kind,
+        "features": dict(subject.features),
+        "features_version": subject.features_version,
+        "prompt_features": dict(subject.prompt_features),
+        "prompt_version": subject.prompt_version,
+        "quality": dict(quality or {}),
+        "reference_quality": reference_quality,
+        "cost": dict(cost or {}),
+        "measurement": {name: dict(values) for name, values in (measurement or {}).items()},
+        "target": target,
+        "weight": weight,
+        "slices": dict(subject.slices),
+    }
+
+
+def shadow_record(
+    request_id: str, quality: Mapping[str, float], *, reference_quality: float = 1.0, time_s: float = 0.0
+) -> dict[str, Any]:
+    """What a background run at full compute found: the quality, by rung name, of what the user got (and of
+    others that were tried) against the full answer. `request_id` names the decision, whose features count."""
+    return {
+        "schema": SCHEMA,
+        "event": "shadow",
+        "time_s": time_s,
+        "request_id": request_id,
+        "quality": dict(quality),
+        "reference_quality": reference_quality,
+    }
+
+
+_JOIN = f"""
+CREATE TABLE joined AS
+WITH decided AS (
+  SELECT request_id, min(rowid) AS subject, min(nullif(rung, '')) AS rung, min(propensity) AS propensity
+  FROM log WHERE event = 'decision'
+    AND request_id IN (SELECT request_id FROM log WHERE event IN ('feedback', 'shadow'))
+  GROUP BY request_id
+  HAVING min(rung) IS NOT DISTINCT FROM max(rung) AND min(content_hash) IS NOT DISTINCT FROM max(content_hash)
+)
+SELECT rowid AS subject, source, source_id, request_id, content_hash, prompt_hash, quality, reference_quality,
+  cost, target, coalesce(weight, 1) AS weight, coalesce(time_s, 0) AS time_s, slices, rung, propensity
+FROM log WHERE event = 'label' AND source IN ({", ".join(f"'{name}'" for name in SOURCES)})
+UNION ALL
+SELECT d.subject, 'feedback', f.source_id, f.request_id, NULL, NULL, to_json(map([d.rung], [f.rating])), NULL,
+  NULL, NULL, 1, coalesce(f.time_s, 0), NULL, d.rung, d.propensity
+FROM log f JOIN decided d USING (request_id)
+WHERE f.event = 'feedback' AND d.rung IS NOT NULL AND f.rating BETWEEN 0 AND 1
+UNION ALL
+SELECT d.subject, 'shadow', f.source_id, f.request_id, NULL, NULL, f.quality, f.reference_quality, f.cost,
+  NULL, 1, coalesce(f.time_s, 0), NULL, d.rung, d.propensity
+FROM log f JOIN decided d USING (request_id)
+WHERE f.event = 'shadow'
+"""
+_NEWEST = """
+CREATE TABLE labels AS SELECT * FROM joined WHERE rowid IN (
+  SELECT arg_max(rowid, (time_s, hash(quality, target)))
+  FROM joined GROUP BY hash(source, source_id, request_id, content_hash, prompt_hash,
+    CASE WHEN request_id IS NULL AND content_hash IS NULL THEN rowid END)
+)
+"""
+
+
+def join_labels(table: LogTable) -> dict[str, int]:
+    """Make the table ``labels`` of an open log: one row a label, feedback and shadow runs joined to their
+    decision.
+
+    Its column ``subject`` is the rowid in ``log`` of the record with the features. Of several labels by one
+    source id on one request or input the newest counts, so that neither replayed votes nor logs given twice
+    (compacted and not) count twice. A request id under which two different decisions were logged joins none.
+
+    Returns:
+        ``labels`` (rows), ``unjoined`` (feedback and shadow records without a decision, a rung or a valid
+        rating), ``repeated`` (older or equal labels left out), ``unlabelled`` (label records of an unknown
+        source).
+    """
+    run = table.connection.execute
+    run(_JOIN)
+    run(_NEWEST)
+
+    def count(query: str) -> int:
+        return int(run(f"SELECT count(*) FROM {query}").fetchone()[0])
+
+    records = count("log WHERE event IN ('feedback', 'label', 'shadow')")
+    unknown = count("log WHERE event = 'label'") - count("joined WHERE content_hash IS NOT NULL")
+    joined, labels = count("joined"), count("labels")
+    return {
+        "labels": labels,
+        "unjoined": records - unknown - joined,
+        "repeated": joined - labels,
+        "unlabelled": unknown,
+    }

@@ -1,0 +1,1 @@
+"""Fusion modules trained from a frozen model's own answers."""

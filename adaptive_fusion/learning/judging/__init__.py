@@ -1,0 +1,1 @@
+"""How good a policy is: curves against baselines, and its value on logged traffic."""

@@ -1,0 +1,71 @@
+"""A policy seen as a choice between two arms: their names, its scores, and what the arms were worth.
+
+Knows policies and labelled data. Must not know figures, fits or files.
+
+The arms are the first rung of the cheap lane and the first of the strong lane. Where labels carry no quality
+of the strong rung the native reference stands for it; where they carry no quality at all (a person's "simple"
+or "complex") the cheap arm is worth 1 on a simple input, 0 on a complex one, and the strong arm 1. Without
+costs the strong arm costs 1 and the cheap arm 0, so that cost is the share of strong calls.
+"""
+
+import numpy as np
+
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray
+from adaptive_fusion.learning.judging.curve import Arms
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
+
+MIN_ROWS = 20
+"""Fewest rows to judge by."""
+
+
+def arm_names(policy: Policy) -> tuple[str, str]:
+    """Names of the cheap and the strong rung of a policy."""
+    return policy.lanes[SIMPLE][0].name, policy.lanes[COMPLEX][0].name
+
+
+def scores(policy: Policy, data: Dataset) -> FloatArray:
+    """P(complex) of each row, ``[n]``."""
+    return policy.router.p_complex_batch(data.columns(policy.router.inputs.names))
+
+
+def judges(data: Dataset, among: BoolArray | None = None) -> BoolArray:
+    """The rows ``[n]``, of those `among` or of all, that may judge: measured qualities of trusted sources, not
+    opinions, where there are enough of them; else whatever trusted sources said; else all."""
+    rows = np.ones(len(data), dtype=bool) if among is None else among
+    for better in (data.trusted(), np.isfinite(data.quality).any(axis=1)):
+        if (rows & better).sum() >= MIN_ROWS:
+            rows = rows & better
+    return rows
+
+
+def two_arms(data: Dataset, cheap: str, strong: str) -> tuple[Arms, FloatArray, BoolArray]:
+    """The arms and the routing label of the stills that judge a choice between two rungs, and which rows
+    those are.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    y = data.loses(cheap)
+
+    def of(table: FloatArray, rung: str) -> FloatArray:
+        return table[:, data.rungs.index(rung)] if rung in data.rungs else np.full(len(data), np.nan)
+
+    weak, best = of(data.quality, cheap), of(data.quality, strong)
+    best = np.where(np.isfinite(best), best, data.reference)
+    said = ~(np.isfinite(weak) & np.isfinite(best))
+    weak, best = np.where(said, 1 - y, weak), np.where(said, 1.0, best)
+    low, high = of(data.cost, cheap), of(data.cost, strong)
+    rows = np.isfinite(weak) & np.isfinite(best) & np.isfinite(y) & ~data.video
+    if not rows.any():
+        raise ConfigError(f"no label says what the rung {cheap!r} keeps; label inputs at the policy's own rungs")
+    priced = bool(np.isfinite(low[rows]).all() and np.isfinite(high[rows]).all())
+    low, high = (low, high) if priced else (np.zeros(len(data)), np.ones(len(data)))
+    arms = Arms(weak[rows], best[rows], low[rows], high[rows], data.group[rows])
+    return arms, y[rows], rows
+
+
+def lanes_of(policy: Policy, data: Dataset) -> dict[str, BoolArray]:
+    """Which rows ``[n]`` the policy sends to each lane."""
+    goes = scores(policy, data) >= policy.threshold
+    return {SIMPLE: ~data.video & ~goes, COMPLEX: ~data.video & goes, VIDEO: data.video}

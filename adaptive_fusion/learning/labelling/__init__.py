@@ -1,0 +1,1 @@
+"""What each rung is worth on an input: runs of the model, scored."""

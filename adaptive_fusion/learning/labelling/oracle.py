@@ -1,0 +1,200 @@
+"""Oracle labels: what each rung is worth on each input, found by running the rungs.
+
+Knows how to go through inputs once each, in several processes, and to resume. What a rung is worth is a
+scorer's business (`scoring` has the usual one); must not know models, metrics or tensors.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, Protocol
+
+from joblib import Parallel, delayed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.jsonl import mend_tail
+from adaptive_fusion.learning.data.labels import Subject, label_record
+from adaptive_fusion.policy.rungs import Rung
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one input's rungs were worth: quality in [0, 1] and cost by rung name, the native point's quality,
+    and by rung name whatever else was measured."""
+
+    quality: Mapping[str, float]
+    reference_quality: float
+    cost: Mapping[str, float] = field(default_factory=dict)
+    measurement: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Describes an input and scores rungs on it. Picklable ones can be run by several processes."""
+
+    def describe(self, item: Any, /) -> Subject:
+        """Hashes and features; cheap, since it decides whether the input is scored at all."""
+        ...
+
+    def score(self, item: Any, rungs: Sequence[Rung], /) -> Scores:
+        """Run the rungs."""
+        ...
+
+
+@dataclass(frozen=True)
+class LabelRun:
+    """What came of a run: inputs scored now, found scored before, seen twice, and failed with their
+    reasons."""
+
+    scored: int
+    resumed: int
+    repeated: int
+    failed: tuple[tuple[str, str], ...]
+
+
+def label_inputs(
+    scorer: Scorer,
+    inputs: Iterable[Any],
+    rungs: Sequence[Rung],
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    progress: bool = True,
+    source_id: str | None = None,
+    clock: Callable[[], float] = time.time,
+) -> LabelRun:
+    """Score rungs on inputs and append one label a line to `out` as soon as it is known.
+
+    An input whose content and question are in `out` already, with all these rungs and from the same `source_id`,
+    is not run again; nor is one that comes twice. Questions on the same content are scored one after the other, in
+    one process, so that a scorer can share work among them. A torn last line, from a run that was killed, is cut
+    off first. An input that raises this library's error is reported and left out; any other error stops the run,
+    with what was scored so far on disk.
+
+    Args:
+        scorer: Describes and scores.
+        inputs: Whatever the scorer takes.
+        rungs: What to run on each.
+        out: JSONL file of labels.
+        jobs: Processes, if the scorer can be pickled; else it runs in this one.
+        progress: Show a progress bar on standard error.
+        source_id: What labels, such as the model; goes into the labels.
+        clock: Seconds since the epoch, for the labels.
+
+    Raises:
+        ConfigError: Without rungs, or for an `out` that ends in something else than a record.
+    """
+    if not rungs:
+        raise ConfigError("no rungs to score; expected at least one")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mend_tail(out)
+    done = _done(out, {rung.name for rung in rungs}, source_id)
+    todo: list[tuple[Any, Subject]] = []
+    failed: list[tuple[str, str]] = []
+    resumed = repeated = 0
+    known = set(done)
+    for item in inputs:
+        try:
+            subject = scorer.describe(item)
+        except AdaptiveFusionError as error:
+            failed.append((_name(item), str(error)))
+            continue
+        key = (subject.content_hash, subject.prompt_hash)
+        if key in done:
+            resumed += 1
+        elif key in known:
+            repeated += 1
+        else:
+            todo.append((item, subject))
+        known.add(key)
+    scored = 0
+    with _bar(progress) as bar, out.open("a", encoding="utf-8") as handle:
+        task = bar.add_task("label", total=len(todo))
+        for item, subject, scores in _run(scorer, todo, tuple(rungs), jobs):
+            bar.advance(task)
+            if isinstance(scores, str):
+                failed.append((_name(item), scores))
+                continue
+            record = label_record(
+                subject,
+                "oracle",
+                quality=scores.quality,
+                reference_quality=scores.reference_quality,
+                cost=scores.cost,
+                measurement=scores.measurement,
+                source_id=source_id,
+                time_s=clock(),
+            )
+            handle.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+            handle.flush()
+            scored += 1
+    return LabelRun(scored, resumed, repeated, tuple(failed))
+
+
+def _done(out: Path, rungs: set[str], source_id: str | None) -> set[tuple[Any, Any]]:
+    """Keys of the labels in `out` by that source that cover the rungs."""
+    if not out.exists():
+        return set()
+    found = set()
+    with out.open("rb") as handle:
+        for line in handle:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(record, dict) or record.get("source_id") != source_id:
+                continue
+            if isinstance(record.get("quality"), dict) and rungs <= set(record["quality"]):
+                found.add((record.get("content_hash"), record.get("prompt_hash")))
+    return found
+
+
+def _run(
+    scorer: Scorer, todo: list[tuple[Any, Subject]], rungs: tuple[Rung, ...], jobs: int
+) -> Iterator[tuple[Any, Subject, Scores | str]]:
+    contents: dict[str, list[tuple[Any, Subject]]] = {}
+    for item, subject in todo:
+        contents.setdefault(subject.content_hash, []).append((item, subject))
+    if jobs == 1 or len(contents) < 2 or not _picklable(scorer):
+        for pairs in contents.values():
+            for item, subject in pairs:
+                yield item, subject, _score(scorer, item, rungs)
+        return
+    work = (delayed(_score_all)(scorer, [item for item, _ in pairs], rungs) for pairs in contents.values())
+    results = Parallel(n_jobs=jobs, return_as="generator")(work)
+    for pairs, found in zip(contents.values(), results, strict=True):
+        for (item, subject), scores in zip(pairs, found, strict=True):
+            yield item, subject, scores
+
+
+def _score_all(scorer: Scorer, items: Sequence[Any], rungs: tuple[Rung, ...]) -> list[Scores | str]:
+    return [_score(scorer, item, rungs) for item in items]
+
+
+def _score(scorer: Scorer, item: Any, rungs: tuple[Rung, ...]) -> Scores | str:
+    try:
+        return scorer.score(item, rungs)
+    except AdaptiveFusionError as error:
+        return str(error)
+
+
+def _picklable(scorer: Scorer) -> bool:
+    try:
+        ForkingPickler.dumps(scorer)
+    except Exception:  # whatever an object's own reduction raises: it then runs in this process
+        return False
+    return True
+
+
+def _name(item: Any) -> str:
+    return str(getattr(item, "name", item))[-80:]
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -1,0 +1,74 @@
+"""A runner from two names: policy first, then the model, with failures put in plain words.
+
+Knows the runner and the noise that model loading makes on a terminal. Must not know who asks for it.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaptive_fusion.decision_log import DecisionLog
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from adaptive_fusion.runner import AdaptiveRunner
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+_EXPECTED = "expected reference, a folder in Hugging Face format, or the id of a model on the Hub"
+
+
+def open_runner(model: str, policy: str, log: Path | None = None) -> "AdaptiveRunner":
+    """Load policy and model, on the accelerator if there is one.
+
+    Raises:
+        PolicyError: For a policy that cannot be loaded; checked before the model is.
+        ConfigError: For a model that cannot be found or read. A text that is neither an existing folder nor of
+            the form ``name`` or ``owner/name`` is refused without looking anywhere else.
+        UnsupportedModelError: For a model that cannot be driven.
+    """
+    loaded = Policy.load(policy)
+    folder = Path(model).expanduser()
+    is_folder = bool(model) and _is_dir(folder)
+    if model != "reference" and not is_folder and not _HUB_ID.fullmatch(model):
+        raise ConfigError(f"model is {model[:200]!r}, which is no folder; {_EXPECTED}")
+    try:
+        import torch
+        from safetensors import SafetensorError
+
+        quieten()
+        from adaptive_fusion.runner import AdaptiveRunner
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"the model stack cannot be imported ({_first_line(error)}); `adaptive-fusion doctor` says what to do"
+        ) from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    source = str(folder) if is_folder and model != "reference" else model
+    try:
+        return AdaptiveRunner.from_pretrained(
+            source, policy=loaded, device=accelerator, log=DecisionLog(log) if log is not None else None
+        )
+    except AdaptiveFusionError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model {model[:200]!r} cannot be loaded: {_first_line(error)}; {_EXPECTED}") from error
+
+
+def quieten() -> None:
+    """Keep transformers' loading bars and notes off the terminal; its errors still show."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

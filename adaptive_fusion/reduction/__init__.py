@@ -1,0 +1,1 @@
+"""Fewer visual tokens: pure tensor modules that know no model family."""

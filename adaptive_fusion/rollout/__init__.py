@@ -1,0 +1,1 @@
+"""Bringing a policy to live traffic: shadow runs beside it."""

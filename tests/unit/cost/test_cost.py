@@ -1,0 +1,242 @@
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptive_fusion.cost.estimate import ModelShape, analytic_profile
+from adaptive_fusion.cost.fit import Sample, fit_profile
+from adaptive_fusion.cost.lengths import MAX_KINDS, LengthModel
+from adaptive_fusion.cost.model import CostModel, Profile, Work
+from adaptive_fusion.cost.profiles import load_profile, profile_path, read_profile, save_profile, user_cache_dir
+from adaptive_fusion.decisions import Measurement, Prediction
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.point import NATIVE, OperatingPoint
+
+KEY = {"model": "abc", "device": "cpu", "dtype": "float32", "attention": "sdpa", "torch": "2.14.1"}
+TRUE = Profile(
+    KEY,
+    encode=(3.0, 0.4, 0.02, 2e-5, 1e-3, 2e-4),
+    prefill=(4.0, 0.03, 1e-5),
+    decode=(5.0, 0.5, 2e-3),
+    memory=(0.01, 1e-5, 2e-8, 3e-5, 1e-6, 1e-8),
+)
+POINTS = [
+    NATIVE,
+    OperatingPoint("weighted", 6, 0.5),
+    OperatingPoint("gated", 12, adapter_rank=8),
+    OperatingPoint("top", downsample=0.25),
+]
+
+
+def sample(rng: random.Random, *, noise: float = 0.0, concurrency: int = 1, slow: float = 1.0) -> Sample:
+    """A measured request whose truth is `TRUE`."""
+    point = rng.choice(POINTS)
+    patches = tuple(rng.randrange(64, 2304) for _ in range(rng.choice([1, 1, 2, 6])))
+    visual = int(sum(patches) / 4 * point.downsample**2)
+    batch = rng.choice([1, 1, 2])
+    source = rng.randrange(10**4, 10**6)
+    work = Work(patches, visual, visual + 20 * batch, rng.randrange(2, 80), batch, source_pixels=source)
+    p = CostModel(TRUE).predict(point, work)
+
+    def noisy(value: float) -> float:
+        return value * slow * math.exp(rng.gauss(0, noise))
+
+    pre, encode, prefill, decode = (
+        0.1 * p.encode_ms,
+        0.9 * p.encode_ms,
+        noisy(p.prefill_ms),
+        noisy(p.decode_ms),
+    )
+    ttft = noisy(pre + encode) + prefill
+    measured = Measurement(
+        pre,
+        encode,
+        prefill,
+        decode,
+        ttft,
+        ttft + decode,
+        visual,
+        work.prompt_tokens,
+        int(work.new_tokens),
+        sum(patches),
+        p.peak_memory_gb * math.exp(rng.gauss(0, noise / 4)),
+    )
+    return point, replace(work, concurrency=concurrency), measured
+
+
+def parts(p: Prediction) -> tuple[float, ...]:
+    return p.encode_ms, p.prefill_ms, p.decode_ms, p.peak_memory_gb
+
+
+def test_an_exact_fit_recovers_the_truth_on_requests_not_seen() -> None:
+    rng = random.Random(0)
+    model = CostModel(fit_profile([sample(rng) for _ in range(120)], KEY))
+    for _ in range(50):
+        point, work, _ = sample(rng)
+        assert parts(model.predict(point, work)) == pytest.approx(parts(CostModel(TRUE).predict(point, work)), rel=1e-3)
+    assert model.profile.samples == 120 and max(model.profile.errors.values()) < 1e-3
+
+
+def test_a_noisy_fit_is_non_negative_close_and_enveloped() -> None:
+    rng = random.Random(1)
+    samples = [sample(rng, noise=0.1) for _ in range(150)]
+    profile = fit_profile(samples, KEY)
+    held_out = [sample(rng, noise=0.1) for _ in range(200)]
+    model = CostModel(profile)
+    for name in ("encode", "prefill", "decode", "memory"):
+        assert min(getattr(profile, name)) >= 0.0
+    errors = sorted(abs(model.predict(p, w).latency_ms / m.latency_ms - 1) for p, w, m in held_out)
+    assert errors[len(errors) // 2] < 0.08
+    peaks = sorted(abs(model.predict(p, w).peak_memory_gb / m.peak_memory_gb - 1) for p, w, m in held_out)
+    assert peaks[int(0.95 * len(peaks))] < 0.15
+    over = [m.peak_memory_gb / (model.predict(p, w).peak_memory_gb * profile.memory_margin) for p, w, m in held_out]
+    assert max(over) < 1.02 and profile.memory_margin < 1.3
+
+
+def test_sharing_is_fitted_from_concurrent_requests() -> None:
+    rng = random.Random(2)
+    samples = [sample(rng) for _ in range(80)] + [sample(rng, concurrency=3, slow=1 + 0.4 * 2) for _ in range(20)]
+    profile = fit_profile(samples, KEY)
+    assert profile.sharing == pytest.approx(0.4, rel=0.02)
+    point, work, measured = sample(rng, concurrency=3, slow=1.8)
+    assert CostModel(profile).predict(point, work).latency_ms == pytest.approx(measured.latency_ms, rel=0.02)
+
+
+def test_unusable_samples_are_left_out_and_too_few_are_refused() -> None:
+    rng = random.Random(3)
+    good = [sample(rng) for _ in range(40)]
+    broken = [(p, w, replace(m, prefill_ms=math.nan, peak_memory_gb=-1.0)) for p, w, m in good[:5]]
+    assert fit_profile(good + broken, KEY).prefill == pytest.approx(fit_profile(good, KEY).prefill, rel=1e-6)
+    with pytest.raises(ConfigError, match="3 usable samples; expected at least 8"):
+        fit_profile(good[:3], KEY)
+
+
+works = st.builds(
+    Work,
+    patches=st.lists(st.integers(0, 10**6), max_size=40).map(tuple),
+    prompt_tokens=st.integers(0, 10**6),
+    new_tokens=st.floats(0, 1e5),
+    batch=st.integers(1, 64),
+    concurrency=st.integers(1, 64),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(works, st.sampled_from(POINTS), st.integers(1, 1000))
+def test_predictions_are_finite_and_grow_with_work(work: Work, point: OperatingPoint, more: int) -> None:
+    model = CostModel(TRUE)
+    base = parts(model.predict(point, work))
+    assert all(0 <= value < math.inf for value in base)
+    for bigger in (
+        replace(work, patches=(*work.patches, more)),
+        replace(work, prompt_tokens=work.prompt_tokens + more),
+        replace(work, new_tokens=work.new_tokens + more),
+        replace(work, concurrency=work.concurrency + more),
+    ):
+        assert all(b >= a for a, b in zip(base, parts(model.predict(point, bigger)), strict=True))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"new_tokens": math.nan}, {"batch": 0}, {"concurrency": 0}, {"prompt_tokens": -1}, {"patches": (4, -4)}],
+)
+def test_absurd_work_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        Work(**values)
+
+
+SHAPE_2B = ModelShape(24, 1024, 4096, 1536, 28, 2048, 6144, 16, 8, 128, 151_936)
+
+
+def test_the_analytic_estimate_has_the_right_magnitude_at_the_2b_shape() -> None:
+    # encode: 24 x (8 x 1024^2 + 4 x 1024 x 4096) x 1024 patches + attention = 0.72 TFLOP;
+    # prefill: 1.4 G weights x 2 x 276 tokens = 0.78 TFLOP
+    model = CostModel(analytic_profile(SHAPE_2B, KEY, flops_per_s=1e12, bytes_per_s=1e11))
+    full = model.predict(NATIVE, Work((1024,), 256, 276, 10))
+    assert full.encode_ms == pytest.approx(720, rel=0.1)
+    assert full.prefill_ms == pytest.approx(780, rel=0.1)
+    assert full.decode_ms / 9 == pytest.approx(1.72e9 * (2 / 1e11 + 2 / 1e12) * 1e3, rel=0.05)
+    quarter = model.predict(replace(NATIVE, downsample=0.5), Work((1024,), 64, 84, 10))
+    assert quarter.encode_ms == full.encode_ms and quarter.prefill_ms < 0.4 * full.prefill_ms
+    assert 0 < quarter.peak_memory_gb < full.peak_memory_gb < 1
+
+
+def test_profiles_survive_the_disk_and_are_keyed(tmp_path: Path) -> None:
+    assert load_profile(tmp_path, KEY)[0] is None
+    path = save_profile(tmp_path, TRUE)
+    assert path == profile_path(tmp_path, dict(reversed(KEY.items()))) and path.parent.parent == tmp_path
+    assert load_profile(tmp_path, KEY)[0] == TRUE
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "no temporary file is left"
+    other = {**KEY, "dtype": "bfloat16"}
+    assert profile_path(tmp_path, other) != path and load_profile(tmp_path, other)[0] is None
+    found, why = read_profile(path, other)
+    assert found is None and "dtype was float32, is bfloat16" in why
+    assert user_cache_dir({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "adaptive_fusion"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: "{", "not valid JSON"),
+        (lambda d: "[" * 100_000, "not valid JSON"),
+        (lambda d: "[]", "no table"),
+        (lambda d: "x" * (2 << 20), "larger"),
+        (lambda d: json.dumps({**d, "version": 99}), "99"),
+        (lambda d: json.dumps({**d, "extra": 1}), "extra"),
+        (lambda d: json.dumps({**d, "encode": [1, 2]}), "2 coefficients"),
+        (lambda d: json.dumps({**d, "decode": "fast"}), "fast"),
+        (lambda d: json.dumps({**d, "prefill": [1, math.nan, 1]}), "nan"),
+        (lambda d: json.dumps({**d, "prefill": [1, -1, 1]}), "-1"),
+        (lambda d: json.dumps({**d, "memory": [1, "1", 1, 1, 1, 1]}), "'1'"),
+        (lambda d: json.dumps({**d, "memory_margin": 1e9}), "memory_margin"),
+        (lambda d: json.dumps({**d, "key": 3}), "tables"),
+    ],
+)
+def test_broken_profile_files_are_refused_with_a_reason(tmp_path: Path, change: Any, says: str) -> None:
+    path = save_profile(tmp_path, TRUE)
+    path.write_text(change(TRUE.to_dict()))
+    found, why = load_profile(tmp_path, KEY)
+    assert found is None and says in why and str(tmp_path) not in why
+    path.unlink()
+    path.mkdir()
+    assert load_profile(tmp_path, KEY)[0] is None
+
+
+def test_answer_lengths_are_learned_per_kind() -> None:
+    model = LengthModel(prior=64)
+    assert model.expected("read", 1000) == 64 and model.expected("read", 10) == 10
+    for _ in range(60):
+        model.observe("read", 8)
+        model.observe("describe", 120)
+    assert model.expected("read", 1000) == pytest.approx(8) and model.expected("describe", 1000) == pytest.approx(120)
+    assert 8 < model.expected("new", 1000) < 120
+    for _ in range(20):
+        model.observe("describe", 30, finished=False)  # cut off short of the expectation: says nothing
+    assert model.expected("describe", 1000) == pytest.approx(120)
+    for _ in range(200):
+        model.observe("describe", 200, finished=False)
+    assert model.expected("describe", 1000) > 180
+    copy = LengthModel.from_state(json.loads(json.dumps(model.state())))
+    assert copy.state() == model.state()
+
+
+def test_length_kinds_are_bounded_and_bad_lengths_ignored() -> None:
+    model = LengthModel()
+    model.observe("kept", 10)
+    for index in range(3 * MAX_KINDS):
+        model.expected("kept", 100)
+        model.observe(f"kind {index}", 50)
+    assert len(model.state()["kinds"]) == MAX_KINDS and "kept" in model.state()["kinds"]
+    before = model.state()
+    for bad in (0, -5, math.nan, math.inf):
+        model.observe("kept", bad)  # type: ignore[arg-type]
+    assert model.state() == before
+    for state in ({}, {"version": 1}, {**before, "kinds": {"a": [math.nan, 1]}}, {**before, "all": [1]}):
+        with pytest.raises(ConfigError):
+            LengthModel.from_state(state)
