@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from adaptive_fusion.checks import number
 from adaptive_fusion.errors import BudgetError
 
 ENV_PREFIX = "ADAPTIVE_FUSION_"
@@ -64,16 +65,8 @@ class Budget:
                 if value not in _CHOICES[name]:
                     raise BudgetError(f"{name} is {value!r}; expected one of {', '.join(_CHOICES[name])}")
                 continue
-            top = _NUMBERS[name]
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not 0 < value <= top
-                or (name == "attainment" and value == top)
-            ):
-                limit = "below 1" if name == "attainment" else f"at most {top:g}"
-                raise BudgetError(f"{name} is {value!r}; expected a number above 0 and {limit}")
-            object.__setattr__(self, name, float(value))
+            top: dict[str, float] = {"below" if name == "attainment" else "high": _NUMBERS[name]}
+            object.__setattr__(self, name, number(value, name, above=0, **top, error=BudgetError))
         for name, default in _DEFAULTS.items():
             if name not in given:
                 object.__setattr__(self, name, default)

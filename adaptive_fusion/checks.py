@@ -24,23 +24,78 @@ def check_keys(values: Any, what: str, required: Collection[str], optional: Coll
     return values
 
 
-def number(value: Any, what: str) -> float:
-    """`value` as a finite float; PolicyError if it is anything else."""
+def is_integer(value: Any) -> bool:
+    """Whether it is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold; true, false, NaN and infinities are none."""
     # Compared, not asked isfinite: that raises for an integer beyond the largest float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
-        raise PolicyError(f"{what} is {value!r}; expected a finite number")
+    return (is_integer(value) or isinstance(value, float)) and -_LARGEST <= value <= _LARGEST
+
+
+def number(
+    value: Any,
+    what: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    error: type[ConfigError] = ConfigError,
+) -> float:
+    """`value` as a finite float within bounds.
+
+    Args:
+        value: Anything.
+        what: Its name, for the message.
+        low: The least it may be.
+        high: The most it may be.
+        above: What it must be above.
+        below: What it must be below.
+        error: Raised for anything else.
+    """
+    if (
+        not is_number(value)
+        or (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    ):
+        raise error(f"{what} is {value!r}; expected a {_range('number', low, high, above, below)}")
     return float(value)
 
 
-def numbers(values: Any, what: str) -> tuple[float, ...]:
-    """`values` as finite floats; PolicyError if it is not a list of numbers."""
+def integer(
+    value: Any, what: str, low: int | None = None, high: int | None = None, *, error: type[ConfigError] = ConfigError
+) -> int:
+    """`value` if it is a whole number within bounds; see `number` for the arguments."""
+    if not is_integer(value) or (low is not None and value < low) or (high is not None and value > high):
+        raise error(f"{what} is {value!r}; expected an {_range('integer', low, high)}")
+    return int(value)
+
+
+def numbers(values: Any, what: str, *, error: type[ConfigError] = ConfigError) -> tuple[float, ...]:
+    """`values` as finite floats; an error if it is not a list of numbers."""
     if not isinstance(values, list | tuple):
-        raise PolicyError(f"{what} is {type(values).__name__}; expected a list of numbers")
-    return tuple(number(value, what) for value in values)
+        raise error(f"{what} is {type(values).__name__}; expected a list of numbers")
+    return tuple(number(value, what, error=error) for value in values)
 
 
-def amount(name: str, value: Any, low: float, high: float) -> float:
-    """A number in range, or ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"{name} has {value!r}; expected a number from {low:g} to {high:g}")
-    return float(value)
+def _range(
+    noun: str, low: float | None, high: float | None, above: float | None = None, below: float | None = None
+) -> str:
+    """The bounds in words."""
+    if low is not None and high is not None:
+        return f"{noun} from {_plain(low)} to {_plain(high)}"
+    parts = [
+        f"{word} {_plain(bound)}"
+        for word, bound in (("of at least", low), ("above", above), ("at most", high), ("below", below))
+        if bound is not None
+    ]
+    return f"{noun} {', '.join(parts)}" if parts else f"finite {noun}" if noun == "number" else noun
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"

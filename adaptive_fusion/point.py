@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
+from adaptive_fusion.checks import is_integer, is_number
 from adaptive_fusion.errors import ConfigError
 
 FUSIONS = ("gated", "native", "sum", "top", "weighted")
@@ -59,21 +60,17 @@ def knob(default: Any, acts: Acts, valid: Callable[[Any], bool], expected: str, 
 
 def _one_of(default: Any, choices: tuple[Any, ...], *, reduces: bool, kind: type) -> Any:
     def valid(value: Any) -> bool:
-        return not isinstance(value, bool) and value in choices
+        return (kind is str or is_number(value)) and value in choices
 
     return knob(default, "after", valid, f"one of {', '.join(map(str, choices))}", reduces=reduces, kind=kind)
 
 
-def _is(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
 def _some_pixels(value: Any) -> bool:
-    return value is None or (_is(value, int) and MIN_PIXELS <= value <= MAX_PIXELS)
+    return value is None or (is_integer(value) and MIN_PIXELS <= value <= MAX_PIXELS)
 
 
 def _some_fps(value: Any) -> bool:
-    return value is None or (_is(value, int, float) and 0 < value <= 120)
+    return value is None or (is_number(value) and 0 < value <= 120)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.checks import integer
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
@@ -65,9 +66,7 @@ class _Call:
     generate_kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
-        most = self.max_new_tokens
-        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-            raise ConfigError(f"max_new_tokens is {most!r}; expected a positive integer")
+        integer(self.max_new_tokens, "max_new_tokens", 1)
 
 
 class AdaptiveRunner:

@@ -46,8 +46,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.checks import number
 from adaptive_fusion.control.candidates import NO_LIMIT, Candidate, Choice, Found, risk_of
-from adaptive_fusion.control.estimators import Drift, number
+from adaptive_fusion.control.estimators import Drift
 from adaptive_fusion.control.learned import Corrections
 from adaptive_fusion.decisions import Measurement, Rejected
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
@@ -319,7 +320,7 @@ class Controller:
             controller._learned.restore(state)
             for counts in (controller._learned.counts, controller._counts):
                 for name in counts:
-                    counts[name] = int(number(state["counts"][name], 0, 1e15))
+                    counts[name] = int(number(state["counts"][name], name, 0, 1e15))
             controller._learned.counts["ignored"] = 0  # the state has one number for both
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"controller state is incomplete or malformed: {error!r}") from None

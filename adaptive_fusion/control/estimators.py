@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.checks import number
 
 CLIP = 0.7
 BOUND = 8.0
@@ -30,13 +30,6 @@ _SLACK, _UP, _DOWN = 0.12, 0.6, 1.0
 _STEP, _WAIT, _MAX_WAIT = 1.25, 25, 1600
 _FADE = 0.02
 _MARGIN_MAX = 3.0
-
-
-def number(value: Any, low: float, high: float) -> float:
-    """A finite number in range, or ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ConfigError(f"controller value is {value!r}; expected a number from {low:g} to {high:g}")
-    return float(value)
 
 
 class Price:
@@ -136,14 +129,14 @@ class Drift:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.common = number(state["common"], -BOUND, BOUND)
-        self.spread = number(state["spread"], 0.0, CLIP)
-        self.up, self.down = (number(state[name], 0.0, 2.0) for name in ("up", "down"))
-        self.recent.extend(number(value, -CLIP, CLIP) for value in state["recent"])
-        self.steps = int(number(state["steps"], 0, 1e15))
+        self.common = number(state["common"], "common", -BOUND, BOUND)
+        self.spread = number(state["spread"], "spread", 0.0, CLIP)
+        self.up, self.down = (number(state[name], name, 0.0, 2.0) for name in ("up", "down"))
+        self.recent.extend(number(value, "recent", -CLIP, CLIP) for value in state["recent"])
+        self.steps = int(number(state["steps"], "steps", 0, 1e15))
         for key, row in list(state["points"].items())[:MAX_POINTS]:
-            offset, spread = number(row["offset"], -BOUND, BOUND), number(row["spread"], 0.0, CLIP)
-            self.points[str(key)[:MAX_KEY]] = _Own(offset, spread, int(number(row["seen"], 0, _MOST_SEEN)))
+            offset, spread = number(row["offset"], "offset", -BOUND, BOUND), number(row["spread"], "spread", 0.0, CLIP)
+            self.points[str(key)[:MAX_KEY]] = _Own(offset, spread, int(number(row["seen"], "seen", 0, _MOST_SEEN)))
 
 
 def exceeds(log_room: float, middle: float, scale: float) -> float:
@@ -196,8 +189,8 @@ class Ceiling:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.limit = math.inf if state["limit"] is None else number(state["limit"], 0.0, 1e15)
-        self.top = number(state["top"], 0.0, 1e15)
-        self.wait = int(number(state["wait"], 1, _MAX_WAIT))
-        self.clean = int(number(state["clean"], 0, _MAX_WAIT))
+        self.limit = math.inf if state["limit"] is None else number(state["limit"], "limit", 0.0, 1e15)
+        self.top = number(state["top"], "top", 0.0, 1e15)
+        self.wait = int(number(state["wait"], "wait", 1, _MAX_WAIT))
+        self.clean = int(number(state["clean"], "clean", 0, _MAX_WAIT))
         self.on_trial = bool(state["on_trial"])

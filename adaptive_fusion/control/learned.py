@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.control.estimators import CLIP, PRICE_MAX, PRICE_MIN, Ceiling, Drift, Price, number
+from adaptive_fusion.checks import number
+from adaptive_fusion.control.estimators import CLIP, PRICE_MAX, PRICE_MIN, Ceiling, Drift, Price
 from adaptive_fusion.decisions import Measurement, Prediction
 
 MAX_LEVELS = 16
@@ -27,7 +28,7 @@ class Corrections:
     def __init__(self, memory_margin: float) -> None:
         self.ttft, self.latency = Drift(), Drift()
         self.prices: dict[float, Price] = {}
-        self.memory = math.log(number(memory_margin, 1.0, 4.0))
+        self.memory = math.log(number(memory_margin, "memory_margin", 1.0, 4.0))
         self.memory_ceiling, self.time_ceiling = Ceiling(), Ceiling()
         self.counts = dict.fromkeys(("updates", "misses", "ooms", "cancelled", "ignored"), 0)
 
@@ -131,7 +132,8 @@ class Corrections:
         self.latency.restore(state["latency"])
         self.ttft.restore(state["ttft"])
         for row in state["prices"][:MAX_LEVELS]:
-            self.price(number(row["attainment"], 0.0, 1.0)).value = number(row["value"], PRICE_MIN, PRICE_MAX)
-        self.memory = number(state["memory"], -1.0, 2.0)
+            price = self.price(number(row["attainment"], "attainment", 0.0, 1.0))
+            price.value = number(row["value"], "price", PRICE_MIN, PRICE_MAX)
+        self.memory = number(state["memory"], "memory", -1.0, 2.0)
         self.memory_ceiling.restore(state["memory_ceiling"])
         self.time_ceiling.restore(state["time_ceiling"])

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from adaptive_fusion.checks import amount
+from adaptive_fusion.checks import number
 from adaptive_fusion.cost.model import VERSION
 from adaptive_fusion.errors import ConfigError
 
@@ -28,7 +28,7 @@ class LengthModel:
     """
 
     def __init__(self, prior: float = 64.0) -> None:
-        self._prior = amount("prior", prior, 1.0, 1e6)
+        self._prior = number(prior, "prior", 1.0, 1e6)
         self._lock = threading.Lock()
         self._kinds: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._all = (self._prior, 0)
@@ -76,7 +76,7 @@ class LengthModel:
             model = cls(state["prior"])
             rows = {"": state["all"], **{f"k{kind}": pair for kind, pair in state["kinds"].items()}}
             for name, (mean, count) in list(rows.items())[: MAX_KINDS + 1]:
-                pair = (amount("mean length", mean, 0.0, 1e9), int(amount("count", count, 0, 50)))
+                pair = (number(mean, "mean length", 0.0, 1e9), int(number(count, "count", 0, 50)))
                 if name:
                     model._kinds[name[1:]] = pair
                 else:

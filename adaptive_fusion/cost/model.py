@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
 
-from adaptive_fusion.checks import amount
+from adaptive_fusion.checks import number
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint
@@ -141,10 +141,10 @@ class Profile:
             if len(values) != size:
                 raise ConfigError(f"{name} has {len(values)} coefficients; expected {size}")
             for value in values:
-                amount(name, value, 0.0, 1e12)
-        amount("memory_margin", self.memory_margin, 1.0, 4.0)
-        amount("sharing", self.sharing, 0.0, 100.0)
-        amount("samples", self.samples, 0, 1e12)
+                number(value, name, 0.0, 1e12)
+        number(self.memory_margin, "memory_margin", 1.0, 4.0)
+        number(self.sharing, "sharing", 0.0, 100.0)
+        number(self.samples, "samples", 0, 1e12)
 
     def mismatch(self, key: Mapping[str, str]) -> str | None:
         """Why this profile does not hold for `key`, or None if it does."""
@@ -185,17 +185,17 @@ class Profile:
         for name in SIZES:
             if not isinstance(values[name], list | tuple):
                 raise ConfigError(f"profile's {name} is {values[name]!r}; expected a list of numbers")
-        stages = {name: tuple(amount(name, v, 0.0, 1e12) for v in values[name]) for name in SIZES}
+        stages = {name: tuple(number(v, name, 0.0, 1e12) for v in values[name]) for name in SIZES}
         return cls(
             key={str(k): str(v) for k, v in key.items()},
             encode=stages["encode"],
             prefill=stages["prefill"],
             decode=stages["decode"],
             memory=stages["memory"],
-            memory_margin=amount("memory_margin", values["memory_margin"], 1.0, 4.0),
-            sharing=amount("sharing", values["sharing"], 0.0, 100.0),
-            samples=int(amount("samples", values["samples"], 0, 1e12)),
-            errors={str(k): amount("errors", v, 0.0, 1e12) for k, v in errors.items()},
+            memory_margin=number(values["memory_margin"], "memory_margin", 1.0, 4.0),
+            sharing=number(values["sharing"], "sharing", 0.0, 100.0),
+            samples=int(number(values["samples"], "samples", 0, 1e12)),
+            errors={str(k): number(v, "errors", 0.0, 1e12) for k, v in errors.items()},
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_fusion.checks import integer
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import SLICE, Question
 from adaptive_fusion.media.clips import Video
@@ -61,8 +62,7 @@ def reference_items(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[Qu
     Raises:
         ConfigError: For fewer than 2 scenes: a shuffled pair needs two.
     """
-    if isinstance(scenes, bool) or not isinstance(scenes, int) or scenes < 2:
-        raise ConfigError(f"scenes is {scenes!r}; expected an integer of at least 2")
+    integer(scenes, "scenes", 2)
     counts = {name: scenes * (SIMPLE_SHARE if name == "simple" else 1) for name in SLICES}
     return [
         _item(name, make_scene(kind, FIRST_SEED + index, "eval", sides))

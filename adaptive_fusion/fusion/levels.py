@@ -6,6 +6,7 @@ the patch embedding). Knows integers only: no tensors, no model.
 
 from collections.abc import Sequence
 
+from adaptive_fusion.checks import integer, is_integer
 from adaptive_fusion.errors import ConfigError
 
 LOWER_QUOTA = 3
@@ -17,7 +18,7 @@ MAX_DEPTH = 1024
 def check_levels(name: str, levels: Sequence[int], depth: int | None = None) -> tuple[int, ...]:
     """`levels` as a tuple; ConfigError unless they are distinct, ascending indices of existing blocks."""
     found = tuple(levels)
-    bad = any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in found)
+    bad = any(not is_integer(i) or i < 0 for i in found)
     if bad or list(found) != sorted(set(found)) or (depth is not None and any(i >= depth for i in found)):
         valid = "0 or more" if depth is None else f"0 to {depth - 1}"
         raise ConfigError(f"{name} is {list(found)!r}; expected distinct ascending block indices, {valid}")
@@ -38,8 +39,7 @@ def select_levels(depth: int, taps: Sequence[int], layers: int) -> tuple[int, ..
     blocks of the model.
     """
     for name, value in (("depth", depth), ("layers", layers)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DEPTH:
-            raise ConfigError(f"{name} is {value!r}; expected an integer from 1 to {MAX_DEPTH}")
+        integer(value, name, 1, MAX_DEPTH)
     chosen = set(check_levels("taps", taps, depth)) or {depth - 1}
     lower_half = [i for i in range(depth) if 2 * i < depth]
     needs_lower = layers > max(LOWER_QUOTA, len(taps))
@@ -74,8 +74,7 @@ def depth_profile(count: int) -> tuple[float, ...]:
 
     0.05, 0.08, 0.12, 0.15, 0.25, 0.35 for six levels; other counts read that curve at equal distances.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_DEPTH:
-        raise ConfigError(f"count is {count!r}; expected an integer from 1 to {MAX_DEPTH}")
+    integer(count, "count", 1, MAX_DEPTH)
     curve = (0.05, 0.08, 0.12, 0.15, 0.25, 0.35)
     values = []
     for index in range(count):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adaptive_fusion.checks import integer
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion.kernels import CompiledSum, check_packed, expand_rows
 from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
@@ -57,8 +58,7 @@ class FusionSpec:
         object.__setattr__(self, "levels", check_levels("levels", self.levels))
         group_levels(self.levels, self.taps)
         for name, value, least in (("d_vision", self.d_vision, 1), ("rank", self.rank, 0), ("d_text", self.d_text, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 2**16:
-                raise ConfigError(f"{name} is {value!r}; expected an integer from {least} to {2**16}")
+            integer(value, name, least, 2**16)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:

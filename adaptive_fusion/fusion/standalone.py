@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from adaptive_fusion.checks import integer, is_integer
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion.kernels import weighted_sum
 from adaptive_fusion.fusion.levels import depth_profile
@@ -35,7 +36,7 @@ class LevelFusion(nn.Module, ABC):
     def __init__(self, widths: Sequence[int], width: int | None = None) -> None:
         super().__init__()
         sizes = [*widths, width] if width is not None else [*widths]
-        if not widths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in sizes):
+        if not widths or any(not is_integer(d) or d < 1 for d in sizes):
             raise ConfigError(f"widths are {list(widths)!r}, width is {width!r}; expected integers of at least 1")
         self.widths = tuple(widths)
         self.width = widths[-1] if width is None else width
@@ -92,8 +93,7 @@ class MixedFusion(LevelFusion):
 
     def __init__(self, widths: Sequence[int], width: int | None = None, rank: int = 0) -> None:
         super().__init__(widths, width)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ConfigError(f"rank is {rank!r}; expected an integer of at least 0")
+        integer(rank, "rank", 0)
         self.weights = self.level_weights(depth_profile(len(self.widths)))
         self.adapters = Adapters(len(self.widths), self.width, rank) if rank else None
 

@@ -3,7 +3,6 @@
 Knows pixel modes, sizes and number ranges. Must not know of files, formats, containers or models.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, MediaError
+from adaptive_fusion.checks import integer, number
+from adaptive_fusion.errors import AdaptiveFusionError, MediaError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -50,22 +50,13 @@ class Limits:
     max_decode_megapixels: float = 8000.0
 
     def __post_init__(self) -> None:
-        for field, default in Limits.__dataclass_fields__.items():
-            value, kind = getattr(self, field), int if isinstance(default.default, int) else int | float
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise ConfigError(f"Limits.{field} is {value!r}; expected a {'whole ' * (kind is int)}number")
-        in_range = {
-            "max_megapixels": (0 < self.max_megapixels <= _PILLOW_MAX_MEGAPIXELS, "in (0, 178]"),
-            "max_aspect": (1 <= self.max_aspect < math.inf, "finite and at least 1"),
-            "video_fps": (0 < self.video_fps < math.inf, "finite and above 0"),
-            "max_frames": (2 <= self.max_frames <= 4096, "in [2, 4096]"),
-            "min_frames": (2 <= self.min_frames <= self.max_frames, "at least 2 and at most max_frames"),
-            "max_side": (1 <= self.max_side <= 65536, "in [1, 65536]"),
-            "max_decode_megapixels": (0 < self.max_decode_megapixels < math.inf, "finite and above 0"),
-        }
-        for field, (valid, choices) in in_range.items():
-            if not valid:
-                raise ConfigError(f"Limits.{field} must be {choices}, got {getattr(self, field)!r}")
+        number(self.max_megapixels, "Limits.max_megapixels", above=0, high=_PILLOW_MAX_MEGAPIXELS)
+        number(self.max_aspect, "Limits.max_aspect", 1)
+        number(self.video_fps, "Limits.video_fps", above=0)
+        integer(self.max_frames, "Limits.max_frames", 2, 4096)
+        integer(self.min_frames, "Limits.min_frames", 2, self.max_frames)
+        integer(self.max_side, "Limits.max_side", 1, 65536)
+        number(self.max_decode_megapixels, "Limits.max_decode_megapixels", above=0)
 
 
 DEFAULT = Limits()

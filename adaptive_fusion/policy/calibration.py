@@ -32,8 +32,8 @@ class Platt:
     intercept: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "slope", number(self.slope, "slope"))
-        object.__setattr__(self, "intercept", number(self.intercept, "intercept"))
+        object.__setattr__(self, "slope", number(self.slope, "slope", error=PolicyError))
+        object.__setattr__(self, "intercept", number(self.intercept, "intercept", error=PolicyError))
 
     def __call__(self, raw: float) -> float:
         return sigmoid(self.slope * raw + self.intercept)
@@ -58,8 +58,8 @@ class Isotonic:
     y: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "x", numbers(self.x, "x of the knots"))
-        object.__setattr__(self, "y", numbers(self.y, "y of the knots"))
+        object.__setattr__(self, "x", numbers(self.x, "x of the knots", error=PolicyError))
+        object.__setattr__(self, "y", numbers(self.y, "y of the knots", error=PolicyError))
         rising = all(a < b for a, b in zip(self.x, self.x[1:], strict=False))
         never_falling = all(a <= b for a, b in zip((0.0, *self.y), (*self.y, 1.0), strict=True))
         if not self.x or len(self.x) != len(self.y) or not rising or not never_falling:

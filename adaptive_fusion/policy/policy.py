@@ -91,10 +91,7 @@ class Policy:
         if not isinstance(self.description, str):
             raise PolicyError(f"description is {self.description!r}; expected text")
         for what in ("threshold", "explore"):
-            value = number(getattr(self, what), what)
-            if not 0 <= value <= 1:
-                raise PolicyError(f"{what} is {value!r}; expected 0 to 1")
-            object.__setattr__(self, what, value)
+            object.__setattr__(self, what, number(getattr(self, what), what, 0, 1, error=PolicyError))
         check_keys(self.lanes, "lanes", LANES)
         for lane in LANES:
             rungs = self.lanes[lane]

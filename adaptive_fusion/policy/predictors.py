@@ -37,9 +37,9 @@ class LinearModel:
     bias: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", numbers(self.weights, "weights"))
-        object.__setattr__(self, "fill", numbers(self.fill, "fill"))
-        object.__setattr__(self, "bias", number(self.bias, "bias"))
+        object.__setattr__(self, "weights", numbers(self.weights, "weights", error=PolicyError))
+        object.__setattr__(self, "fill", numbers(self.fill, "fill", error=PolicyError))
+        object.__setattr__(self, "bias", number(self.bias, "bias", error=PolicyError))
         if len(self.weights) != len(self.fill):
             raise PolicyError(f"{len(self.weights)} weights and {len(self.fill)} fill values; expected as many")
 
@@ -100,7 +100,7 @@ class Tree:
                 raise PolicyError(
                     f"tree node {node} splits feature {self.feature[node]} at {threshold}; expected numbers"
                 )
-        object.__setattr__(self, "value", numbers(self.value, "value of a tree"))
+        object.__setattr__(self, "value", numbers(self.value, "value of a tree", error=PolicyError))
         object.__setattr__(self, "threshold", tuple(map(float, self.threshold)))
 
     def nested(self) -> Any:
@@ -156,7 +156,7 @@ class Tree:
             raise PolicyError(f"threshold of a tree is {type(threshold).__name__}; expected a list of numbers")
         return cls(
             whole("feature"),
-            tuple(math.inf if t is None else number(t, "threshold of a tree") for t in threshold),
+            tuple(math.inf if t is None else number(t, "threshold of a tree", error=PolicyError) for t in threshold),
             whole("left"),
             whole("right"),
             tuple(bool(m) for m in whole("missing_left")),
@@ -180,7 +180,7 @@ class TreeModel:
     _nested: tuple[Any, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "baseline", number(self.baseline, "baseline"))
+        object.__setattr__(self, "baseline", number(self.baseline, "baseline", error=PolicyError))
         nodes = sum(len(tree.value) for tree in self.trees)
         if nodes > MAX_NODES:
             raise PolicyError(f"the ensemble has {nodes} nodes; expected at most {MAX_NODES}")

@@ -233,7 +233,7 @@ def constant_router(p_complex: float = 0.5) -> PlainRouter:
     Raises:
         PolicyError: For a probability out of that range.
     """
-    if not 0 < number(p_complex, "p_complex") < 1:
+    if not 0 < number(p_complex, "p_complex", error=PolicyError) < 1:
         raise PolicyError(f"p_complex is {p_complex!r}; expected above 0 and below 1")
     return PlainRouter(Inputs(()), LinearModel((), (), math.log(p_complex / (1 - p_complex))))
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from adaptive_fusion.checks import number
-from adaptive_fusion.errors import ConfigError, PolicyError
+from adaptive_fusion.checks import integer, number
+from adaptive_fusion.errors import PolicyError
 from adaptive_fusion.point import MAX_PIXELS, MIN_PIXELS, OperatingPoint
 
 _SHARE = re.compile(r"(?P<point>.*)/(?P<percent>\d+(?:\.\d+)?)%")
@@ -37,11 +37,8 @@ class Rung:
     def __post_init__(self) -> None:
         if not isinstance(self.point, OperatingPoint):
             raise PolicyError(f"point is {self.point!r}; expected an OperatingPoint")
-        quality, share = number(self.quality, "quality"), number(self.pixel_share, "pixel_share")
-        if not 0 <= quality <= 1:
-            raise PolicyError(f"quality is {quality!r}; expected 0 to 1")
-        if not 0 < share <= 1:
-            raise PolicyError(f"pixel_share is {share!r}; expected above 0, at most 1")
+        quality = number(self.quality, "quality", 0, 1, error=PolicyError)
+        share = number(self.pixel_share, "pixel_share", above=0, high=1, error=PolicyError)
         object.__setattr__(self, "quality", quality)
         object.__setattr__(self, "pixel_share", share)
 
@@ -73,8 +70,7 @@ class Rung:
         Raises:
             ConfigError: If `native_pixels` is not a positive integer.
         """
-        if isinstance(native_pixels, bool) or not isinstance(native_pixels, int) or native_pixels < 1:
-            raise ConfigError(f"native_pixels is {native_pixels!r}; expected a positive integer")
+        integer(native_pixels, "native_pixels", 1)
         if self.pixel_share == 1:
             return self.point
         pixels = min(MAX_PIXELS, max(MIN_PIXELS, round(native_pixels * self.pixel_share)))

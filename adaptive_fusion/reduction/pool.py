@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptive_fusion.checks import is_number
 from adaptive_fusion.errors import ConfigError
 
 Grid = tuple[int, int, int]
@@ -20,8 +21,7 @@ MAX_WINDOW = 64
 
 def window(ratio: float) -> int:
     """Side k of the pooling window for a linear `ratio`; raises ConfigError unless the ratio is 1/k."""
-    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    side = round(1 / ratio) if number and 1 / MAX_WINDOW <= ratio <= 1 else 0
+    side = round(1 / ratio) if is_number(ratio) and 1 / MAX_WINDOW <= ratio <= 1 else 0
     if side == 0 or abs(side * ratio - 1) > 1e-6:
         raise ConfigError(
             f"downsample is {ratio!r}; expected 1/k for a whole k up to {MAX_WINDOW}, such as 0.5 or 0.25"

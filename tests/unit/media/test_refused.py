@@ -126,16 +126,16 @@ def test_an_image_bomb_is_refused_before_it_takes_memory(tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_limits_refuse_absurd_values(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=rf"{field} must be .*, got {value!r}"):
+    with pytest.raises(ConfigError, match=rf"{field} is {value!r}; expected an? (number|integer) "):
         Limits(**{field: value})
 
 
 @pytest.mark.parametrize("value", [None, "1", True, [1], 1j])
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Limits)])
 def test_limits_refuse_what_is_no_number(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"{field} is {re.escape(repr(value))}; expected a (whole )?number"):
+    with pytest.raises(ConfigError, match=rf"{field} is {re.escape(repr(value))}; expected an? (number|integer)"):
         Limits(**{field: value})
-    with pytest.raises(ConfigError, match=r"max_frames is 2.5; expected a whole number"):
+    with pytest.raises(ConfigError, match=r"max_frames is 2.5; expected an integer"):
         Limits(max_frames=2.5)  # type: ignore[arg-type]
 
 
