@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,22 +14,28 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "adaptive_fusion"
 
-# Each layer may import itself and the layers before it. A folder stands for all modules in it. A module that is not
-# listed counts as the last layer: nothing below may import it.
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "checks", "point", "budget", "jsonl", "reference"}),
-    frozenset({"media", "fusion", "reduction"}),
-    frozenset({"features"}),
-    frozenset({"decisions", "decision_log", "reply"}),
-    frozenset({"policy", "calibration"}),
-    frozenset({"models"}),
-    frozenset({"cost"}),
-    frozenset({"evaluation"}),
-    frozenset({"control"}),
-    frozenset({"execution"}),
-    frozenset({"runner"}),
+FLOORS = (
+    # From the roof down. A folder, or a module beside the folders, may import what stands after it and nothing else.
+    *("cli", "commands"),
+    "rollout",
+    "bench",
+    *("learning", "learning/distillation", "learning/labelling", "learning/fitting", "learning/judging"),
+    "learning/data",
+    *("demo", "doctor", "calibrate", "loading"),
+    "runner",
+    "execution",
+    "control",
+    "evaluation",
+    "cost",
+    "models",
+    "calibration",  # the former place of classes that pickled routers name
+    "policy",
+    *("reply", "decision_log", "decisions"),
+    "features",
+    *("fusion", "reduction"),
+    "media",
+    *("point", "budget", "jsonl", "plots", "progress", "log_schema", "checks", "reference", "errors"),
 )
-TOP = len(LAYERS)
 BEYOND_RUNTIME = ("learning", "bench", "rollout")
 """Never imported by the runtime; commands import them when they run."""
 HEAVY = {"sklearn", "joblib", "matplotlib", "duckdb", "pandas", "sacrebleu", "pickle", "dill", "cloudpickle"}
@@ -42,18 +49,20 @@ class Import(NamedTuple):
     lazy: bool
 
 
-def part(module: str) -> str:
-    """The file or folder of the package that a dotted name lies in."""
-    return module.split(".")[1] if "." in module else ""
+def floor(module: str, package: Path = PACKAGE) -> str:
+    """The entry of `FLOORS` that a module of the package belongs to: its folder, or itself beside the folders."""
+    parts = module.split(".")[1:]
+    folder = parts if package.joinpath(*parts).is_dir() else parts[:-1] or parts
+    return "/".join(folder) or "__init__"
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-        yield name, path
+def modules(package: Path = PACKAGE) -> Iterator[tuple[str, Path]]:
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
+        yield name.removesuffix(".__init__"), path
 
 
-def imports(name: str, path: Path) -> Iterator[Import]:
+def imports(name: str, path: Path, package: Path = PACKAGE) -> Iterator[Import]:
     """Every import of a file, in functions too; those under TYPE_CHECKING bind nothing at run time."""
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
@@ -66,7 +75,8 @@ def imports(name: str, path: Path) -> Iterator[Import]:
             assert node.level == 0, f"{path}:{node.lineno} is a relative import; expected a full name"
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
-                known = (ROOT / whole.replace(".", "/")).with_suffix(".py").exists()
+                place = package.parent / whole.replace(".", "/")
+                known = place.with_suffix(".py").exists() or place.is_dir()
                 yield Import(name, whole if known else str(node.module), node.lineno, lazy)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
@@ -75,31 +85,63 @@ def imports(name: str, path: Path) -> Iterator[Import]:
 
 
 ALL = [found for name, path in modules() for found in imports(name, path)]
-RUNTIME = [found for found in ALL if part(found.module) not in BEYOND_RUNTIME]
-
-
-def layer(module: str) -> int:
-    return next((i for i, names in enumerate(LAYERS) if part(module) in names), TOP)
+RUNTIME = [found for found in ALL if floor(found.module).split("/")[0] not in BEYOND_RUNTIME]
 
 
 def told(found: list[Import]) -> list[str]:
     return [f"{i.module}:{i.line} imports {i.target}" for i in found]
 
 
-def test_every_listed_module_exists() -> None:
-    there = {part(name) for name, _ in modules()}
-    assert {name for names in LAYERS for name in names} <= there
+def faults(package: Path) -> list[str]:
+    """Folders and modules that are not in `FLOORS`, and imports that go up or sideways."""
+    names = {floor(name, package) for name, _ in modules(package)} - {"__init__", "__main__"}
+    found = [f"{name} is on no floor" for name in sorted(names - set(FLOORS))]
+    place = {name: index for index, name in enumerate(FLOORS)}
+    for name, path in modules(package):
+        for each in imports(name, path, package):
+            if not each.target.startswith("adaptive_fusion."):
+                continue
+            here, there = floor(each.module, package), floor(each.target, package)
+            if here != there and here in place and place[here] > place.get(there, -1):
+                found.append(f"{each.module}:{each.line} imports {each.target}, which stands above it")
+    return found
 
 
-def test_dependencies_run_one_way() -> None:
-    wrong = [
-        i
-        for i in RUNTIME
-        if i.target.startswith("adaptive_fusion.")
-        and layer(i.target) > layer(i.module)
-        and not (i.lazy and part(i.module) == "evaluation")  # until the metrics have moved there
-    ]
-    assert not told(wrong)
+def test_imports_go_down_only_and_every_folder_has_a_floor() -> None:
+    assert not faults(PACKAGE)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("extras/tool.py", "", "extras is on no floor"),
+        ("gadget.py", "", "gadget is on no floor"),
+        ("media/upward.py", "from adaptive_fusion.runner import AdaptiveRunner", "media.upward:1 imports"),
+        ("learning/data/upward.py", "import adaptive_fusion.learning.fitting.fit", "learning.data.upward:1 imports"),
+        ("cost/upward.py", "def f():\n    from adaptive_fusion.bench import report", "cost.upward:2 imports"),
+    ],
+)
+def test_a_new_folder_and_an_upward_import_are_found(tmp_path: Path, file: str, text: str, fault: str) -> None:
+    package = tmp_path / "adaptive_fusion"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.safetensors", "*.json", "__pycache__"))
+    path = package / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    [found] = faults(package)
+    assert fault in found
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not even when they run, except for a name that has moved and its former place."""
+    wanted = {(i.module, i.target) for i in ALL}
+    assert not sorted((a, b) for a, b in wanted if a < b and (b, a) in wanted)
+
+
+def test_unit_tests_lie_in_the_folders_of_what_they_test() -> None:
+    there = {
+        path.parent.relative_to(ROOT / "tests/unit").as_posix() for path in (ROOT / "tests/unit").rglob("test_*.py")
+    }
+    assert there - {"."} <= set(FLOORS)
 
 
 def test_the_runtime_knows_nothing_of_learning() -> None:
@@ -107,8 +149,8 @@ def test_the_runtime_knows_nothing_of_learning() -> None:
         i
         for i in RUNTIME
         if i.target.startswith("adaptive_fusion.")
-        and part(i.target) in BEYOND_RUNTIME
-        and not (i.lazy and part(i.module) in ("commands", "evaluation"))
+        and floor(i.target).split("/")[0] in BEYOND_RUNTIME
+        and not (i.lazy and floor(i.module) == "commands")
     ]
     assert not told(wrong)
 
@@ -119,7 +161,7 @@ def test_heavy_and_unpickling_modules_are_imported_only_when_asked_for() -> None
 
 
 def test_only_serving_touches_the_network() -> None:
-    wrong = [i for i in ALL if i.target.split(".")[0] in NETWORK and part(i.module) != "serving"]
+    wrong = [i for i in ALL if i.target.split(".")[0] in NETWORK and floor(i.module) != "serving"]
     assert not told(wrong)
 
 
