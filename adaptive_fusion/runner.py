@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.checks import integer
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
@@ -32,15 +31,17 @@ from adaptive_fusion.cost.profiles import find_profile
 from adaptive_fusion.decision_log import DecisionLog, record, text_hash
 from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.execution.executor import Executor, Prepare, Run, Task
-from adaptive_fusion.execution.meters import meter_for
-from adaptive_fusion.execution.request import ChatRequest, build_request
+from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
+from adaptive_fusion.execution.executor import Executor, Run, Task
+from adaptive_fusion.execution.full_prompt import with_full_prompt
+from adaptive_fusion.execution.meters import Meter, meter_for
+from adaptive_fusion.execution.request import ChatRequest, build_request, kind_of
+from adaptive_fusion.execution.shift import shift
 from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.models import Adapter, adapter_for
-from adaptive_fusion.models.placeholders import restore_prompt
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference import model_path
@@ -61,12 +62,8 @@ class _Call:
     media: Any
     prompt: str | None
     budget: Budget | None
-    max_new_tokens: int
     point: OperatingPoint | None
-    generate_kwargs: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        integer(self.max_new_tokens, "max_new_tokens", 1)
+    arguments: Arguments
 
 
 class AdaptiveRunner:
@@ -81,6 +78,7 @@ class AdaptiveRunner:
         profile: Measured costs of this model on this machine; None looks for one in the user's cache directory and else
             starts from an analytic estimate that the first requests correct.
         log: A `DecisionLog` or a path for one; None logs nothing.
+        meter: Measures the memory of requests; None takes the one of the model's device.
         clock: Seconds, monotonic.
         seed: Of the exploring policies' choices.
 
@@ -98,6 +96,7 @@ class AdaptiveRunner:
         budget: Budget | None = None,
         profile: Profile | None = None,
         log: DecisionLog | str | Path | None = None,
+        meter: Meter | None = None,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
     ) -> None:
@@ -112,7 +111,8 @@ class AdaptiveRunner:
         self.log = DecisionLog(log) if isinstance(log, str | Path) else log
         self.last: tuple[Decision, Measurement] | None = None
         self._clock = clock
-        self._executor = Executor(self.adapter, meter_for(str(getattr(model, "device", "cpu"))), clock)
+        self.meter = meter if meter is not None else meter_for(str(getattr(model, "device", "cpu")))
+        self._executor = Executor(self.adapter, self.meter, clock)
         self._rng = random.Random(seed)
         self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
         self._lock = _LOCKS.setdefault(model, threading.RLock())
@@ -162,6 +162,15 @@ class AdaptiveRunner:
             raise AttributeError(name)
         return getattr(self.model, name)
 
+    @property
+    def generation_config(self) -> Any:
+        """The model's generation configuration; set here, it is set on the model."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
     # Asking
 
     def chat(
@@ -170,7 +179,7 @@ class AdaptiveRunner:
         prompt: str | None = None,
         *,
         budget: Budget | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         point: OperatingPoint | None = None,
         **generate_kwargs: Any,
     ) -> Reply:
@@ -180,16 +189,20 @@ class AdaptiveRunner:
             media: None, a path, encoded bytes, PIL image, array, `Video`, a list of these, or chat messages.
             prompt: The question.
             budget: Limits of this request; what it leaves unset comes from the runner's.
-            max_new_tokens: Upper bound of the answer.
+            max_new_tokens: Upper bound of the answer; without it that of a ``generation_config`` argument, of the
+                model's own, or 256.
             point: Run exactly this operating point instead of deciding.
-            generate_kwargs: For the model's ``generate`` (sampling, beams...).
+            generate_kwargs: For the model's ``generate`` (sampling, beams...). What needs every token of the prompt
+                runs native, with the reason in the decision.
 
         Raises:
             MediaError: For a medium that cannot be used.
+            ConfigError: For an argument that does not go with chat or with the `point`, by name.
             UnsupportedModelError: For a `point` that the model cannot run.
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
-        return self._answer(_Call(media, prompt, budget, max_new_tokens, self._given(point), generate_kwargs))
+        arguments = for_chat(self.model, generate_kwargs, max_new_tokens)
+        return self._answer(_Call(media, prompt, budget, self._given(point), arguments))
 
     def stream(
         self,
@@ -197,7 +210,7 @@ class AdaptiveRunner:
         prompt: str | None = None,
         *,
         budget: Budget | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         point: OperatingPoint | None = None,
         **generate_kwargs: Any,
     ) -> Stream[Reply]:
@@ -205,8 +218,10 @@ class AdaptiveRunner:
 
         Closing or abandoning the stream ends the generation at its next token and frees the model.
         """
+        if generate_kwargs.get("streamer") is not None:
+            raise ConfigError("streamer is given; expected none: stream has its own, chat and generate take one")
         # Its thread is not inside `native`, whatever this one is in.
-        call = _Call(media, prompt, budget, max_new_tokens, self._given(point), generate_kwargs)
+        call = _Call(media, prompt, budget, self._given(point), for_chat(self.model, generate_kwargs, max_new_tokens))
         return Stream(partial(self._answer, call), getattr(self.processor, "tokenizer", self.processor))
 
     def decide(
@@ -215,25 +230,28 @@ class AdaptiveRunner:
         prompt: str | None = None,
         *,
         budget: Budget | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
     ) -> Decision:
         """The decision `chat` would take, without running the model."""
         arrived = self._clock()
-        request = build_request(media, prompt)
-        return self._planner.decide(self._chat_info(request, max_new_tokens, arrived), self.budget.merge(budget))[0]
+        request, arguments = build_request(media, prompt), for_chat(self.model, {}, max_new_tokens)
+        info = self._chat_info(request, arguments, arrived)
+        return self._planner.decide(info, self.budget.merge(budget))[0]
 
     def offers(
-        self, media: Any, prompt: str | None = None, *, max_new_tokens: int = 256
+        self, media: Any, prompt: str | None = None, *, max_new_tokens: int | None = None
     ) -> tuple[str, list[Candidate]]:
         """The lane that a request takes, and what it offers with expected quality and predicted cost, best first."""
-        info = self._chat_info(build_request(media, prompt), max_new_tokens, self._clock())
+        arguments = for_chat(self.model, {}, max_new_tokens)
+        info = self._chat_info(build_request(media, prompt), arguments, self._clock())
         hardest, route = self._planner.route(info)
         found = self._planner.candidates(info, route.lane, hardest)
         return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
 
     def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
         """What `point` makes the model do for a request that is answered in `new_tokens`."""
-        info = self._chat_info(build_request(media, prompt), new_tokens, self._clock())
+        arguments = for_chat(self.model, {}, new_tokens)
+        info = self._chat_info(build_request(media, prompt), arguments, self._clock())
         return replace(self._planner.work(point, info), new_tokens=float(new_tokens))
 
     def generate(
@@ -242,46 +260,51 @@ class AdaptiveRunner:
         """Drop-in for ``model.generate(**inputs)`` with the processor's own tensors; the same return type.
 
         The knobs that still apply after preprocessing are used (fusion, downsampling), with one plan for the whole
-        call. The caller's full prompt and the new tokens are returned at every operating point; a returned cache is
-        that of the reduced prompt. Positional inputs, inputs without pixels, calls that bring a cache and calls inside
-        `native` go to the model as they are.
+        call. Every argument means what it means to the model at every operating point: lengths that count the prompt
+        are shifted, callbacks are shown the caller's full prompt, and it is the full prompt and the new tokens that
+        are returned. A returned cache of a reduced prompt is a `ReducedCache`, which no later call takes. What needs
+        the whole prompt runs native. What fits no other prompt than the caller's (a cache, positions, embeddings)
+        goes to the model as it is, as do calls inside `native`: a hard deadline still ends them, nothing is predicted.
+        The decision has the reason.
+
+        Raises:
+            ConfigError: For an argument that would run remote code, or does not go with the `point` or `budget` given.
+            UnsupportedModelError: For a `point` that the model cannot run.
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
-        pixels = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos"))
-        # A cache goes with the tokens that made it: a reduced prompt would not fit one that was filled before.
-        known = kwargs.get("input_ids") is not None and kwargs.get("past_key_values") is None
-        if args or not pixels or not known or getattr(self._bypass, "on", False):
-            return self._plain(args, kwargs)
-        arrived = self._clock()
+        arguments, arrived = resolve(self.model, args, kwargs), self._clock()
         limits = self.budget.merge(budget)
+        if point is None and getattr(self._bypass, "on", False):
+            arguments = replace(arguments, as_is=arguments.as_is or "the call is inside native")
+        point, because = settled(arguments, point)
+        if arguments.as_is is not None:
+            return self._untouched(arguments, arguments.as_is, limits, budget, arrived)
         self._warm_up_for(limits)
-        ids: Tensor = kwargs["input_ids"]
-        complexities = tuple(measure_complexity(array) for array in self.adapter.thumbnails(kwargs))
-        sizes = self.adapter.sizes(kwargs)
-        visual = self.adapter.plan(sizes, NATIVE).tokens // ids.shape[0]
-        configs = [kwargs.get("generation_config"), getattr(self.model, "generation_config", None)]
-        limits_new = [kwargs.get("max_new_tokens"), *(getattr(config, "max_new_tokens", None) for config in configs)]
-        most = int(next((limit for limit in limits_new if limit), 256))
+        inputs, ids = dict(arguments.inputs), arguments.inputs["input_ids"]
+        sizes = self.adapter.sizes(inputs)
+        visual = self.adapter.plan(sizes, NATIVE).tokens
+        complexities = tuple(measure_complexity(array) for array in self.adapter.thumbnails(inputs))
         info = self._info(
             arrived,
-            kind="mixed" if len({c.kind for c in complexities}) > 1 else complexities[0].kind,
+            kind=kind_of([complexity.kind for complexity in complexities]),
             sizes=sizes,
             complexities=complexities,
             prompt="",
-            max_new_tokens=most,
-            text_tokens=max(1, ids.shape[1] - visual),
+            max_new_tokens=arguments.most_new_tokens(ids.shape[1]),
+            text_tokens=max(1, ids.shape[1] - visual // ids.shape[0]),
             batch=ids.shape[0],
             pixels_fixed=True,
         )
-        tensors = {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
-        options = {key: value for key, value in kwargs.items() if key not in tensors}
         with self._lock:
-            run = self._run(info, limits, point, arrived, lambda _: tensors, options)
-        self._log(run, prompt="", content=None, finish=run.stopped_by)
-        sequences = run.sequences
-        if isinstance(sequences, Tensor):
-            return restore_prompt(sequences, run.reduced_length, ids)
-        sequences.sequences = restore_prompt(sequences.sequences, run.reduced_length, ids)
-        return sequences
+            decision, choice = self._planner.decide(info, limits, point, because)
+            options = partial(shift, arguments, prompt=lambda: ids)
+            run = self._run(
+                info, Task(decision, choice, arrived, lambda _: inputs, options, arguments.whole is not None)
+            )
+        self._log(run, "", None, run.stopped_by)
+        if run.measurement.visual_tokens == visual:
+            return run.sequences
+        return with_full_prompt(run.sequences, run.reduced_length, ids)
 
     def warm_up(self) -> None:
         """Run a small image through the model once at every kind of point that the policy has.
@@ -321,9 +344,15 @@ class AdaptiveRunner:
 
     # How it is done
 
-    def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _untouched(self, arguments: Arguments, why: str, limits: Budget, own: Budget | None, arrived: float) -> Any:
+        kinds = {"pixel_values": "image", "pixel_values_videos": "video"}
+        kind = kind_of([kind for name, kind in kinds.items() if arguments.inputs.get(name) is not None])
+        decision = self._planner.as_given(kind, why, limits, own)
         with self._lock:
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+            run = self._executor.untouched(decision, arguments.inputs, arguments.options, arrived, limits)
+            self.last = run.decision, run.measurement
+        self._log(run, "", None, run.stopped_by)
+        return run.sequences
 
     def _given(self, point: OperatingPoint | None) -> OperatingPoint | None:
         """The point that a request must run, if any: what it says, or native inside `native`."""
@@ -337,13 +366,14 @@ class AdaptiveRunner:
 
     def _info(self, arrived: float, **known: Any) -> RequestInfo:
         """What the planner needs to know, with the time that has passed since and the memory that is left."""
-        elapsed_ms, free = (self._clock() - arrived) * 1e3, self._executor.meter.free_gb()
+        elapsed_ms, free = (self._clock() - arrived) * 1e3, self.meter.free_gb()
         return RequestInfo(**known, elapsed_ms=elapsed_ms, free_memory_gb=free)
 
-    def _chat_info(self, request: ChatRequest, max_new_tokens: int, arrived: float) -> RequestInfo:
+    def _chat_info(self, request: ChatRequest, arguments: Arguments, arrived: float) -> RequestInfo:
         tokenizer = getattr(self.processor, "tokenizer", None)
         said = "\n".join(request.texts)
-        text = len(tokenizer(said).input_ids) if tokenizer and said else 0
+        text = (len(tokenizer(said).input_ids) if tokenizer and said else 0) + TEMPLATE_TOKENS
+        visual = self.adapter.plan(request.sizes, NATIVE).tokens if "max_length" in arguments.lengths else 0
         return self._info(
             arrived,
             kind=request.kind,
@@ -351,53 +381,43 @@ class AdaptiveRunner:
             durations_s=request.durations_s,
             complexities=request.complexities,
             prompt=request.prompt,
-            max_new_tokens=max_new_tokens,
-            text_tokens=text + TEMPLATE_TOKENS,
+            max_new_tokens=arguments.most_new_tokens(text + visual),
+            text_tokens=text,
         )
 
     def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
-        arrived = self._clock()
-        config = call.generate_kwargs.get("generation_config")
-        several = call.generate_kwargs.get("num_return_sequences") or getattr(config, "num_return_sequences", None) or 1
-        if several != 1:
-            raise ConfigError(f"num_return_sequences is {several!r}; chat and stream give 1 answer, generate several")
+        arrived, arguments = self._clock(), call.arguments
+        point, because = settled(arguments, call.point)
         request = build_request(call.media, call.prompt, hashed=self.log is not None)
-        extra = {"max_new_tokens": call.max_new_tokens, **call.generate_kwargs}
-        if streamer is not None:
-            extra["streamer"] = streamer
-
+        prepare = partial(self.adapter.prepare, request.messages)
+        # Nobody holds the full prompt: it is the one that the media would have had natively.
+        prompt = cache(lambda: prepare(NATIVE)["input_ids"])
+        options = partial(_with_streamer, arguments, prompt, streamer)
         limits = self.budget.merge(call.budget)
         with self._lock:
             self._warm_up_for(limits)
             # Decided once the model is free, so that waiting for it counts as elapsed.
-            info = self._chat_info(request, call.max_new_tokens, arrived)
-            prepare = partial(self.adapter.prepare, request.messages)
-            run = self._run(info, limits, call.point, arrived, prepare, extra, cancelled)
-        whole = run.sequences if isinstance(run.sequences, Tensor) else run.sequences.sequences
-        new = whole[0, run.reduced_length :]
+            if arguments.see_prompt:
+                prompt()
+            info = self._chat_info(request, arguments, arrived)
+            decision, choice = self._planner.decide(info, limits, point, because)
+            task = Task(decision, choice, arrived, prepare, options, arguments.whole is not None, cancelled)
+            run = self._run(info, task)
+        new = run.new_tokens
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
-        # Short of the limit it ended by itself: at a token that ends answers, or as `generate_kwargs` say.
-        ended = len(new) < call.max_new_tokens or (len(new) > 0 and int(new[-1]) in self.adapter.end_tokens)
+        # Short of the limit it ended by itself: at a token that ends answers, or as the arguments say.
+        most = arguments.most_new_tokens(prompt().shape[1] if "max_length" in arguments.lengths else 0)
+        ended = len(new) < most or (len(new) > 0 and int(new[-1]) in arguments.end_tokens())
         finish = run.stopped_by or ("stop" if ended else "length")
         self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
         self._log(run, request.prompt, request.content_hash, finish)
         return Reply(text.strip(), finish, run.decision, run.measurement)
 
-    def _run(
-        self,
-        info: RequestInfo,
-        limits: Budget,
-        point: OperatingPoint | None,
-        arrived: float,
-        prepare: Prepare,
-        options: dict[str, Any],
-        cancelled: threading.Event | None = None,
-    ) -> Run:
-        """Decide and run; the caller holds the lock."""
-        decision, choice = self._planner.decide(info, limits, point)
+    def _run(self, info: RequestInfo, task: Task) -> Run:
+        """Run a decided request; the caller holds the lock."""
         predict = partial(self._planner.candidate, quality=0.0, info=info)
-        run = self._executor.run(Task(decision, choice, arrived, prepare, options, predict, cancelled), self.controller)
+        run = self._executor.run(task, self.controller, predict)
         self.last = run.decision, run.measurement
         return run
 
@@ -414,3 +434,11 @@ class AdaptiveRunner:
                     finish_reason=finish,
                 )
             )
+
+
+def _with_streamer(
+    arguments: Arguments, prompt: Callable[[], Tensor], streamer: Any, reduced: Tensor
+) -> dict[str, Any]:
+    """``generate``'s options, with a stream's own streamer, which sees the prompt that the model sees."""
+    options = shift(arguments, reduced, prompt)
+    return options if streamer is None else {**options, "streamer": streamer}

@@ -15,14 +15,17 @@ from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Work
 from adaptive_fusion.decisions import Decision
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import Complexity, is_still
 from adaptive_fusion.features.prompts import prompt_features, prompt_kind
 from adaptive_fusion.media.clips import frames_at
 from adaptive_fusion.models.base import Adapter, Size
-from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
 from adaptive_fusion.policy.rungs import Rung
 
+FIXED = "fixed"
+"""The lane of requests whose point was not decided here."""
 STILL_FPS = 0.5
 """Frames a second that a clip is offered at in which nothing changes."""
 TEMPLATE_TOKENS = 16
@@ -61,10 +64,13 @@ class Planner:
         self.adapter, self.policy, self.cost = adapter, policy, cost
         self.controller, self.lengths, self._rng = controller, lengths, rng
 
-    def decide(self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None) -> tuple[Decision, Choice]:
+    def decide(
+        self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None, because: str | None = None
+    ) -> tuple[Decision, Choice]:
         """The decision for `info` under `budget`, and the choice that the controller learns from afterwards.
 
-        A given `point` is taken as it is, with its prediction.
+        A given `point` is taken as it is, with its prediction. `because` says why a request has no other than
+        `point` to run at: then the budget may still refuse it.
 
         An estimate of the costs that no request has confirmed yet refuses nothing.
 
@@ -73,16 +79,17 @@ class Planner:
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
         limits = budget
-        if point is not None or not (self.cost.profile.samples or self.controller.informed):
+        given = point is not None and because is None
+        if given or not (self.cost.profile.samples or self.controller.informed):
             limits = replace(budget, on_infeasible="cheapest")
         hardest, route = self.route(info)
         features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
         if point is not None:
             self.adapter.require(point)
             candidates = [self.candidate(point, 1.0, info)]
-            lane, propensity = "fixed", 1.0
+            lane, propensity = FIXED, 1.0
             choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
-            choice = replace(choice, reason="the point was given", rejected=())
+            choice = replace(choice, reason=because or "the point was given", rejected=())
         else:
             lane = route.lane
             candidates = self.candidates(info, lane, hardest)
@@ -108,6 +115,31 @@ class Planner:
             rejected=choice.rejected,
         )
         return decision, choice
+
+    def as_given(self, kind: str, why: str, limits: Budget, own: Budget | None) -> Decision:
+        """The decision for a call that goes to the model as it is, because of `why`: nothing is predicted.
+
+        `limits` are kept as far as one way to run allows: an answer ends at a hard deadline, others are recorded.
+
+        Raises:
+            ConfigError: If the call's `own` budget asks to refuse what does not fit.
+        """
+        if own is not None and "on_infeasible" in own.given and own.on_infeasible == "refuse":
+            raise ConfigError(
+                f"on_infeasible is 'refuse', but {why}, so its cost is not predicted; expected 'cheapest'"
+            )
+        return Decision(
+            request_id=uuid.uuid4().hex,
+            kind=kind,
+            complexity=None,
+            p_complex=None,
+            lane=FIXED,
+            point=NATIVE,
+            predicted=None,
+            reason=f"native: {why}",
+            policy=self.policy.name,
+            budget=limits.to_dict(),
+        )
 
     def route(self, info: RequestInfo) -> tuple[Complexity | None, Route]:
         """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""

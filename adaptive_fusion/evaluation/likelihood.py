@@ -3,13 +3,14 @@
 Knows models, token ids and logits. Must not know of texts, times, operating points or what a likelihood is for.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from adaptive_fusion.models.caches import cache_name
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,6 @@ class Likelihood:
     total: float
     mean: float
     ranked_first: float
-
-
-def cache_argument(model: Any) -> str:
-    """The name under which `model` takes and gives the cache: ``cache`` since transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()
@@ -47,7 +43,7 @@ def after_prompt(model: Any, prompt: Any, answers: Sequence[Sequence[int]]) -> l
     ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in answers], device=model.device)
     logits = prompt.logits.expand(len(answers), -1, -1)
     if longest > 1:
-        name = cache_argument(model)
+        name = cache_name(model)
         cache = getattr(prompt, name)
         cache.batch_repeat_interleave(len(answers))
         # No mask: with one, Qwen's models would count positions for the prompt as well.

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
@@ -26,6 +27,8 @@ from adaptive_fusion.point import MIN_PIXELS, OperatingPoint
 
 Prepare = Callable[[OperatingPoint], Mapping[str, Any]]
 """Gives the processor's tensors within a point's pixel budget, on the model's device."""
+Predict = Callable[[OperatingPoint], Candidate]
+"""What another point than the decided one would have been expected to take."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Task:
         choice: The same for the controller.
         arrived: On the executor's clock, in seconds.
         prepare: Gives the inputs at a point.
-        options: For ``generate``, beside the inputs.
-        predict: What any other point would have been expected to take.
+        options: Gives ``generate``'s arguments beside the inputs, for the ``input_ids`` that the model sees.
+        whole: Whether the prompt must keep every token, so that there is nothing to step down to.
         cancelled: Set by whoever gives the request up.
     """
 
@@ -46,8 +49,8 @@ class Task:
     choice: Choice
     arrived: float
     prepare: Prepare
-    options: Mapping[str, Any]
-    predict: Callable[[OperatingPoint], Candidate]
+    options: Callable[[Tensor], Mapping[str, Any]]
+    whole: bool = False
     cancelled: threading.Event | None = None
 
 
@@ -65,6 +68,13 @@ class Run:
     reduced_length: int
     stopped_by: str | None
 
+    @property
+    def new_tokens(self) -> Tensor:
+        """The first row's new tokens ``[n]``."""
+        whole = self.sequences if isinstance(self.sequences, Tensor) else self.sequences.sequences
+        found: Tensor = whole[0, self.reduced_length :]
+        return found
+
 
 class Executor:
     """Runs tasks on one model, one at a time: the caller holds the model's lock.
@@ -79,7 +89,7 @@ class Executor:
         self.adapter, self.meter = adapter, meter
         self.timed = TimedModel(adapter, clock)
 
-    def run(self, task: Task, controller: Controller) -> Run:
+    def run(self, task: Task, controller: Controller, predict: Predict) -> Run:
         """Run the decided point and let the controller learn from what it took.
 
         Out of memory steps down to cheaper points, at most three tries in all. With a hard deadline and
@@ -89,13 +99,12 @@ class Executor:
             InfeasibleBudgetError: If the prefill was not started for that reason.
             OutOfMemoryError: If every try ran out of memory.
         """
-        tries = _Tries(self.timed, task, controller)
+        tries = _Tries(self.timed, task, controller, predict)
         measured = self._begin_measuring(task.choice.budget)
         peak = None
+        steps = [tries.used] if task.whole else self._steps_down(tries.used)
         try:
-            done = run_with_step_down(
-                tries.attempt, self._steps_down(tries.used), on_oom=tries.out_of_memory, release=_release
-            )
+            done = run_with_step_down(tries.attempt, steps, on_oom=tries.out_of_memory, release=_release)
         except InfeasibleBudgetError:
             controller.refused(task.choice)
             raise
@@ -105,6 +114,25 @@ class Executor:
         measurement = done.measurement(task.arrived, peak)
         tries.learn(measurement, done.timer.stopped_by)
         return Run(tries.decision(), measurement, done.result, done.encoding.length, done.timer.stopped_by)
+
+    def untouched(
+        self,
+        decision: Decision,
+        inputs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        arrived: float,
+        limits: Budget,
+    ) -> Run:
+        """Give a call to the model as it is; a hard deadline still ends it. Nothing is predicted for it and nothing is
+        learned from it: a cache, embeddings or a loop of the caller's own cost what no shape tells."""
+        measured, peak = self._begin_measuring(limits), None
+        try:
+            done = self.timed.generate(self.timed.as_given(inputs), options, deadline_s=deadline_s(limits, arrived))
+        finally:
+            if measured:
+                peak = self.meter.stop()
+        measurement = done.measurement(arrived, peak)
+        return Run(decision, measurement, done.result, done.encoding.length, done.timer.stopped_by)
 
     def warm_up(self, points: Iterable[OperatingPoint], prepare: Prepare) -> None:
         """Prepare, encode and generate two tokens at each point, with the meter running as in a measured request.
@@ -151,18 +179,20 @@ class Executor:
 class _Tries:
     """The tries of one task: which point runs, what failed ones took, and what the controller hears of it."""
 
-    def __init__(self, timed: TimedModel, task: Task, controller: Controller) -> None:
-        self.timed, self.task, self.controller = timed, task, controller
+    def __init__(self, timed: TimedModel, task: Task, controller: Controller, predict: Predict) -> None:
+        self.timed, self.task, self.controller, self._predict = timed, task, controller, predict
         self.used = task.decision.point
         self.lost_ms = 0.0
 
     def attempt(self, point: OperatingPoint) -> Pass:
         """Prepare, encode and generate at `point`."""
         self.used = point
-        task, deadline = self.task, self._deadline_s()
+        task = self.task
+        deadline = deadline_s(task.choice.budget, task.arrived)
         encoding = self.timed.encode(partial(task.prepare, point), point)
         self._refuse_if_late(encoding, deadline)
-        return self.timed.generate(encoding, task.options, deadline_s=deadline, cancelled=task.cancelled)
+        options = task.options(encoding.encoded.inputs["input_ids"])
+        return self.timed.generate(encoding, options, deadline_s=deadline, cancelled=task.cancelled)
 
     def out_of_memory(self, _point: OperatingPoint, _said: str) -> None:
         """A try ran out of memory."""
@@ -190,14 +220,7 @@ class _Tries:
 
     def _ran(self) -> Candidate | None:
         """The candidate that ran, if it is not the chosen one."""
-        return None if self.used == self.task.choice.point else self.task.predict(self.used)
-
-    def _deadline_s(self) -> float | None:
-        """On the clock, when the answer is cut off."""
-        budget = self.task.choice.budget
-        if budget.latency_ms is None or budget.on_deadline != "stop":
-            return None
-        return self.task.arrived + budget.latency_ms / 1e3
+        return None if self.used == self.task.choice.point else self._predict(self.used)
 
     def _refuse_if_late(self, encoding: Encoding, deadline: float | None) -> None:
         """Raise InfeasibleBudgetError where the first token is predicted to come after the deadline, if the budget
@@ -212,6 +235,13 @@ class _Tries:
                 f"the prefill at {self.used.name} was not started: predicted to take {prefill_ms:.0f} ms, with "
                 f"{left_ms:.0f} ms left to the deadline"
             )
+
+
+def deadline_s(budget: Budget, arrived: float) -> float | None:
+    """When, on the clock, the answer is cut off; None if it is not."""
+    if budget.latency_ms is None or budget.on_deadline != "stop":
+        return None
+    return arrived + budget.latency_ms / 1e3
 
 
 def _release() -> None:

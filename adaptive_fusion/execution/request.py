@@ -48,8 +48,12 @@ class ChatRequest:
     @property
     def kind(self) -> str:
         """``text``, ``image``, ``video`` or ``mixed``."""
-        kinds = {complexity.kind for complexity in self.complexities}
-        return "mixed" if len(kinds) > 1 else kinds.pop() if kinds else "text"
+        return kind_of([complexity.kind for complexity in self.complexities])
+
+
+def kind_of(kinds: Sequence[str]) -> str:
+    """``text``, ``image``, ``video`` or ``mixed``, of the kinds of all media."""
+    return "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
 
 
 def media_size(medium: Media) -> Size:

@@ -21,7 +21,7 @@ from adaptive_fusion.evaluation.likelihood import prefill
 from adaptive_fusion.execution.meters import Meter
 from adaptive_fusion.execution.timing import GenerationClock, synchronize
 from adaptive_fusion.models import Adapter, Encoded, Recorded
-from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.point import NATIVE, OperatingPoint
 
 Prepare = Callable[[], Mapping[str, Any]]
 """Gives the processor's tensors at a point's pixel budget, on the model's device."""
@@ -44,7 +44,8 @@ class Encoding:
     @property
     def length(self) -> int:
         """Tokens of the prompt that the language model sees, padding included."""
-        return int(self.encoded.inputs["input_ids"].shape[1])
+        ids = self.encoded.inputs.get("input_ids")
+        return int(ids.shape[-1]) if isinstance(ids, Tensor) else 0
 
     @property
     def ready_ms(self) -> float:
@@ -71,6 +72,12 @@ class Pass:
     def new_tokens(self) -> Tensor:
         """``[rows, new]``, filled up after a row's end as ``generate`` does."""
         return self.sequences[:, self.encoding.length :]
+
+    @property
+    def count(self) -> int:
+        """How many new tokens a row has; of a result of another kind, made by a loop of the caller's, its steps."""
+        known = isinstance(self.result, Tensor) or isinstance(getattr(self.result, "sequences", None), Tensor)
+        return int(self.sequences.shape[-1]) - self.encoding.length if known else self.timer.steps
 
     @property
     def first_s(self) -> float:
@@ -100,7 +107,7 @@ class Pass:
             latency_ms=(self.ended_s - arrived_s) * 1e3,
             visual_tokens=encoding.encoded.visual_tokens,
             prompt_tokens=encoding.length,
-            new_tokens=int(self.new_tokens.shape[1]),
+            new_tokens=self.count,
             patches=encoding.encoded.patches,
             peak_memory_gb=peak_gb if peak_gb is not None else 0.0,
         )
@@ -157,6 +164,11 @@ class TimedModel:
             encoded = self.adapter.encode(inputs, point, recorded)
         self.synchronize()
         return Encoding(point, encoded, began, prepared, self.clock(), recorded_ms)
+
+    def as_given(self, inputs: Mapping[str, Any]) -> Encoding:
+        """A call's own inputs as an encoding with nothing encoded yet: ``generate`` does it, with the prefill."""
+        now = self.clock()
+        return Encoding(NATIVE, Encoded(dict(inputs), 0, 0), now, now, now)
 
     @torch.no_grad()
     def generate(

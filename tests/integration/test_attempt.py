@@ -209,11 +209,10 @@ class Liar:
 def test_memory_is_measured_where_that_is_free_or_a_memory_budget_asks_for_it(
     tiny_dense: Any, processor: Any, dot: Image.Image
 ) -> None:
-    runner = AdaptiveRunner(tiny_dense, processor, policy="native")
     for free, budget, expected in ((True, None, 0.5), (False, None, 0.0), (False, Budget(vram_gb=9), 0.5)):
         meter = Liar([0.5])
         meter.free_of_charge = free
-        runner._executor.meter = meter
+        runner = AdaptiveRunner(tiny_dense, processor, policy="native", meter=meter)
         reply = runner.chat(dot, "?", budget=budget, max_new_tokens=2)
         assert reply.measurement.peak_memory_gb == expected
         assert "took encode" in reply.explain() and ("0.500 GiB, " in reply.explain()) == bool(expected)
@@ -233,8 +232,7 @@ def test_clocks_that_jump_and_probes_that_lie_leave_a_finite_state(
         turn[0] += 1
         return jumps[turn[0] % len(jumps)]
 
-    runner = AdaptiveRunner(tiny_dense, processor, policy="balanced", clock=clock)
-    runner._executor.meter = Liar(readings)
+    runner = AdaptiveRunner(tiny_dense, processor, policy="balanced", clock=clock, meter=Liar(readings))
     for budget in (Budget(latency_ms=50, vram_gb=1), Budget(ttft_ms=5, on_deadline="stop", latency_ms=80)):
         with suppress(InfeasibleBudgetError):
             runner.chat(dot, "?", budget=budget, max_new_tokens=2)

@@ -35,8 +35,7 @@ class Fixed:
 def test_what_exceeds_its_budget_is_counted(
     tiny_dense: Any, processor: Any, benchmark: ModuleType, peak_gb: float | None, exceeds: bool
 ) -> None:
-    runner = AdaptiveRunner(tiny_dense, processor, policy="latency")
-    runner._executor.meter = Fixed(peak_gb)
+    runner = AdaptiveRunner(tiny_dense, processor, policy="latency", meter=Fixed(peak_gb))
     steps: list[int] = []
     found = benchmark.keep_budgets(runner, 4, sides=(40, 64), advance=lambda: steps.append(1))
     feasible = 4 - found["infeasible"] - found["unmeasured"]

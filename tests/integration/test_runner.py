@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import (
@@ -295,9 +295,11 @@ def test_a_call_with_a_cache_goes_to_the_model_as_it_is(
     inputs = runner.adapter.prepare([{"role": "user", "content": content}], NATIVE)
     args: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
     half = OperatingPoint(downsample=0.5)
-    before = runner.last
-    from transformers import DynamicCache
-
-    with_cache = runner.generate(**inputs, point=half, past_key_values=DynamicCache(), **args)
-    assert runner.last == before
+    with pytest.raises(ConfigError, match=r"native@0\.5, but cache"):
+        runner.generate(**inputs, point=half, cache=DynamicCache(), **args)
+    with_cache = runner.generate(**inputs, cache=DynamicCache(), **args)
     assert with_cache.tolist() == runner.model.generate(**inputs, **args).tolist()
+    assert runner.last is not None
+    decision, took = runner.last
+    assert decision.point == NATIVE and decision.predicted is None and decision.reason.startswith("native: cache ")
+    assert took.new_tokens == 4 and took.ttft_ms <= took.latency_ms
