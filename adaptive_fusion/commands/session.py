@@ -22,5 +22,5 @@ def warm_up(runner: "AdaptiveRunner") -> None:
     runner.decide(image, "?")
     content = [{"type": "image", "image": image}, {"type": "text", "text": "?"}]
     inputs = runner.adapter.prepare([{"role": "user", "content": content}], NATIVE)
-    with runner.native():
-        runner.generate(**inputs, max_new_tokens=2)
+    with runner.exclusive() as model:
+        model.generate(**inputs, max_new_tokens=2)  # type: ignore[operator]
