@@ -221,6 +221,8 @@ print(json.dumps({
     "measured": adaptive_fusion.measure_complexity.__name__,
     "policy": adaptive_fusion.Policy.load("native").name,
     "still light": not {"torch", "transformers", "sklearn", "matplotlib"} & set(sys.modules),
+    "runner": adaptive_fusion.AdaptiveRunner.__name__,
+    "without": not {"sklearn", "joblib", "duckdb", "matplotlib", "rich.progress"} & set(sys.modules),
 }))
 """
 
@@ -238,6 +240,8 @@ def test_importing_the_package_does_nothing() -> None:
     assert seen["budget"] == 5 and not seen["torch"]
     # Features, policies and routing need neither torch nor transformers.
     assert seen["measured"] == "measure_complexity" and seen["policy"] == "native" and seen["still light"]
+    # Runners need no estimator, no database and no pictures.
+    assert seen["runner"] == "AdaptiveRunner" and seen["without"]
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
