@@ -177,7 +177,7 @@ class GridAdapter(Adapter):
         if pixels is None:
             return []
         processor = self.processor.video_processor if kind == "video" else self.processor.image_processor
-        mean, std = (torch.tensor(getattr(processor, key)) * 255 for key in ("image_mean", "image_std"))
+        mean, std = (torch.tensor(getattr(processor, k)).view(3, 1, 1) * 255 for k in ("image_mean", "image_std"))
         p, m = int(processor.patch_size), self.merge
         temporal = int(processor.temporal_patch_size)
         found = []
@@ -185,8 +185,9 @@ class GridAdapter(Adapter):
             stride = min(p, max(1, -(-max(h, w) * p // THUMBNAIL)))
             # [t, h/m, w/m, m, m, channel, frame of the pair, y, x] -> [t, y, x, channel], first frame of each pair.
             cells = part.view(t, h // m, w // m, m, m, 3, temporal, p, p)[..., 0, ::stride, ::stride]
-            image = cells.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * cells.shape[-2], w * cells.shape[-1], 3)
-            image = (image.float().cpu() * std + mean).round_().clamp_(0, 255).to(torch.uint8)
+            # Scaled where they lie and put in order as bytes: a quarter of the memory to move.
+            bytes_ = (cells.float().cpu() * std).add_(mean).round_().clamp_(0, 255).to(torch.uint8)
+            image = bytes_.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * cells.shape[-2], w * cells.shape[-1], 3)
             found.append(cast(npt.NDArray[np.uint8], image.numpy() if kind == "video" else image[0].numpy()))
         return found
 
