@@ -4,7 +4,7 @@ Knows records. Must not know of models or of how an answer comes about.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adaptive_fusion.decisions import Decision, Measurement
@@ -14,13 +14,23 @@ from adaptive_fusion.decisions import Decision, Measurement
 class Reply:
     """An answer with the decision behind it and what it took.
 
-    `finish_reason` is ``stop`` (the model ended), ``length`` (`max_new_tokens`), ``deadline`` or ``cancelled``.
+    Attributes:
+        text: The answer.
+        finish_reason: ``stop`` (the model ended), ``length`` (`max_new_tokens`), ``deadline`` or ``cancelled``.
+        decision: What was decided, and why.
+        measurement: What it took.
+        token_ids: The answer's tokens, its end included.
+        logprobs: The log-probability of each, if ``output_logits`` or ``output_scores`` was asked for.
+        output: What ``generate`` returned, if it was asked for more than tokens; its prompt is the one the model saw.
     """
 
     text: str
     finish_reason: str
     decision: Decision
     measurement: Measurement
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    output: Any = field(default=None, repr=False, compare=False)
 
     @property
     def met(self) -> bool | None:

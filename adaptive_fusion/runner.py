@@ -5,17 +5,18 @@ budget, encode at the operating point, generate, measure, learn, log. The model 
 it is what it was.
 """
 
+import asyncio
 import os
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -34,8 +35,9 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
 from adaptive_fusion.execution.executor import Executor, Run, Task
 from adaptive_fusion.execution.full_prompt import with_full_prompt
+from adaptive_fusion.execution.logprobs import token_logprobs
 from adaptive_fusion.execution.meters import Meter, meter_for
-from adaptive_fusion.execution.request import ChatRequest, build_request, kind_of
+from adaptive_fusion.execution.request import ChatRequest, build_request, each_request, kind_of
 from adaptive_fusion.execution.shift import shift
 from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.features.complexity import measure_complexity
@@ -173,7 +175,69 @@ class AdaptiveRunner:
 
     # Asking
 
+    @overload
     def chat(
+        self,
+        media: Any,
+        prompt: str | None = ...,
+        *,
+        budget: Budget | None = ...,
+        max_new_tokens: int | None = ...,
+        point: OperatingPoint | None = ...,
+        **generate_kwargs: Any,
+    ) -> Reply: ...
+
+    @overload
+    def chat(
+        self,
+        media: Any,
+        prompt: Sequence[str],
+        *,
+        budget: Budget | None = ...,
+        max_new_tokens: int | None = ...,
+        point: OperatingPoint | None = ...,
+        **generate_kwargs: Any,
+    ) -> list[Reply]: ...
+
+    def chat(
+        self,
+        media: Any,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int | None = None,
+        point: OperatingPoint | None = None,
+        **generate_kwargs: Any,
+    ) -> Reply | list[Reply]:
+        """Answer one request, or several one after the other.
+
+        Args:
+            media: None, a path, encoded bytes, PIL image, array, `Video`, a list of these, or chat messages. Of several
+                requests a list with the media of each, or a list of conversations.
+            prompt: The question; a list of questions makes as many requests.
+            budget: Limits of this request; what it leaves unset comes from the runner's.
+            max_new_tokens: Upper bound of the answer; without it that of a ``generation_config`` argument, of the
+                model's own, or 256.
+            point: Run exactly this operating point instead of deciding.
+            generate_kwargs: For the model's ``generate`` (sampling, beams...). What needs every token of the prompt
+                runs native, with the reason in the decision. With ``output_logits`` or ``output_scores`` the reply has
+                log-probabilities.
+
+        Returns:
+            The reply, or the list of replies to several requests.
+
+        Raises:
+            MediaError: For a medium that cannot be used.
+            ConfigError: For an argument that does not go with chat or with the `point`, by name.
+            UnsupportedModelError: For a `point` that the model cannot run.
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        call = partial(self._call, budget=budget, max_new_tokens=max_new_tokens, point=point, options=generate_kwargs)
+        if (several := each_request(media, prompt)) is not None:
+            return [self._answer(call(*one)) for one in several]
+        return self._answer(call(media, prompt))
+
+    async def achat(
         self,
         media: Any,
         prompt: str | None = None,
@@ -183,26 +247,16 @@ class AdaptiveRunner:
         point: OperatingPoint | None = None,
         **generate_kwargs: Any,
     ) -> Reply:
-        """Answer one request.
-
-        Args:
-            media: None, a path, encoded bytes, PIL image, array, `Video`, a list of these, or chat messages.
-            prompt: The question.
-            budget: Limits of this request; what it leaves unset comes from the runner's.
-            max_new_tokens: Upper bound of the answer; without it that of a ``generation_config`` argument, of the
-                model's own, or 256.
-            point: Run exactly this operating point instead of deciding.
-            generate_kwargs: For the model's ``generate`` (sampling, beams...). What needs every token of the prompt
-                runs native, with the reason in the decision.
-
-        Raises:
-            MediaError: For a medium that cannot be used.
-            ConfigError: For an argument that does not go with chat or with the `point`, by name.
-            UnsupportedModelError: For a `point` that the model cannot run.
-            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
-        """
-        arguments = for_chat(self.model, generate_kwargs, max_new_tokens)
-        return self._answer(_Call(media, prompt, budget, self._given(point), arguments))
+        """As `chat`, for one request, without holding up the event loop. A task that is cancelled ends its generation
+        at the next token."""
+        # Its thread is not inside `native`, whatever this one is in: what is in force is part of the call.
+        call = self._call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
+        cancelled = threading.Event()
+        try:
+            return await asyncio.to_thread(self._answer, call, None, cancelled)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
 
     def stream(
         self,
@@ -214,14 +268,15 @@ class AdaptiveRunner:
         point: OperatingPoint | None = None,
         **generate_kwargs: Any,
     ) -> Stream[Reply]:
-        """As `chat`, but an iterator over pieces of text; its ``reply`` holds the `Reply` once it has ended.
+        """As `chat`, for one request, but an iterator over pieces of text, for ``for`` and ``async for``; its ``reply``
+        holds the `Reply` once it has ended.
 
         Closing or abandoning the stream ends the generation at its next token and frees the model.
         """
         if generate_kwargs.get("streamer") is not None:
             raise ConfigError("streamer is given; expected none: stream has its own, chat and generate take one")
         # Its thread is not inside `native`, whatever this one is in.
-        call = _Call(media, prompt, budget, self._given(point), for_chat(self.model, generate_kwargs, max_new_tokens))
+        call = self._call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
         return Stream(partial(self._answer, call), getattr(self.processor, "tokenizer", self.processor))
 
     def decide(
@@ -344,6 +399,18 @@ class AdaptiveRunner:
 
     # How it is done
 
+    def _call(
+        self,
+        media: Any,
+        prompt: Any,
+        budget: Budget | None,
+        max_new_tokens: int | None,
+        point: OperatingPoint | None,
+        options: dict[str, Any],
+    ) -> _Call:
+        arguments = for_chat(self.model, options, max_new_tokens, getattr(self.processor, "tokenizer", None))
+        return _Call(media, prompt, budget, self._given(point), arguments)
+
     def _untouched(self, arguments: Arguments, why: str, limits: Budget, own: Budget | None, arrived: float) -> Any:
         kinds = {"pixel_values": "image", "pixel_values_videos": "video"}
         kind = kind_of([kind for name, kind in kinds.items() if arguments.inputs.get(name) is not None])
@@ -412,7 +479,16 @@ class AdaptiveRunner:
         finish = run.stopped_by or ("stop" if ended else "length")
         self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
         self._log(run, request.prompt, request.content_hash, finish)
-        return Reply(text.strip(), finish, run.decision, run.measurement)
+        tokens = tuple(new.tolist())
+        return Reply(
+            text.strip(),
+            finish,
+            run.decision,
+            run.measurement,
+            tokens,
+            token_logprobs(run.sequences, tokens),
+            run.output,
+        )
 
     def _run(self, info: RequestInfo, task: Task) -> Run:
         """Run a decided request; the caller holds the lock."""

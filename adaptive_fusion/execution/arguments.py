@@ -99,8 +99,12 @@ def resolve(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Argum
     return Arguments(inputs, options, found.defaults, as_is, _active(found, Meaning.WHOLE) or _own_list(found))
 
 
-def for_chat(model: Any, options: Mapping[str, Any], max_new_tokens: int | None = None) -> Arguments:
+def for_chat(
+    model: Any, options: Mapping[str, Any], max_new_tokens: int | None = None, tokenizer: Any = None
+) -> Arguments:
     """The arguments of a ``generate`` whose prompt is made of a request; without a limit, `CHAT_NEW_TOKENS` is it.
+
+    Stop strings get the `tokenizer`, and whoever asks for logits or scores gets them returned.
 
     Raises:
         ConfigError: For an argument of the prompt's or one that is refused, by name, and for more than one answer.
@@ -119,6 +123,10 @@ def for_chat(model: Any, options: Mapping[str, Any], max_new_tokens: int | None 
         raise ConfigError(f"num_return_sequences is {several!r}; chat and stream give 1 answer, generate several")
     if found.value("max_new_tokens") is None and found.value("max_length") is None:
         named["max_new_tokens"] = CHAT_NEW_TOKENS
+    if found.value("stop_strings") is not None:
+        named.setdefault("tokenizer", tokenizer)
+    if found.value("output_logits") or found.value("output_scores"):
+        named.setdefault("return_dict_in_generate", True)
     whole = _active(found, Meaning.FITTED) or _active(found, Meaning.WHOLE) or _unknown(found) or _own_list(found)
     return Arguments({}, named, found.defaults, whole=whole)
 

@@ -69,6 +69,11 @@ class Run:
     stopped_by: str | None
 
     @property
+    def output(self) -> Any:
+        """What ``generate`` returned, if it was asked for more than tokens."""
+        return None if isinstance(self.sequences, Tensor) else self.sequences
+
+    @property
     def new_tokens(self) -> Tensor:
         """The first row's new tokens ``[n]``."""
         whole = self.sequences if isinstance(self.sequences, Tensor) else self.sequences.sequences

@@ -69,6 +69,25 @@ def is_messages(value: object) -> bool:
     return isinstance(value, Sequence) and bool(value) and all(isinstance(v, Mapping) and "role" in v for v in value)
 
 
+def each_request(media: Any, prompt: Any) -> list[tuple[Any, str | None]] | None:
+    """Media and prompt of each of several requests: for a list of prompts the media of each in a list (None: no media
+    at all), or a list of conversations. None where it is one request.
+
+    Raises:
+        ConfigError: For lists of different lengths.
+    """
+    if isinstance(prompt, list | tuple):
+        if media is None:
+            return [(None, one) for one in prompt]
+        if not isinstance(media, list | tuple) or len(media) != len(prompt):
+            found = f"{len(media)} media" if isinstance(media, list | tuple) else type(media).__name__
+            raise ConfigError(f"there are {len(prompt)} prompts and {found}; expected a list with the media of each")
+        return list(zip(media, prompt, strict=True))
+    if isinstance(media, list | tuple) and media and all(is_messages(one) for one in media):
+        return [(one, prompt) for one in media]
+    return None
+
+
 def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = False) -> ChatRequest:
     """Load and measure everything that a request names.
 

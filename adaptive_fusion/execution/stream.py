@@ -5,9 +5,10 @@ try for text, and an abandoned one leaves the model generating. Knows a callable
 nothing of models.
 """
 
+import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +52,17 @@ class Stream(Generic[T]):
         finally:
             self.close()
         self._result.result()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """The same pieces for ``async for``: the event loop goes on while the next one is generated. A task that is
+        cancelled ends the generation at its next token."""
+        pieces = iter(self)
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            # Not `close`, which waits: the loop must go on. The worker ends at its next token.
+            self._cancelled.set()
 
     @property
     def reply(self) -> T:

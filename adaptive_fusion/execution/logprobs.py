@@ -1,0 +1,23 @@
+"""Log-probabilities of an answer's tokens, from what ``generate`` kept of each step.
+
+Knows results of ``generate``. Must not know of requests or replies.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def token_logprobs(result: Any, tokens: Sequence[int]) -> tuple[float, ...] | None:
+    """The log-probability of each of the first row's new `tokens`, or None where it was not asked for.
+
+    From the model's own logits (``output_logits``) if they were kept, else from the scores after processors and
+    sampling's warpers (``output_scores``). None for beams, whose rows change places on the way: their result has
+    ``sequences_scores``.
+    """
+    steps = getattr(result, "logits", None) or getattr(result, "scores", None)
+    if not steps or getattr(result, "beam_indices", None) is not None:
+        return None
+    found = [torch.log_softmax(step[0].float(), -1)[token] for step, token in zip(steps, tokens, strict=False)]
+    return tuple(float(value) for value in found)
