@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint build clean
+.PHONY: setup demo test test-long lint build clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -18,6 +18,11 @@ demo: setup
 
 test: lint
 	$(VENV)/bin/python -m pytest -q -n 2
+
+# What takes long by nature: thousands of mutants, many processes, other programs. ADAPTIVE_FUSION_LONG_SHARE=0.1 does a
+# tenth of each count.
+test-long: setup
+	$(VENV)/bin/python -m pytest -q tests/long
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_forms import GREEDY, mixed
 from PIL import Image
 
 from adaptive_fusion.errors import ConfigError
@@ -17,7 +18,6 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner
 
-GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 HALF = OperatingPoint(downsample=0.5)
 
 
@@ -131,24 +131,8 @@ def test_stop_strings_need_no_tokenizer(runner: AdaptiveRunner, images: list[Ima
     assert stopped.text.endswith(stop) and len(stopped.text) < len(free.text) and stopped.finish_reason == "stop"
 
 
-def mixed(runner: AdaptiveRunner, images: list[Image.Image], number: int) -> str:
-    """One request in one of four forms; returns the answer."""
-    image, asked = images[number % len(images)], ("Describe.", "Read the text.")[number % 3 % 2]
-    form = number % 4
-    if form == 0:
-        return runner.chat(image, asked, **GREEDY).text
-    if form == 1:
-        return asyncio.run(runner.achat(image, asked, **GREEDY)).text
-    if form == 2:
-        return "".join(runner.stream(image, asked, **GREEDY)).strip()
-    content = [{"type": "image", "image": image}, {"type": "text", "text": asked}]
-    inputs = runner.adapter.prepare([{"role": "user", "content": content}], NATIVE)
-    out = runner.generate(**inputs, **GREEDY)
-    return str(runner.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
 def test_many_threads_get_the_answers_of_one(runner: AdaptiveRunner, images: list[Image.Image]) -> None:
-    numbers = range(48)
+    numbers = range(16)
     serial = [mixed(runner, images, number) for number in numbers]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda number: mixed(runner, images, number), numbers)) == serial
