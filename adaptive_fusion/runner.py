@@ -446,6 +446,7 @@ class AdaptiveRunner:
             kind=request.kind,
             sizes=request.sizes,
             durations_s=request.durations_s,
+            frame_times_s=request.frame_times_s,
             complexities=request.complexities,
             prompt=request.prompt,
             max_new_tokens=arguments.most_new_tokens(text + visual),

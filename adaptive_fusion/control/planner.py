@@ -18,7 +18,7 @@ from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import Complexity, is_still
 from adaptive_fusion.features.prompts import prompt_features, prompt_kind
-from adaptive_fusion.media.clips import frames_at
+from adaptive_fusion.media.sampling import frames_at
 from adaptive_fusion.models.base import Adapter, Size
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
@@ -42,7 +42,8 @@ class RequestInfo:
     prompt: str
     max_new_tokens: int
     text_tokens: int
-    durations_s: Sequence[float] = ()  # of the media, in order; without them clips keep their frames
+    durations_s: Sequence[float] = ()  # of the media, in order
+    frame_times_s: Sequence[Sequence[float]] = ()  # the same, of their frames; without them clips keep their frames
     batch: int = 1
     elapsed_ms: float = 0.0
     free_memory_gb: float | None = None
@@ -183,10 +184,10 @@ class Planner:
     def work(self, point: OperatingPoint, info: RequestInfo, new: float | None = None) -> Work:
         """What `point` makes the model do for `info`."""
         sizes = info.sizes
-        if point.max_fps is not None and info.durations_s and not info.pixels_fixed:
+        if point.max_fps is not None and info.frame_times_s and not info.pixels_fixed:
             sizes = [
-                replace(size, frames=frames_at(size.frames, duration, point.max_fps)) if size.clip else size
-                for size, duration in zip(sizes, info.durations_s, strict=True)
+                replace(size, frames=len(frames_at(times, duration, point.max_fps))) if size.clip else size
+                for size, times, duration in zip(sizes, info.frame_times_s, info.durations_s, strict=True)
             ]
         plan = self.adapter.plan(sizes, point)
         return Work(

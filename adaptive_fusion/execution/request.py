@@ -46,6 +46,11 @@ class ChatRequest:
         return [medium.duration_s if isinstance(medium, Video) else 0.0 for medium in self.media]
 
     @property
+    def frame_times_s(self) -> list[tuple[float, ...]]:
+        """Display times in seconds of the frames of the media, in order; none for images."""
+        return [medium.timestamps_s if isinstance(medium, Video) else () for medium in self.media]
+
+    @property
     def kind(self) -> str:
         """``text``, ``image``, ``video`` or ``mixed``."""
         return kind_of([complexity.kind for complexity in self.complexities])
@@ -118,7 +123,7 @@ def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = 
     hashes: list[str] | None = [] if hashed else None
     texts: list[str] = []
     messages = [_message(message, media, hashes, texts) for message in raw]
-    complexities = tuple(measure_complexity(m.frames if isinstance(m, Video) else m) for m in media)
+    complexities = tuple(measure_complexity(m) for m in media)
     joined = "+".join(hashes) if hashes else None
     return ChatRequest(tuple(messages), tuple(media), texts[-1] if texts else "", complexities, joined)
 

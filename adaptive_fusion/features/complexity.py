@@ -22,6 +22,7 @@ from adaptive_fusion.errors import MediaError
 from adaptive_fusion.features.image import IMAGE_FEATURES, Bytes, Pixels, image_features, take_sample
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.load import load_media
+from adaptive_fusion.media.sampling import evenly
 
 VERSION = "1"
 """Version of the features: numbers of different versions must not be compared or fed to the same router."""
@@ -72,8 +73,8 @@ def measure_complexity(
 ) -> Complexity:
     """Measure one image or clip, in about a millisecond when it is already decoded.
 
-    Whatever the size, about 66,000 pixels are read; of a clip, those of up to 8 frames spread evenly for
-    motion, 3 of them in full. One frame is an image.
+    Whatever the size, about 66,000 pixels are read; of a clip, those of up to 8 frames spread evenly (over time,
+    where their times are known) for motion, 3 of them in full. One frame is an image.
 
     Args:
         source: a path or encoded bytes (decoded by `media.load_media`); a PIL image of any mode; an array
@@ -87,7 +88,7 @@ def measure_complexity(
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         source = load_media(source)
     if isinstance(source, Video):
-        source = source.frames
+        return _measure_clip(source.frames, source.timestamps_s)
     if isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.ndim != 4):
         return _complexity(image_features(take_sample(source)), [0.0] * len(MOTION_FEATURES), "image")
     if not isinstance(source, np.ndarray | list | tuple):
@@ -99,7 +100,7 @@ def measure_complexity(
         raise MediaError("the clip has no frames; a clip needs at least one")
     if len(source) == 1:
         return measure_complexity(source[0])
-    return _measure_clip(source)
+    return _measure_clip(source, range(len(source)))
 
 
 def human_score(features: dict[str, float]) -> float:
@@ -139,17 +140,13 @@ def _complexity(image: list[float], motion: list[float], kind: Literal["image", 
     return Complexity(human_score(features), features, VERSION, kind)
 
 
-def _measure_clip(frames: Any) -> Complexity:
-    chosen = _spread(len(frames), _MAX_FRAMES)
-    in_full = {chosen[i] for i in _spread(len(chosen), _FULL_FRAMES)}
+def _measure_clip(frames: Any, times_s: Sequence[float]) -> Complexity:
+    chosen = evenly(times_s, _MAX_FRAMES)
+    in_full = {chosen[i] for i in evenly(range(len(chosen)), _FULL_FRAMES)}
     samples = {index: take_sample(frames[index], with_scan=index in in_full) for index in chosen}
     rows = [image_features(samples[index]) for index in sorted(in_full)]
     motion = motion_features([samples[index].grey for index in chosen])
     return _complexity([float(mean) for mean in np.mean(rows, axis=0)], motion, "video")
-
-
-def _spread(total: int, count: int) -> list[int]:
-    return [int(i) for i in np.linspace(0, total - 1, min(total, count)).round()]
 
 
 def motion_features(greys: Sequence[Bytes]) -> list[float]:

@@ -4,7 +4,7 @@ Knows frames and their times. Must not know where the bytes came from, nor anyth
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from adaptive_fusion.errors import ConfigError, MediaError
+from adaptive_fusion.errors import MediaError
 from adaptive_fusion.media.pixels import Array, Limits, check_size, fit, from_array, to_rgb, to_uint8
+from adaptive_fusion.media.sampling import evenly, frames_at, is_steady, sample
 
 _METADATA_CLOCK_HZ = 1_000_000
 _BROWSER_DEFAULT_FRAME_S = 0.1  # browsers show animation frames of 10 ms or less for 100 ms
@@ -66,13 +67,12 @@ class Video:
     def at_most(self, max_fps: float | None) -> "Video":
         """This clip with at most `max_fps` frames a second (None: all), evenly thinned; the others keep their times.
 
-        Both ends stay, so there are always two frames; duration and `total_frames` are those of the whole clip.
+        Frames are counted by their times, not by their number; `sampling.frames_at` says what that promises. Both
+        ends stay, so there are always two frames; duration and `total_frames` are those of the whole clip.
         """
-        total = len(self.frames)
-        count = frames_at(total, self.duration_s, max_fps)
-        if count == total:
+        chosen = frames_at(self.timestamps_s, self.duration_s, max_fps)
+        if len(chosen) == len(self.frames):
             return self
-        chosen = [int(i) for i in np.linspace(0, total - 1, count).round()]
         times = tuple(self.timestamps_s[i] for i in chosen)
         return Video(self.frames[chosen], times, self.duration_s, self.total_frames)
 
@@ -93,29 +93,6 @@ class Video:
         }
 
 
-def frames_at(total: int, duration_s: float, max_fps: float | None) -> int:
-    """How many of a clip's `total` frames are left at `max_fps`: at least its first and its last.
-
-    Raises:
-        ConfigError: If `max_fps` is neither None nor a finite number above 0.
-    """
-    if max_fps is None:
-        return total
-    if not isinstance(max_fps, int | float) or not 0 < max_fps < math.inf:
-        raise ConfigError(f"max_fps is {max_fps!r}; expected None or a finite number above 0")
-    return min(total, max(2, math.floor(duration_s * max_fps + 1e-6)))
-
-
-def sample(total: int, duration_s: float, limits: Limits) -> list[int]:
-    """Indices of `video_fps` frames a second, spread evenly over `total` frames, within the frame limits.
-
-    The rule of transformers' `Qwen3VLVideoProcessor.sample_frames`: both ends are included.
-    """
-    wanted = math.floor(min(duration_s * limits.video_fps, limits.max_frames) + 1e-6)
-    count = min(max(wanted, limits.min_frames), limits.max_frames, total)
-    return [int(i) for i in np.linspace(0, total - 1, count).round()]
-
-
 def from_frames(name: str, frames: Array | Sequence[Any], limits: Limits) -> Video | Image.Image:
     """Clip of bare frames: an array (T, H, W, 3) or a list of PIL images and arrays, all of one size.
 
@@ -125,13 +102,14 @@ def from_frames(name: str, frames: Array | Sequence[Any], limits: Limits) -> Vid
     total = len(frames)
     if total == 0:
         raise MediaError(f"{name} has no frames; a clip needs at least one")
-    chosen = [int(i) for i in np.linspace(0, total - 1, min(total, limits.max_frames)).round()]
+    shown_s = [i / limits.video_fps for i in range(total)]
+    chosen = evenly(shown_s, limits.max_frames)
     if isinstance(frames, np.ndarray) and frames.ndim == 4 and frames.shape[3] == 3 and total > 1:
         height, width = frames.shape[1:3]
         check_size(name, width, height, limits)
         if fit(width, height, limits.max_side) == (width, height):
             kept = frames if len(chosen) == total else frames[chosen]
-            times = tuple(i / limits.video_fps for i in chosen)
+            times = tuple(shown_s[i] for i in chosen)
             return Video(to_uint8(name, kept), times, total / limits.video_fps, total)
     pictures: list[Image.Image] = []
     for i in chosen:
@@ -146,21 +124,49 @@ def from_frames(name: str, frames: Array | Sequence[Any], limits: Limits) -> Vid
         pictures.append(_shrink(picture, fit(*picture.size, limits.max_side)))
     if len(sizes := {p.size for p in pictures}) > 1:
         raise MediaError(f"{name} has frames of {len(sizes)} sizes, such as {sorted(sizes)[:2]}; a clip has one size")
-    times = tuple(i / limits.video_fps for i in chosen)
+    times = tuple(shown_s[i] for i in chosen)
     return Video(_stack(pictures), times, total / limits.video_fps, total)
 
 
 def from_animation(name: str, image: Image.Image, limits: Limits) -> Video | Image.Image:
     """Clip of an opened animated GIF, WebP or APNG; times follow from the durations of its frames.
 
-    These formats decode in order only and need not say how many frames come, so one pass keeps every 2^k-th
-    frame, with k growing as needed: at most 2 x max_frames are held. Frame durations of 10 ms or less count
-    as 100 ms, as in browsers. Call within `decoding`; raises MediaError when the clip exceeds the limits.
+    These formats decode in order only and need not say how many frames come, nor when. So a first pass finds the
+    times of all frames and keeps every 2^k-th of them, with k growing as needed: at most 2 x max_frames are held.
+    Where those are not the frames that are wanted (many frames at a variable rate), a second pass takes these. Frame
+    durations of 10 ms or less count as 100 ms, as in browsers. Call within `decoding`; raises MediaError when the
+    clip exceeds the limits, which each pass may use up.
     """
-    kept: list[tuple[float, Image.Image]] = []
-    size, stride, time_s, count = image.size, 1, 0.0, 0
+    kept: dict[int, Image.Image] = {}
+    shown_s: list[float] = []
+    size, stride, time_s = fit(*image.size, limits.max_side), 1, 0.0  # later frames can enlarge the canvas
+    for index in _walk(name, image, limits):
+        if index % stride == 0:
+            kept[index] = _shrink(to_rgb(image), size) if index else to_rgb(image)
+        if len(kept) > 2 * limits.max_frames:
+            stride *= 2
+            kept = {i: picture for i, picture in kept.items() if i % stride == 0}
+        shown_s.append(time_s)
+        lasts_s = float(image.info.get("duration", 0)) / 1000
+        time_s += lasts_s if 0.01 < lasts_s < math.inf else _BROWSER_DEFAULT_FRAME_S
+    if not kept:
+        raise MediaError(f"{name} has no frames")
+    if len(shown_s) == 1:
+        return kept[0]
+    if stride == 1 or is_steady(shown_s):
+        held = list(kept)
+        chosen = [held[i] for i in sample([shown_s[i] for i in held], time_s, limits)]
+    else:
+        chosen = sample(shown_s, time_s, limits)
+        kept = {i: _shrink(to_rgb(image), size) for i in _walk(name, image, limits) if i in set(chosen)}
+    frames = _stack([_shrink(kept[i], size) for i in chosen])
+    return Video(frames, tuple(shown_s[i] for i in chosen), time_s, len(shown_s))
+
+
+def _walk(name: str, image: Image.Image, limits: Limits) -> Iterator[int]:
+    """Decode the frames of an animation in turn, the image being at each for as long as its number is out."""
     # An APNG may carry a still that is shown only where animation is not supported.
-    start = 1 if getattr(image, "default_image", False) else 0
+    start, count = 1 if getattr(image, "default_image", False) else 0, 0
     while _seek(image, start + count):
         check_size(name, *image.size, limits)  # a GIF's later frames can enlarge its canvas
         work = (count + 1) * image.width * image.height / 1e6
@@ -170,21 +176,8 @@ def from_animation(name: str, image: Image.Image, limits: Limits) -> Video | Ima
                 f"{_MAX_ANIMATION_FRAMES} frames and {limits.max_decode_megapixels:g} megapixels in all pass"
             )
         image.load()
-        if count % stride == 0:
-            kept.append((time_s, _shrink(to_rgb(image), fit(*size, limits.max_side)) if count else to_rgb(image)))
-        if len(kept) > 2 * limits.max_frames:
-            kept, stride = kept[::2], stride * 2
-        shown_s = float(image.info.get("duration", 0)) / 1000
-        time_s += shown_s if 0.01 < shown_s < math.inf else _BROWSER_DEFAULT_FRAME_S
+        yield count
         count += 1
-    if count < 2:
-        if not kept:
-            raise MediaError(f"{name} has no frames")
-        return kept[0][1]
-    chosen = [kept[i] for i in sample(len(kept), time_s, limits)]
-    target = fit(*size, limits.max_side)
-    frames = _stack([_shrink(picture, target) for _, picture in chosen])
-    return Video(frames, tuple(t for t, _ in chosen), time_s, count)
 
 
 def _seek(image: Image.Image, index: int) -> bool:

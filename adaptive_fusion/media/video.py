@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from adaptive_fusion.errors import MediaError
-from adaptive_fusion.media.clips import Video, sample
+from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.pixels import Array, Limits, check_size, fit
+from adaptive_fusion.media.sampling import sample
 
 _LEAST_SHARE_PRESENT = 0.9
 
@@ -95,10 +96,11 @@ def _read_index(name: str, container: Any, stream: Any) -> _Index:
 
 
 def _plan(name: str, index: _Index, width: int, height: int, limits: Limits) -> list[int]:
-    """Ticks of the frames to take: evenly spread, or their keyframes if that is too much to decode."""
+    """Ticks of the frames to take: evenly spread over time, or their keyframes if that is too much to decode."""
     times, keys = index.times, index.keys
     affordable = limits.max_decode_megapixels * 1e6 / (width * height)
-    targets = [times[i] for i in sample(len(times), index.duration_s, limits)]
+    shown_s = [(ticks - times[0]) * index.tick_s for ticks in times]
+    targets = [times[i] for i in sample(shown_s, index.duration_s, limits)]
     work, decoded_to = 0, 0
     for target in targets:  # as `_frames_at` walks: from the last target or the nearest keyframe, to the next
         end = bisect_right(times, target)
