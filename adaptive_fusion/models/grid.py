@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
@@ -22,6 +21,7 @@ from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
+from adaptive_fusion.models.resize import call_options, resized, with_options_per_clip
 from adaptive_fusion.point import OperatingPoint
 
 KINDS = {
@@ -78,20 +78,10 @@ class GridAdapter(Adapter):
         """Height and width after the processor's own resize, per frame."""
         if size.exact:
             return size.height, size.width
-        processor = self.processor.video_processor if size.clip else self.processor.image_processor
-        low, high = _limits(processor)
-        factor = processor.patch_size * processor.merge_size
-        if size.clip:
-            # The video processor's limits are for the whole clip, counted in pairs of frames.
-            frames = max(processor.temporal_patch_size, size.frames)
-            low, high = low // frames, high // frames
-        if max_pixels is not None:
-            high = min(high, max_pixels)
-        height, width = size.height, size.width
-        if min(height, width) < factor and size.clip:
-            scale = max(factor / height, factor / width)
-            height, width = int(height * scale), int(width * scale)
-        return cast(tuple[int, int], smart_resize(height, width, factor, min(low, high), max(high, factor * factor)))
+        return resized(self._processor_for(size.clip), size, max_pixels)
+
+    def _processor_for(self, clip: bool) -> Any:
+        return self.processor.video_processor if clip else self.processor.image_processor
 
     def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
         segments: list[int] = []
@@ -123,40 +113,25 @@ class GridAdapter(Adapter):
                 elif part["type"] == "video":
                     clips.append(cast(Video, part["video"]).at_most(point.max_fps))
         text = self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        processor = self.processor
         kwargs: dict[str, Any] = {}
         if images:
-            kwargs |= {
-                "images": images,
-                "images_kwargs": self._size(self.processor.image_processor, point, 1),
-            }
+            # An image's limits do not depend on its size: one call takes all.
+            kwargs |= {"images": images, "images_kwargs": self._options(Size(1, 1, 1), point)}
         if clips:
-            processor = self.processor.video_processor
-            # One size holds for all clips of a call; the shortest clip sets it, so none exceeds its budget.
-            frames = min(len(clip.frames) + len(clip.frames) % processor.temporal_patch_size for clip in clips)
+            options = [self._options(Size(*clip.frames.shape[:3], clip=True), point) for clip in clips]
+            processor = with_options_per_clip(self.processor, options)
             kwargs["videos"] = [clip.frames for clip in clips]
             kwargs["videos_kwargs"] = {
-                **self._size(processor, point, frames),
+                **options[0],
                 "do_sample_frames": False,
                 "video_metadata": [clip.metadata() for clip in clips],
             }
-            if hasattr(processor, "cap_pixels_per_frame"):
-                # The point's own pixel budget is per frame already.
-                kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
-        return dict(self.processor(text=[text], return_tensors="pt", **kwargs).to(self.model.device))
+        return dict(processor(text=[text], return_tensors="pt", **kwargs).to(self.model.device))
 
-    def _size(self, processor: Any, point: OperatingPoint, frames: int) -> dict[str, Any]:
-        if point.max_pixels is None:
-            return {}
-        low, high = _limits(processor)
-        factor = processor.patch_size * processor.merge_size
-        high = min(high, max(point.max_pixels, factor * factor) * frames)
-        low = min(low, high)
-        # Limits that AutoProcessor.from_pretrained was given stay with the tokenizer, and transformers takes them from
-        # there as arguments of every call, over `size`.
+    def _options(self, size: Size, point: OperatingPoint) -> dict[str, Any]:
         loaded = getattr(getattr(self.processor, "tokenizer", None), "init_kwargs", {})
-        taken = getattr(getattr(processor, "valid_kwargs", None), "__annotations__", {})
-        again = {k: v for k, v in (("min_pixels", low), ("max_pixels", high)) if k in loaded and k in taken}
-        return {"size": {"shortest_edge": low, "longest_edge": high}, **again}
+        return call_options(self._processor_for(size.clip), size, point.max_pixels, loaded)
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
         patch, temporal = self._patch, self._temporal
@@ -300,12 +275,6 @@ class GridAdapter(Adapter):
 def _takes_outputs(model: nn.Module) -> bool:
     supports = getattr(model, "_supports_mm_encoder_outputs", None)
     return bool(supports and supports())
-
-
-def _limits(processor: Any) -> tuple[int, int]:
-    size = processor.size
-    low, high = (size[k] if isinstance(size, Mapping) else getattr(size, k) for k in ("shortest_edge", "longest_edge"))
-    return int(low), int(high)
 
 
 def _grids(inputs: Mapping[str, Any], kind: str, *, seen: bool = False) -> list[Grid]:

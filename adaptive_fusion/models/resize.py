@@ -1,0 +1,123 @@
+"""How large a processor makes a picture or a frame, and the arguments that make it keep a pixel budget.
+
+Knows the size rules of transformers' image and video processors that cut into patches. Plans and runs both come here,
+so that they cannot differ. Must not know of models, tokens or operating points.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from functools import cache
+from inspect import signature
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from adaptive_fusion.models.base import Size
+
+
+def resized(processor: Any, size: Size, max_pixels: int | None) -> tuple[int, int]:
+    """Height and width, per frame, that an image or video processor gives a medium of this size.
+
+    `max_pixels` is a budget per frame; None leaves the processor's own limits.
+    """
+    rule, counts_frames = _rule(type(processor))
+    low, high = _limits(processor, size, max_pixels)
+    given: dict[str, int] = {"height": size.height, "width": size.width, "factor": _factor(processor)}
+    if counts_frames:
+        given |= {"num_frames": _frames(processor, size), "temporal_factor": processor.temporal_patch_size}
+    return cast(tuple[int, int], rule(**given, min_pixels=low, max_pixels=high))
+
+
+def call_options(processor: Any, size: Size, max_pixels: int | None, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call with a medium of this size that make the processor resize it as `resized` says.
+
+    `loaded` are options that the whole processor was loaded with.
+    """
+    given: dict[str, Any] = {}
+    capped = getattr(processor, "cap_pixels_per_frame", False)
+    if capped is None or (capped and max_pixels is not None):  # undecided, it warns; below, the limits hold the cap
+        given["cap_pixels_per_frame"] = False
+    if max_pixels is None:
+        return given
+    low, high = _limits(processor, size, max_pixels)
+    # Limits that AutoProcessor.from_pretrained was given stay with the tokenizer, and transformers takes them from
+    # there as arguments of every call, over `size`.
+    taken = getattr(getattr(processor, "valid_kwargs", None), "__annotations__", {})
+    again = {k: v for k, v in (("min_pixels", low), ("max_pixels", high)) if k in loaded and k in taken}
+    return {"size": {"shortest_edge": low, "longest_edge": high}, **given, **again}
+
+
+def with_options_per_clip(processor: Any, options: Sequence[Mapping[str, Any]]) -> Any:
+    """A copy of a whole `processor` that gives each clip of a call its own `options`; itself where they are alike."""
+    if all(each == options[0] for each in options):
+        return processor
+    own = copy(processor)
+    own.video_processor = _OneByOne(processor.video_processor, options)
+    return own
+
+
+class _OneByOne:
+    """A video processor that takes the clips of a call one by one, and gives what one call would give."""
+
+    def __init__(self, processor: Any, options: Sequence[Mapping[str, Any]]) -> None:
+        self._processor, self._options = processor, options
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, videos: Sequence[Any], *, video_metadata: Sequence[Any], **kwargs: Any) -> Any:
+        parts = [
+            self._processor([video], video_metadata=[metadata], **{**kwargs, **own})
+            for video, metadata, own in zip(videos, video_metadata, self._options, strict=True)
+        ]
+        return type(parts[0])({key: _joined([part[key] for part in parts]) for key in parts[0]})
+
+
+def _joined(values: list[Any]) -> Any:
+    return torch.cat(values) if isinstance(values[0], Tensor) else [one for value in values for one in value]
+
+
+@cache
+def _rule(kind: type) -> tuple[Callable[..., Any], bool]:
+    """The function by which a class of processors chooses a size, and whether its limits are for all frames together.
+
+    Qwen3-VL's are for the whole clip, Qwen2-VL's for a frame; each module has its own function.
+    """
+    for parent in kind.__mro__:
+        rule = getattr(sys.modules.get(parent.__module__), "smart_resize", None)
+        if rule is not None:
+            return rule, "num_frames" in signature(rule).parameters
+    return smart_resize, False
+
+
+def _factor(processor: Any) -> int:
+    """Sides are multiples of this."""
+    return int(processor.patch_size) * int(processor.merge_size)
+
+
+def _frames(processor: Any, size: Size) -> int:
+    """The frames that a rule is told of which counts them; a still is repeated."""
+    return max(int(processor.temporal_patch_size), size.frames)
+
+
+def _limits(processor: Any, size: Size, max_pixels: int | None) -> tuple[int, int]:
+    """Least and most pixels, as the processor's `size` means them: of a frame, or of all frames of the clip."""
+    edges, factor = processor.size, _factor(processor)
+    low, high = (
+        int(edges[k] if isinstance(edges, Mapping) else getattr(edges, k)) for k in ("shortest_edge", "longest_edge")
+    )
+    counts_frames = _rule(type(processor))[1]
+    frames, pair = _frames(processor, size), int(processor.temporal_patch_size)
+    if size.clip and getattr(processor, "cap_pixels_per_frame", None):
+        most = processor.max_video_tokens * factor * factor
+        share = high // frames if counts_frames else int(0.9 * most) * pair // frames
+        high = max(min(most if counts_frames else high, share), int(1.05 * low)) * (frames if counts_frames else 1)
+    if max_pixels is not None:
+        # The rule rounds to whole pairs of frames in one place and not in another; the fewer keep the budget in both.
+        counted = min(frames, round(frames / pair) * pair) if counts_frames else 1
+        high = min(high, max(max_pixels, factor * factor) * counted)
+        low = min(low, high)
+    return low, high
