@@ -23,6 +23,7 @@ from PIL import Image
 
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.media.pixels import DEFAULT, check_size, decoding, to_rgb, to_uint8
+from adaptive_fusion.media.scans import can_be_thinned
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -95,7 +96,9 @@ def take_sample(image: Pixels, *, with_scan: bool = True) -> Sample:
     if isinstance(image, Image.Image):
         with decoding("PIL image"):
             check_size("PIL image", *image.size, DEFAULT)
-            if image.mode in _DATA_DEPENDENT_MODES or image.getexif().get(_ORIENTATION_TAG, 1) != 1:
+            # The orientation last: to look for it loads a PNG, and the depth of its transparent colour is lost.
+            in_whole = image.mode in _DATA_DEPENDENT_MODES or not can_be_thinned(image)
+            if in_whole or image.getexif().get(_ORIENTATION_TAG, 1) != 1:
                 image = to_rgb(image)
             patch = _thin_pil(image, *_PATCH_SAMPLES)
             scan = _thin_pil(image, image.width, _scan_rows(*image.size)) if with_scan else None

@@ -2,7 +2,7 @@
 
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.hashes import content_hash
-from adaptive_fusion.media.load import Media, MediaSource, kind, load_media, open_image
+from adaptive_fusion.media.load import Media, MediaSource, kind, load_media
 from adaptive_fusion.media.pixels import DEFAULT, Limits, to_rgb
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "content_hash",
     "kind",
     "load_media",
-    "open_image",
     "to_rgb",
 ]

@@ -28,12 +28,14 @@ from PIL import (
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
+    UnidentifiedImageError,
     WebPImagePlugin,
 )
 
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.media.clips import Video, from_animation, from_frames
 from adaptive_fusion.media.pixels import DEFAULT, Array, Limits, check_size, decoding, from_array, to_rgb
+from adaptive_fusion.media.scans import black_is_zero, mark_white_is_zero
 from adaptive_fusion.media.video import decode_video
 
 Media = Image.Image | Video
@@ -95,29 +97,6 @@ def load_media(source: MediaSource, *, limits: Limits = DEFAULT) -> Media:
             if form in _ANIMATED and getattr(image, "is_animated", False):
                 return from_animation(file.name, image, limits)
             return to_rgb(image)
-
-
-def open_image(source: str | os.PathLike[str] | bytes | Image.Image, *, limits: Limits = DEFAULT) -> Image.Image:
-    """Open an image, header checked but not decoded, for callers that need only a thumbnail.
-
-    A JPEG can then be decoded at 1/2, 1/4 or 1/8 (`image.draft("RGB", size)`); finish with `to_rgb`, after
-    any shrinking, for orientation, transparency and depth, all within `pixels.decoding`. An animated image
-    shows its first frame. Use it as a context manager, or its file stays open until it is decoded.
-
-    Raises:
-        MediaError: as `load_media`, but for damage behind the header; also when the source is a video.
-    """
-    if isinstance(source, Image.Image):
-        check_size("PIL image", *source.size, limits)
-        return source
-    file = _open_source(source)
-    form = _checked_format(file, limits)
-    if form in _DEMUXERS:
-        raise MediaError(f"{file.name} is a video ({form}); an image is needed: PNG, JPEG, WebP, GIF, BMP or TIFF")
-    with decoding(file.name):
-        # Given a path, Pillow owns the file and closes it once decoded.
-        opened = file.data if isinstance(file.data, Path) else BytesIO(file.data)
-        return _open_pillow(file.name, opened, form, limits)
 
 
 def kind(media: Media) -> Literal["image", "video"]:
@@ -207,8 +186,16 @@ def _checked_format(file: _File, limits: Limits) -> str:
     return form
 
 
-def _open_pillow(name: str, opened: Path | IO[bytes], form: str, limits: Limits) -> Image.Image:
-    image = Image.open(opened, formats=(form,))
+def _open_pillow(name: str, opened: IO[bytes], form: str, limits: Limits) -> Image.Image:
+    try:
+        image = Image.open(opened, formats=(form,))
+    except UnidentifiedImageError:
+        opened.seek(0)
+        data = black_is_zero(opened.read()) if form == "TIFF" else None
+        if data is None:
+            raise
+        image = Image.open(BytesIO(data), formats=(form,))
+        mark_white_is_zero(image)
     try:
         check_size(name, *image.size, limits)
     except MediaError:

@@ -10,10 +10,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from adaptive_fusion.checks import integer, number
 from adaptive_fusion.errors import AdaptiveFusionError, MediaError
+from adaptive_fusion.media.scans import Samples, samples_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -101,31 +102,39 @@ def decoding(name: str) -> Iterator[None]:
         raise MediaError(f"{name} is larger than {_PILLOW_MAX_MEGAPIXELS:g} megapixels") from error
     except Exception as error:
         cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        wrong = "is cut short" if cut else "is broken and cannot be decoded"
+        broken = (
+            "is broken, or of a variant that is not read," if isinstance(error, UnidentifiedImageError) else "is broken"
+        )
+        wrong = "is cut short" if cut else f"{broken} and cannot be decoded"
         raise MediaError(f"{name} {wrong} ({type(error).__name__}); give a complete, valid file") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB copy of a PIL image of any mode; the input stays as it is.
 
-    EXIF orientation is applied and transparency is laid on white. Samples of more than 8 bits are rescaled,
-    never clipped: unsigned 16-bit over 0..65535; 32-bit integers and floats over the smallest of 0..1 (floats
-    only), 0..255 and 0..65535 that holds the data, else from minimum to maximum; NaN and infinities count as
-    0. Colour profiles are not applied.
+    EXIF orientation is applied and transparency is laid on white; where zero is white (TIFF) it comes out white.
+    Samples of more than 8 bits are rescaled, never clipped: unsigned 16-bit over 0..65535 (12-bit over 0..4095);
+    32-bit integers and floats over the smallest of 0..1 (floats only), 0..255 and 0..65535 that holds the data, else
+    from minimum to maximum; NaN and infinities count as 0. Colour profiles are not applied.
 
     Raises:
         Any exception of Pillow if the image is a broken file not yet decoded; wrap the call in `decoding`.
     """
+    samples = samples_of(image)
     image.load()
     if image.getexif().get(_ORIENTATION_TAG, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(_from_uint16(np.asarray(image)))
-    elif image.mode in ("I", "F"):
-        image = Image.fromarray(_from_wide(np.asarray(image)))
+    if image.mode.startswith("I;16") or image.mode in ("I", "F") or samples.dtype:
+        return Image.fromarray(_grey(np.asarray(image), samples)).convert("RGB")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
+    if samples.white_is_zero:
+        grey, *alpha = image.split()
+        image = Image.merge(image.mode, (ImageChops.invert(grey), *alpha))
     if image.has_transparency_data:
+        if samples.key is not None and image.info["transparency"] != samples.key:
+            image = image.copy()
+            image.info["transparency"] = samples.key
         rgba = image.convert("RGBA")
         rgb = Image.new("RGB", rgba.size, "white")
         rgb.paste(rgba, mask=rgba.getchannel("A"))
@@ -133,6 +142,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgb = image.convert("RGB")
     rgb.info.clear()  # a leftover orientation, palette or profile must not be applied a second time
     return rgb
+
+
+def _grey(array: Array, samples: Samples) -> Array:
+    """8-bit grey of one wide sample per pixel, by the rule in `to_rgb`."""
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        wide = array if samples.top == 65535 else np.minimum(array, samples.top) * (65535 / samples.top)
+        grey = _from_uint16(wide.astype(np.uint16))
+    else:
+        grey = _from_wide(array.view(samples.dtype) if samples.dtype else array)
+    if samples.white_is_zero:
+        grey = 255 - grey
+    if samples.key is not None:
+        grey = np.where(array == samples.key, np.uint8(255), grey)
+    return grey
 
 
 def to_uint8(name: str, array: Array) -> Array:

@@ -5,7 +5,6 @@ Knows frame times and rates. Must not know of pixels, files or models.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -80,7 +79,7 @@ def sample(times_s: Sequence[float], duration_s: float, limits: Limits) -> list[
     return taken
 
 
-def _due(times_s: Sequence[Any], duration_s: float, fps: float) -> int:
+def _due(times_s: Sequence[float], duration_s: float, fps: float) -> int:
     """How many frames there may be at `fps`. A last frame that stays on is one frame, however long."""
     over, between = duration_s * fps, (times_s[-1] - times_s[0]) * fps
     return math.floor(min(over, between + 1, _MOST_TARGETS) + 1e-6)

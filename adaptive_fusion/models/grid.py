@@ -119,7 +119,8 @@ class GridAdapter(Adapter):
             # An image's limits do not depend on its size: one call takes all.
             kwargs |= {"images": images, "images_kwargs": self._options(Size(1, 1, 1), point)}
         if clips:
-            options = [self._options(Size(*clip.frames.shape[:3], clip=True), point) for clip in clips]
+            shapes = [clip.frames.shape for clip in clips]
+            options = [self._options(Size(t, h, w, clip=True), point) for t, h, w, _ in shapes]
             processor = with_options_per_clip(self.processor, options)
             kwargs["videos"] = [clip.frames for clip in clips]
             kwargs["videos_kwargs"] = {

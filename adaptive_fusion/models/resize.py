@@ -7,7 +7,6 @@ so that they cannot differ. Must not know of models, tokens or operating points.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import cache
 from inspect import signature
 from typing import Any, cast
 
@@ -17,13 +16,15 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adaptive_fusion.models.base import Size
 
+_RULES: dict[type, tuple[Callable[..., Any], bool]] = {}
+
 
 def resized(processor: Any, size: Size, max_pixels: int | None) -> tuple[int, int]:
     """Height and width, per frame, that an image or video processor gives a medium of this size.
 
     `max_pixels` is a budget per frame; None leaves the processor's own limits.
     """
-    rule, counts_frames = _rule(type(processor))
+    rule, counts_frames = _rule(processor)
     low, high = _limits(processor, size, max_pixels)
     given: dict[str, int] = {"height": size.height, "width": size.width, "factor": _factor(processor)}
     if counts_frames:
@@ -80,17 +81,17 @@ def _joined(values: list[Any]) -> Any:
     return torch.cat(values) if isinstance(values[0], Tensor) else [one for value in values for one in value]
 
 
-@cache
-def _rule(kind: type) -> tuple[Callable[..., Any], bool]:
-    """The function by which a class of processors chooses a size, and whether its limits are for all frames together.
+def _rule(processor: Any) -> tuple[Callable[..., Any], bool]:
+    """The function by which a processor chooses a size, and whether its limits are for all frames together.
 
     Qwen3-VL's are for the whole clip, Qwen2-VL's for a frame; each module has its own function.
     """
-    for parent in kind.__mro__:
-        rule = getattr(sys.modules.get(parent.__module__), "smart_resize", None)
-        if rule is not None:
-            return rule, "num_frames" in signature(rule).parameters
-    return smart_resize, False
+    kind = type(processor)
+    if kind not in _RULES:
+        found = (getattr(sys.modules.get(parent.__module__), "smart_resize", None) for parent in kind.__mro__)
+        rule = next(filter(None, found), smart_resize)
+        _RULES[kind] = rule, "num_frames" in signature(rule).parameters
+    return _RULES[kind]
 
 
 def _factor(processor: Any) -> int:
@@ -109,7 +110,7 @@ def _limits(processor: Any, size: Size, max_pixels: int | None) -> tuple[int, in
     low, high = (
         int(edges[k] if isinstance(edges, Mapping) else getattr(edges, k)) for k in ("shortest_edge", "longest_edge")
     )
-    counts_frames = _rule(type(processor))[1]
+    counts_frames = _rule(processor)[1]
     frames, pair = _frames(processor, size), int(processor.temporal_patch_size)
     if size.clip and getattr(processor, "cap_pixels_per_frame", None):
         most = processor.max_video_tokens * factor * factor

@@ -1,4 +1,4 @@
-"""Odd but valid images are read right, whatever road they come by, and opened lazily where that is enough."""
+"""Odd but valid images are read right, whatever road they come by."""
 
 import io
 from collections.abc import Callable
@@ -18,16 +18,12 @@ from media_files import (
     encode,
     half_transparent,
     near,
-    noise_jpeg,
     pixels,
-    png_header,
     scene,
 )
 from PIL import Image
 
-from adaptive_fusion.errors import MediaError
-from adaptive_fusion.media.load import load_media, open_image
-from adaptive_fusion.media.pixels import to_rgb
+from adaptive_fusion.media.load import load_media
 
 WHITE_AND_RED = np.full((10, 20, 3), (200, 10, 10))
 WHITE_AND_RED[:, :10] = 255
@@ -149,15 +145,3 @@ def test_wide_samples_keep_their_order(array: np.ndarray) -> None:
     assert (np.diff(shades[np.argsort(values, kind="stable")]) >= 0).all()
     if values.min() < 0 and values.max() > values.min():
         assert shades.min() == 0 and shades.max() == 255
-
-
-def test_open_image_checks_the_header_and_leaves_the_decoding() -> None:
-    data = encode(scene(1600, 800), "JPEG")
-    with open_image(data) as image:
-        image.draft("RGB", (200, 100))
-        assert to_rgb(image).size == (200, 100)
-    assert open_image(noise_jpeg()[:-900]).size == (80, 60)  # damage behind the header is not seen yet
-    with pytest.raises(MediaError, match="megapixels"):
-        open_image(png_header(20_000, 20_000))
-    with pytest.raises(MediaError, match="is a video"):
-        open_image(clip())

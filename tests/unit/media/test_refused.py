@@ -18,7 +18,7 @@ from PIL import Image
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.hashes import content_hash
-from adaptive_fusion.media.load import load_media, open_image
+from adaptive_fusion.media.load import load_media
 from adaptive_fusion.media.pixels import Limits
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
@@ -97,7 +97,7 @@ def test_bad_input_is_refused_with_a_clear_error(name: str, tmp_path: Path) -> N
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path, tmp_path / "pipe.png", "/dev/zero"):
-        for use in (load_media, open_image, content_hash):
+        for use in (load_media, content_hash):
             with pytest.raises(MediaError, match="is not a regular file") as caught:
                 use(path)
             assert str(tmp_path) not in str(caught.value)
