@@ -287,9 +287,12 @@ class AdaptiveRunner:
         budget: Budget | None = None,
         max_new_tokens: int | None = None,
     ) -> Decision:
-        """The decision `chat` would take, without running the model."""
+        """The decision `chat` would take, without running the model.
+
+        Of an image that is an array, only the values that are measured are checked; `chat` converts and checks all.
+        """
         arrived = self._clock()
-        request, arguments = build_request(media, prompt), for_chat(self.model, {}, max_new_tokens)
+        request, arguments = build_request(media, prompt, to_run=False), for_chat(self.model, {}, max_new_tokens)
         info = self._chat_info(request, arguments, arrived)
         return self._planner.decide(info, self.budget.merge(budget))[0]
 
@@ -298,7 +301,7 @@ class AdaptiveRunner:
     ) -> tuple[str, list[Candidate]]:
         """The lane that a request takes, and what it offers with expected quality and predicted cost, best first."""
         arguments = for_chat(self.model, {}, max_new_tokens)
-        info = self._chat_info(build_request(media, prompt), arguments, self._clock())
+        info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
         hardest, route = self._planner.route(info)
         found = self._planner.candidates(info, route.lane, hardest)
         return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
@@ -306,7 +309,7 @@ class AdaptiveRunner:
     def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
         """What `point` makes the model do for a request that is answered in `new_tokens`."""
         arguments = for_chat(self.model, {}, new_tokens)
-        info = self._chat_info(build_request(media, prompt), arguments, self._clock())
+        info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
         return replace(self._planner.work(point, info), new_tokens=float(new_tokens))
 
     def generate(

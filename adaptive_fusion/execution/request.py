@@ -17,6 +17,7 @@ from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.hashes import content_hash
 from adaptive_fusion.media.load import Media, load_media
+from adaptive_fusion.media.pixels import Array
 from adaptive_fusion.models.base import Size
 
 
@@ -25,7 +26,7 @@ class ChatRequest:
     """What one chat request asks: template messages with loaded media, and what was measured on them."""
 
     messages: tuple[dict[str, Any], ...]
-    media: tuple[Media, ...]
+    media: tuple[Media | Array, ...]
     prompt: str
     complexities: tuple[Complexity, ...]
     content_hash: str | None
@@ -61,11 +62,13 @@ def kind_of(kinds: Sequence[str]) -> str:
     return "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
 
 
-def media_size(medium: Media) -> Size:
-    """Frames, height and width of a loaded medium."""
+def media_size(medium: Media | Array) -> Size:
+    """Frames, height and width of a loaded medium, or of an image that is still an array."""
     if isinstance(medium, Video):
         frames, height, width = medium.frames.shape[:3]
         return Size(frames, height, width, clip=True)
+    if isinstance(medium, np.ndarray):
+        return Size(1, *medium.shape[:2])
     return Size(1, medium.height, medium.width)
 
 
@@ -93,7 +96,9 @@ def each_request(media: Any, prompt: Any) -> list[tuple[Any, str | None]] | None
     return None
 
 
-def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = False) -> ChatRequest:
+def build_request(
+    media_or_messages: Any, prompt: str | None, *, hashed: bool = False, to_run: bool = True
+) -> ChatRequest:
     """Load and measure everything that a request names.
 
     Args:
@@ -102,6 +107,8 @@ def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = 
             ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``.
         prompt: Asked after the media; with messages it becomes one more user message, or None.
         hashed: Take the media's content hash too, for a log.
+        to_run: Whether the request will be run. If not, an image that is an array stays one: it is measured by its
+            samples, of which alone the values are then checked (shape, size and dtype are checked always).
 
     Raises:
         MediaError: For a medium that cannot be used.
@@ -119,10 +126,10 @@ def build_request(media_or_messages: Any, prompt: str | None, *, hashed: bool = 
             raise ConfigError("a request needs media or a prompt; got neither")
         content = [{"type": "media", "media": source} for source in sources]
         raw = [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
-    media: list[Media] = []
+    media: list[Media | Array] = []
     hashes: list[str] | None = [] if hashed else None
     texts: list[str] = []
-    messages = [_message(message, media, hashes, texts) for message in raw]
+    messages = [_message(message, media, hashes, texts, to_run) for message in raw]
     complexities = tuple(measure_complexity(m) for m in media)
     joined = "+".join(hashes) if hashes else None
     return ChatRequest(tuple(messages), tuple(media), texts[-1] if texts else "", complexities, joined)
@@ -141,7 +148,9 @@ def _as_list(media: Any) -> list[Any]:
     )
 
 
-def _message(message: dict[str, Any], media: list[Media], hashes: list[str] | None, texts: list[str]) -> dict[str, Any]:
+def _message(
+    message: dict[str, Any], media: list[Media | Array], hashes: list[str] | None, texts: list[str], to_run: bool
+) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
         raise ConfigError(f"message role is {role!r}; expected system, user or assistant")
@@ -158,7 +167,8 @@ def _message(message: dict[str, Any], media: list[Media], hashes: list[str] | No
                 texts.append(part["text"])
         elif kind in ("image", "video", "media") and part.get(kind) is not None:
             source = part[kind]
-            loaded = load_media(source)
+            as_it_is = not to_run and isinstance(source, np.ndarray) and source.ndim != 4
+            loaded = source if as_it_is else load_media(source)
             # What it is, not what it was called: an animated image is a clip.
             found = "video" if isinstance(loaded, Video) else "image"
             media.append(loaded)

@@ -168,8 +168,9 @@ def _thin_array(array: np.ndarray[Any, np.dtype[Any]], width: int, height: int) 
     if array.dtype == np.uint8 and array.flags.c_contiguous and width != array.shape[1]:
         small = cv2.resize(array, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)  # as Pillow's NEAREST
     else:
-        small = array[_nearest(array.shape[0], height)]
-        small = small if width == array.shape[1] else small[:, _nearest(array.shape[1], width)]
+        rows = _nearest(array.shape[0], height)
+        # Both at once: whole rows of floats, or of an array that lies column by column, are much to copy.
+        small = array[rows] if width == array.shape[1] else array[np.ix_(rows, _nearest(array.shape[1], width))]
     small = to_uint8("array", small)
     if small.ndim == 2:
         return np.asarray(cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_GRAY2RGB))

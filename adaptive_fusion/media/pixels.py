@@ -182,7 +182,8 @@ def from_array(name: str, array: Array, limits: Limits) -> Image.Image:
             f"{name} has shape {array.shape}; accepted: (H, W), (H, W, 3), (H, W, 4); for a clip (T, H, W, 3)"
         )
     check_size(name, array.shape[1], array.shape[0], limits)
-    return to_rgb(Image.fromarray(np.ascontiguousarray(to_uint8(name, array))))
+    image = Image.fromarray(np.ascontiguousarray(to_uint8(name, array)))
+    return image if image.mode == "RGB" else to_rgb(image)  # Pillow's own copy already
 
 
 @cache

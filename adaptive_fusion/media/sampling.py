@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from adaptive_fusion.checks import is_number
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.media.pixels import Limits
 
@@ -58,7 +59,7 @@ def frames_at(times_s: Sequence[float], duration_s: float, max_fps: float | None
     """
     if max_fps is None:
         return list(range(len(times_s)))
-    if not isinstance(max_fps, int | float) or not 0 < max_fps < math.inf:
+    if not is_number(max_fps) or max_fps <= 0:
         raise ConfigError(f"max_fps is {max_fps!r}; expected None or a finite number above 0")
     return evenly(times_s, max(2, _due(times_s, duration_s, max_fps)))
 
