@@ -33,6 +33,7 @@ from PIL import (
 )
 
 from adaptive_fusion.errors import MediaError
+from adaptive_fusion.media.boxes import FIRST_BOXES, is_movie
 from adaptive_fusion.media.clips import Video, from_animation, from_frames
 from adaptive_fusion.media.pixels import DEFAULT, Array, Limits, check_size, decoding, from_array, to_rgb
 from adaptive_fusion.media.scans import black_is_zero, mark_white_is_zero
@@ -44,7 +45,6 @@ _HEAD_BYTES = 32
 _FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF, MP4/MOV, WebM/MKV, AVI"
 _DEMUXERS = {"MP4": "mov", "MKV": "matroska", "AVI": "avi"}
 _ANIMATED = ("GIF", "WEBP", "PNG")
-_STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _URL = re.compile(r"\s*([a-z][a-z0-9+.\-]+:[/\\]{2}|data:)", re.IGNORECASE)
 _PLUGINS = (
     BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
@@ -138,7 +138,7 @@ def _open_source(source: object) -> _File:
 
 
 def _sniff(head: bytes) -> str | None:
-    """Format by magic bytes, of the allow-list only."""
+    """Format by magic bytes, of the allow-list only; MP4 is to be confirmed by its boxes."""
     starts = {
         b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF87a": "GIF", b"GIF89a": "GIF",
         b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
@@ -149,9 +149,7 @@ def _sniff(head: bytes) -> str | None:
             return form
     if head[:4] == b"RIFF":
         return {b"WEBP": "WEBP", b"AVI ": "AVI"}.get(head[8:12])
-    if head[4:8] == b"ftyp":
-        return None if head[8:12] in _STILL_BRANDS else "MP4"
-    return "MP4" if head[4:8] in (b"moov", b"mdat", b"wide") else None  # QuickTime files older than ftyp
+    return "MP4" if head[4:8] in FIRST_BOXES else None
 
 
 def _declared_size(form: str, head: bytes) -> tuple[int, int] | None:
@@ -179,6 +177,9 @@ def _declared_size(form: str, head: bytes) -> tuple[int, int] | None:
 
 def _checked_format(file: _File, limits: Limits) -> str:
     form = _sniff(file.head)
+    if form == "MP4":
+        with decoding(file.name), file.open() as stream:
+            form = "MP4" if is_movie(stream) else None
     if form is None:
         raise MediaError(f"{file.name} is not an image or video of a known format; accepted: {_FORMATS}")
     if size := _declared_size(form, file.head):

@@ -31,7 +31,8 @@ def seeds() -> list[bytes]:
         encode(scene(), "TIFF", compression="jpeg"), encode(scene(), "BMP"),
         encode(scene().convert("P"), "BMP"), *(animation(form, [90] * 5) for form in ("GIF", "PNG", "WEBP")),
     ]  # fmt: skip
-    return images + [clip(container, codec, frames=10) for container, codec in CONTAINERS]
+    padded = b"\0\0\0\x20free" + bytes(24) + clip(frames=10, flags="frag_keyframe+empty_moov+default_base_moof")
+    return [*images, padded, *(clip(container, codec, frames=10) for container, codec in CONTAINERS)]
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
