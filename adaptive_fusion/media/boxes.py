@@ -8,10 +8,9 @@ from typing import IO
 
 _MEDIA = frozenset({b"moov", b"mdat", b"moof", b"styp"})
 _PADDING = frozenset({b"free", b"skip", b"wide", b"uuid", b"junk"})
-_NOTES = frozenset(
-    {b"pnot", b"PICT", b"pict", b"udta", b"sidx", b"emsg", b"prft", b"pdin"}
-)  # previews, indices, events
-FIRST_BOXES = frozenset({b"ftyp"}) | _MEDIA | _PADDING | _NOTES
+# Previews, notes, indices and events.
+_BESIDE = frozenset({b"pnot", b"PICT", b"pict", b"udta", b"sidx", b"emsg", b"prft", b"pdin"})
+FIRST_BOXES = frozenset({b"ftyp"}) | _MEDIA | _PADDING | _BESIDE
 """Types that a file may begin with; some cameras and servers put padding or a preview before the type of the file."""
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _MOST_BOXES = 64
