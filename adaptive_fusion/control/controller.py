@@ -1,42 +1,10 @@
-"""The control law: from predicted costs, budgets and what requests really took, the operating point to run.
+"""The controller: from predicted costs, budgets and what requests really took, the operating point to run.
 
-Knows numbers: candidates with a quality and a prediction, limits, and measurements. Knows nothing of
-models, images, policies or queues; the clock is injected and memory readings are arguments. Here is the choice;
-what is learned from measurements is kept and moved by `learned`.
+The law it follows and all of its gains are in `law`: that is where to change how it reacts. Here the steps of a choice
+are called in their order and everything is counted; `weighing` has the steps, `learned` what measurements teach.
 
-The law, per measured quantity (time to the first token, total latency), with y(o, x) the predicted
-milliseconds of operating point o on request x:
-
-- residual ``r = ln(measured / y) - m - d_o``, where m is the common drift and d_o the point's own; ``e``
-  is r clipped to +-0.7; ``m += 0.08 e``; ``d_o = 0.995 d_o + 0.03 e``;
-- spread: ``w += 0.03 (|e| - w)``, from 0.3, for all points together and likewise for each (its first residuals
-  averaged), which counts for as many of its residuals, up to 33, against 10 of all points: w_o;
-- risk: P(late) of a point is that of Student's t with 2 degrees of freedom, whose tails are as heavy as those of
-  latencies and whose distribution function has a closed form, of mean m + d_o and mean absolute deviation w_o, to
-  exceed ``ln((limit - elapsed) / y)``, where elapsed counts queueing; of several limits the largest;
-- step detection, two one-sided CUSUMs (Page 1954): ``S = max(0, S + e - 0.12)``; above 0.6 the median of
-  the last 4 residuals is added to m and S starts again; downward likewise, above 1.0;
-- choice: the highest worth ``quality - price x P(late)``, the Lagrangian of "the best quality at a share of misses of
-  at most 1 - attainment" (Everett 1963): misses are allowed where they buy most, but no risk above 0.8 is taken, so
-  that what is late is not late by much. Ties go to the cheaper point. If nothing is worth more than 0: the cheapest
-  that fits in memory, marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer
-  is cut off at the deadline, refusal needs more: a first token that is predicted, without regard to risk, after the
-  deadline;
-- price, one for each attainment level in use, by dual ascent (a virtual queue, Neely 2010):
-  ``price += 0.3 (miss - (1 - attainment))``, from 2, at least 0.5 (half an answer) and at most 50. Of requests not
-  thought to fit only kept ones count. So, whatever the load does and however wrong P(late) is, misses of requests
-  thought to fit are at most ``(1 - attainment) n + (price_n - 2) / 0.3``, as long as the price stays below its upper
-  end;
-- a refusal measures nothing, so it lowers m by 0.02: else a controller that refuses everything would never
-  find out that the load is over;
-- a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and, if it was thought to fit, as a miss. If
-  r <= 0 the cut came before the expected end and says nothing of the drift. A request that was given up by whoever
-  asked is a miss only if it was late by then;
-- memory: a point fits if ``predicted * v <= min(free, vram_gb)``, with v the upper envelope of measured /
-  predicted: its maximum x 1.05, forgotten by 0.02 % a request; an out-of-memory error raises v by 5 %;
-- hysteresis, only after out of memory (on predicted memory) and overload (on predicted time): points
-  predicted to need as much as the one that failed are out at once; after 25 clean requests the ceiling
-  rises by one step (x 1.25), until it is gone; a failure within the trial doubles the wait, up to 1,600.
+Knows numbers: candidates with a quality and a prediction, limits, and measurements. Knows nothing of models, images,
+policies or queues; the clock is injected and memory readings are arguments.
 """
 
 import math
@@ -47,18 +15,15 @@ from typing import Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.checks import number
-from adaptive_fusion.control.candidates import NO_LIMIT, Candidate, Choice, Found, risk_of
-from adaptive_fusion.control.estimators import Drift
+from adaptive_fusion.control import law, weighing
+from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.learned import Corrections
-from adaptive_fusion.decisions import Measurement, Rejected
+from adaptive_fusion.control.weighing import Row, Weighed, why
+from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 
 SCHEMA = 3
 MISS_KINDS = ("cancelled", "oom", "overload", "timeout")
-STALE_S = 600.0
-RISK_MAX = 0.8
-
-_Seen = tuple[Candidate, float, Drift | None, str, tuple[Any, ...]]
 
 
 class Controller:
@@ -99,118 +64,74 @@ class Controller:
             ConfigError: If there is no candidate with a finite quality and prediction.
         """
         now = self._clock()
-        inf = math.inf
         with self._lock:
-            counts, learned = self._counts, self._learned
-            counts["decisions"] += 1
-            usable: list[tuple[float, float, int, float]] = []
-            for index, candidate in enumerate(candidates):
-                predicted = candidate.predicted
-                ttft = predicted.encode_ms + predicted.prefill_ms
-                total = ttft + predicted.decode_ms
-                if (
-                    0.0 <= ttft <= total < inf
-                    and 0.0 <= predicted.peak_memory_gb < inf
-                    and -inf < candidate.quality < inf
-                ):
-                    usable.append((-candidate.quality, total, index, ttft))
-                else:
-                    counts["ignored"] += 1
-            if not usable:
-                raise ConfigError(f"none of {len(candidates)} candidates has a finite quality and prediction")
-            usable.sort()
-            if not 0.0 <= elapsed_ms < inf:
-                counts["ignored"] += 1
-                elapsed_ms = 0.0
-            memory_left = budget.vram_gb if budget.vram_gb is not None else inf
-            if free_memory_gb is not None:
-                if 0.0 <= free_memory_gb < inf:
-                    memory_left = min(memory_left, free_memory_gb)
-                else:
-                    counts["ignored"] += 1
-                    usable = [min(usable, key=lambda row: candidates[row[2]].predicted.peak_memory_gb)]
-            limits = [
-                (name, limit - elapsed_ms, drift)
-                for name, limit, drift in (
-                    ("latency", budget.latency_ms, learned.latency),
-                    ("ttft", budget.ttft_ms, learned.ttft),
-                )
-                if limit is not None
-            ]
+            self._counts["decisions"] += 1
+            learned = self._learned
+            rows = self._valid(candidates)
+            elapsed_ms = self._valid_elapsed(elapsed_ms)
+            rows, memory_gb = self._memory_left(rows, budget, free_memory_gb)
+            limits = weighing.times_left(budget, elapsed_ms, learned)
             price = learned.price(budget.attainment).value if limits else 0.0
-            envelope = math.exp(learned.memory)
-            seen: list[_Seen] = []
-            best, worth = -1, 0.0
-            found: Found
-            for negative, total, index, ttft in usable:
-                if best >= 0 and -negative <= worth:
-                    break  # no risk is below 0, so no point of this quality or less is worth more
-                candidate = candidates[index]
-                needed = candidate.predicted.peak_memory_gb
-                if needed * envelope > memory_left:
-                    found = (1.0, None, "memory {:.3g} > {:.3g} GiB", (needed * envelope, memory_left))
-                elif needed >= learned.memory_ceiling.limit:
-                    found = (1.0, None, "memory: too near a point that ran out of it", ())
-                elif total >= learned.time_ceiling.limit:
-                    found = (1.0, None, "overload: too near a point that was too slow", ())
-                elif not limits:
-                    found, best, worth = NO_LIMIT, len(seen), -negative
-                else:
-                    found = risk_of(candidate.key, ttft, total, limits)
-                    net = -negative - price * found[0]
-                    if net > worth and found[0] <= RISK_MAX:
-                        best, worth = len(seen), net
-                seen.append((candidate, *found))
-            if best >= 0:
-                chosen, p_late, drift, words, numbers = seen[best]
-                why = words.format(*numbers)
-                reason = f"best quality for its risk: {why}" if limits else why
-                others = seen[:best]
+            weighed, best = weighing.weigh(rows, limits, memory_gb, price, learned)
+            feasible = best >= 0
+            if feasible:
+                taken, others = weighed[best], weighed[:best]
+                reason = f"best quality for its risk: {why(taken)}" if limits else why(taken)
             else:
-                counts["infeasible"] += 1
-                cheapest = self._cheapest(candidates, usable, memory_left / envelope)
-                chosen, p_late, drift, words, numbers = next(row for row in seen if row[0] is cheapest)
-                why = words.format(*numbers)
-                if budget.on_infeasible == "refuse" and self._hopeless(
-                    chosen, budget, elapsed_ms, memory_left / envelope
-                ):
-                    self._refuse()
-                    raise InfeasibleBudgetError(
-                        f"no operating point fits the budget; the cheapest, {chosen.point.name}: {why}"
-                    )
-                reason = f"nothing fits, cheapest taken: {why}"
-                others = [row for row in seen if row[0] is not chosen]
-            margin = drift.margin(chosen.key, budget.attainment) if drift is not None else 1.0
-            rejected = tuple(Rejected(row[0].point, row[3].format(*row[4]), row[0].predicted) for row in others)
-            return Choice(chosen, best >= 0, margin, reason, rejected, budget, elapsed_ms, now, p_late)
+                taken = self._fall_back(rows, weighed, budget, elapsed_ms, memory_gb)
+                others = [row for row in weighed if row[0] is not taken[0]]
+                reason = f"nothing fits, cheapest taken: {why(taken)}"
+            candidate, p_late, drift, *_ = taken
+            margin = drift.margin(candidate.key, budget.attainment) if drift is not None else 1.0
+            return Choice(
+                candidate, feasible, margin, reason, weighing.rejected(others), budget, elapsed_ms, now, p_late
+            )
 
-    def _cheapest(
-        self,
-        candidates: Sequence[Candidate],
-        usable: Sequence[tuple[float, float, int, float]],
-        memory_left: float,
-    ) -> Candidate:
-        """Fastest of those that fit in memory (late is better than out of memory), else the least in
-        memory.
-        """
-        memory_left = min(memory_left, self._learned.memory_ceiling.limit)
-        rows = [(total, candidates[index]) for _, total, index, _ in usable]
-        fitting = [row for row in rows if row[1].predicted.peak_memory_gb < memory_left]
-        drift = self._learned.latency
-        if fitting:
-            return min(fitting, key=lambda row: row[0] * drift.factor(row[1].key))[1]
-        return min(rows, key=lambda row: (row[1].predicted.peak_memory_gb, row[0]))[1]
+    def _valid(self, candidates: Sequence[Candidate]) -> list[Row]:
+        """The candidates with a finite quality and prediction, sorted; the others are counted."""
+        rows = weighing.valid_rows(candidates)
+        self._counts["ignored"] += len(candidates) - len(rows)
+        if not rows:
+            raise ConfigError(f"none of {len(candidates)} candidates has a finite quality and prediction")
+        return rows
 
-    def _hopeless(self, fallback: Candidate, budget: Budget, elapsed_ms: float, memory_left: float) -> bool:
-        """Whether starting is no use: always, if nothing fits, but where a late end is cut off."""
-        if budget.on_deadline != "stop" or budget.latency_ms is None:
-            return True
-        if not fallback.predicted.peak_memory_gb < min(memory_left, self._learned.memory_ceiling.limit):
-            return True
-        first_ms = fallback.predicted.ttft_ms * self._learned.ttft.factor(fallback.key)
-        return first_ms > budget.latency_ms - elapsed_ms
+    def _valid_elapsed(self, elapsed_ms: float) -> float:
+        """The time that has passed; if it is no such time, 0, and counted."""
+        if 0.0 <= elapsed_ms < math.inf:
+            return elapsed_ms
+        self._counts["ignored"] += 1
+        return 0.0
+
+    def _memory_left(self, rows: list[Row], budget: Budget, free_memory_gb: float | None) -> tuple[list[Row], float]:
+        """The candidates to consider and the GiB they may take."""
+        memory_gb = budget.vram_gb if budget.vram_gb is not None else math.inf
+        if free_memory_gb is None:
+            return rows, memory_gb
+        if 0.0 <= free_memory_gb < math.inf:
+            return rows, min(memory_gb, free_memory_gb)
+        self._counts["ignored"] += 1
+        return [min(rows, key=lambda row: row[4].predicted.peak_memory_gb)], memory_gb
+
+    def _fall_back(
+        self, rows: list[Row], weighed: list[Weighed], budget: Budget, elapsed_ms: float, memory_gb: float
+    ) -> Weighed:
+        """The cheapest candidate, where none fits and is worth its risk; or the refusal that the budget asks for."""
+        self._counts["infeasible"] += 1
+        learned = self._learned
+        predicted_gb = min(memory_gb / learned.memory_envelope, learned.memory_ceiling.limit)
+        cheapest = weighing.cheapest(rows, predicted_gb, learned.latency)
+        taken = next(row for row in weighed if row[0] is cheapest)
+        if budget.on_infeasible == "refuse" and weighing.hopeless(
+            cheapest, budget, elapsed_ms, predicted_gb, learned.ttft
+        ):
+            self._refuse()
+            raise InfeasibleBudgetError(
+                f"no operating point fits the budget; the cheapest, {cheapest.point.name}: {why(taken)}"
+            )
+        return taken
 
     def _refuse(self) -> None:
+        """Count a refusal, and expect a little less: see the law."""
         self._counts["refused"] += 1
         self._learned.fade()
 
@@ -248,7 +169,7 @@ class Controller:
         with self._lock:
             learned = self._learned
             learned.counts["updates"] += 1
-            if not now - choice.decided_s <= STALE_S:
+            if not now - choice.decided_s <= law.STALE_S:
                 learned.counts["ignored"] += 1
                 return
             learned.finished(

@@ -1,7 +1,7 @@
 """What the controller has learned: drift of both times, prices of a miss, the envelope of memory, ceilings.
 
 Knows predictions, measurements and limits. Knows nothing of candidates on offer or how one is chosen, and nothing of
-clocks and threads: `controller` states the law that this is the learning half of, and holds the lock.
+clocks and threads: `law` states what is done here and has the gains, `controller` holds the lock.
 """
 
 import math
@@ -10,16 +10,15 @@ from typing import Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.checks import number
-from adaptive_fusion.control.estimators import CLIP, PRICE_MAX, PRICE_MIN, Ceiling, Drift, Price
+from adaptive_fusion.control import law
+from adaptive_fusion.control.estimators import Ceiling, Drift, Price
 from adaptive_fusion.decisions import Measurement, Prediction
 
-MAX_LEVELS = 16
-
-_MEMORY_HEADROOM, _MEMORY_FORGET = math.log(1.05), 0.0002
+_LOG_HEADROOM = math.log(law.MEMORY_HEADROOM)
 
 
 class Corrections:
-    """What measurements did to the predictions; always finite.
+    """What measurements say of the predictions; always finite.
 
     Args:
         memory_margin: Where the memory envelope starts: factor on the predicted peak.
@@ -28,15 +27,20 @@ class Corrections:
     def __init__(self, memory_margin: float) -> None:
         self.ttft, self.latency = Drift(), Drift()
         self.prices: dict[float, Price] = {}
-        self.memory = math.log(number(memory_margin, "memory_margin", 1.0, 4.0))
+        self.log_envelope = math.log(number(memory_margin, "memory_margin", 1.0, 4.0))
         self.memory_ceiling, self.time_ceiling = Ceiling(), Ceiling()
         self.counts = dict.fromkeys(("updates", "misses", "ooms", "cancelled", "ignored"), 0)
 
+    @property
+    def memory_envelope(self) -> float:
+        """The factor on a predicted peak of memory that what is measured stays below."""
+        return math.exp(self.log_envelope)
+
     def price(self, attainment: float) -> Price:
-        """The price of a miss for requests of this attainment level; at most 16 levels are kept."""
+        """The price of a miss for requests of this attainment level; the oldest level makes room for a 17th."""
         found = self.prices.get(attainment)
         if found is None:
-            if len(self.prices) >= MAX_LEVELS:
+            if len(self.prices) >= law.MAX_LEVELS:
                 del self.prices[next(iter(self.prices))]
             found = self.prices[attainment] = Price()
         return found
@@ -78,10 +82,15 @@ class Corrections:
         self.memory_ceiling.passed()
         self.time_ceiling.passed()
         if measured.peak_memory_gb != 0.0:
-            memory = self._log_ratio(measured.peak_memory_gb, predicted.peak_memory_gb)
-            if memory is not None:
-                bounded = min(max(memory, -CLIP), CLIP) + _MEMORY_HEADROOM
-                self.memory = max(bounded, self.memory - _MEMORY_FORGET, _MEMORY_HEADROOM - CLIP)
+            self._peaked(measured.peak_memory_gb, predicted.peak_memory_gb)
+
+    def _peaked(self, measured_gb: float, predicted_gb: float) -> None:
+        """Keep the envelope above this peak, and forget a little of earlier ones."""
+        ratio = self._log_ratio(measured_gb, predicted_gb)
+        if ratio is not None:
+            peak = min(max(ratio, -law.RESIDUAL_CLIP), law.RESIDUAL_CLIP) + _LOG_HEADROOM
+            least = _LOG_HEADROOM - law.RESIDUAL_CLIP
+            self.log_envelope = max(peak, self.log_envelope - law.MEMORY_FORGET, least)
 
     def cut_off(
         self, key: str, predicted: Prediction, censored_ms: float, attainment: float, *, late: bool, kind: str
@@ -96,7 +105,7 @@ class Corrections:
                 self.price(attainment).move(attainment, missed=True)
         if kind == "oom":
             self.counts["ooms"] += 1
-            self.memory = min(self.memory + _MEMORY_HEADROOM, CLIP + _MEMORY_HEADROOM)
+            self.log_envelope = min(self.log_envelope + _LOG_HEADROOM, law.RESIDUAL_CLIP + _LOG_HEADROOM)
             if 0.0 < predicted.peak_memory_gb < math.inf:
                 self.memory_ceiling.drop(predicted.peak_memory_gb)
         elif kind == "overload" and 0.0 < predicted.latency_ms < math.inf:
@@ -122,7 +131,7 @@ class Corrections:
             "latency": self.latency.state(),
             "ttft": self.ttft.state(),
             "prices": [{"attainment": level, "value": price.value} for level, price in self.prices.items()],
-            "memory": self.memory,
+            "memory": self.log_envelope,
             "memory_ceiling": self.memory_ceiling.state(),
             "time_ceiling": self.time_ceiling.state(),
         }
@@ -131,9 +140,9 @@ class Corrections:
         """Take on `state`'s values; raises as reading it does (KeyError, TypeError, ConfigError...)."""
         self.latency.restore(state["latency"])
         self.ttft.restore(state["ttft"])
-        for row in state["prices"][:MAX_LEVELS]:
+        for row in state["prices"][: law.MAX_LEVELS]:
             price = self.price(number(row["attainment"], "attainment", 0.0, 1.0))
-            price.value = number(row["value"], "price", PRICE_MIN, PRICE_MAX)
-        self.memory = number(state["memory"], "memory", -1.0, 2.0)
+            price.value = number(row["value"], "price", law.PRICE_MIN, law.PRICE_MAX)
+        self.log_envelope = number(state["memory"], "memory", -1.0, 2.0)
         self.memory_ceiling.restore(state["memory_ceiling"])
         self.time_ceiling.restore(state["time_ceiling"])

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
-from adaptive_fusion.control.controller import RISK_MAX, Controller
+from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.law import RISK_MAX
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 

@@ -8,8 +8,8 @@ from controlled import LADDER, LOOSE, candidate, settled, took
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.estimators import MAX_POINTS, PRICE_MAX, PRICE_MIN, Drift, exceeds
-from adaptive_fusion.control.learned import MAX_LEVELS
+from adaptive_fusion.control.estimators import Drift, probability_above
+from adaptive_fusion.control.law import MAX_LEVELS, MAX_POINTS, PRICE_MAX, PRICE_MIN
 from adaptive_fusion.errors import ConfigError
 
 
@@ -152,7 +152,7 @@ def test_the_risk_of_being_late_is_learned_for_each_point() -> None:
     for i in range(2 * n):
         key = ("steady", "wild")[i % 2]
         ratio = rng.gauss(0.2, noises[key])
-        said[key] += exceeds(0.2 + noises[key], *drift.expect(key))
+        said[key] += probability_above(0.2 + noises[key], *drift.expect(key))
         was[key] += ratio > 0.2 + noises[key]
         drift.learn(key, ratio)
     for key in noises:  # a normal exceeds one standard deviation with 0.159
