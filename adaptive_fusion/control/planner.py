@@ -94,7 +94,7 @@ class Planner:
         else:
             lane = route.lane
             candidates = self.candidates(info, lane, hardest)
-            choice, propensity = self._choose(candidates, limits, info)
+            choice, propensity = self._choose_or_explore(candidates, limits, info)
         decision = Decision(
             request_id=uuid.uuid4().hex,
             kind=info.kind,
@@ -160,8 +160,8 @@ class Planner:
             if point not in best or rung.quality > best[point][0]:
                 best[point] = rung.quality, rung.name
         # The rung's name is the same for every size of image, so drift is learned per rung.
-        new = self.expected_tokens(info)
-        return [self.candidate(point, quality, info, new, name) for point, (quality, name) in best.items()]
+        new_tokens = self.expected_tokens(info)
+        return [self.candidate(point, quality, info, new_tokens, name) for point, (quality, name) in best.items()]
 
     def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
         """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
@@ -176,13 +176,13 @@ class Planner:
         return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
 
     def candidate(
-        self, point: OperatingPoint, quality: float, info: RequestInfo, new: float | None = None, key: str = ""
+        self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
     ) -> Candidate:
-        """One point on offer for `info`, with its predicted cost for an answer of `new` tokens (else as expected)."""
-        return Candidate(point, quality, self.cost.predict(point, self.work(point, info, new)), key)
+        """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
+        return Candidate(point, quality, self.cost.predict(point, self.work(point, info, new_tokens)), key)
 
-    def work(self, point: OperatingPoint, info: RequestInfo, new: float | None = None) -> Work:
-        """What `point` makes the model do for `info`."""
+    def work(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None) -> Work:
+        """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected)."""
         sizes = info.sizes
         if point.max_fps is not None and info.frame_times_s and not info.pixels_fixed:
             sizes = [
@@ -192,22 +192,23 @@ class Planner:
         plan = self.adapter.plan(sizes, point)
         return Work(
             patches=plan.segments,
-            visual_tokens=plan.tokens,
             prompt_tokens=plan.tokens + info.text_tokens,
-            new_tokens=self.expected_tokens(info) if new is None else new,
+            new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
             batch=info.batch,
             source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )
 
-    def _choose(self, candidates: list[Candidate], budget: Budget, info: RequestInfo) -> tuple[Choice, float]:
+    def _choose_or_explore(
+        self, candidates: list[Candidate], budget: Budget, info: RequestInfo
+    ) -> tuple[Choice, float]:
         """The controller's choice, or now and then a random point that fits, with the propensity of either."""
-        limits: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
-        choice = self.controller.choose(candidates, budget, **limits)
+        so_far: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
+        choice = self.controller.choose(candidates, budget, **so_far)
         explore = self.policy.explore
         if explore == 0.0 or not choice.feasible:
             return choice, 1.0
         lenient = replace(budget, on_infeasible="cheapest")
-        singles = [self.controller.choose([c], lenient, **limits) for c in candidates]
+        singles = [self.controller.choose([c], lenient, **so_far) for c in candidates]
         fitting = [single for single in singles if single.feasible]
         share = explore / len(fitting)
         if self._rng.random() < explore:

@@ -128,8 +128,10 @@ def cheapest(rows: Sequence[Row], predicted_gb: float, drift: Drift) -> Candidat
 
 
 def hopeless(fallback: Candidate, budget: Budget, elapsed_ms: float, predicted_gb: float, drift: Drift) -> bool:
-    """Whether starting the cheapest is no use, where nothing fits: yes, but where a late end is cut off only if memory
-    does not suffice or even the first token comes after the deadline.
+    """Whether the cheapest candidate need not be started, where nothing fits.
+
+    It need not, unless late answers are cut off at the deadline: then only if memory does not suffice, or if even the
+    first token is expected after the deadline.
     """
     if budget.on_deadline != "stop" or budget.latency_ms is None:
         return True

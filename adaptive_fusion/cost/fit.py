@@ -20,7 +20,7 @@ _ROUNDS = 25
 Sample = tuple[OperatingPoint, Work, Measurement]
 
 
-def fit_profile(samples: Sequence[tuple[OperatingPoint, Work, Measurement]], key: Mapping[str, str]) -> Profile:
+def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive_fusion.checks import number
-from adaptive_fusion.cost.model import VERSION
 from adaptive_fusion.errors import ConfigError
 
+VERSION = 1
+"""Of the state's form."""
 MAX_KINDS = 256
 
 
@@ -50,14 +51,15 @@ class LengthModel:
         with self._lock:
             mean, count = self._kinds.get(kind, (self._all[0], 0))
             if finished or new_tokens > mean:
-                self._kinds[kind] = self._moved(mean, count, new_tokens)
+                self._kinds[kind] = self._mean_with(mean, count, new_tokens)
                 self._kinds.move_to_end(kind)
-                self._all = self._moved(*self._all, new_tokens)
+                self._all = self._mean_with(*self._all, new_tokens)
                 if len(self._kinds) > MAX_KINDS:
                     self._kinds.popitem(last=False)
 
     @staticmethod
-    def _moved(mean: float, count: int, value: float) -> tuple[float, int]:
+    def _mean_with(mean: float, count: int, value: float) -> tuple[float, int]:
+        """A mean over `count` answers and one more; after 50 each new one weighs a fiftieth."""
         count = min(count + 1, 50)
         return mean + (value - mean) / count, count
 

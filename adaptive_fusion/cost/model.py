@@ -39,7 +39,6 @@ class Work:
     Attributes:
         patches: ViT patches of each attention segment (an image, or a temporal step of a clip), all the
             batch's.
-        visual_tokens: Visual tokens that reach the language model, all the batch's.
         prompt_tokens: Tokens of all the batch's prompts together, visual ones included.
         new_tokens: Tokens to generate per sequence; an expectation may be fractional.
         batch: Sequences generated together.
@@ -51,7 +50,6 @@ class Work:
     """
 
     patches: tuple[int, ...] = ()
-    visual_tokens: int = 0
     prompt_tokens: int = 1
     new_tokens: float = 1.0
     batch: int = 1
@@ -60,7 +58,6 @@ class Work:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("visual_tokens", 0),
             ("prompt_tokens", 0),
             ("new_tokens", 0),
             ("batch", 1),
@@ -79,8 +76,8 @@ def encode_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
     total = sum(patches)
     squares = sum([n * n for n in patches])
     fused = total * point.layers if point.fuses else 0
-    some = 1.0 if patches else 0.0
-    return (some, len(patches), total, squares, fused, fused * point.adapter_rank)
+    has_media = 1.0 if patches else 0.0
+    return (has_media, len(patches), total, squares, fused, fused * point.adapter_rank)
 
 
 def prefill_terms(work: Work) -> tuple[float, ...]:

@@ -41,7 +41,7 @@ def sample(rng: random.Random, *, noise: float = 0.0, concurrency: int = 1, slow
     visual = int(sum(patches) / 4 * point.downsample**2)
     batch = rng.choice([1, 1, 2])
     source = rng.randrange(10**4, 10**6)
-    work = Work(patches, visual, visual + 20 * batch, rng.randrange(2, 80), batch, source_pixels=source)
+    work = Work(patches, visual + 20 * batch, rng.randrange(2, 80), batch, source_pixels=source)
     p = CostModel(TRUE).predict(point, work)
 
     def noisy(value: float) -> float:
@@ -158,11 +158,11 @@ def test_the_analytic_estimate_has_the_right_magnitude_at_the_2b_shape() -> None
     # encode: 24 x (8 x 1024^2 + 4 x 1024 x 4096) x 1024 patches + attention = 0.72 TFLOP;
     # prefill: 1.4 G weights x 2 x 276 tokens = 0.78 TFLOP
     model = CostModel(analytic_profile(SHAPE_2B, KEY, flops_per_s=1e12, bytes_per_s=1e11))
-    full = model.predict(NATIVE, Work((1024,), 256, 276, 10))
+    full = model.predict(NATIVE, Work((1024,), 276, 10))
     assert full.encode_ms == pytest.approx(720, rel=0.1)
     assert full.prefill_ms == pytest.approx(780, rel=0.1)
     assert full.decode_ms / 9 == pytest.approx(1.72e9 * (2 / 1e11 + 2 / 1e12) * 1e3, rel=0.05)
-    quarter = model.predict(replace(NATIVE, downsample=0.5), Work((1024,), 64, 84, 10))
+    quarter = model.predict(replace(NATIVE, downsample=0.5), Work((1024,), 84, 10))
     assert quarter.encode_ms == full.encode_ms and quarter.prefill_ms < 0.4 * full.prefill_ms
     assert 0 < quarter.peak_memory_gb < full.peak_memory_gb < 1
 
