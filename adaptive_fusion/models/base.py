@@ -39,14 +39,11 @@ class VisualPlan:
     """What one operating point means for given media, computed from shapes alone.
 
     `segments` are patches per attention segment of the encoder (image or frame), `tokens` what the language model
-    sees, `levels` the ViT blocks whose outputs are used, `kv_bytes` the cache those tokens take at the model's dtype.
+    sees.
     """
 
     segments: tuple[int, ...]
     tokens: int
-    levels: tuple[int, ...]
-    taps: tuple[int, ...]
-    kv_bytes: int
 
     @property
     def patches(self) -> int:
@@ -100,6 +97,12 @@ class Adapter(ABC):
         found = self.model.generation_config.eos_token_id
         return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
 
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills a row up: the tokenizer's, else the one of the generation configuration, else 0."""
+        found = getattr(getattr(self.processor, "tokenizer", None), "pad_token_id", None)
+        return int(found if found is not None else (self.model.generation_config.pad_token_id or 0))
+
     @abstractmethod
     def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
         """The processor's tensors for chat `messages` (media already loaded) within the point's pixel budget, on the
@@ -120,7 +123,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
-        """Patches, tokens and cache bytes of `sizes` at `point`, from shapes alone."""
+        """Patches and tokens of `sizes` at `point`, from shapes alone."""
 
     @abstractmethod
     def native_pixels(self, size: Size) -> int:
@@ -196,3 +199,9 @@ class Adapter(ABC):
     def add_fusion(self, fusion: DeepStackFusion) -> None:
         """Use `fusion` for every point with its spec, on the model's device; the model itself is not touched."""
         self._fusions[fusion.spec] = fusion.to(self.model.device).eval()
+
+
+def takes_outputs(model: nn.Module) -> bool:
+    """Whether the model's forward takes ``mm_encoder_outputs``, as it says itself."""
+    supports = getattr(model, "_supports_mm_encoder_outputs", None)
+    return bool(supports and supports())

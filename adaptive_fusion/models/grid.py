@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
 from adaptive_fusion.media.clips import Video
-from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, takes_outputs
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.models.resize import call_options, resized, with_options_per_clip
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.reduction.pool import Grid
 
 KINDS = {
     "image": ("pixel_values", "image_grid_thw", "image_token_id"),
@@ -30,8 +31,6 @@ KINDS = {
 }
 THUMBNAIL = 640
 """Longest side, in pixels, of what is put back together from patches for measuring complexity."""
-
-Grid = tuple[int, int, int]
 
 
 class GridAdapter(Adapter):
@@ -48,7 +47,6 @@ class GridAdapter(Adapter):
         self._depth, self._patch = int(vision.depth), int(vision.patch_size)
         self._temporal = int(vision.temporal_patch_size)
         self._taps = tuple(getattr(vision, "deepstack_visual_indexes", None) or ())
-        self._kv_bytes = self._cache_bytes_per_token()
         if not self.taps:
             why = f"{type(model).__name__} has no DeepStack taps, so there are no levels to fuse"
             self.refusals = {"fusion": why, "layers": why, "adapter_rank": why}
@@ -58,7 +56,7 @@ class GridAdapter(Adapter):
     def matches(cls, model: nn.Module) -> bool:
         config = getattr(model, "config", None)
         vision = getattr(config, "vision_config", None)
-        return hasattr(vision, "spatial_merge_size") and hasattr(config, "image_token_id") and _takes_outputs(model)
+        return hasattr(vision, "spatial_merge_size") and hasattr(config, "image_token_id") and takes_outputs(model)
 
     @property
     def depth(self) -> int:
@@ -94,13 +92,7 @@ class GridAdapter(Adapter):
             segments += [rows * columns] * frames
             t, h, w = pooled_grid(frames, rows // self.merge, columns // self.merge, point.downsample)
             tokens += t * h * w
-        return VisualPlan(tuple(segments), tokens, self.levels(point), self.taps, tokens * self._kv_bytes)
-
-    def _cache_bytes_per_token(self) -> int:
-        text = self.model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return 2 * int(text.num_hidden_layers) * int(heads) * int(width) * int(self.model.dtype.itemsize)
+        return VisualPlan(tuple(segments), tokens)
 
     # Media to tensors
 
@@ -154,8 +146,7 @@ class GridAdapter(Adapter):
             return []
         processor = self.processor.video_processor if kind == "video" else self.processor.image_processor
         mean, std = (torch.tensor(getattr(processor, k)).view(3, 1, 1) * 255 for k in ("image_mean", "image_std"))
-        p, m = int(processor.patch_size), self.merge
-        temporal = int(processor.temporal_patch_size)
+        p, m, temporal = int(processor.patch_size), self.merge, int(processor.temporal_patch_size)
         found = []
         for part, (t, h, w) in zip(torch.split(pixels, [t * h * w for t, h, w in grids]), grids, strict=True):
             stride = min(p, max(1, -(-max(h, w) * p // THUMBNAIL)))
@@ -209,7 +200,7 @@ class GridAdapter(Adapter):
             patches += sum(t * h * w for t, h, w in grids)
         if not outputs:
             return Encoded(reduced, 0, 0)
-        reduced = shrink(reduced, segments, self._pad_token_id())
+        reduced = shrink(reduced, segments, self.pad_token_id)
         return Encoded({**reduced, "mm_encoder_outputs": outputs}, tokens, patches)
 
     def _captured(self, levels: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
@@ -266,16 +257,6 @@ class GridAdapter(Adapter):
     def _encoder(self, kind: str) -> Any:
         # Both modalities go through the same tower; get_video_features only adds arguments that do not matter here.
         return self.model.model.get_image_features if kind == "image" else self.model.model.get_video_features
-
-    def _pad_token_id(self) -> int:
-        tokenizer = getattr(self.processor, "tokenizer", None)
-        found = getattr(tokenizer, "pad_token_id", None)
-        return int(found if found is not None else (self.model.generation_config.pad_token_id or 0))
-
-
-def _takes_outputs(model: nn.Module) -> bool:
-    supports = getattr(model, "_supports_mm_encoder_outputs", None)
-    return bool(supports and supports())
 
 
 def _grids(inputs: Mapping[str, Any], kind: str, *, seen: bool = False) -> list[Grid]:

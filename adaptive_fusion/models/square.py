@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from adaptive_fusion.fusion import downsample, pooled_grid
-from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, takes_outputs
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
@@ -33,23 +33,24 @@ class SquareAdapter(Adapter):
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
         config = getattr(model, "config", None)
-        supports = getattr(model, "_supports_mm_encoder_outputs", None)
-        return hasattr(config, "mm_tokens_per_image") and bool(supports and supports())
+        return hasattr(config, "mm_tokens_per_image") and takes_outputs(model)
 
     @property
     def _side(self) -> int:
         return math.isqrt(int(self.model.config.mm_tokens_per_image))
 
+    @property
+    def _patches(self) -> int:
+        """Patches of every image."""
+        vision = self.model.config.vision_config
+        return int((vision.image_size // vision.patch_size) ** 2)
+
     def native_pixels(self, size: Size) -> int:
         return int(self.model.config.vision_config.image_size) ** 2
 
     def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
-        vision, text = self.model.config.vision_config, self.model.config.get_text_config()
-        patches = (vision.image_size // vision.patch_size) ** 2
         _, h, w = pooled_grid(1, self._side, self._side, point.downsample)
-        per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
-        tokens = h * w * len(sizes)
-        return VisualPlan((patches,) * len(sizes), tokens, (), (), tokens * per_token)
+        return VisualPlan((self._patches,) * len(sizes), h * w * len(sizes))
 
     def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
         return dict(
@@ -102,10 +103,6 @@ class SquareAdapter(Adapter):
         if point.downsample != 1.0:
             pooled = downsample(out.pooler_output.reshape(-1, width), [(1, side, side)] * images, point.downsample)
             out.pooler_output = pooled.view(images, h * w, width)
-        pad = getattr(getattr(self.processor, "tokenizer", None), "pad_token_id", None) or 0
         segments = {self.model.config.image_token_id: [Segment(count, h * w)] * images}
-        patches = (
-            images * (self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size) ** 2
-        )
-        reduced = shrink(reduced, segments, pad)
-        return Encoded({**reduced, "mm_encoder_outputs": {"image": out}}, images * h * w, patches)
+        reduced = shrink(reduced, segments, self.pad_token_id)
+        return Encoded({**reduced, "mm_encoder_outputs": {"image": out}}, images * h * w, images * self._patches)
