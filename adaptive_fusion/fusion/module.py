@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Self, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adaptive_fusion.checks import integer
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion.files import read_tensors, save_tensors
 from adaptive_fusion.fusion.kernels import CompiledSum, check_packed, expand_rows
 from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
 from adaptive_fusion.fusion.strategies import STRATEGIES, TapFusion
@@ -81,7 +80,7 @@ class FusionSpec:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
         """The spec in a file's header; raises ConfigError if it is not a fusion file of this version."""
-        return cls._parse(_read(path)[1], Path(path).name)
+        return cls._parse(read_tensors(path)[1], Path(path).name)
 
     @classmethod
     def _parse(cls, found: Mapping[str, str], name: str) -> Self:
@@ -180,11 +179,8 @@ class DeepStackFusion(nn.Module):
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the parameters, as `dtype`, and the spec to a safetensors file, replacing it whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
         tensors = {name: value.detach().to(dtype).contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, partial, metadata=self.spec.metadata())
-        os.replace(partial, target)
+        save_tensors(path, tensors, self.spec.metadata())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Take the parameters of a file; ConfigError, and no change, unless its spec and tensors fit."""
@@ -192,7 +188,7 @@ class DeepStackFusion(nn.Module):
 
     def _load(self, path: str | os.PathLike[str], assign: bool) -> None:
         name = Path(path).name
-        tensors, header = _read(path)
+        tensors, header = read_tensors(path)
         found = FusionSpec._parse(header, name)
         if found != self.spec:
             raise ConfigError(f"{name} holds {found}; expected {self.spec}")
@@ -238,14 +234,3 @@ def apply_gate(tokens: Tensor, gate: Tensor | float, lengths: Sequence[int]) -> 
     if gate.shape != (len(lengths),):
         raise ConfigError(f"gate has shape {list(gate.shape)}; expected [{len(lengths)}], one value per image")
     return (tokens * expand_rows(gate[:, None], lengths)).to(tokens.dtype)
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    name = Path(path).name
-    if not Path(path).is_file():
-        raise ConfigError(f"fusion file {name!r} does not exist; expected a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigError(f"{name} is not a readable safetensors file: {error}") from error
