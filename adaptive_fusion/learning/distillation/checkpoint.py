@@ -1,17 +1,15 @@
 """The state of a distillation run as one safetensors file. Knows tensors and files; nothing of models or questions."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion.files import read_tensors, save_tensors
 
 FORMAT = "adaptive_fusion.distil"
 
@@ -42,9 +40,7 @@ def save(path: Path, identity: str, state: State) -> None:
     for index, moments in state.moments.items():
         tensors |= {f"adam.{index}.{name}": value for name, value in moments.items()}
     header = {"identity": identity, "step": state.step, "history": state.history}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps(header)})
-    os.replace(partial, path)
+    save_tensors(path, tensors, {"format": FORMAT, "state": json.dumps(header)})
 
 
 def load(path: Path, identity: str) -> State | None:
@@ -55,12 +51,7 @@ def load(path: Path, identity: str) -> State | None:
     """
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise ConfigError(f"{path.name} is not a readable safetensors file: {error}") from error
+    tensors, header = read_tensors(path)
     found = json.loads(header["state"]) if header.get("format") == FORMAT else {}
     if found.get("identity") != identity:
         raise ConfigError(
