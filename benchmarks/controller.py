@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.console().print(report.budget_table(found))
     total = sum(len(trace.load) for trace in traces)
     print(f"{total} requests a row in {seconds:.1f} s; stated costs, not measured ones")
-    print("must hold: " + ("; ".join(found["shortfalls"]) or "all of it holds"))
+    print(report.must_hold(found["shortfalls"]))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Benchmark results as terminal tables and PNG plots. Draws what it is given; computes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,8 @@ def quality_tables(result: Mapping[str, Any]) -> list[Table]:
 
 def knob_table(result: Mapping[str, Any]) -> Table:
     """Each slice at each row, with the share of native's own value that is kept."""
-    table = Table(title="What each knob keeps of native (95 % bootstrap intervals)")
-    for head in ("slice", "row", "tokens", "quality", "kept", "token acc.", "kept", "CIDEr-D", "kept"):
-        table.add_column(head, justify="left" if head in ("slice", "row") else "right", no_wrap=True)
+    heads = ("tokens", "quality", "kept", "token acc.", "kept", "CIDEr-D", "kept")
+    table = _table("What each knob keeps of native (95 % bootstrap intervals)", ("slice", "row"), heads)
     for name, records in result["slices"].items():
         for record in records:
             kept = record.get("kept", {})
@@ -75,9 +74,8 @@ def knob_table(result: Mapping[str, Any]) -> Table:
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """Paired comparisons; `sure` where the interval excludes no difference, and whether limits hold."""
-    table = Table(title="Paired comparisons (95 % bootstrap intervals)")
-    for head in ("slice", "metric", "what", "value", "sure", "must be", "holds"):
-        table.add_column(head, no_wrap=True)
+    heads = ("slice", "metric", "what", "value", "sure", "must be", "holds")
+    table = _table("Paired comparisons (95 % bootstrap intervals)", heads)
     for entry in result["comparisons"]:
         difference, value, limit = entry["kind"] == "difference", entry["value"], entry.get("limit")
         neutral = 1.0 if entry["kind"] == "ratio" else 0.0
@@ -96,14 +94,13 @@ def quality_notes(result: Mapping[str, Any]) -> list[str]:
         f"Always cheap: {result['cheap']}. adaptive: {result['policy']}, limits {result['budget'] or 'none'}.",
         "reading: ANLS of the reading items. unsure: only the interval reaches the limit; of matching's two limits one "
         "is enough.",
-        "Must hold: " + ("; ".join(result["shortfalls"]) or "all of it holds"),
+        must_hold(result["shortfalls"]),
     ]
 
 
 def cost_table(result: Mapping[str, Any]) -> Table:
     """Medians and ratios to native; for encode + prefill the least and the most over the rounds as well."""
     what = f"{result['size']} in {result['dtype']}, {result['image']} x {result['image']} pixels"
-    table = Table(title=f"{what}, {result['repeats']} rounds (in brackets: of native's)")
     heads = {
         "encode_ms": ("encode ms", 0),
         "prefill_ms": ("prefill ms", 0),
@@ -111,8 +108,8 @@ def cost_table(result: Mapping[str, Any]) -> Table:
         "decode_ms_per_token": ("decode ms/token", 1),
         "peak_memory_gb": ("peak GiB", 3),
     }
-    for head in ("row", "patches", "tokens", *(head for head, _ in heads.values())):
-        table.add_column(head, justify="left" if head == "row" else "right", no_wrap=True)
+    title = f"{what}, {result['repeats']} rounds (in brackets: of native's)"
+    table = _table(title, ("row",), ("patches", "tokens", *(head for head, _ in heads.values())))
     for record in result["rows"]:
         cells = []
         for key, (_, digits) in heads.items():
@@ -134,13 +131,12 @@ def cost_notes(result: Mapping[str, Any]) -> list[str]:
         "native's own are to its neighbours and say what is noise."
     )
     missing = result["shortfalls"]
-    return [how] if missing is None else [how, "Must hold: " + ("; ".join(missing) or "all of it holds")]
+    return [how] if missing is None else [how, must_hold(missing)]
 
 
 def budget_table(result: Mapping[str, Any]) -> Table:
     """Every row on every trace."""
     limit = f"{result['limit'].removesuffix('_ms')} of {result['deadline_ms']:.0f} ms"
-    table = Table(title=f"{limit}, target {result['attainment']:g}, {result['requests']} requests a trace")
     heads = {
         "attainment": ("attained", 4),
         "feasible": ("feasible", 3),
@@ -153,8 +149,8 @@ def budget_table(result: Mapping[str, Any]) -> Table:
         "recover_max": ("most", 0),
         "decision_us": ("decision us", 1),
     }
-    for head in ("trace", "row", *(head for head, _ in heads.values())):
-        table.add_column(head, justify="left" if head in ("trace", "row") else "right", no_wrap=True)
+    title = f"{limit}, target {result['attainment']:g}, {result['requests']} requests a trace"
+    table = _table(title, ("trace", "row"), [head for head, _ in heads.values()])
     for name, rows in result["traces"].items():
         for row, values in rows.items():
             cells = (f"{values[key]:.{digits}f}" if key in values else "-" for key, (_, digits) in heads.items())
@@ -179,7 +175,7 @@ def budget_notes(result: Mapping[str, Any]) -> list[str]:
             f"({check['quality_replayed']:.3f}), time x{check['ratio']:.2f} of the replayed{loaded}, "
             f"same point in {check['agreed']:.0%}."
         )
-    return [*notes, "Must hold: " + ("; ".join(result["shortfalls"]) or "all of it holds")]
+    return [*notes, must_hold(result["shortfalls"])]
 
 
 def plot_budget(result: Mapping[str, Any], path: Path) -> None:
@@ -237,6 +233,21 @@ def plot_costs(result: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{result['size']}, {result['image']} x {result['image']} pixels")
     axes.legend()
     save_figure(figure, path)
+
+
+def must_hold(shortfalls: Sequence[str]) -> str:
+    """What does not hold of what must, in one line."""
+    return "Must hold: " + ("; ".join(shortfalls) or "all of it holds")
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table of columns that are never wrapped, words on the `left` and figures on the `right`."""
+    table = Table(title=title)
+    for head in left:
+        table.add_column(head, no_wrap=True)
+    for head in right:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
 
 
 def _interval(value: Mapping[str, float] | None, digits: int = 2, *, percent: bool = False) -> str:
