@@ -3,10 +3,11 @@
 Sits above the runner, which it drives to measure. The fit and the cache files are the package `cost`'s.
 """
 
+import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from adaptive_fusion.cost.model import SIZES, CostModel, Profile
 from adaptive_fusion.cost.profiles import profile_key, save_profile, user_cache_dir
 from adaptive_fusion.models.base import Adapter
 from adaptive_fusion.point import MIN_PIXELS, NATIVE, OperatingPoint
+from adaptive_fusion.progress import Progress, Steps, silent
 
 if TYPE_CHECKING:
     from adaptive_fusion.runner import AdaptiveRunner
@@ -51,7 +53,7 @@ def calibrate(
     repeats: int = 2,
     check: bool = False,
     save: bool = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Calibration:
     """Measure requests over sizes, downsampling, fusion and answer lengths; fit, save and use the profile.
 
@@ -63,14 +65,15 @@ def calibrate(
         repeats: Rounds over all requests for their memory and as many for their times, after one to warm up.
         check: Also measure requests to judge the profile by.
         save: Keep the profile in the user's cache directory, where `find_profile` looks.
-        progress: Called with (done, all) after each request.
+        progress: See `Progress`; a step is a request.
     """
     from adaptive_fusion.reference.screens import make_scene
 
     plan, unseen = _requests(runner.adapter), _check_requests(runner.adapter) if check else []
     samples: list[Sample] = []
     held_out: list[Sample] = []
-    total, done = len(plan) * (2 * repeats + 1) + 2 * len(unseen), 0
+    steps = Steps(progress, "calibrate", len(plan) * (2 * repeats + 1) + 2 * len(unseen))
+    images = itertools.count()
     order = random.Random(0)
     # In rounds, so that no request follows its like; the first brings everything to where later ones find it.
     rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
@@ -78,13 +81,12 @@ def calibrate(
     for requests, memory, kept in rounds:
         for sides, point, tokens in order.sample(requests, len(requests)):
             # A new image each time, as requests bring them: one that was there before takes less.
-            scene = make_scene("dense" if done % 2 else "simple", done, "train", (400, 400))
+            seed = next(images)
+            scene = make_scene("dense" if seed % 2 else "simple", seed, "train", (400, 400))
             found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory)
             if kept is not None:
                 kept.append(found)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+            steps.advance()
     profile = fit_profile(samples, profile_key(runner.adapter))
     if save:
         save_profile(user_cache_dir(os.environ), profile)

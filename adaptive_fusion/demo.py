@@ -4,7 +4,7 @@ Knows the reference screens and the runner's public side. The policy sees only t
 of what is in them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.evaluation.questions import SLICE, Question
 from adaptive_fusion.point import NATIVE
+from adaptive_fusion.progress import Progress, Steps, silent
 from adaptive_fusion.reference.screens import PROMPTS, Kind, Scene, elements, make_scene
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def _write(scene: Scene, path: Path) -> None:
 
 
 def compare(
-    runner: "AdaptiveRunner", questions: Sequence[Question], latency_ms: float | None, advance: Callable[[], None]
+    runner: "AdaptiveRunner",
+    questions: Sequence[Question],
+    latency_ms: float | None,
+    progress: Progress = silent,
 ) -> Iterator[Row]:
     """Answer every question natively, then under the budget; yields a row per question.
 
@@ -86,18 +90,19 @@ def compare(
         runner: Its policy decides; the native answers teach its cost model this machine.
         questions: What `render` wrote.
         latency_ms: The budget; None takes 160 % of native's slowest answer.
-        advance: Called after each answer.
+        progress: See `Progress`; a step is an answer.
     """
+    steps = Steps(progress, "answer", 2 * len(questions))
     natives = []
     for question in questions:
         natives.append(runner.chat(question.media, question.prompt, point=NATIVE, max_new_tokens=MAX_NEW_TOKENS))
-        advance()
+        steps.advance()
     if latency_ms is None:
         latency_ms = round(_SHARE * max(reply.measurement.latency_ms for reply in natives))
     budget = Budget(latency_ms=latency_ms)
     for question, native in zip(questions, natives, strict=True):
         adaptive = runner.chat(question.media, question.prompt, budget=budget, max_new_tokens=MAX_NEW_TOKENS)
-        advance()
+        steps.advance()
         yield Row(question, native, adaptive)
 
 

@@ -38,6 +38,7 @@ from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.progress import Steps
 
 DEADLINE_MS = 220.0
 SQUEEZE_GB = 0.45
@@ -123,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traces = [read_trace(options.trace, options.seed)(world)]
         else:
             traces = [build(name, world, n, options.seed) for name in TRACES]
-        with progress(FED * len(traces), options.json) as advance:
-            results = {trace.name: compare(trace, options.attainment, setpoint, advance) for trace in traces}
+        with progress(options.json) as shown:
+            steps = Steps(shown, "replay", FED * len(traces))
+            results = {trace.name: compare(trace, options.attainment, setpoint, steps) for trace in traces}
         seconds = time.perf_counter() - begin
         found = {
             "attainment": options.attainment,

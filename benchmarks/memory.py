@@ -17,13 +17,13 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 from adaptive_fusion import AdaptiveRunner, Budget
 from adaptive_fusion.calibrate import relative_errors
 from adaptive_fusion.commands.output import progress
+from adaptive_fusion.progress import Progress, Steps, silent
 from adaptive_fusion.reference.screens import PROMPTS, make_scene
 
 TOLERANCE = 0.02
@@ -37,7 +37,7 @@ def keep_budgets(
     *,
     seed: int = 0,
     sides: tuple[int, int] = SIDES,
-    advance: Callable[[], None] = lambda: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run the requests and count.
 
@@ -50,6 +50,7 @@ def keep_budgets(
     shares, pairs = [], []
     counts = {"requests": requests, "unmeasured": 0, "infeasible": 0, "exceeded": 0}
     limited = 0
+    steps = Steps(progress, "answer", requests)
     for index in range(requests):
         width, height = rng.randint(*sides), rng.randint(*sides)
         image = make_scene(rng.choice(("simple", "dense")), index, "eval", (400, 400)).image.resize((width, height))
@@ -59,7 +60,7 @@ def keep_budgets(
         needs = [envelope * candidate.predicted.peak_memory_gb for candidate in offers]
         budget = Budget(vram_gb=rng.uniform(min(needs), 1.05 * max(needs)))
         reply = runner.chat(image, PROMPTS["describe"], budget=budget, max_new_tokens=most, do_sample=False)
-        advance()
+        steps.advance()
         peak, predicted = reply.measurement.peak_memory_gb, reply.decision.predicted
         if peak <= 0.0 or predicted is None or budget.vram_gb is None:
             counts["unmeasured"] += 1
@@ -93,8 +94,8 @@ def main() -> int:
     runner = AdaptiveRunner.from_pretrained(args.model, policy=args.policy)
     if not runner.profile.samples:
         parser.error(f"{args.model} has no measured profile; run first: adaptive-fusion calibrate --model {args.model}")
-    with progress(args.requests, args.json) as advance:
-        found = keep_budgets(runner, args.requests, seed=args.seed, advance=advance)
+    with progress(args.json) as shown:
+        found = keep_budgets(runner, args.requests, seed=args.seed, progress=shown)
     if args.json:
         print(json.dumps(found))
         return 0

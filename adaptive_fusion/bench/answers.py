@@ -21,6 +21,7 @@ from adaptive_fusion.models import Adapter
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.policy import SIMPLE, Policy
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, Steps, silent
 
 Decide = Callable[[Any, str], Decision]
 
@@ -97,7 +98,7 @@ def answer_all(
     decide: Decide | None = None,
     *,
     max_new_tokens: int = 160,
-    advance: Callable[[], None] = lambda: None,
+    progress: Progress = silent,
 ) -> dict[str, list[Answer]]:
     """Every row's answer to every item, plus `shuffled` and `chance`.
 
@@ -107,7 +108,7 @@ def answer_all(
 
     Args:
         decide: Gives the decision for a medium and a prompt; adds the row `adaptive`, its time included.
-        advance: Called after each (item, row).
+        progress: See `Progress`; a step is one row's answer to one item.
     """
     names = [*rows, *([ADAPTIVE] if decide else [])]
     timed, meter = TimedModel(adapter), meter_for(str(adapter.model.device))
@@ -115,6 +116,7 @@ def answer_all(
     answers: dict[str, dict[int, Answer]] = {name: {} for name in names}
     shuffled: dict[int, Answer] = {}
     _warm_up(timed, items[0], rows, decide, meter)
+    steps = Steps(progress, "answer", len(items) * len(names))
     for index, item in enumerate(items):
         request = build_request(item.load(), item.prompt)
         turn = index % len(names)
@@ -124,7 +126,7 @@ def answer_all(
             answers[name][index] = answer
             if swapped is not None:
                 shuffled[partners[index]] = swapped
-            advance()
+            steps.advance()
     result = {name: [answers[name][i] for i in range(len(items))] for name in names}
     if shuffled:
         result[SHUFFLED] = [shuffled[i] for i in range(len(items))]

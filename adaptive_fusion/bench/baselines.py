@@ -12,7 +12,6 @@ import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +22,7 @@ from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.progress import Steps
 
 _SETPOINTS = (0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35)
 _TUNING = 4000
@@ -204,10 +204,8 @@ def run(trace: Trace, row: Row, *, timed: int = 4000, chunk: int = 10_000) -> Ou
     return Outcome(np.array(chosen), np.array(latency), statistics.median(spent) * 1e6 if spent else 0.0)
 
 
-def compare(
-    trace: Trace, attainment: float, setpoint: float, advance: Callable[[], None] = lambda: None
-) -> dict[str, dict[str, float]]:
-    """Scores of every row on one trace; `advance` is called after each of the `FED` rows that take time."""
+def compare(trace: Trace, attainment: float, setpoint: float, steps: Steps) -> dict[str, dict[str, float]]:
+    """Scores of every row on one trace; `steps` advances after each of the `FED` rows that take time."""
     best = oracle(trace)
     outcomes = {"native": native(trace), "best static": best_static(trace, attainment)}
     fed: dict[str, Row] = {
@@ -217,6 +215,6 @@ def compare(
     }
     for name, row in fed.items():
         outcomes[name] = run(trace, row)
-        advance()
+        steps.advance()
     outcomes["oracle"] = best
     return {name: score(trace, outcome, best) for name, outcome in outcomes.items()}

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -46,6 +45,7 @@ from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, Steps, silent
 from adaptive_fusion.runner import AdaptiveRunner
 
 ANSWER_TOKENS = 160
@@ -148,7 +148,7 @@ def measure_table(
     *,
     repeats: int = 3,
     hogs: int = 0,
-    advance: Callable[[int], None] = lambda total: None,
+    progress: Progress = silent,
 ) -> Table:
     """Run every question at native and at each point of its lane, `repeats` times calm and, with `hogs`, as often
     beside that many busy processes.
@@ -159,7 +159,7 @@ def measure_table(
     the answers.
 
     Args:
-        advance: Called after each answer and each request with the number of both.
+        progress: See `Progress`; a step is an answer or a request.
 
     Raises:
         ConfigError: For a question whose answers have no quality, or a number of repeats below 1.
@@ -169,7 +169,7 @@ def measure_table(
     offers = [runner.offers(item.load(), item.prompt, max_new_tokens=ANSWER_TOKENS) for item in items]
     points = [[NATIVE, *(candidate.point for candidate in found)] for _, found in offers]
     jobs = [(case, column) for case, row in enumerate(points) for column in range(len(row))]
-    total = len(jobs) * (2 + repeats * (2 if hogs else 1))
+    steps = Steps(progress, "measure", len(jobs) * (2 + repeats * (2 if hogs else 1)))
     shape = (len(items), max(map(len, points)))
     calm, busy = np.full((*shape, repeats), math.inf), np.full((*shape, repeats), math.inf)
     memory, answered = np.full(shape, math.inf), np.zeros(shape)
@@ -177,7 +177,7 @@ def measure_table(
     def ask(case: int, column: int, budget: Budget | None = None) -> Measurement:
         item, point = items[case], points[case][column]
         reply = runner.chat(item.load(), item.prompt, point=point, budget=budget, max_new_tokens=2, do_sample=False)
-        advance(total)
+        steps.advance()
         return reply.measurement
 
     measured = Budget(vram_gb=MAX_VRAM_GB)  # never reached; without one the peak may go unmeasured
@@ -187,7 +187,7 @@ def measure_table(
     for case, item in enumerate(items):
         for column, worth in enumerate(_answered(model, item, points[case])):
             answered[case, column] = worth
-            advance(total)
+            steps.advance()
     for turn in range(repeats):
         for case, column in [*jobs[turn % len(jobs) :], *jobs[: turn % len(jobs)]]:
             calm[case, column, turn] = ask(case, column).ttft_ms
@@ -263,17 +263,17 @@ def replay(
     *,
     seed: int = 0,
     trace: Callable[[World], Trace] | None = None,
-    advance: Callable[[int], None] = lambda total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Every row on every trace of this world, n requests each (or on `trace` alone), as plain values.
 
-    `advance` is called after each row of a trace with the number of all.
+    A step of `progress` is a row of a trace.
     """
     setpoint = tuned_setpoint(world, attainment, seed)
     names = TRACES if world.hogged is None else (*TRACES, HOG)
     traces = [trace(world)] if trace is not None else [build(name, world, n, seed) for name in names]
-    step = partial(advance, FED * len(traces))
-    results = {each.name: compare(each, attainment, setpoint, step) for each in traces}
+    steps = Steps(progress, "replay", FED * len(traces))
+    results = {each.name: compare(each, attainment, setpoint, steps) for each in traces}
     least = min(len(each.load) for each in traces)
     return {
         "attainment": attainment,
@@ -319,13 +319,13 @@ def run_real(
     *,
     hogs: int = 0,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda total: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """`n` real requests under a step of load by injected delay, with `hogs` as many again beside busy processes; and
     what the replay makes of the same requests.
 
     The controller starts anew for each. `ratio` is the median of real / replayed time at the same point, `agreed` the
-    share of requests for which both chose the same point.
+    share of requests for which both chose the same point. A step of `progress` is a request.
 
     Raises:
         ConfigError: For fewer than 12 requests.
@@ -337,8 +337,10 @@ def run_real(
     rng = np.random.default_rng([seed, n])
     budget = Budget.from_dict({world.limit: world.deadline_ms, "attainment": attainment})
     columns = [{c.key: i + 1 for i, c in enumerate(case.candidates)} for case in world.cases]
+    names = ("step", HOG) if hogs else ("step",)
+    steps = Steps(progress, "run", n * len(names))
     checks = []
-    for name in ("step", HOG) if hogs else ("step",):
+    for name in names:
         load = np.where(on, STEP if name == "step" else (world.hogged or 1.0), 1.0)
         trace = make_trace(name, world, load, rng, busy=on if name == HOG else None)
         live = _Live(runner, items, budget, columns)
@@ -349,7 +351,7 @@ def run_real(
                     for case, factor in zip(trace.case[part].tolist(), load[part].tolist(), strict=True):
                         delay.factor = 1.0 if name == HOG else factor
                         live.ask(case)
-                        advance(n * (2 if hogs else 1))
+                        steps.advance()
         checks.append(_check(name, trace, live, attainment))
     runner.use_profile(runner.profile, runner.profile_note)
     return checks

@@ -26,6 +26,7 @@ from adaptive_fusion.point import NATIVE as NATIVE_POINT
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.policy import SIMPLE, Policy
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, Steps, silent
 
 ROWS = (*QUALITY_ROWS, Rung(NATIVE_POINT, pixel_share=0.5), Rung(NATIVE_POINT, pixel_share=0.25))
 MOST_FULL, MOST_CHEAP = 1.03, 0.45
@@ -135,13 +136,13 @@ def measure_costs(
     workload: Workload,
     *,
     repeats: int = 3,
-    advance: Callable[[int], None] = lambda total: None,
+    progress: Progress = silent,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Run]:
     """`repeats` rounds of all rows, native among them, in the order they ran, after one run that does not count.
 
     Args:
-        advance: Called after each run with the number of all.
+        progress: See `Progress`; a step is a run.
     """
     meter = meter_for(str(adapter.model.device))
     timed = TimedModel(adapter, clock)
@@ -159,10 +160,11 @@ def measure_costs(
 
     run(min(rows, key=lambda name: sum(work[name])))  # first calls are what it is for
     todo = [name for number in range(repeats) for name in round_order(full, rest, number)]
+    steps = Steps(progress, "measure", len(todo))
     found = []
     for name in todo:
         found.append(run(name))
-        advance(len(todo))
+        steps.advance()
     return found
 
 

@@ -3,7 +3,7 @@
 Knows per-item scores. Must not know how a table is drawn. No figure here is anything but measured.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from adaptive_fusion.evaluation.statistics import bootstrap, bootstrap_mean
 from adaptive_fusion.evaluation.text import bleu4, bleu_statistics
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, silent
 
 
 def evaluate(
@@ -26,19 +27,20 @@ def evaluate(
     *,
     cheap: str | None = None,
     max_new_tokens: int = 160,
-    advance: Callable[[], None] = lambda: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Everything: answers, tables per slice, paired comparisons and the Pareto front, as plain values.
 
     Args:
         decide: See `answer_all`.
         cheap: Name of the row that takes the cheapest scheme for every input.
+        progress: See `answer_all`.
 
     Raises:
         AdaptiveFusionError: If the metrics' optional dependency is missing; before anything is run.
     """
     bleu_statistics([["a"]], [[["a"]]])
-    answers = answer_all(adapter, items, rows, decide, max_new_tokens=max_new_tokens, advance=advance)
+    answers = answer_all(adapter, items, rows, decide, max_new_tokens=max_new_tokens, progress=progress)
     scores = score_all(items, answers)
     parts = slices(items)
     tables = summarise(scores, parts)

@@ -85,7 +85,7 @@ def quality(
         use_weights(runner.adapter, [*rows.values(), *(rung for lane in ladders for rung in lane)], weights or [])
         most = max_new_tokens
         decide = None if knobs else lambda media, question: runner.decide(media, question, max_new_tokens=most)
-        with progress(len(items) * (len(rows) + (decide is not None)), as_json) as advance:
+        with progress(as_json) as shown:
             found = evaluate(
                 runner.adapter,
                 items,
@@ -93,7 +93,7 @@ def quality(
                 decide,
                 cheap=cheap.name if cheap else None,
                 max_new_tokens=most,
-                advance=advance,
+                progress=shown,
             )
         result: dict[str, Any] = {
             "model": model,
@@ -168,8 +168,8 @@ def cost(
         began = time.perf_counter()
         adapter = adapter_of_size(size, device, dtype)
         build_s = time.perf_counter() - began
-        with progress(0, as_json) as advance:
-            found = measure_costs(adapter, rows, Workload(image, new_tokens), repeats=repeats, advance=advance)
+        with progress(as_json) as shown:
+            found = measure_costs(adapter, rows, Workload(image, new_tokens), repeats=repeats, progress=shown)
         records = summarise_costs(found, {rung.name for rung in loaded.lanes[SIMPLE]})
         result: dict[str, Any] = {
             "size": size,
@@ -260,19 +260,19 @@ def budget(
         items = reference_items(scenes)
         runner = open_runner(model, policy)
         if not runner.profile.samples:
-            with progress(0, as_json) as advance:
-                calibrate(runner, save=False, progress=lambda _done, total: advance(total))
+            with progress(as_json) as shown:
+                calibrate(runner, save=False, progress=shown)
         beside = (os.cpu_count() or 1) if hogs is None else hogs
-        with progress(0, as_json) as advance:
-            table = measure_table(runner, items, repeats=repeats, hogs=beside, advance=advance)
+        with progress(as_json) as shown:
+            table = measure_table(runner, items, repeats=repeats, hogs=beside, progress=shown)
         world = measured_world(table, ttft_ms or table.default_deadline_ms, runner.profile.memory_margin)
         for target in targets:
-            with progress(0, as_json) as advance:
-                found = replay(world, target, requests, seed=seed, trace=chosen, advance=advance)
+            with progress(as_json) as shown:
+                found = replay(world, target, requests, seed=seed, trace=chosen, progress=shown)
             checks = []
             if real:
-                with progress(0, as_json) as advance:
-                    checks = run_real(runner, items, world, target, real, hogs=beside, seed=seed, advance=advance)
+                with progress(as_json) as shown:
+                    checks = run_real(runner, items, world, target, real, hogs=beside, seed=seed, progress=shown)
             result = {
                 "model": model,
                 "policy": policy,

@@ -37,8 +37,8 @@ def calibrate(
 
     runner = open_runner(model, "native")
     try:
-        with progress(0, as_json) as advance:
-            found = measure(runner, repeats=repeats, check=check, progress=lambda _done, total: advance(total))
+        with progress(as_json) as report:
+            found = measure(runner, repeats=repeats, check=check, progress=report)
     except OSError as error:
         raise ConfigError(f"the profile cannot be kept ({error.strerror}); set XDG_CACHE_HOME to a folder") from error
     path = profile_path(user_cache_dir(os.environ), found.profile.key)

@@ -45,8 +45,8 @@ def demo(
         folder = _folder(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         questions = render(folder, seed)
         warm_up(runner)
-        with progress(2 * len(questions), as_json) as advance:
-            rows = list(compare(runner, questions, latency_ms, advance))
+        with progress(as_json) as report:
+            rows = list(compare(runner, questions, latency_ms, report))
         summary = summarise(rows)
         if as_json:
             for row in rows:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from adaptive_fusion.commands.options import Json, Model
-from adaptive_fusion.commands.output import complain, console, emit, refusing
+from adaptive_fusion.commands.output import complain, console, emit, progress, refusing
 from adaptive_fusion.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def distil(
         settings = Settings(steps=steps, batch=batch, lr=lr, seed=seed, max_new_tokens=max_new_tokens, **given)
         adapter = open_runner(model, "native").adapter
         try:
-            report = train(adapter, questions, point, out, settings, resume=resume, progress=not as_json)
+            with progress(as_json) as shown:
+                report = train(adapter, questions, point, out, settings, resume=resume, progress=shown)
         except OSError as error:
             raise ConfigError(f"--out is {out.name!r}, which cannot be written: {error.strerror}") from error
         if as_json:

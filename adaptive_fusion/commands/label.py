@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adaptive_fusion.commands.options import Json, Model, PolicyName
-from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, refusing
+from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, progress, refusing
 from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def label(
             # One process loads the model before anything else, so that a wrong name ends the command at once.
             source = (open_runner(model, policy),) if jobs == 1 else (open_runner, model, policy)
             scorer = ModelScorer(RunnerModel(*source, max_new_tokens=max_new_tokens))
-            run = label_inputs(scorer, chosen, rungs, out, jobs=jobs, progress=not as_json, source_id=Path(model).name)
+            with progress(as_json) as report:
+                run = label_inputs(scorer, chosen, rungs, out, jobs=jobs, progress=report, source_id=Path(model).name)
             failed += [*unknown, *run.failed]
             result |= {"scored": run.scored, "resumed": run.resumed, "repeated": run.repeated}
             result["rungs"] = [rung.name for rung in rungs]

@@ -6,13 +6,15 @@ Knows consoles, exit codes and the library's errors. Must not know of models or 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.progress import Progress, Steps
 
 if TYPE_CHECKING:
     from adaptive_fusion.decisions import Decision
@@ -73,7 +75,8 @@ def each(files: Sequence[str], as_json: bool, work: Callable[[str], Result]) -> 
     """
     out = console()
     refused = False
-    with progress(len(files), as_json) as advance:
+    with progress(as_json) as report:
+        steps = Steps(report, "files", len(files))
         for name in files:
             try:
                 fields, shown = work(name)
@@ -87,29 +90,29 @@ def each(files: Sequence[str], as_json: bool, work: Callable[[str], Result]) -> 
                     emit({"input": name, **fields})
                 else:
                     out.print(shown)
-            advance()
+            steps.advance()
     if refused:
         raise typer.Exit(BAD_INPUT)
 
 
-class Advance(Protocol):
-    """Moves a progress bar on by one step; `total` corrects how many there are."""
-
-    def __call__(self, total: int = ...) -> None: ...
-
-
 @contextmanager
-def progress(total: int, as_json: bool) -> Iterator[Advance]:
-    """A bar on standard error for more than one step, if that is a terminal."""
+def progress(as_json: bool) -> Iterator[Progress]:
+    """Shows what is reported to it as a bar on standard error, if that is a terminal and no JSON was asked for; a stage
+    of one step is not shown."""
     errors = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=as_json or not errors.is_terminal) as bar:
-        task = bar.add_task("", total=total, visible=total > 1)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=errors, transient=True, disable=as_json or not errors.is_terminal) as bar:
+        task = bar.add_task("", visible=False)
+        shown = ""
 
-        def advance(total: int = total) -> None:
-            bar.update(task, advance=1, total=total, visible=total > 1)
+        def report(done: int, total: int, stage: str) -> None:
+            nonlocal shown
+            if stage != shown:  # the pace of one stage says nothing of the next
+                bar.reset(task)
+                shown = stage
+            bar.update(task, description=stage, completed=done, total=total, visible=total > 1)
 
-        yield advance
+        yield report
 
 
 def decision_fields(decision: "Decision") -> dict[str, Any]:

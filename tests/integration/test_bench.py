@@ -67,10 +67,17 @@ def test_every_scene_is_encoded_once_per_row(tiny_dense: Any, processor: Any, mo
     monkeypatch.setattr(runner.adapter, "encode", counting)
     steps: list[int] = []
     result = evaluate(
-        runner.adapter, items, rows, runner.decide, max_new_tokens=4, advance=lambda: steps.append(1)
-    )  # fmt: skip
+        runner.adapter,
+        items,
+        rows,
+        runner.decide,
+        max_new_tokens=4,
+        progress=lambda done, _total, _stage: steps.append(done),
+    )
     assert list(rows) == ["native@1", "native@0.5", "gated12r8@0.25"]
-    assert len(steps) == len(items) * 4 and len(seen) == len(steps) + len(rows)  # each row once more to warm up
+    assert steps == list(range(len(items) * 4 + 1)) and len(seen) == steps[-1] + len(
+        rows
+    )  # each row once more to warm up
     mixed = {record["row"]: record for record in result["slices"][MIXED]}
     assert set(mixed) == {*rows, ADAPTIVE, SHUFFLED, CHANCE}
     assert mixed["native@1"]["visual_tokens"] > 3 * mixed["native@0.5"]["visual_tokens"]

@@ -142,10 +142,12 @@ def test_measured_replayed_and_run_for_real(
 ) -> None:
     monkeypatch.setattr("adaptive_fusion.bench.budget.ANSWER_TOKENS", 8)
     runner = AdaptiveRunner(tiny_dense, processor, policy="latency")
-    steps: list[int] = []
-    table = measure_table(runner, items, repeats=2, advance=steps.append)
+    steps: list[tuple[int, int, str]] = []
+    table = measure_table(runner, items, repeats=2, progress=lambda *step: steps.append(step))
     columns = [1 + len(case.candidates) for case in table.cases]
-    assert len(steps) == steps[0] == 4 * sum(columns) and table.busy is None and table.hogged is None
+    count = 4 * sum(columns)
+    assert steps == [(done, count, "measure") for done in range(count + 1)]
+    assert table.busy is None and table.hogged is None
     for case, width in enumerate(columns):
         assert np.isfinite(table.calm[case, :width]).all() and np.isinf(table.calm[case, width:]).all()
         assert (table.memory[case, :width] >= 0).all() and (table.answered[case] >= 0).all()

@@ -37,9 +37,9 @@ def test_what_exceeds_its_budget_is_counted(
 ) -> None:
     runner = AdaptiveRunner(tiny_dense, processor, policy="latency", meter=Fixed(peak_gb))
     steps: list[int] = []
-    found = benchmark.keep_budgets(runner, 4, sides=(40, 64), advance=lambda: steps.append(1))
+    found = benchmark.keep_budgets(runner, 4, sides=(40, 64), progress=lambda done, _total, _stage: steps.append(done))
     feasible = 4 - found["infeasible"] - found["unmeasured"]
-    assert len(steps) == found["requests"] == 4
+    assert steps == [0, 1, 2, 3, 4] and found["requests"] == 4
     assert found["unmeasured"] == (4 if peak_gb is None else 0)
     assert found["exceeded"] == (feasible if exceeds else 0)
     if peak_gb is not None:

@@ -145,7 +145,6 @@ def test_training_learns_resumes_and_touches_only_the_module(
             tmp_path / name,
             SMALL,
             answers=tmp_path / "told",
-            progress=False,
             note=note,
             **options,
         )
@@ -179,14 +178,14 @@ def test_training_learns_resumes_and_touches_only_the_module(
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
     with pytest.raises(ConfigError, match=r"broken.safetensors.work holds the state of another run"):
-        distil(adapter, asked[:-1], POINT, tmp_path / "broken.safetensors", SMALL, resume=True, progress=False)
+        distil(adapter, asked[:-1], POINT, tmp_path / "broken.safetensors", SMALL, resume=True)
 
 
 def test_a_policy_runs_what_was_distilled(
     adapter: GridAdapter, asked: list[Question], processor: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "gated.safetensors"
-    distil(adapter, asked, POINT, out, SMALL, progress=False)
+    distil(adapter, asked, POINT, out, SMALL)
     spec = FusionSpec.read(out)
     assert (spec.strategy, len(spec.levels), spec.rank) == ("gated", 6, 4)
     base = Policy.load("native")

@@ -120,7 +120,6 @@ def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
         settings_of(args),
         answers=Path(args.out) / "answers",
         resume=True,
-        progress=False,
         note=note,
     )
     return report.to_dict()

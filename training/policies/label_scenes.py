@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from train_policies import RECIPES
 
+from adaptive_fusion.commands.output import progress
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.evaluation.scenes import SIDES, scene_questions
 from adaptive_fusion.learning.labelling.labeller import RunnerModel
@@ -55,9 +56,11 @@ def main() -> None:
     model = RunnerModel(open_on_one_thread, args.model, args.policy, clock=time.thread_time)
     questions = list(scene_questions(args.scenes, args.split, args.seed, tuple(args.sides)))
     began = time.monotonic()
-    run = label_inputs(
-        ModelScorer(model), questions, rungs, args.out, jobs=args.jobs, source_id=f"scenes-{args.split}-{args.seed}"
-    )
+    source = f"scenes-{args.split}-{args.seed}"
+    with progress(as_json=False) as shown:
+        run = label_inputs(
+            ModelScorer(model), questions, rungs, args.out, jobs=args.jobs, progress=shown, source_id=source
+        )
     seconds = time.monotonic() - began
     each = ""
     if run.scored:

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, UnsupportedModelError
@@ -34,6 +32,7 @@ from adaptive_fusion.learning.distillation.levels import LevelCache
 from adaptive_fusion.learning.distillation.teacher import Teacher, Told, answer_logits, fingerprint
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.progress import Progress, Steps, silent
 
 TRAINABLE = ("gated", "weighted")
 
@@ -119,7 +118,7 @@ def distil(
     *,
     answers: Path | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Progress = silent,
     note: Callable[[Mapping[str, Any]], None] = lambda _: None,
 ) -> Report:
     """Train the fusion module of `point` (its fusion, layers and adapter_rank) and write it to `out`.
@@ -135,7 +134,7 @@ def distil(
         settings: See `Settings`.
         answers: Folder of the teacher's answers, so that several runs can share them; the work folder if left out.
         resume: Go on from the work folder's state, if there is one.
-        progress: Show a bar on standard error.
+        progress: See `Progress`; first a step is a question that the teacher is asked, then an optimizer step.
         note: Called with every look at the held-out questions: step, and KL and agreement by ratio.
 
     Raises:
@@ -155,18 +154,18 @@ def distil(
     questions = list({question.key: question for question in questions}.values())
     train, held = split(questions, holdout=settings.holdout, judged=settings.judged, seed=settings.seed)
     asked = [*train, *held]
-    with frozen(adapter.model), _bar(progress) as bar:
-        task = bar.add_task("ask", total=len(asked))
+    with frozen(adapter.model):
         teacher = Teacher(adapter, answers or work, max_new_tokens=settings.max_new_tokens, batch=settings.batch)
-        answered = teacher.ask(asked, lambda: bar.advance(task))
+        answered = teacher.ask(asked, progress)
         told = dict(zip((question.key for question in asked), answered, strict=True))
         run = _Run(adapter, point, train, held, told, settings, work, note)
         if resume:
             run.resume()
-        task = bar.add_task("distil", total=settings.steps, completed=run.step)
+        steps = Steps(progress, "distil", settings.steps, done=run.step)
         before = run.start()
         while not run.over:
-            bar.update(task, completed=run.advance())
+            run.advance()
+            steps.advance()
         run.take_best()
         run.module.save(out)
     after = run.judged(run.best_step)
@@ -220,8 +219,8 @@ class _Run:
         looked = [entry["step"] for entry in self.history if entry["step"] > self.best_step]
         return self.step >= self.settings.steps or len(looked) >= self.settings.patience
 
-    def advance(self) -> int:
-        """One step; a look and a checkpoint when they are due. Returns the steps done."""
+    def advance(self) -> None:
+        """One step; a look and a checkpoint when they are due."""
         settings = self.settings
         ratio = draw(settings.ratios, random.Random(f"{settings.seed}/{self.step}").random())
         rise = min(1.0, (self.step + 1) / max(1, settings.steps // 20))
@@ -239,7 +238,6 @@ class _Run:
         self.step += 1
         if self.step % settings.every == 0 or self.step == settings.steps:
             self._look()
-        return self.step
 
     def _length(self, question: Question) -> int:
         told = self.told[question.key]
@@ -312,8 +310,3 @@ class _Run:
         self.best = {name: value.to(self.adapter.model.device) for name, value in state.best.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state.moments})
         self.step, self.history = state.step, state.history
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -6,7 +6,7 @@ Answers are kept on disk as they come, so an interrupted run asks nothing twice.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from adaptive_fusion.learning.labelling.batches import collate
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, Steps, silent
 
 FORMAT = "adaptive_fusion.teacher"
 PARTS = ("tokens", "indices", "logprobs", "length")
@@ -120,14 +121,13 @@ class Teacher:
                     names = [name for name in file.keys() if name.endswith(".tokens")]  # noqa: SIM118
                     self._known |= {name.removesuffix(".tokens"): path for name in names}
 
-    def ask(self, questions: Sequence[Question], advance: Callable[[], None] = lambda: None) -> list[Told]:
+    def ask(self, questions: Sequence[Question], progress: Progress = silent) -> list[Told]:
         """What the model says of each question; only what is not on disk yet is asked.
 
-        `advance` is called once per question.
+        A step of `progress` is a question.
         """
         missing = list({q.key: q for q in questions if q.key not in self._known}.values())
-        for _ in range(len(questions) - len(missing)):
-            advance()
+        steps = Steps(progress, "ask", len(questions), done=len(questions) - len(missing))
         # A batch is as long as its longest row, so rows of like lengths are put together.
         for start in range(0, len(missing), WINDOW * self.batch):
             asked = [(question, prepare(self.adapter, question)) for question in missing[start:][: WINDOW * self.batch]]
@@ -135,8 +135,7 @@ class Teacher:
             for low in range(0, len(asked), self.batch):
                 part, rows = zip(*asked[low : low + self.batch], strict=True)
                 self._keep(part, self._answers(rows))
-                for _ in part:
-                    advance()
+                steps.advance(len(part))
         return list(self._read([question.key for question in questions]))
 
     @torch.no_grad()

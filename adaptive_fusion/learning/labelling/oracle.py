@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from joblib import Parallel, delayed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.jsonl import mend_tail
 from adaptive_fusion.learning.data.labels import Subject, label_record
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, Steps, silent
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def label_inputs(
     out: str | Path,
     *,
     jobs: int = 1,
-    progress: bool = True,
+    progress: Progress = silent,
     source_id: str | None = None,
     clock: Callable[[], float] = time.time,
 ) -> LabelRun:
@@ -81,7 +80,7 @@ def label_inputs(
         rungs: What to run on each.
         out: JSONL file of labels.
         jobs: Processes, if the scorer can be pickled; else it runs in this one.
-        progress: Show a progress bar on standard error.
+        progress: See `Progress`; a step is an input that is scored now.
         source_id: What labels, such as the model; goes into the labels.
         clock: Seconds since the epoch, for the labels.
 
@@ -113,10 +112,10 @@ def label_inputs(
             todo.append((item, subject))
         known.add(key)
     scored = 0
-    with _bar(progress) as bar, out.open("a", encoding="utf-8") as handle:
-        task = bar.add_task("label", total=len(todo))
+    steps = Steps(progress, "label", len(todo))
+    with out.open("a", encoding="utf-8") as handle:
         for item, subject, scores in _run(scorer, todo, tuple(rungs), jobs):
-            bar.advance(task)
+            steps.advance()
             if isinstance(scores, str):
                 failed.append((_name(item), scores))
                 continue
@@ -193,8 +192,3 @@ def _picklable(scorer: Scorer) -> bool:
 
 def _name(item: Any) -> str:
     return str(getattr(item, "name", item))[-80:]
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -46,7 +46,7 @@ class Unpicklable(Sums):
 
 
 def label(scorer: Any, inputs: list[Any], out: Path, **options: Any) -> LabelRun:
-    return label_inputs(scorer, inputs, LADDER, out, progress=False, clock=lambda: 7.0, **options)
+    return label_inputs(scorer, inputs, LADDER, out, clock=lambda: 7.0, **options)
 
 
 def test_each_input_is_scored_once_and_a_killed_run_resumes(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_each_input_is_scored_once_and_a_killed_run_resumes(tmp_path: Path) -> N
 
 def test_labels_that_lack_a_rung_are_made_again(tmp_path: Path) -> None:
     out = tmp_path / "l.jsonl"
-    label_inputs(Sums(), [1, 2], LADDER[:1], out, progress=False, clock=lambda: 1.0)
+    label_inputs(Sums(), [1, 2], LADDER[:1], out, clock=lambda: 1.0)
     assert label(Sums(), [1, 2, 2], out) == LabelRun(2, 0, 1, ())
     data = build_dataset([out], cheap=CHEAP, rungs=RUNGS)
     assert len(data) == 2 and np.isfinite(data.quality).all()
