@@ -10,12 +10,38 @@ from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, 
 from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
+    from adaptive_fusion.evaluation.questions import Question
+    from adaptive_fusion.learning.labelling.scoring import ModelScorer
     from adaptive_fusion.policy.rungs import Rung
 
 app = typer.Typer()
 
 Failed = list[tuple[str, str]]
+"""Inputs and rows that were left out, each with its reason."""
+
+References = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Right answers: COCO captions (.json), or a CSV of path, reference and, if they differ, prompt and"
+        " metric. Without any, answers are compared with the model's own at full compute.",
+    ),
+]
 _SAID = "What people said"
+Human = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV", help="path and label (simple, complex) or score, optionally group.", rich_help_panel=_SAID
+    ),
+]
+Feedback = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV",
+        help="request_id and rating (up, down, 0 to 1), optionally source_id.",
+        rich_help_panel=_SAID,
+    ),
+]
 
 
 @app.command()
@@ -28,14 +54,7 @@ def label(
         list[str] | None, typer.Argument(metavar="INPUTS...", help="Images, clips or folders of them.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="Asked about each input.")] = "Describe the image.",
-    references: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Right answers: COCO captions (.json), or a CSV of path, reference and, if they differ, prompt and"
-            " metric. Without any, answers are compared with the model's own at full compute.",
-        ),
-    ] = None,
+    references: References = None,
     metric: Annotated[
         str, typer.Option(help="Of answers against references: words, anls (read text), exact or elements.")
     ] = "words",
@@ -47,22 +66,8 @@ def label(
     model: Model = "reference",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
-    human: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CSV",
-            help="path and label (simple, complex) or score, optionally group.",
-            rich_help_panel=_SAID,
-        ),
-    ] = None,
-    feedback: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CSV",
-            help="request_id and rating (up, down, 0 to 1), optionally source_id.",
-            rich_help_panel=_SAID,
-        ),
-    ] = None,
+    human: Human = None,
+    feedback: Feedback = None,
     as_json: Json = False,
 ) -> None:
     """Run the policy's operating points on each of INPUTS and append what they were worth and what they took.
@@ -75,54 +80,31 @@ def label(
     with refusing(inputs or [], as_json):
         if not inputs and human is None and feedback is None:
             raise ConfigError("there is nothing to label; expected INPUTS, --human or --feedback")
-        result: dict[str, Any] = {"out": str(out)}
-        failed: Failed = []
-        if human is not None:
-            result["human"] = _human(human, out, failed)
-        if feedback is not None:
-            from adaptive_fusion.jsonl import append_records
-            from adaptive_fusion.learning.data.people import feedback_from_csv
-
-            result["feedback"] = append_records(feedback_from_csv(feedback), out)
+        result, failed = _said_by_people(human, feedback, out)
         if inputs:
             rungs = _rungs(points, policy)
-            from adaptive_fusion.evaluation.folders import media_files, questions, read_references
-            from adaptive_fusion.evaluation.text import METRICS
-            from adaptive_fusion.learning.labelling.labeller import RunnerModel
-            from adaptive_fusion.learning.labelling.oracle import label_inputs
-            from adaptive_fusion.learning.labelling.scoring import ModelScorer
-            from adaptive_fusion.loading import open_runner
-
-            if metric not in METRICS:
-                raise ConfigError(f"metric is {metric!r}; expected one of {', '.join(sorted(METRICS))}")
-            known = None if references is None else read_references(references, prompt, metric)
-            chosen, unknown = questions(media_files(inputs), prompt, known)
+            questions, unknown = _questions(inputs, prompt, references, metric)
             # One process loads the model before anything else, so that a wrong name ends the command at once.
-            source = (open_runner(model, policy),) if jobs == 1 else (open_runner, model, policy)
-            scorer = ModelScorer(RunnerModel(*source, max_new_tokens=max_new_tokens))
-            with progress(as_json) as report:
-                run = label_inputs(scorer, chosen, rungs, out, jobs=jobs, progress=report, source_id=Path(model).name)
-            failed += [*unknown, *run.failed]
-            result |= {"scored": run.scored, "resumed": run.resumed, "repeated": run.repeated}
-            result["rungs"] = [rung.name for rung in rungs]
-    for name, reason in failed:
-        complain(f"{name}: {reason}")
-    if as_json:
-        emit({**result, "failed": [{"input": name, "error": reason} for name, reason in failed]})
-    else:
-        counts = ", ".join(f"{count} {what}" for what, count in result.items() if isinstance(count, int))
-        console().print(f"{counts}; {len(failed)} left out. Labels are in {out}")
+            scorer = _scorer(model, policy, max_new_tokens, loaded=jobs == 1)
+            found, refused = _scored(scorer, questions, rungs, out, jobs, Path(model).name, as_json)
+            result, failed = {**result, **found}, [*failed, *unknown, *refused]
+    _print(out, result, failed, as_json)
     if failed:
         raise typer.Exit(BAD_INPUT)
 
 
-def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
-    from adaptive_fusion.policy.policy import Policy
-    from adaptive_fusion.policy.rungs import Rung
+def _said_by_people(human: Path | None, feedback: Path | None, out: Path) -> tuple[dict[str, Any], Failed]:
+    """Append what people said; how many labels that is, and what was refused."""
+    from adaptive_fusion.jsonl import append_records
+    from adaptive_fusion.learning.data.people import feedback_from_csv
 
-    ladders = Policy.load(policy).lanes.values()
-    chosen = [Rung.parse(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
-    return list({rung.name: rung for rung in chosen}.values())
+    result: dict[str, Any] = {}
+    failed: Failed = []
+    if human is not None:
+        result["human"] = _human(human, out, failed)
+    if feedback is not None:
+        result["feedback"] = append_records(feedback_from_csv(feedback), out)
+    return result, failed
 
 
 def _human(table: Path, out: Path, failed: Failed) -> int:
@@ -134,3 +116,62 @@ def _human(table: Path, out: Path, failed: Failed) -> int:
     labels, refused = human_labels(table, lambda path: describe(Question(path, "")))
     failed += refused
     return append_records(labels, out)
+
+
+def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
+    from adaptive_fusion.policy.policy import Policy
+    from adaptive_fusion.policy.rungs import Rung
+
+    ladders = Policy.load(policy).lanes.values()
+    chosen = [Rung.parse(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
+    return list({rung.name: rung for rung in chosen}.values())
+
+
+def _questions(inputs: list[str], prompt: str, references: Path | None, metric: str) -> "tuple[list[Question], Failed]":
+    """What is asked about each input, and the inputs without a right answer where there are some."""
+    from adaptive_fusion.evaluation.folders import media_files, questions, read_references
+    from adaptive_fusion.evaluation.text import METRICS
+
+    if metric not in METRICS:
+        raise ConfigError(f"metric is {metric!r}; expected one of {', '.join(sorted(METRICS))}")
+    known = None if references is None else read_references(references, prompt, metric)
+    return questions(media_files(inputs), prompt, known)
+
+
+def _scorer(model: str, policy: str, max_new_tokens: int, *, loaded: bool) -> "ModelScorer":
+    """What scores rungs, with the model loaded now or by each process that it is sent to."""
+    from adaptive_fusion.learning.labelling.labeller import RunnerModel
+    from adaptive_fusion.learning.labelling.scoring import ModelScorer
+    from adaptive_fusion.loading import open_runner
+
+    source = (open_runner(model, policy),) if loaded else (open_runner, model, policy)
+    return ModelScorer(RunnerModel(*source, max_new_tokens=max_new_tokens))
+
+
+def _scored(
+    scorer: "ModelScorer",
+    questions: "list[Question]",
+    rungs: "list[Rung]",
+    out: Path,
+    jobs: int,
+    source_id: str,
+    as_json: bool,
+) -> tuple[dict[str, Any], Failed]:
+    """Run the rungs on every question; what came of it, and the inputs that failed."""
+    from adaptive_fusion.learning.labelling.oracle import label_inputs
+
+    with progress(as_json) as shown:
+        run = label_inputs(scorer, questions, rungs, out, jobs=jobs, progress=shown, source_id=source_id)
+    counts = {"scored": run.scored, "resumed": run.resumed, "repeated": run.repeated}
+    return {**counts, "rungs": [rung.name for rung in rungs]}, list(run.failed)
+
+
+def _print(out: Path, result: dict[str, Any], failed: Failed, as_json: bool) -> None:
+    for name, reason in failed:
+        complain(f"{name}: {reason}")
+    if as_json:
+        refused = [{"input": name, "error": reason} for name, reason in failed]
+        emit({"out": str(out), **result, "failed": refused})
+    else:
+        counts = ", ".join(f"{count} {what}" for what, count in result.items() if isinstance(count, int))
+        console().print(f"{counts}; {len(failed)} left out. Labels are in {out}")

@@ -23,6 +23,13 @@ Logs = Annotated[
     typer.Argument(metavar="LOGS...", help="Logs and labels: JSONL, Parquet, folders or patterns.", show_default=False),
 ]
 
+Objective = Annotated[
+    str,
+    typer.Option(
+        help="cost: keep the quality within the tolerance in the mean; quality: with the whole 95 % interval."
+    ),
+]
+
 
 @app.command()
 def train(
@@ -30,12 +37,7 @@ def train(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new policy.", show_default=False)],
     base: Annotated[str, typer.Option(help="Policy whose ladders and budget are kept.")] = "balanced",
     name: Annotated[str, typer.Option(help="Name of the new policy, as logs will show it.")] = "trained",
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="cost: keep the quality within the tolerance in the mean; quality: with the whole 95 % interval."
-        ),
-    ] = "quality",
+    objective: Objective = "quality",
     tolerance: Annotated[float, typer.Option(help="Loss of quality that is accepted, 0 to 1.")] = 0.02,
     incumbent: Annotated[
         str | None, typer.Option(metavar="POLICY", help="What the new policy must not be worse than; else the base.")
@@ -82,6 +84,10 @@ def train(
             if as_json:
                 emit({"accepted": False, **_gate(refused.verdict)})
             raise typer.Exit(REFUSED) from refused
+    _print(trained, as_json)
+
+
+def _print(trained: "Trained", as_json: bool) -> None:
     if as_json:
         emit(_fields(trained))
     else:
