@@ -16,7 +16,7 @@ from adaptive_fusion.errors import ConfigError, MediaError
 
 if TYPE_CHECKING:
     from adaptive_fusion.evaluation.questions import Question
-    from adaptive_fusion.learning.distillation.distil import Report
+    from adaptive_fusion.learning.distillation.distil import DistillationReport
 
 app = typer.Typer()
 
@@ -58,8 +58,8 @@ def distil(
         point = OperatingPoint(fusion, layers, adapter_rank=rank)
         wanted = [OperatingPoint(downsample=ratio).downsample for ratio in downsample or ()]
         questions = _questions(inputs, prompt)
-        from adaptive_fusion.learning.distillation.distil import Settings
         from adaptive_fusion.learning.distillation.distil import distil as train
+        from adaptive_fusion.learning.distillation.settings import Settings
         from adaptive_fusion.loading import open_runner
 
         given: dict[str, Any] = {"ratios": dict.fromkeys(wanted, 1.0)} if wanted else {}
@@ -94,7 +94,7 @@ def _questions(inputs: list[Path], prompts: list[str]) -> list["Question"]:
     return [Question(path, prompt) for path in usable for prompt in prompts]
 
 
-def _table(report: "Report") -> Table:
+def _table(report: "DistillationReport") -> Table:
     title = f"Held-out questions ({report.held_out}; trained on {report.trained_on})"
     table = Table(title=title, title_justify="left")
     for name in ("downsample", "KL before", "KL after", "same token before", "same token after"):

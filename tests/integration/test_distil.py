@@ -15,8 +15,9 @@ from adaptive_fusion.commands import distil as command
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.fusion import FusionSpec
-from adaptive_fusion.learning.distillation.distil import Report, Settings, distil
+from adaptive_fusion.learning.distillation.distil import DistillationReport, distil
 from adaptive_fusion.learning.distillation.levels import LevelCache
+from adaptive_fusion.learning.distillation.settings import Settings
 from adaptive_fusion.learning.distillation.teacher import Teacher, answer_logits, fingerprint, greedy, prepare
 from adaptive_fusion.models import GridAdapter, Recorded, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
@@ -137,7 +138,7 @@ def test_training_learns_resumes_and_touches_only_the_module(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     looks: list[int] = []
 
-    def run(name: str, note: Callable[[Any], None] = lambda _: None, **options: Any) -> Report:
+    def run(name: str, note: Callable[[Any], None] = lambda _: None, **options: Any) -> DistillationReport:
         return distil(
             adapter,
             asked,

@@ -29,7 +29,8 @@ from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.scenes import media, reference_items
 from adaptive_fusion.evaluation.statistics import Interval, bootstrap_diff, bootstrap_mean, won_back
 from adaptive_fusion.fusion import DeepStackFusion
-from adaptive_fusion.learning.distillation.distil import Settings, distil
+from adaptive_fusion.learning.distillation.distil import distil
+from adaptive_fusion.learning.distillation.settings import Settings
 from adaptive_fusion.learning.distillation.teacher import Teacher, answer_logits, greedy, prepare
 from adaptive_fusion.models import GridAdapter
 from adaptive_fusion.policy.policy import Policy

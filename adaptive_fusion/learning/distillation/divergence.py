@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptive_fusion.learning.distillation.teacher import Told
+from adaptive_fusion.learning.distillation.teacher import TeacherOutput
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Judged:
     agreement: dict[float, float]
 
 
-def divergence(told: Told, logits: Tensor) -> Tensor:
+def divergence(teacher: TeacherOutput, logits: Tensor) -> Tensor:
     """KL(teacher || student) at each position ``[n]``, in nats, tokens the teacher left out being one outcome.
 
     Args:
-        told: The teacher's likeliest tokens.
+        teacher: Its answer and likeliest tokens.
         logits: The student's, ``[n, vocabulary]``.
     """
     student = torch.log_softmax(logits, dim=-1)
-    theirs = told.logprobs.to(logits.device)
-    ours = student.gather(1, told.indices.to(logits.device).long())
+    theirs = teacher.logprobs.to(logits.device)
+    ours = student.gather(1, teacher.indices.to(logits.device).long())
     total = (theirs.exp() * (theirs - ours)).sum(1)
     if ours.shape[1] == logits.shape[1]:
         return total
@@ -39,14 +39,14 @@ def _remainder(logprobs: Tensor) -> Tensor:
     return torch.log1p(-logprobs.exp().sum(1).clamp(max=1 - 1e-7))
 
 
-def judge(answers: Iterable[tuple[Told, Tensor]]) -> tuple[float, float]:
+def judge(answers: Iterable[tuple[TeacherOutput, Tensor]]) -> tuple[float, float]:
     """KL per token in nats, and the share of the teacher's tokens that have the student's highest logit.
 
     Args:
-        answers: What the teacher told, and the student's logits ``[n, vocabulary]``; at least one token in all.
+        answers: The teacher's answers, each with the student's logits ``[n, vocabulary]``; at least one token in all.
     """
     losses, right = [], []
-    for told, logits in answers:
-        losses.append(divergence(told, logits))
-        right.append((logits.argmax(-1).cpu() == told.tokens).float())
+    for teacher, logits in answers:
+        losses.append(divergence(teacher, logits))
+        right.append((logits.argmax(-1).cpu() == teacher.tokens).float())
     return float(torch.cat(losses).mean()), float(torch.cat(right).mean())

@@ -36,7 +36,7 @@ KEPT = 128
 
 
 @dataclass(frozen=True)
-class Told:
+class TeacherOutput:
     """The teacher's answer: `tokens` ``[n]`` (the end token included), and at each position the `indices` ``[n, k]``
     of the likeliest tokens with their log-probabilities `logprobs` ``[n, k]``. `length` ``[]`` counts the prompt's
     tokens, visual ones included, at the native point."""
@@ -121,7 +121,7 @@ class Teacher:
                     names = [name for name in file.keys() if name.endswith(".tokens")]  # noqa: SIM118
                     self._known |= {name.removesuffix(".tokens"): path for name in names}
 
-    def ask(self, questions: Sequence[Question], progress: Progress = silent) -> list[Told]:
+    def ask(self, questions: Sequence[Question], progress: Progress = silent) -> list[TeacherOutput]:
         """What the model says of each question; only what is not on disk yet is asked.
 
         A step of `progress` is a question.
@@ -139,7 +139,7 @@ class Teacher:
         return list(self._read([question.key for question in questions]))
 
     @torch.no_grad()
-    def _answers(self, rows: Sequence[Mapping[str, Tensor]]) -> list[Told]:
+    def _answers(self, rows: Sequence[Mapping[str, Tensor]]) -> list[TeacherOutput]:
         recorded = self.adapter.record(collate(rows), NATIVE, self.adapter.levels(NATIVE))
         answers = greedy(self.adapter, rows, NATIVE, self.max_new_tokens, recorded)
         behind = answer_logits(self.adapter, rows, answers, NATIVE, recorded)
@@ -147,26 +147,26 @@ class Teacher:
         for row, tokens, logits in zip(rows, answers, behind, strict=True):
             best = torch.log_softmax(logits, -1).topk(min(KEPT, logits.shape[-1]), sorted=False)
             length = torch.tensor(row["input_ids"].shape[1])
-            found.append(Told(tokens.cpu(), best.indices.int().cpu(), best.values.cpu(), length))
+            found.append(TeacherOutput(tokens.cpu(), best.indices.int().cpu(), best.values.cpu(), length))
         return found
 
-    def _keep(self, questions: Sequence[Question], found: Sequence[Told]) -> None:
+    def _keep(self, questions: Sequence[Question], found: Sequence[TeacherOutput]) -> None:
         tensors = {}
-        for question, told in zip(questions, found, strict=True):
+        for question, output in zip(questions, found, strict=True):
             for name in PARTS:
-                tensors[f"{question.key}.{name}"] = getattr(told, name).contiguous()
+                tensors[f"{question.key}.{name}"] = getattr(output, name).contiguous()
         digest = hashlib.sha256("".join(q.key for q in questions).encode() + repr(self._header).encode())
         path = self.folder / f"told-{digest.hexdigest()[:16]}.safetensors"
         save_file(tensors, path.with_suffix(".partial"), metadata=self._header)
         os.replace(path.with_suffix(".partial"), path)
         self._known |= {question.key: path for question in questions}
 
-    def _read(self, keys: Sequence[str]) -> Iterator[Told]:
-        found: dict[str, Told] = {}
+    def _read(self, keys: Sequence[str]) -> Iterator[TeacherOutput]:
+        found: dict[str, TeacherOutput] = {}
         for path in sorted({self._known[key] for key in keys}):
             with _opened(path) as file:
                 for key in {key for key in keys if self._known[key] == path}:
-                    found[key] = Told(*(file.get_tensor(f"{key}.{name}") for name in PARTS))
+                    found[key] = TeacherOutput(*(file.get_tensor(f"{key}.{name}") for name in PARTS))
         return (found[key] for key in keys)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from joblib import Parallel, delayed
 
@@ -22,7 +22,7 @@ from adaptive_fusion.progress import Progress, Steps, silent
 
 
 @dataclass(frozen=True)
-class Scores:
+class RungScores:
     """What one input's rungs were worth: quality in [0, 1] and cost by rung name, the native point's quality,
     and by rung name whatever else was measured."""
 
@@ -39,7 +39,7 @@ class Scorer(Protocol):
         """Hashes and features; cheap, since it decides whether the input is scored at all."""
         ...
 
-    def score(self, item: Any, rungs: Sequence[Rung], /) -> Scores:
+    def score(self, item: Any, rungs: Sequence[Rung], /) -> RungScores:
         """Run the rungs."""
         ...
 
@@ -92,47 +92,65 @@ def label_inputs(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     mend_tail(out)
-    done = _done(out, {rung.name for rung in rungs}, source_id)
-    todo: list[tuple[Any, Subject]] = []
-    failed: list[tuple[str, str]] = []
-    resumed = repeated = 0
+    plan = _plan(scorer, inputs, _done(out, {rung.name for rung in rungs}, source_id))
+    failed, scored = plan.failed, 0
+    steps = Steps(progress, "label", len(plan.todo))
+    with out.open("a", encoding="utf-8") as handle:
+        for item, subject, worth in _run(scorer, plan.todo, tuple(rungs), jobs):
+            steps.advance()
+            if isinstance(worth, str):
+                failed.append((_name(item), worth))
+                continue
+            _append(handle, subject, worth, source_id, clock())
+            scored += 1
+    return LabelRun(scored, plan.resumed, plan.repeated, tuple(failed))
+
+
+@dataclass
+class _Plan:
+    """The inputs that are to be scored, and what became of the others."""
+
+    todo: list[tuple[Any, Subject]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    resumed: int = 0
+    repeated: int = 0
+
+
+def _plan(scorer: Scorer, inputs: Iterable[Any], done: set[tuple[Any, Any]]) -> _Plan:
+    """Describe every input, and leave out those that were scored before or come twice."""
+    plan = _Plan()
     known = set(done)
     for item in inputs:
         try:
             subject = scorer.describe(item)
         except AdaptiveFusionError as error:
-            failed.append((_name(item), str(error)))
+            plan.failed.append((_name(item), str(error)))
             continue
         key = (subject.content_hash, subject.prompt_hash)
         if key in done:
-            resumed += 1
+            plan.resumed += 1
         elif key in known:
-            repeated += 1
+            plan.repeated += 1
         else:
-            todo.append((item, subject))
+            plan.todo.append((item, subject))
         known.add(key)
-    scored = 0
-    steps = Steps(progress, "label", len(todo))
-    with out.open("a", encoding="utf-8") as handle:
-        for item, subject, scores in _run(scorer, todo, tuple(rungs), jobs):
-            steps.advance()
-            if isinstance(scores, str):
-                failed.append((_name(item), scores))
-                continue
-            record = label_record(
-                subject,
-                "oracle",
-                quality=scores.quality,
-                reference_quality=scores.reference_quality,
-                cost=scores.cost,
-                measurement=scores.measurement,
-                source_id=source_id,
-                time_s=clock(),
-            )
-            handle.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-            handle.flush()
-            scored += 1
-    return LabelRun(scored, resumed, repeated, tuple(failed))
+    return plan
+
+
+def _append(handle: TextIO, subject: Subject, worth: RungScores, source_id: str | None, time_s: float) -> None:
+    """Write one label, and let it reach the disk."""
+    record = label_record(
+        subject,
+        "oracle",
+        quality=worth.quality,
+        reference_quality=worth.reference_quality,
+        cost=worth.cost,
+        measurement=worth.measurement,
+        source_id=source_id,
+        time_s=time_s,
+    )
+    handle.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
+    handle.flush()
 
 
 def _done(out: Path, rungs: set[str], source_id: str | None) -> set[tuple[Any, Any]]:
@@ -155,7 +173,7 @@ def _done(out: Path, rungs: set[str], source_id: str | None) -> set[tuple[Any, A
 
 def _run(
     scorer: Scorer, todo: list[tuple[Any, Subject]], rungs: tuple[Rung, ...], jobs: int
-) -> Iterator[tuple[Any, Subject, Scores | str]]:
+) -> Iterator[tuple[Any, Subject, RungScores | str]]:
     contents: dict[str, list[tuple[Any, Subject]]] = {}
     for item, subject in todo:
         contents.setdefault(subject.content_hash, []).append((item, subject))
@@ -171,11 +189,11 @@ def _run(
             yield item, subject, scores
 
 
-def _score_all(scorer: Scorer, items: Sequence[Any], rungs: tuple[Rung, ...]) -> list[Scores | str]:
+def _score_all(scorer: Scorer, items: Sequence[Any], rungs: tuple[Rung, ...]) -> list[RungScores | str]:
     return [_score(scorer, item, rungs) for item in items]
 
 
-def _score(scorer: Scorer, item: Any, rungs: tuple[Rung, ...]) -> Scores | str:
+def _score(scorer: Scorer, item: Any, rungs: tuple[Rung, ...]) -> RungScores | str:
     try:
         return scorer.score(item, rungs)
     except AdaptiveFusionError as error:

@@ -12,7 +12,7 @@ from typing import Protocol
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.data.labels import Subject
-from adaptive_fusion.learning.labelling.oracle import Scores
+from adaptive_fusion.learning.labelling.oracle import RungScores
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.rungs import Rung
 
@@ -58,7 +58,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class ModelScorer:
-    """Scores rungs by a model's answers against references, or without any by the likelihood of its own
+    """RungScores rungs by a model's answers against references, or without any by the likelihood of its own
     answer.
 
     Without references the native point answers first; a rung's quality is then
@@ -73,7 +73,7 @@ class ModelScorer:
         """See `Scorer`."""
         return self.model.describe(question)
 
-    def score(self, question: Question, rungs: Sequence[Rung]) -> Scores:
+    def score(self, question: Question, rungs: Sequence[Rung]) -> RungScores:
         """See `Scorer`.
 
         Raises:
@@ -81,14 +81,14 @@ class ModelScorer:
         """
         return self._by_references(question, rungs) if question.references else self._by_likelihood(question, rungs)
 
-    def _by_references(self, question: Question, rungs: Sequence[Rung]) -> Scores:
+    def _by_references(self, question: Question, rungs: Sequence[Rung]) -> RungScores:
         if question.score("") is None:  # an unknown metric is refused before anything is run
             raise ConfigError("metric is None; expected one to score answers against the references by")
         found = self.model.answers(question, _with_native(rungs))
         quality = {name: float(question.score(text) or 0.0) for name, (text, _) in found.items()}
         return _scores(quality, quality[NATIVE_RUNG.name], {name: took for name, (_, took) in found.items()})
 
-    def _by_likelihood(self, question: Question, rungs: Sequence[Rung]) -> Scores:
+    def _by_likelihood(self, question: Question, rungs: Sequence[Rung]) -> RungScores:
         text, _ = self.model.answers(question, [NATIVE_RUNG])[NATIVE_RUNG.name]
         found = self.model.likelihoods(question, text, _with_native(rungs))
         for name, (value, _) in found.items():
@@ -99,9 +99,9 @@ class ModelScorer:
         return _scores(quality, 1.0, {name: took for name, (_, took) in found.items()})
 
 
-def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, Timing]) -> Scores:
+def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, Timing]) -> RungScores:
     cost = {name: each.ttft_ms for name, each in took.items()}
-    return Scores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()})
+    return RungScores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()})
 
 
 def _with_native(rungs: Sequence[Rung]) -> list[Rung]:

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.learning.distillation.distil import Settings
 from adaptive_fusion.learning.distillation.divergence import divergence, judge
 from adaptive_fusion.learning.distillation.draws import batch_at, draw, split
 from adaptive_fusion.learning.distillation.frozen import frozen
-from adaptive_fusion.learning.distillation.teacher import Told
+from adaptive_fusion.learning.distillation.settings import Settings
+from adaptive_fusion.learning.distillation.teacher import TeacherOutput
 
 VOCABULARY = 12
 
 
-def told_of(logits: Tensor, kept: int) -> Told:
+def output_of(logits: Tensor, kept: int) -> TeacherOutput:
     best = torch.log_softmax(logits, -1).topk(kept, sorted=False)
-    return Told(logits.argmax(-1), best.indices.int(), best.values, torch.tensor(4))
+    return TeacherOutput(logits.argmax(-1), best.indices.int(), best.values, torch.tensor(4))
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,20 +31,20 @@ def told_of(logits: Tensor, kept: int) -> Told:
 def test_divergence_is_that_of_the_outcomes_kept(seed: int, kept: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     teacher, student = (torch.randn(5, VOCABULARY, generator=generator) * scale for _ in range(2))
-    found = divergence(told_of(teacher, kept), student)
+    found = divergence(output_of(teacher, kept), student)
     full = nn.functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none")
     if kept == VOCABULARY:
         torch.testing.assert_close(found, full.sum(1), rtol=1e-3, atol=1e-4)
     # Merging outcomes never makes two distributions easier to tell apart.
     assert bool((found >= -1e-4).all()) and bool((found <= full.sum(1) + 1e-3).all())
-    torch.testing.assert_close(divergence(told_of(teacher, kept), teacher), torch.zeros(5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(divergence(output_of(teacher, kept), teacher), torch.zeros(5), rtol=0, atol=1e-4)
 
 
 def test_divergence_stays_finite_and_has_gradient_where_the_student_is_sure_of_something_else() -> None:
     teacher, student = torch.full((1, VOCABULARY), -60.0), torch.full((1, VOCABULARY), -60.0)
     teacher[0, 0], student[0, 1] = 60.0, 60.0
     student.requires_grad_()
-    found = divergence(told_of(teacher, 2), student)
+    found = divergence(output_of(teacher, 2), student)
     torch.autograd.backward(found.sum())
     assert math.isfinite(found.item()) and found.item() > 10
     assert student.grad is not None and bool(student.grad.isfinite().all()) and float(student.grad.abs().max()) > 0.5
@@ -55,13 +55,13 @@ def test_every_token_of_all_answers_counts_as_much() -> None:
     pairs = []
     for length in (1, 4):
         teacher, student = (torch.randn(length, VOCABULARY, generator=generator) for _ in range(2))
-        pairs.append((told_of(teacher, VOCABULARY), student))
+        pairs.append((output_of(teacher, VOCABULARY), student))
     kl, agreement = judge(pairs)
     whole = torch.cat([divergence(*pair) for pair in pairs])
     assert kl == pytest.approx(float(whole.mean()))
-    hits = [int((student.argmax(-1) == told.tokens).sum()) for told, student in pairs]
+    hits = [int((student.argmax(-1) == output.tokens).sum()) for output, student in pairs]
     assert agreement == pytest.approx(sum(hits) / 5)
-    assert judge([(told_of(student, VOCABULARY), student) for _, student in pairs])[1] == 1
+    assert judge([(output_of(student, VOCABULARY), student) for _, student in pairs])[1] == 1
 
 
 def question(index: int, prompt: str = "?") -> Question:

@@ -13,14 +13,14 @@ from learning_data import CHEAP, RUNGS, STRONG, rung, subject
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.learning.data.dataset import build_dataset
 from adaptive_fusion.learning.data.labels import Subject
-from adaptive_fusion.learning.labelling.oracle import LabelRun, Scores, label_inputs
+from adaptive_fusion.learning.labelling.oracle import LabelRun, RungScores, label_inputs
 
 LADDER = [rung(name) for name in RUNGS]
 
 
 @dataclass
 class Sums:
-    """Scores numbers: an input n is worth 1 - n / 100 at the cheap rung. 13 cannot be scored, "x" not described."""
+    """RungScores numbers: an input n is worth 1 - n / 100 at the cheap rung. 13 cannot be scored, "x" not described."""
 
     seen: Counter = field(default_factory=Counter)
     stop_at: int | None = None
@@ -30,14 +30,14 @@ class Sums:
             raise MediaError("not a number")
         return subject(np.array([float(item)]), int(item))
 
-    def score(self, item: Any, rungs: Any) -> Scores:
+    def score(self, item: Any, rungs: Any) -> RungScores:
         if item == self.stop_at:
             raise KeyboardInterrupt
         if item == 13:
             raise MediaError("unlucky")
         self.seen[item] += 1
         quality = {r.name: 1.0 if r.point.fusion == "gated" else 1 - int(item) / 100 for r in rungs}
-        return Scores(quality, 1.0, dict.fromkeys(quality, 5.0), {STRONG: {"visual_tokens": 7}})
+        return RungScores(quality, 1.0, dict.fromkeys(quality, 5.0), {STRONG: {"visual_tokens": 7}})
 
 
 class Unpicklable(Sums):
@@ -111,9 +111,9 @@ class Turns:
     def describe(self, item: Any) -> Subject:
         return subject(np.array([0.0]), item[0], reads=bool(item[1]))
 
-    def score(self, item: Any, rungs: Any) -> Scores:
+    def score(self, item: Any, rungs: Any) -> RungScores:
         self.order.append(item)
-        return Scores({r.name: 1.0 for r in rungs}, 1.0)
+        return RungScores({r.name: 1.0 for r in rungs}, 1.0)
 
 
 def test_questions_on_one_content_are_scored_one_after_the_other(tmp_path: Path) -> None:
