@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from adaptive_fusion.evaluation.statistics import Interval
-    from adaptive_fusion.learning.judging.evaluate import Report
+    from adaptive_fusion.learning.judging.evaluate import PolicyReport
 
 app = typer.Typer()
 
@@ -64,7 +64,7 @@ def evaluate(
         complain(f"plot written to {plot}")
 
 
-def _show(out: "Console", report: "Report") -> None:
+def _show(out: "Console", report: "PolicyReport") -> None:
     from adaptive_fusion.learning.fitting.card import FIGURES, TRAFFIC_FIGURES
 
     cheap, strong = report.arms
@@ -105,7 +105,7 @@ def _figures(title: str, figures: Any, shown: Any) -> Table:
     return table
 
 
-def _curves(report: "Report") -> Table:
+def _curves(report: "PolicyReport") -> Table:
     """Quality at shares of strong calls, and the cost there."""
     import numpy as np
 
@@ -118,7 +118,7 @@ def _curves(report: "Report") -> Table:
     return table
 
 
-def _slices(report: "Report") -> Table:
+def _slices(report: "PolicyReport") -> Table:
     columns = ("slicing", "slice", "rows", "to the strong arm", "quality", "lost against it")
     table = _table(f"{report.policy}: slices, the worst first", *columns)
     for slicing, parts in report.slices.items():

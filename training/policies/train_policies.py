@@ -37,7 +37,7 @@ from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.fitting.gate import gate
 from adaptive_fusion.learning.fitting.ladders import choose_lanes, labelled, prune
 from adaptive_fusion.learning.judging.arms import judges
-from adaptive_fusion.learning.judging.evaluate import Report, evaluate
+from adaptive_fusion.learning.judging.evaluate import PolicyReport, evaluate
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, LANES, SIMPLE, VIDEO, Policy
 from adaptive_fusion.policy.router import constant_router
@@ -116,7 +116,7 @@ class Target:
     end: str = "mean"
     most: bool = False
 
-    def line(self, report: Report) -> str:
+    def line(self, report: PolicyReport) -> str:
         """The figure beside its bound, and whether it holds."""
         if self.figure not in report.traffic:
             return f"- no: {self.what}: not measured"
@@ -214,7 +214,9 @@ def incumbent(name: str, data: Dataset, base: Policy) -> Policy:
     return shipped
 
 
-def fit(name: str, recipe: Recipe, labels: list[Path], held: list[Path], options: Any) -> tuple[Report | None, bool]:
+def fit(
+    name: str, recipe: Recipe, labels: list[Path], held: list[Path], options: Any
+) -> tuple[PolicyReport | None, bool]:
     """Make one policy; returns its report on the held-out labels and whether the gate let it pass."""
     data = read(labels, recipe)
     base, tried = base_policy(name, recipe, data, options.seed)
@@ -252,7 +254,7 @@ def fit(name: str, recipe: Recipe, labels: list[Path], held: list[Path], options
     return report, True
 
 
-def with_held_out(text: str, report: Report | None, tried: dict[str, Any]) -> str:
+def with_held_out(text: str, report: PolicyReport | None, tried: dict[str, Any]) -> str:
     """The card with the figures on held-out traffic and how the lanes were chosen, before its training data."""
     lines = ["## How the lanes begin", "", "| lane | begins with | quality kept | cost |", "|---|---|---|---|"]
     for lane, rungs in tried.items():

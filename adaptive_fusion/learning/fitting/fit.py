@@ -2,7 +2,7 @@
 
 Knows labelled data and what a policy is made of. Must not know logs, models or estimators.
 
-Contents are split 60 / 20 / 20 by hash. On the first part candidates are fitted; the second chooses among
+Contents are split 60 / 20 / 20 by hash. On the first part variants of a router are fitted; the second chooses among
 them, calibrates, and sets the threshold; of few rows the first two do both, in folds. The third is not looked
 at until the figures are made.
 """
@@ -20,10 +20,10 @@ from adaptive_fusion.evaluation.statistics import intervals
 from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray, IntArray
 from adaptive_fusion.learning.fitting.calibration import log_losses
 from adaptive_fusion.learning.fitting.expected import fit_quality_model, lane_qualities, quality_bins
-from adaptive_fusion.learning.fitting.search import CROSS_FIT_ROWS, Candidate, Classifier, Jury, all_candidates
+from adaptive_fusion.learning.fitting.search import CROSS_FIT_ROWS, Classifier, Validation, Variant, all_variants
 from adaptive_fusion.learning.fitting.threshold import Threshold, choose_threshold
 from adaptive_fusion.learning.judging.arms import MIN_ROWS, arm_names, judges, scores, two_arms
-from adaptive_fusion.learning.judging.curve import Router as CurveRouter
+from adaptive_fusion.learning.judging.curve import RoutingCurve
 from adaptive_fusion.learning.judging.evaluate import evaluate_policy
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.router import Router
@@ -80,51 +80,85 @@ def fit_policy(
     Raises:
         ConfigError: For an unknown estimator, too few rows, or labels of one class only.
     """
+    parts = _split(data, seed)
+    options = {"objective": objective, "tolerance": data.tolerance, "seed": seed, "n": n}
+    with threadpool_limits(1, user_api="blas"):  # the order of sums must not depend on the machine's cores
+        search = _Search(data, parts, all_variants(data, parts.rows, estimators, leave_out, seed), jobs)
+        best = search.best()
+        router, p = search.router(best)
+        threshold = _threshold(p, parts.validation.data, base, options)
+        policy = replace(base, name=name, router=router, threshold=threshold.value.mean, quality_model=None)
+        policy = replace(policy, lanes=lane_qualities(policy, parts.measured))
+        model, why = fit_quality_model(policy, parts.train, parts.valid, seed=seed, n=n)
+        policy = replace(policy, quality_model=model)
+        report = {
+            **_data_report(data, parts),
+            "objective": objective,
+            "tolerance": data.tolerance,
+            "seed": seed,
+            "chosen": best.name,
+            "candidates": search.mean_losses(),
+            "features": list(router.inputs.names),
+            "threshold": asdict(threshold),
+            "expected_quality": quality_bins(policy, parts.measured),
+            "quality_model": why,
+            "prompt_features": _prompt_gain(search, parts, base, options),
+            "test": evaluate_policy(policy, parts.test, seed=seed, n=n).to_dict(),
+        }
+    return FittedPolicy(policy, report)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The labelled inputs, as each step takes them.
+
+    Attributes:
+        rows: Those to fit on, as indices.
+        validation: Those that choose, calibrate and set the threshold.
+        folds: Whether these are the same rows, in folds.
+        train: Those of the first part, clips included, for a model of quality.
+        valid: Those of the second part, for the same.
+        measured: Those that say what each rung keeps.
+        test: Those that judge at the end, clips included.
+        held: The stills among them.
+    """
+
+    rows: IntArray
+    validation: Validation
+    folds: bool
+    train: Dataset
+    valid: Dataset
+    measured: Dataset
+    test: Dataset
+    held: Dataset
+
+
+def _split(data: Dataset, seed: int) -> _Parts:
+    """Three parts by content; of few rows the first two are one.
+
+    Raises:
+        ConfigError: For too few rows, or labels of one class only.
+    """
     usable = np.isfinite(data.y) & (data.weight > 0) & ~data.video
     train, valid = (usable & data.split(part, seed) for part in ("train", "valid"))
     few = int(judges(data, train | valid).sum()) <= CROSS_FIT_ROWS
     if few:
         train = valid = train | valid
-    jury = Jury.of(data, valid, folds=few, seed=seed)
+    validation = Validation.of(data, valid, folds=few, seed=seed)
     test = data.take(judges(data, (usable | data.video) & data.split("test", seed)))
     held = test.take(~test.video) if test.video.any() else test
     rows = np.flatnonzero(train)
-    _check(data.y[rows], len(jury.data), len(held))
-    options = {"objective": objective, "tolerance": data.tolerance, "seed": seed, "n": n}
-    seen = {part: data.take(_some(data.split(part, seed))) for part in ("train", "valid")}
-    measured = data.take(_some(data.split("train", seed) | (data.split("valid", seed) & few)))
-    with threadpool_limits(1, user_api="blas"):  # the order of sums must not depend on the machine's cores
-        candidates = all_candidates(data, rows, estimators, leave_out, seed)
-        losses = Parallel(n_jobs=jobs, prefer="threads")(delayed(jury.losses)(data, each) for each in candidates)
-        best = jury.choose(candidates, losses)
-        routers = {best.order: jury.router(data, best)}
-        router, p = routers[best.order]
-        threshold = _threshold(p, jury.data, base, options)
-        policy = replace(base, name=name, router=router, threshold=threshold.value.mean, quality_model=None)
-        policy = replace(policy, lanes=lane_qualities(policy, measured))
-        model, versus = fit_quality_model(policy, seen["train"], seen["valid"], seed=seed, n=n)
-        policy = replace(policy, quality_model=model)
-        tried = list(zip(candidates, losses, strict=True))
-        asked = _prompt_gain(data, tried, routers, jury, held, base, options)
-        judged = evaluate_policy(policy, test, seed=seed, n=n)
-    report = {
-        "data": {"sha256": data.digest(), **data.report},
-        "objective": objective,
-        "tolerance": data.tolerance,
-        "seed": seed,
-        "rows": {"train": len(rows), "valid": len(jury.data), "test": len(held)},
-        "folds": few,
-        "complex_share": float(np.average(data.y[rows], weights=data.weight[rows])),
-        "chosen": best.name,
-        "candidates": {c.name: jury.mean(loss) for c, loss in zip(candidates, losses, strict=True)},
-        "features": list(router.inputs.names),
-        "threshold": asdict(threshold),
-        "expected_quality": quality_bins(policy, measured),
-        "quality_model": versus,
-        "prompt_features": asked,
-        "test": judged.to_dict(),
-    }
-    return FittedPolicy(policy, report)
+    _check(data.y[rows], len(validation.data), len(held))
+    return _Parts(
+        rows=rows,
+        validation=validation,
+        folds=few,
+        train=data.take(_some(data.split("train", seed))),
+        valid=data.take(_some(data.split("valid", seed))),
+        measured=data.take(_some(data.split("train", seed) | (data.split("valid", seed) & few))),
+        test=test,
+        held=held,
+    )
 
 
 def _some(rows: BoolArray) -> IntArray:
@@ -142,63 +176,99 @@ def _check(y: FloatArray, valid: int, test: int) -> None:
         )
 
 
+class _Search:
+    """All variants with their losses on the validation rows; the routers of those that were asked for."""
+
+    def __init__(self, data: Dataset, parts: _Parts, variants: Sequence[Variant], jobs: int) -> None:
+        self.data, self.variants, self.validation = data, variants, parts.validation
+        self.losses: list[FloatArray] = Parallel(n_jobs=jobs, prefer="threads")(
+            delayed(parts.validation.losses)(data, variant) for variant in variants
+        )
+        self._routers: dict[int, tuple[Router, FloatArray]] = {}
+
+    def best(self, *, reads_prompt: bool | None = None) -> Variant:
+        """The variant that validation chooses, of all or of those that read the prompt's features or do not.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        some = [
+            (variant, loss)
+            for variant, loss in zip(self.variants, self.losses, strict=True)
+            if reads_prompt in (None, variant.inputs.reads_prompt)
+        ]
+        return self.validation.choose([variant for variant, _ in some], [loss for _, loss in some])
+
+    def router(self, variant: Variant) -> tuple[Router, FloatArray]:
+        """The variant as a router, and P(complex) of the validation rows, unseen; fitted once."""
+        if variant.order not in self._routers:
+            self._routers[variant.order] = self.validation.router(self.data, variant)
+        return self._routers[variant.order]
+
+    def mean_losses(self) -> dict[str, float]:
+        """Mean loss by the variant's name."""
+        pairs = zip(self.variants, self.losses, strict=True)
+        return {variant.name: self.validation.mean(loss) for variant, loss in pairs}
+
+
+def _data_report(data: Dataset, parts: _Parts) -> dict[str, Any]:
+    rows = parts.rows
+    return {
+        "data": {"sha256": data.digest(), **data.report},
+        "rows": {"train": len(rows), "valid": len(parts.validation.data), "test": len(parts.held)},
+        "folds": parts.folds,
+        "complex_share": float(np.average(data.y[rows], weights=data.weight[rows])),
+    }
+
+
 def _threshold(p: FloatArray, judged: Dataset, base: Policy, options: dict[str, Any]) -> Threshold:
     """The threshold that the judging rows choose, whose P(complex) is `p`."""
     arms, _, rows = two_arms(judged, *arm_names(base))
     return choose_threshold(p[rows], arms, **options)
 
 
-def _prompt_gain(
-    data: Dataset,
-    candidates: list[tuple[Candidate, FloatArray]],
-    routers: dict[int, tuple[Router, FloatArray]],
-    jury: Jury,
-    test: Dataset,
-    base: Policy,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """What the best candidate with the prompt's features and the best without are worth on the last part.
+def _prompt_gain(search: _Search, parts: _Parts, base: Policy, options: dict[str, Any]) -> dict[str, Any]:
+    """What the best variant with the prompt's features and the best without are worth on the last part.
 
     Each has a threshold of its own. Per side: log loss, APGR, quality and cost, of all and of each slice of
-    slicings that name the task; ``gain`` holds the differences, with less without, with their intervals.
+    slicings that name the task; ``gain`` holds the differences, with less without, with their intervals. Empty where
+    all variants are on one side.
     """
+    if len({variant.inputs.reads_prompt for variant in search.variants}) < 2:
+        return {}
+    arms, y, rows = two_arms(parts.held, *arm_names(base))
+    judged = parts.held.take(rows)
     sides: dict[str, dict[str, FloatArray]] = {}
     out: dict[str, Any] = {}
-    arms, y, rows = two_arms(test, *arm_names(base))
-    judged = test.take(rows)
-    for reads in (False, True):
-        some = [pair for pair in candidates if pair[0].inputs.reads_prompt == reads]
-        if not some:
-            return {}
-        best = jury.choose([c for c, _ in some], [x for _, x in some])
-        router, seen = routers.get(best.order) or jury.router(data, best)
-        threshold = _threshold(seen, jury.data, base, options).value.mean
+    for name, reads in (("without", False), ("with", True)):
+        router, seen = search.router(search.best(reads_prompt=reads))
         p = scores(replace(base, router=router), judged)
-        goes = p >= threshold
-        side = {
-            "log_loss": log_losses(p, y),
-            "quality": np.where(goes, arms.strong, arms.cheap),
-            "cost": np.where(goes, arms.strong_cost, arms.cheap_cost),
-        }
-        sides["with" if reads else "without"] = side
-        means = {name: float(values.mean()) for name, values in side.items()}
-        out["with" if reads else "without"] = {**means, "apgr": CurveRouter(p, arms).curve().apgr}
+        to_strong = p >= _threshold(seen, parts.validation.data, base, options).value.mean
+        quality, cost = arms.routed(to_strong)
+        sides[name] = {"log_loss": log_losses(p, y), "quality": quality, "cost": cost}
+        means = {figure: float(values.mean()) for figure, values in sides[name].items()}
+        out[name] = {**means, "apgr": RoutingCurve(p, arms).curve().apgr}
 
     def differences(weight: FloatArray) -> dict[str, float]:
         return {
-            name: float(np.average(values - sides["without"][name], weights=weight))
-            for name, values in sides["with"].items()
+            figure: float(np.average(values - sides["without"][figure], weights=weight))
+            for figure, values in sides["with"].items()
         }
 
     found = intervals(differences, judged.group, seed=options["seed"], n=options["n"])
-    out["gain"] = {name: asdict(value) for name, value in found.items()}
+    out["gain"] = {figure: asdict(value) for figure, value in found.items()}
+    out["tasks"] = _by_task(judged, sides)
+    return out
+
+
+def _by_task(judged: Dataset, sides: Mapping[str, Mapping[str, FloatArray]]) -> dict[str, Any]:
+    """Mean figures of both sides for each slice that names a task."""
     codes, names = judged.slices.get(TASK, (np.zeros(len(judged), np.int64), ()))
-    out["tasks"] = {
+    return {
         name: {
-            side: {figure: float(values[codes == code].mean()) for figure, values in sides[side].items()}
-            for side in ("without", "with")
+            side: {figure: float(values[codes == code].mean()) for figure, values in figures.items()}
+            for side, figures in sides.items()
         }
         for code, name in enumerate(names)
         if name and (codes == code).any()
     }
-    return out

@@ -13,7 +13,7 @@ from adaptive_fusion.evaluation.statistics import Interval, intervals
 from adaptive_fusion.learning.data.dataset import Dataset, FloatArray
 from adaptive_fusion.learning.data.labels import TRUSTED
 from adaptive_fusion.learning.judging.arms import MIN_ROWS, arm_names, judges, scores, two_arms
-from adaptive_fusion.learning.judging.curve import Arms, Router
+from adaptive_fusion.learning.judging.curve import Curve, RoutingCurve
 from adaptive_fusion.policy.policy import Policy
 
 
@@ -69,62 +69,77 @@ def gate(
     Raises:
         ConfigError: With fewer than 20 trusted rows to judge by.
     """
+    sides = [policy for policy in (candidate, incumbent) if policy is not None]
+    data = _judging_rows(sides, holdout, trusted)
+    new = _Side(candidate, data)
+    old = None if incumbent is None else _Side(incumbent, data)
+
+    def statistics(weight: FloatArray) -> dict[str, float]:
+        return _beside_random(new, weight) if old is None else _beside(new, old, weight)
+
+    figures = intervals(statistics, data.group, seed=seed, n=n)
+    reasons = _reasons(figures, data.tolerance)
+    return Verdict(not reasons, reasons, figures, len(data))
+
+
+def _judging_rows(policies: Sequence[Policy], holdout: Dataset, trusted: Sequence[str]) -> Dataset:
+    """The trusted stills that judge all of the policies."""
     data = holdout.take(holdout.trusted(trusted))
     data = data.take(judges(data))
-    sides = [policy for policy in (candidate, incumbent) if policy is not None]
     rows = np.ones(len(data), dtype=bool)
     if len(data):
-        rows = np.logical_and.reduce([two_arms(data, *arm_names(policy))[2] for policy in sides])
+        rows = np.logical_and.reduce([two_arms(data, *arm_names(policy))[2] for policy in policies])
     if rows.sum() < MIN_ROWS:
         raise ConfigError(
             f"the hold-out has {int(rows.sum())} rows of {', '.join(trusted)}; expected at least {MIN_ROWS}"
         )
-    data = data.take(rows)
-    tried = [_Side(policy, data) for policy in sides]
-    new, old = tried[0], tried[-1]
-
-    def statistics(weight: FloatArray) -> dict[str, float]:
-        here, there = new.curve.curve(weight), old.curve.curve(weight)
-        quality, cost = (float(np.average(v, weights=weight)) for v in (new.quality, new.cost))
-        old_quality = float(np.average(old.quality, weights=weight))
-        found = {"quality": quality, "cost": cost, "apgr": here.apgr, "accuracy": new.accuracy(weight)}
-        if incumbent is None:
-            random = float(np.interp(cost, here.cost[[0, -1]], here.quality[[0, -1]]))
-            return found | {"apgr_difference": here.apgr - 0.5, "quality_at_equal_cost": quality - random}
-        return found | {
-            "incumbent_quality": old_quality,
-            "incumbent_cost": float(np.average(old.cost, weights=weight)),
-            "incumbent_apgr": there.apgr,
-            "incumbent_accuracy": old.accuracy(weight),
-            "apgr_difference": here.apgr - there.apgr,
-            "accuracy_difference": new.accuracy(weight) - old.accuracy(weight),
-            "quality_at_equal_cost": quality - there.at_cost(cost),
-            "quality_difference": quality - old_quality,
-        }
-
-    figures = intervals(statistics, data.group, seed=seed, n=n)
-    bounds = {"apgr_difference": 0.0, "quality_at_equal_cost": 0.0, "quality_difference": -data.tolerance}
-    reasons = tuple(
-        f"{name} is {found.mean:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}); expected {bound:g} or more"
-        for name, bound in bounds.items()
-        if (found := figures.get(name)) is not None and found.high < bound
-    )
-    return Verdict(not reasons, reasons, figures, int(rows.sum()))
+    return data.take(rows)
 
 
 class _Side:
     """One policy on the hold-out: its curve, and what it takes at its threshold."""
 
     def __init__(self, policy: Policy, data: Dataset) -> None:
-        arms: Arms
         arms, y, _ = two_arms(data, *arm_names(policy))
         p = scores(policy, data)
-        goes = p >= policy.threshold
-        self.curve = Router(p, arms)
-        self.quality = np.where(goes, arms.strong, arms.cheap)
-        self.cost = np.where(goes, arms.strong_cost, arms.cheap_cost)
-        self._right = (goes == (y > 0.5)).astype(float)
+        to_strong = p >= policy.threshold
+        self.routing = RoutingCurve(p, arms)
+        self._quality, self._cost = arms.routed(to_strong)
+        self._right = (to_strong == (y > 0.5)).astype(float)
 
-    def accuracy(self, weight: FloatArray) -> float:
-        """Share of stills sent to the right lane."""
-        return float(np.average(self._right, weights=weight))
+    def figures(self, weight: FloatArray) -> tuple[dict[str, float], Curve]:
+        """Mean quality and cost, APGR, and the share of stills sent to the right lane; and the curve."""
+        curve = self.routing.curve(weight)
+        quality, cost, right = (float(np.average(v, weights=weight)) for v in (self._quality, self._cost, self._right))
+        return {"quality": quality, "cost": cost, "apgr": curve.apgr, "accuracy": right}, curve
+
+
+def _beside_random(new: _Side, weight: FloatArray) -> dict[str, float]:
+    """The candidate's figures, and what it is worth above random routing at its cost."""
+    found, curve = new.figures(weight)
+    random = float(np.interp(found["cost"], curve.cost[[0, -1]], curve.quality[[0, -1]]))
+    return found | {"apgr_difference": found["apgr"] - 0.5, "quality_at_equal_cost": found["quality"] - random}
+
+
+def _beside(new: _Side, old: _Side, weight: FloatArray) -> dict[str, float]:
+    """The figures of candidate and incumbent, and the differences between them."""
+    found, _ = new.figures(weight)
+    others, curve = old.figures(weight)
+    return {
+        **found,
+        **{f"incumbent_{name}": value for name, value in others.items()},
+        "apgr_difference": found["apgr"] - others["apgr"],
+        "accuracy_difference": found["accuracy"] - others["accuracy"],
+        "quality_at_equal_cost": found["quality"] - curve.at_cost(found["cost"]),
+        "quality_difference": found["quality"] - others["quality"],
+    }
+
+
+def _reasons(figures: Mapping[str, Interval], tolerance: float) -> tuple[str, ...]:
+    """In what the candidate is worse with its whole interval, each with its figures."""
+    bounds = {"apgr_difference": 0.0, "quality_at_equal_cost": 0.0, "quality_difference": -tolerance}
+    return tuple(
+        f"{name} is {found.mean:.4f} (95 % interval {found.low:.4f} to {found.high:.4f}); expected {bound:g} or more"
+        for name, bound in bounds.items()
+        if (found := figures.get(name)) is not None and found.high < bound
+    )

@@ -18,7 +18,7 @@ import numpy as np
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, intervals
 from adaptive_fusion.learning.data.dataset import Dataset, FloatArray, IntArray
-from adaptive_fusion.learning.fitting.search import Jury, all_candidates
+from adaptive_fusion.learning.fitting.search import Validation, all_variants
 from adaptive_fusion.learning.fitting.threshold import choose_threshold
 from adaptive_fusion.learning.judging.arms import MIN_ROWS, two_arms
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
@@ -108,8 +108,8 @@ def _kept(quality: FloatArray, reference: FloatArray, group: IntArray, seed: int
     """Mean quality as a share of the reference's; NaN where that is 0."""
 
     def statistics(weight: FloatArray) -> dict[str, float]:
-        whole = float(weight @ reference)
-        return {"kept": float(weight @ quality) / whole if whole else float("nan")}
+        native = float(weight @ reference)
+        return {"kept": float(weight @ quality) / native if native else float("nan")}
 
     return intervals(statistics, group, seed=seed, n=n)["kept"]
 
@@ -126,10 +126,10 @@ def _routed(
         judged = some
     else:
         index = np.arange(len(some))
-        jury = Jury.of(some, np.ones(len(some), dtype=bool), folds=True, seed=seed)
-        candidates = [c for c in all_candidates(some, index, ("logistic",), leave_out, seed) if "(0.1)" in c.name]
-        candidate = max(candidates, key=lambda c: (len(c.inputs.names), len(c.rows)))
-        p, judged = jury.router(some, candidate)[1], jury.data
+        validation = Validation.of(some, np.ones(len(some), dtype=bool), folds=True, seed=seed)
+        variants = [v for v in all_variants(some, index, ("logistic",), leave_out, seed) if "(0.1)" in v.name]
+        variant = max(variants, key=lambda v: (len(v.inputs.names), len(v.rows)))
+        p, judged = validation.router(some, variant)[1], validation.data
     arms, _, known = two_arms(judged, cheap, strong)
     found = choose_threshold(p[known], arms, objective="cost", tolerance=tolerance, seed=seed, n=n)
     return {"met": found.met, "kept": asdict(found.quality), "cost": asdict(found.cost), "share": asdict(found.share)}

@@ -2,7 +2,7 @@
 
 Knows scikit-learn, labelled data and calibration. Must not know policies, thresholds or reports.
 
-Every candidate is an estimator with a setting, fitted with or without the prompt's features, on all rows, on
+Every variant is an estimator with a setting, fitted with or without the prompt's features, on all rows, on
 the trusted ones only, or on those whose quality was measured. They are judged by their log loss on other
 contents: on a part set aside, or, of few rows, on each fold of the same rows by a fit on the others. Features
 are clipped to a robust range for the fit, so that no single row has leverage.
@@ -85,8 +85,16 @@ ESTIMATORS: dict[str, tuple[Callable[[float, int], Any], tuple[float, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to fit a router; `order` rises with complexity."""
+class Variant:
+    """One way to fit a router.
+
+    Attributes:
+        name: Estimator with its setting, features and rows, for reports.
+        make: Builds the estimator.
+        inputs: The features that it reads.
+        rows: What it is fitted on: indices into the data.
+        order: Its place among all variants, which rises with complexity.
+    """
 
     name: str
     make: Callable[[], Any]
@@ -96,13 +104,13 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Jury:
-    """The rows that judge candidates, and how candidates come to not have seen them.
+class Validation:
+    """The rows that variants are judged by, none of which a variant has seen when it is judged.
 
     Attributes:
-        data: The judging rows themselves.
-        fold: Fold of every row of the whole data set, ``[n]``, or None: then candidates' rows have no content
-            in common with `data`.
+        data: The rows themselves.
+        fold: Fold of every row of the whole data set, ``[n]``: each fold is judged by a fit on the others. None where
+            the rows that variants are fitted on have no content in common with `data`.
         own: Fold of each row of `data`.
     """
 
@@ -111,7 +119,7 @@ class Jury:
     own: IntArray | None = None
 
     @classmethod
-    def of(cls, data: Dataset, among: BoolArray, *, folds: bool, seed: int) -> "Jury":
+    def of(cls, data: Dataset, among: BoolArray, *, folds: bool, seed: int) -> "Validation":
         """The rows `among` these that may judge (see `judges`), in folds by content or not."""
         chosen = np.flatnonzero(judges(data, among))
         if not folds:
@@ -119,60 +127,60 @@ class Jury:
         fold = data.folds(FOLDS, seed)
         return cls(data.take(chosen), fold, fold[chosen])
 
-    def raw(self, data: Dataset, candidate: Candidate, *, limit: int | None = None) -> FloatArray:
-        """The candidate's scores of the judging rows, ``[rows]``; fitted on at most about `limit` rows."""
-        rows = candidate.rows if limit is None else candidate.rows[:: max(1, len(candidate.rows) // limit)]
-        x = self.data.columns(candidate.inputs.names)
+    def raw(self, data: Dataset, variant: Variant, *, limit: int | None = None) -> FloatArray:
+        """The variant's scores of the judging rows, ``[rows]``; fitted on at most about `limit` rows."""
+        rows = variant.rows if limit is None else variant.rows[:: max(1, len(variant.rows) // limit)]
+        x = self.data.columns(variant.inputs.names)
         if self.fold is None or self.own is None:
-            return log_odds(fit_candidate(data, candidate, rows), x)
+            return log_odds(fit_variant(data, variant, rows), x)
         raw = np.empty(len(x))
         for k in np.unique(self.own):
             seen, judged = rows[self.fold[rows] != k], self.own == k
             if len(np.unique(data.y[seen])) < 2:
                 raise ConfigError(f"all labels of one class lie in a fifth of the contents; {len(seen)} others remain")
-            raw[judged] = log_odds(fit_candidate(data, candidate, seen), x[judged])
+            raw[judged] = log_odds(fit_variant(data, variant, seen), x[judged])
         return raw
 
-    def losses(self, data: Dataset, candidate: Candidate) -> FloatArray:
+    def losses(self, data: Dataset, variant: Variant) -> FloatArray:
         """Log loss of each judging row, ``[rows]``."""
-        raw = self.raw(data, candidate, limit=_SEARCH_ROWS)
+        raw = self.raw(data, variant, limit=_SEARCH_ROWS)
         return log_losses(fit_calibration(raw, self.data, shapes=("platt",)).batch(raw), self.data.y)
 
     def mean(self, loss: FloatArray) -> float:
         """Weighted mean of losses."""
         return float(np.average(loss, weights=self.data.weight))
 
-    def choose(self, candidates: Sequence[Candidate], losses: Sequence[FloatArray]) -> Candidate:
-        """The simplest candidate whose loss is within one standard error of the least."""
+    def choose(self, variants: Sequence[Variant], losses: Sequence[FloatArray]) -> Variant:
+        """The simplest variant whose loss is within one standard error of the least."""
         weight = self.data.weight
         least = losses[int(np.argmin([self.mean(loss) for loss in losses]))]
-        for candidate, loss in zip(candidates, losses, strict=True):
+        for variant, loss in zip(variants, losses, strict=True):
             worse = (loss - least) * weight / weight.mean()
             sums = np.bincount(np.unique(self.data.group, return_inverse=True)[1], weights=worse)
             if worse.mean() <= np.sqrt(np.sum((sums - sums.mean()) ** 2)) / len(worse):
-                return candidate
+                return variant
         raise ConfigError("no candidate gives finite probabilities")
 
-    def router(self, data: Dataset, candidate: Candidate) -> tuple[Router, FloatArray]:
-        """The candidate fitted on all its rows and calibrated here, and P(complex) of the judging rows as a
+    def router(self, data: Dataset, variant: Variant) -> tuple[Router, FloatArray]:
+        """The variant fitted on all its rows and calibrated here, and P(complex) of the judging rows as a
         router that has not seen them gives it."""
-        model = fit_candidate(data, candidate, candidate.rows)
-        x = self.data.columns(candidate.inputs.names)
-        raw = log_odds(model, x) if self.fold is None else self.raw(data, candidate)
+        model = fit_variant(data, variant, variant.rows)
+        x = self.data.columns(variant.inputs.names)
+        raw = log_odds(model, x) if self.fold is None else self.raw(data, variant)
         calibration = fit_calibration(raw, self.data)
         p = calibration.batch(raw)
         if hasattr(model, "raw_batch"):
-            return PlainRouter(candidate.inputs, model, calibration), p
-        return EstimatorRouter(candidate.inputs, CalibratedEstimator(model, calibration)), p
+            return PlainRouter(variant.inputs, model, calibration), p
+        return EstimatorRouter(variant.inputs, CalibratedEstimator(model, calibration)), p
 
 
-def all_candidates(
+def all_variants(
     data: Dataset,
     train: IntArray,
     estimators: Sequence[str | Classifier],
     leave_out: Sequence[str],
     seed: int,
-) -> list[Candidate]:
+) -> list[Variant]:
     """Every way to fit on the rows `train`, the simpler first.
 
     Raises:
@@ -215,16 +223,16 @@ def all_candidates(
     ]
     if not found:
         raise ConfigError("no estimator was named; expected at least one")
-    return [Candidate(*parts, order=i) for i, parts in enumerate(found)]
+    return [Variant(*parts, order=i) for i, parts in enumerate(found)]
 
 
-def fit_candidate(data: Dataset, candidate: Candidate, rows: IntArray) -> Any:
-    """The candidate fitted on rows; a plain model where it can be exported, else the estimator."""
-    places = np.array([data.names.index(name) for name in candidate.inputs.names])
+def fit_variant(data: Dataset, variant: Variant, rows: IntArray) -> Any:
+    """The variant fitted on rows; a plain model where it can be exported, else the estimator."""
+    places = np.array([data.names.index(name) for name in variant.inputs.names])
     x = data.x[np.ix_(rows, places)]
     fill_empty(x)
     _clip(x)
-    estimator = candidate.make()
+    estimator = variant.make()
     y = data.y[rows].astype(np.int64)
     weight = data.weight[rows]
     if (weight == weight[0]).all():

@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import FloatArray, Interval, resamples
-from adaptive_fusion.learning.judging.curve import Arms, Router
+from adaptive_fusion.learning.judging.curve import Arms, RoutingCurve
 
 _GRID = 200
 
@@ -54,15 +54,15 @@ def choose_threshold(
     """
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    router = Router(score, arms)
-    full = router.curve()
+    routing = RoutingCurve(score, arms)
+    full = routing.curve()
     chosen = np.unique(np.linspace(0, len(full.share) - 1, min(_GRID, len(full.share))).astype(int))
     upper, lower = full.threshold[chosen], np.append(full.threshold, 0.0)[chosen + 1]
     values = np.where(np.isinf(upper), np.minimum(1.0, lower + 1e-9), (upper + lower) / 2)
     values[-1] = 0.0
 
     def kept(weight: FloatArray | None) -> tuple[FloatArray, FloatArray, FloatArray]:
-        curve = router.curve(weight)
+        curve = routing.curve(weight)
         best, dearest = curve.quality[-1], curve.cost[-1]
         quality = curve.quality[chosen] / best if best else np.ones(len(chosen))
         cost = curve.cost[chosen] / dearest if dearest else curve.share[chosen]

@@ -1,24 +1,26 @@
 """From logs to a policy folder in one call: data, fit, gate, card.
 
-Knows the steps and the files of a trained policy. Must not know what happens inside a step.
+The folder holds the policy's files, ``report.json`` and a README card. Knows the steps and the files of a trained
+policy. Must not know what happens inside a step.
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.data.dataset import NATIVE_NAME, build_dataset
+from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, build_dataset
 from adaptive_fusion.learning.data.labels import TRUSTED
 from adaptive_fusion.learning.fitting.card import card, finite
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.fitting.gate import GateRefused, Verdict, gate
 from adaptive_fusion.learning.fitting.search import ESTIMATORS, Classifier
 from adaptive_fusion.policy.files import POLICY_FILE
-from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.policy import SIMPLE, Policy
 
 ESTIMATOR_NAMES = tuple(ESTIMATORS)
 """Tried unless others are named."""
@@ -56,14 +58,13 @@ def train(
 ) -> Trained:
     """Train a policy on labelled logs and write its folder, if it passes the gate.
 
-    The folder holds the policy's files, ``report.json`` and a README card. The same logs, base and seed give
-    the same bytes. An earlier policy in it is replaced once the new one is complete.
+    The same logs, base and seed give the same bytes. An earlier policy is replaced once the new one is complete.
 
     Args:
         logs: Decision logs and labels, see `log_files`.
         out: Folder to write: a new one, one of a policy, or one without files of a policy's names.
         base: Policy whose ladders are kept; a name, path or policy.
-        incumbent: What the candidate must not be worse than on the hold-out, the part of the data that
+        incumbent: What the new policy must not be worse than on the hold-out, the part of the data that
             neither fit nor threshold saw; `base` if None.
         name: Of the new policy.
         objective: ``quality`` or ``cost``, see `choose_threshold`.
@@ -78,56 +79,59 @@ def train(
         n: Resamples of the bootstraps.
 
     Raises:
-        GateRefused: If the candidate is worse than the incumbent; nothing is written.
+        GateRefused: If the new policy is worse than the incumbent; nothing is written.
         ConfigError: For logs that cannot be trained on, a value out of range, or an `out` that is a file or holds
             another README.
         PolicyError: For a base or incumbent that cannot be loaded.
     """
-    out = Path(out)
-    _check_target(out)
-    start = base if isinstance(base, Policy) else Policy.load(base)
-    other = start if incumbent is None else incumbent
-    against = other if isinstance(other, Policy) else Policy.load(other)
-    ladders = [ladder for policy in (start, against) for ladder in policy.lanes.values()]
-    rungs = list(dict.fromkeys([*(rung.name for ladder in ladders for rung in ladder), NATIVE_NAME]))
-    cheap = start.lanes["weighted"][0].name
+    _check_target(out := Path(out))
+    start = _loaded(base)
+    against = start if incumbent is None else _loaded(incumbent)
     paths = [Path(path) for path in logs]
-    data = build_dataset(paths, cheap=cheap, rungs=rungs, tolerance=tolerance, source_cap=source_cap, threads=jobs)
-    fitted = fit_policy(
-        data,
-        start,
-        name=name,
-        objective=objective,
-        estimators=estimators,
-        seed=seed,
-        leave_out=leave_out,
-        jobs=jobs,
-        n=n,
-    )
-    holdout = data.take(data.split("test", seed))
-    verdict = gate(fitted.policy, against, holdout, trusted=trusted, seed=seed, n=n)
+    data = _read(paths, start, against, tolerance=tolerance, source_cap=source_cap, threads=jobs)
+    options: dict[str, Any] = {"objective": objective, "estimators": estimators, "leave_out": leave_out}
+    fitted = fit_policy(data, start, name=name, seed=seed, jobs=jobs, n=n, **options)
+    verdict = gate(fitted.policy, against, data.take(data.split("test", seed)), trusted=trusted, seed=seed, n=n)
     if not verdict.accepted and not force:
         reasons = "; ".join(verdict.reasons)
         raise GateRefused(f"the new policy is worse than {against.name}: {reasons}", verdict)
+    given = {"base": start.name, "name": name, "tolerance": f"{tolerance:g}", "seed": seed, "force": force, **options}
+    command = _command(paths, {**given, "incumbent": None if incumbent is None else against.name})
+    return Trained(fitted, verdict, _write(out, fitted, verdict, against.name, command))
+
+
+def _loaded(policy: str | Path | Policy) -> Policy:
+    return policy if isinstance(policy, Policy) else Policy.load(policy)
+
+
+def _read(logs: Sequence[Path], start: Policy, against: Policy, **options: Any) -> Dataset:
+    """The labels of all rungs that either policy may take, and of the native point."""
+    ladders = [ladder for policy in (start, against) for ladder in policy.lanes.values()]
+    rungs = list(dict.fromkeys([*(rung.name for ladder in ladders for rung in ladder), NATIVE_NAME]))
+    return build_dataset(logs, cheap=start.lanes[SIMPLE][0].name, rungs=rungs, **options)
+
+
+def _command(logs: Sequence[Path], given: Mapping[str, Any]) -> str:
+    """The command line that trains the same, for the card; what is as usual is left out."""
+    estimators = tuple(given["estimators"])
     flags = [
-        ("base", start.name, start.name == "balanced"),
-        ("name", name, name == "trained"),
-        ("objective", objective, False),
-        ("tolerance", f"{tolerance:g}", False),
-        ("incumbent", against.name, incumbent is None),
-        *(("estimator", each, tuple(estimators) == ESTIMATOR_NAMES) for each in estimators if isinstance(each, str)),
-        *(("leave-out", feature, False) for feature in leave_out),
-        ("seed", seed, False),
+        ("base", given["base"], given["base"] == "balanced"),
+        ("name", given["name"], given["name"] == "trained"),
+        ("objective", given["objective"], False),
+        ("tolerance", given["tolerance"], False),
+        ("incumbent", given["incumbent"], given["incumbent"] is None),
+        *(("estimator", each, estimators == ESTIMATOR_NAMES) for each in estimators if isinstance(each, str)),
+        *(("leave-out", feature, False) for feature in given["leave_out"]),
+        ("seed", given["seed"], False),
     ]
-    command = " ".join(
+    return " ".join(
         [
-            f"adaptive-fusion train {' '.join(path.name for path in paths)}",
+            f"adaptive-fusion train {' '.join(path.name for path in logs)}",
             *(f"--{flag} {value}" for flag, value, usual in flags if not usual),
-            *(["--force"] if force else []),
+            *(["--force"] if given["force"] else []),
             "--out DIR",
         ]
     )
-    return Trained(fitted, verdict, _write(out, fitted, verdict, against.name, command))
 
 
 def _check_target(folder: Path) -> None:

@@ -67,5 +67,5 @@ def two_arms(data: Dataset, cheap: str, strong: str) -> tuple[Arms, FloatArray, 
 
 def lanes_of(policy: Policy, data: Dataset) -> dict[str, BoolArray]:
     """Which rows ``[n]`` the policy sends to each lane."""
-    goes = scores(policy, data) >= policy.threshold
-    return {SIMPLE: ~data.video & ~goes, COMPLEX: ~data.video & goes, VIDEO: data.video}
+    to_strong = scores(policy, data) >= policy.threshold
+    return {SIMPLE: ~data.video & ~to_strong, COMPLEX: ~data.video & to_strong, VIDEO: data.video}

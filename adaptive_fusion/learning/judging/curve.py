@@ -13,9 +13,12 @@ between them.
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import FloatArray, IntArray
+
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class Arms:
     def gain(self) -> FloatArray:
         """What the strong arm adds, ``[n]``: the score of the oracle."""
         return self.strong - self.cheap
+
+    def routed(self, to_strong: BoolArray) -> tuple[FloatArray, FloatArray]:
+        """Quality and cost of each request, ``[n]``, if those `to_strong` take the strong arm, the others the cheap."""
+        quality = np.where(to_strong, self.strong, self.cheap)
+        return quality, np.where(to_strong, self.strong_cost, self.cheap_cost)
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Curve:
         return float(self.cost[k - 1] + part * (self.cost[k] - self.cost[k - 1]))
 
 
-class Router:
+class RoutingCurve:
     """The curve of one score, for any weighting of the requests: what a bootstrap evaluates again and
     again."""
 

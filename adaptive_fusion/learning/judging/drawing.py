@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from adaptive_fusion.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
-    from adaptive_fusion.learning.judging.evaluate import Report
+    from adaptive_fusion.learning.judging.evaluate import PolicyReport
 
 
-def plot_curves(reports: Sequence["Report"], path: str | Path) -> None:
+def plot_curves(reports: Sequence["PolicyReport"], path: str | Path) -> None:
     """Write a PNG of cost against quality: each policy with its threshold, and the baselines of the first.
 
     Raises:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval
-from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, FloatArray, build_dataset
+from adaptive_fusion.learning.data.dataset import NATIVE_NAME, BoolArray, Dataset, FloatArray, build_dataset
 from adaptive_fusion.learning.judging.arms import arm_names, judges, scores, two_arms
 from adaptive_fusion.learning.judging.compare import Requests, best_static, compare
 from adaptive_fusion.learning.judging.curve import Arms, Curve, calibration_error
@@ -37,7 +36,7 @@ MIN_SLICE = 20
 
 
 @dataclass(frozen=True)
-class Report:
+class PolicyReport:
     """One policy on one set of labelled stills.
 
     Attributes:
@@ -109,7 +108,7 @@ def evaluate(
     seed: int = 0,
     n: int = 500,
     allow_pickle: bool = False,
-) -> list[Report]:
+) -> list[PolicyReport]:
     """Judge policies on the trusted labels of some logs, or on all labels of those with too few (see `judges`).
 
     Args:
@@ -152,7 +151,7 @@ def evaluate(
     return reports
 
 
-def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 500) -> Report:
+def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 500) -> PolicyReport:
     """Judge one policy on all rows of `data`, without the off-policy part; see `evaluate`.
 
     Raises:
@@ -162,15 +161,15 @@ def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 50
     arms, y, rows = two_arms(data, cheap, strong)
     stills = data.take(rows)
     p = scores(policy, stills)
-    goes = p >= policy.threshold
-    spent = float(np.where(goes, arms.strong_cost, arms.cheap_cost).mean())
+    to_strong = p >= policy.threshold
+    spent = float(arms.routed(to_strong)[1].mean())
     offers = {cheap: (arms.cheap, arms.cheap_cost), strong: (arms.strong, arms.strong_cost)}
     static, statics = best_static(stills, offers, spent)
-    requests = Requests(arms, p, goes, _entropy(stills), arms.strong, arms.strong_cost, statics)
+    requests = Requests(arms, p, to_strong, _entropy(stills), arms.strong, arms.strong_cost, statics)
 
     def more(weight: FloatArray) -> dict[str, float]:
         return {
-            "accuracy": float(np.average(goes == (y > 0.5), weights=weight)),
+            "accuracy": float(np.average(to_strong == (y > 0.5), weights=weight)),
             "calibration_error": calibration_error(p, y, weight),
             "cheap_quality": float(np.average(arms.cheap, weights=weight)),
             "strong_quality": float(np.average(arms.strong, weights=weight)),
@@ -178,7 +177,7 @@ def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 50
 
     figures, curves = compare(requests, more, seed=seed, n=n)
     traffic, traffic_rows, traffic_static = _traffic(policy, data, seed, n)
-    return Report(
+    return PolicyReport(
         policy=policy.name,
         rows=len(p),
         arms=(cheap, strong),
@@ -187,7 +186,7 @@ def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 50
         traffic=traffic,
         traffic_rows=traffic_rows,
         traffic_static=traffic_static,
-        slices=_slices(stills, arms, goes, requests.quality),
+        slices=_slices(stills, arms, to_strong, requests.quality),
         clips=_clips(policy, data),
         curves=curves,
     )
@@ -227,15 +226,15 @@ def _traffic(policy: Policy, data: Dataset, seed: int, n: int) -> tuple[dict[str
     some = data.take(rows)
     arms = Arms(low[rows], high[rows], low_cost[rows], high_cost[rows], some.group)
     score = np.where(some.video, -1.0, scores(policy, some))
-    goes = score >= policy.threshold
-    spent = float(np.where(goes, arms.strong_cost, arms.cheap_cost).mean())
+    to_strong = score >= policy.threshold
+    spent = float(arms.routed(to_strong)[1].mean())
     static, statics = best_static(some, {}, spent)
-    whole_cost = native_cost[rows] if priced else arms.strong_cost
-    requests = Requests(arms, score, goes, _entropy(some), some.reference, whole_cost, statics)
+    reference_cost = native_cost[rows] if priced else arms.strong_cost
+    requests = Requests(arms, score, to_strong, _entropy(some), some.reference, reference_cost, statics)
 
     def more(weight: FloatArray) -> dict[str, float]:
-        whole = {"native_quality": requests.whole, "native_cost": requests.whole_cost}
-        return {name: float(np.average(values, weights=weight)) for name, values in whole.items()}
+        native = {"native_quality": requests.reference, "native_cost": requests.reference_cost}
+        return {name: float(np.average(values, weights=weight)) for name, values in native.items()}
 
     return compare(requests, more, seed=seed, n=n)[0], int(rows.sum()), static
 
@@ -245,7 +244,7 @@ def _column(data: Dataset, table: FloatArray, rung: str) -> FloatArray:
 
 
 def _slices(
-    data: Dataset, arms: Arms, goes: npt.NDArray[np.bool_], quality: FloatArray
+    data: Dataset, arms: Arms, to_strong: BoolArray, quality: FloatArray
 ) -> dict[str, dict[str, dict[str, float]]]:
     out: dict[str, dict[str, dict[str, float]]] = {}
     slicings = dict(data.slices)
@@ -262,7 +261,7 @@ def _slices(
                 continue
             table[name or "other"] = {
                 "rows": int(rows.sum()),
-                "strong_share": float(goes[rows].mean()),
+                "strong_share": float(to_strong[rows].mean()),
                 "quality": float(quality[rows].mean()),
                 "strong_quality": float(arms.strong[rows].mean()),
                 "lost": float((arms.strong - quality)[rows].mean()),

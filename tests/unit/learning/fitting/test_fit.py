@@ -72,11 +72,11 @@ def test_expected_qualities_are_what_the_rungs_kept_in_each_lane(trained: Fitted
     policy = trained.policy
     rows = data.split("train", 0)
     kept = 1 - (data.reference - data.quality[:, RUNGS.index(CHEAP)])
-    goes = scores(policy, data) >= policy.threshold
+    to_strong = scores(policy, data) >= policy.threshold
     (cheap,) = policy.lanes["weighted"]
-    assert cheap.quality == pytest.approx(kept[rows & ~goes].mean())
+    assert cheap.quality == pytest.approx(kept[rows & ~to_strong].mean())
     strong, middle, last = policy.lanes["gated"]
-    assert (strong.quality, last.quality) == pytest.approx((1.0, kept[rows & goes].mean()))
+    assert (strong.quality, last.quality) == pytest.approx((1.0, kept[rows & to_strong].mean()))
     assert strong.quality > middle.quality > last.quality
     bins = trained.report["expected_quality"]
     falling = bins["rungs"][CHEAP]

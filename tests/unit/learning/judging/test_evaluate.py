@@ -27,7 +27,7 @@ from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
 from adaptive_fusion.learning.data.labels import label_record
 from adaptive_fusion.learning.fitting.gate import gate
 from adaptive_fusion.learning.fitting.threshold import choose_threshold
-from adaptive_fusion.learning.judging.curve import Arms, Router, calibration_error
+from adaptive_fusion.learning.judging.curve import Arms, RoutingCurve, calibration_error
 from adaptive_fusion.learning.judging.evaluate import evaluate, evaluate_policy
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.predictors import LinearModel
@@ -54,7 +54,7 @@ TRUE = linear(2.5, 1.5, reads=4.0, bias=-2.5)
 
 def test_the_figures_of_routellm_on_a_case_done_by_hand() -> None:
     arms = arms_of([0, 0, 1, 1], [1, 1, 1, 1])
-    curve = Router(np.array([0.9, 0.8, 0.2, 0.1]), arms).curve()
+    curve = RoutingCurve(np.array([0.9, 0.8, 0.2, 0.1]), arms).curve()
     assert curve.share.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert curve.quality.tolist() == [0.5, 0.75, 1, 1, 1]
     assert curve.cost.tolist() == [1, 1.5, 2, 2.5, 3]
@@ -64,12 +64,12 @@ def test_the_figures_of_routellm_on_a_case_done_by_hand() -> None:
     assert (curve.to_reach(0.5), curve.to_reach(0.875), curve.to_reach(1.0)) == pytest.approx((1, 1.75, 2))
     assert np.isnan(curve.to_reach(1.01))
     # equal scores are routed at random: the diagonal, whatever the arms
-    flat = Router(np.zeros(4), arms).curve()
+    flat = RoutingCurve(np.zeros(4), arms).curve()
     assert (flat.apgr, flat.cpt(0.5), flat.cpt(0.8)) == pytest.approx((0.5, 0.5, 0.8))
     # where the strong arm spoils an answer, less may be spent than there is
-    assert Router(np.array([0.9, 0.1]), arms_of([0, 1], [1, 0])).curve().at_cost(3) == 1.0
+    assert RoutingCurve(np.array([0.9, 0.1]), arms_of([0, 1], [1, 0])).curve().at_cost(3) == 1.0
     # a strong arm that is no better recovers nothing
-    same = Router(np.arange(3.0), arms_of([1, 0, 1], [1, 0, 1])).curve()
+    same = RoutingCurve(np.arange(3.0), arms_of([1, 0, 1], [1, 0, 1])).curve()
     assert np.isnan(same.apgr) and np.isnan(same.cpt(0.5))
 
 
@@ -90,8 +90,8 @@ def test_weights_count_as_repeated_requests_and_no_score_beats_the_oracle(
     weight[0] += 1
     rows = np.repeat(np.arange(len(score)), weight)
     arms = arms_of(cheap.tolist(), strong.tolist())
-    weighted = Router(score, arms).curve(weight.astype(float))
-    repeated = Router(score[rows], arms_of(cheap[rows].tolist(), strong[rows].tolist())).curve()
+    weighted = RoutingCurve(score, arms).curve(weight.astype(float))
+    repeated = RoutingCurve(score[rows], arms_of(cheap[rows].tolist(), strong[rows].tolist())).curve()
     at = np.linspace(0, 1, 21)
     for part in ("quality", "cost"):
         np.testing.assert_allclose(
@@ -99,7 +99,7 @@ def test_weights_count_as_repeated_requests_and_no_score_beats_the_oracle(
             np.interp(at, repeated.share, getattr(repeated, part)),
             atol=1e-12,
         )
-    oracle = Router(arms.gain, arms).curve(weight.astype(float))
+    oracle = RoutingCurve(arms.gain, arms).curve(weight.astype(float))
     assert (
         np.interp(at, oracle.share, oracle.quality) >= np.interp(at, weighted.share, weighted.quality) - 1e-12
     ).all()
@@ -150,11 +150,11 @@ def test_a_report_stands_beside_its_baselines(data: Dataset) -> None:
     report = evaluate_policy(policy(TRUE, threshold=0.3), data, n=100)
     figures = report.figures
     p = TRUE.p_complex_batch(data.columns(TRUE.inputs.names))
-    goes = p >= 0.3
-    quality = np.where(goes, data.quality[:, 0], data.quality[:, 2])
+    to_strong = p >= 0.3
+    quality = np.where(to_strong, data.quality[:, 0], data.quality[:, 2])
     assert figures["quality"].mean == pytest.approx(quality.mean())
-    assert figures["cost"].mean == pytest.approx(np.where(goes, COSTS[STRONG], COSTS[CHEAP]).mean())
-    assert figures["accuracy"].mean == pytest.approx(np.mean(goes == data.y))
+    assert figures["cost"].mean == pytest.approx(np.where(to_strong, COSTS[STRONG], COSTS[CHEAP]).mean())
+    assert figures["accuracy"].mean == pytest.approx(np.mean(to_strong == data.y))
     assert figures["calibration_error"].mean < 0.05
     assert figures["random_apgr"].mean == pytest.approx(0.5)
     oracle, apgr = figures["oracle_apgr"].mean, figures["apgr"].mean
