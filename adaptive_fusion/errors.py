@@ -4,6 +4,8 @@ Knows nothing of models, media or budgets. Messages name the received value and 
 absolute path or network address, so they can be shown to a remote caller.
 """
 
+from typing import Any
+
 
 class AdaptiveFusionError(Exception):
     """Root of all errors of this library."""
@@ -39,3 +41,16 @@ class MissingExtraError(AdaptiveFusionError, ImportError):
 
 class OutOfMemoryError(AdaptiveFusionError, MemoryError):
     """Every operating point that was tried ran out of memory."""
+
+
+class Interrupted(AdaptiveFusionError):
+    """The work was called off before it ended."""
+
+
+class GateRefused(AdaptiveFusionError):
+    """A new policy that is worse than the incumbent; the message holds the figures, `verdict` all that the gate found
+    (`learning.fitting.gate.Verdict`)."""
+
+    def __init__(self, message: str, verdict: Any) -> None:
+        super().__init__(message)
+        self.verdict = verdict

@@ -37,14 +37,13 @@ def demo(
     """Render screens and a clip to files, answer each natively and under a latency budget, and compare."""
     with ExitStack() as stack:
         options.budget_of(latency_ms, None, None, None)  # refused before the model is loaded
-        from adaptive_fusion.commands.session import warm_up
         from adaptive_fusion.demo import compare, render, summarise
         from adaptive_fusion.loading import open_runner
 
         runner = open_runner(model, policy)
         folder = _folder(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         questions = render(folder, seed)
-        warm_up(runner)
+        runner.warm_up()
         with progress(as_json) as report:
             rows = list(compare(runner, questions, latency_ms, report))
         summary = summarise(rows)

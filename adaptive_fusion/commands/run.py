@@ -43,11 +43,10 @@ def run(
         from adaptive_fusion.point import OperatingPoint
 
         fixed = None if point is None else OperatingPoint.parse(point)
-        from adaptive_fusion.commands.session import warm_up
         from adaptive_fusion.loading import open_runner
 
         runner = open_runner(model, policy, log)
-        warm_up(runner)
+        runner.warm_up()  # so that first-use work does not count against the first file
 
     def answer(name: str) -> Result:
         reply = runner.chat(name, prompt, budget=budget, max_new_tokens=max_new_tokens, point=fixed)

@@ -8,6 +8,7 @@ import typer
 
 from adaptive_fusion.commands.options import Json
 from adaptive_fusion.commands.output import complain, console, emit, printable, refusing
+from adaptive_fusion.errors import GateRefused
 
 if TYPE_CHECKING:
     from adaptive_fusion.learning.fitting.gate import Verdict
@@ -59,7 +60,6 @@ def train(
     only. Exit code 1 if it is worse beyond the 95 % interval: nothing is written then. The same logs and seed
     give the same bytes.
     """
-    from adaptive_fusion.learning.fitting.gate import GateRefused
     from adaptive_fusion.learning.fitting.train import ESTIMATOR_NAMES
     from adaptive_fusion.learning.fitting.train import train as run
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.text import METRICS
 from adaptive_fusion.media.hashes import content_hash
 
 SLICE = "slice"
@@ -60,8 +61,6 @@ class Question:
         Raises:
             ConfigError: For an unknown metric.
         """
-        from adaptive_fusion.evaluation.text import METRICS  # until the metrics have moved
-
         if self.metric is None:
             return None
         if self.metric not in METRICS:

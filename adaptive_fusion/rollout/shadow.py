@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, Interrupted
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.learning.data.labels import shadow_record
-from adaptive_fusion.learning.labelling.labeller import Interrupted, RunnerModel
+from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.learning.labelling.scoring import ModelScorer
 from adaptive_fusion.policy.policy import LANES
 from adaptive_fusion.policy.rungs import Rung

@@ -16,14 +16,14 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
-from adaptive_fusion.errors import ConfigError, MediaError
+from adaptive_fusion.errors import ConfigError, Interrupted, MediaError
 from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.scenes import scene_questions
 from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.features.prompts import prompt_features
 from adaptive_fusion.learning.data.dataset import build_dataset
-from adaptive_fusion.learning.labelling.labeller import Interrupted, RunnerModel, describe
+from adaptive_fusion.learning.labelling.labeller import RunnerModel, describe
 from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung

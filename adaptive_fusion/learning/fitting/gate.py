@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, intervals
 from adaptive_fusion.learning.data.dataset import Dataset, FloatArray
 from adaptive_fusion.learning.data.labels import TRUSTED
@@ -32,14 +32,6 @@ class Verdict:
     reasons: tuple[str, ...]
     figures: Mapping[str, Interval]
     rows: int
-
-
-class GateRefused(AdaptiveFusionError):
-    """A candidate that is worse than the incumbent; the message holds the figures, `verdict` all of them."""
-
-    def __init__(self, message: str, verdict: Verdict) -> None:
-        super().__init__(message)
-        self.verdict = verdict
 
 
 def gate(

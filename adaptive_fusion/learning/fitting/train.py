@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, GateRefused
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, build_dataset
 from adaptive_fusion.learning.data.labels import TRUSTED
 from adaptive_fusion.learning.fitting.card import card, finite
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
-from adaptive_fusion.learning.fitting.gate import GateRefused, Verdict, gate
+from adaptive_fusion.learning.fitting.gate import Verdict, gate
 from adaptive_fusion.learning.fitting.search import ESTIMATORS, Classifier
 from adaptive_fusion.policy.files import POLICY_FILE
 from adaptive_fusion.policy.policy import SIMPLE, Policy

@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from adaptive_fusion.decision_log import text_hash
-from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.errors import ConfigError, Interrupted
 from adaptive_fusion.evaluation.likelihood import after_prompt
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.execution.request import ChatRequest, build_request
@@ -35,10 +35,6 @@ BATCH_TOKENS = 16_384
 _TIMED_TOKENS = 2
 _WARM: WeakKeyDictionary[AdaptiveRunner, set[str]] = WeakKeyDictionary()
 """Rungs that have run at least once; kept per process, since a `RunnerModel` may be sent anew with every input."""
-
-
-class Interrupted(AdaptiveFusionError):
-    """The work was called off before it ended."""
 
 
 def describe(question: Question) -> Subject:
