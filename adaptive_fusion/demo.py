@@ -29,7 +29,7 @@ it."""
 
 
 @dataclass(frozen=True)
-class Row:
+class AnswerPair:
     """A question about a rendered file with the native and the adaptive answer."""
 
     question: Question
@@ -83,7 +83,7 @@ def compare(
     questions: Sequence[Question],
     latency_ms: float | None,
     progress: Progress = silent,
-) -> Iterator[Row]:
+) -> Iterator[AnswerPair]:
     """Answer every question natively, then under the budget; yields a row per question.
 
     Args:
@@ -103,7 +103,7 @@ def compare(
     for question, native in zip(questions, natives, strict=True):
         adaptive = runner.chat(question.media, question.prompt, budget=budget, max_new_tokens=MAX_NEW_TOKENS)
         steps.advance()
-        yield Row(question, native, adaptive)
+        yield AnswerPair(question, native, adaptive)
 
 
 def right_share(truth: str, answer: str) -> float:
@@ -116,7 +116,7 @@ def _parts(text: str) -> set[str]:
     return {part.strip().lower() for line in text.splitlines() for part in elements(line)}
 
 
-def summarise(rows: Sequence[Row]) -> Summary:
+def summarise(rows: Sequence[AnswerPair]) -> Summary:
     """Totals over at least one row."""
     limit = float(rows[0].adaptive.decision.budget["latency_ms"])
     native = [row.native.measurement for row in rows]

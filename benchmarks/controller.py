@@ -21,17 +21,17 @@ import numpy as np
 
 from adaptive_fusion.bench import report
 from adaptive_fusion.bench.baselines import FED, compare, tuned_setpoint
+from adaptive_fusion.bench.outcomes import shortfalls
 from adaptive_fusion.bench.traces import (
     MIN_REQUESTS,
     TRACES,
-    Array,
+    BoolArray,
     Case,
-    Flags,
-    Whole,
+    FloatArray,
+    IntArray,
     World,
     build,
     read_trace,
-    shortfalls,
 )
 from adaptive_fusion.commands.output import progress
 from adaptive_fusion.control.candidates import Candidate
@@ -87,7 +87,7 @@ def stated_world() -> World:
     expected = np.array(predicted)
     bias = np.array([LADDER[0][5], *(row[5] for row in LADDER)])
 
-    def draw(case: Whole, _busy: Flags, rng: np.random.Generator) -> tuple[Array, Array]:
+    def draw(case: IntArray, _busy: BoolArray, rng: np.random.Generator) -> tuple[FloatArray, FloatArray]:
         shape = (len(case), len(bias))
         noise = rng.normal(0, NOISE, (len(case), 1)) + rng.normal(0, POINT_NOISE, shape) + bias
         times = expected[case, :, 0] * np.exp(noise)

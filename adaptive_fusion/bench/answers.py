@@ -93,96 +93,98 @@ def trained_rows(adapter: Adapter, rows: Mapping[str, Rung], files: Sequence[Pat
 
 def answer_all(
     adapter: Adapter,
-    items: Sequence[Question],
+    questions: Sequence[Question],
     rows: Mapping[str, Rung],
     decide: Decide | None = None,
     *,
     max_new_tokens: int = 160,
     progress: Progress = silent,
 ) -> dict[str, list[Answer]]:
-    """Every row's answer to every item, plus `shuffled` and `chance`.
+    """Every row's answer to every question, plus `shuffled` and `chance`.
 
-    Rows take turns on each item, in an order that rotates, so that a slow minute of the machine falls on all
-    of them. Each (item, row) is encoded once. `shuffled` scores native's answers (and captions) on another
+    Rows take turns on each question, in an order that rotates, so that a slow minute of the machine falls on all
+    of them. Each (question, row) is encoded once. `shuffled` scores native's answers (and captions) on another
     image of the same slice; `chance` is that other image's own right answer.
 
     Args:
         decide: Gives the decision for a medium and a prompt; adds the row `adaptive`, its time included.
-        progress: See `Progress`; a step is one row's answer to one item.
+        progress: See `Progress`; a step is one row's answer to one question.
     """
     names = [*rows, *([ADAPTIVE] if decide else [])]
     timed, meter = TimedModel(adapter), meter_for(str(adapter.model.device))
-    partners = _partners(items)
+    partners = _partners(questions)
     answers: dict[str, dict[int, Answer]] = {name: {} for name in names}
     shuffled: dict[int, Answer] = {}
-    _warm_up(timed, items[0], rows, decide, meter)
-    steps = Steps(progress, "answer", len(items) * len(names))
-    for index, item in enumerate(items):
-        request = build_request(item.load(), item.prompt)
+    _warm_up(timed, questions[0], rows, decide, meter)
+    steps = Steps(progress, "answer", len(questions) * len(names))
+    for index, question in enumerate(questions):
+        request = build_request(question.load(), question.prompt)
         turn = index % len(names)
         for name in (*names[turn:], *names[:turn]):
-            other = items[partners[index]] if name == NATIVE else None
-            answer, swapped = _answer(timed, request, item, rows.get(name), decide, meter, max_new_tokens, other)
+            other = questions[partners[index]] if name == NATIVE else None
+            answer, swapped = _answer(timed, request, question, rows.get(name), decide, meter, max_new_tokens, other)
             answers[name][index] = answer
             if swapped is not None:
                 shuffled[partners[index]] = swapped
             steps.advance()
-    result = {name: [answers[name][i] for i in range(len(items))] for name in names}
+    result = {name: [answers[name][i] for i in range(len(questions))] for name in names}
     if shuffled:
-        result[SHUFFLED] = [shuffled[i] for i in range(len(items))]
+        result[SHUFFLED] = [shuffled[i] for i in range(len(questions))]
     back = {partner: index for index, partner in enumerate(partners)}
-    result[CHANCE] = [Answer(items[back[i]].references[0]) for i in range(len(items))]
+    result[CHANCE] = [Answer(questions[back[i]].references[0]) for i in range(len(questions))]
     return result
 
 
-def _partners(items: Sequence[Question]) -> list[int]:
-    """For each item the next one of its slice, the last one's being the first."""
+def _partners(questions: Sequence[Question]) -> list[int]:
+    """For each question the next one of its slice, the last one's being the first."""
     members: dict[str, list[int]] = {}
-    for index, item in enumerate(items):
-        members.setdefault(item.slice, []).append(index)
-    partners = [0] * len(items)
+    for index, question in enumerate(questions):
+        members.setdefault(question.slice, []).append(index)
+    partners = [0] * len(questions)
     for group in members.values():
         for here, there in zip(group, (*group[1:], group[0]), strict=True):
             partners[here] = there
     return partners
 
 
-def _warm_up(timed: TimedModel, item: Question, rows: Mapping[str, Rung], decide: Decide | None, meter: Meter) -> None:
+def _warm_up(
+    timed: TimedModel, question: Question, rows: Mapping[str, Rung], decide: Decide | None, meter: Meter
+) -> None:
     """Everything once, so that no row pays for building its fusion module or for first calls."""
-    request = build_request(item.load(), item.prompt)
+    request = build_request(question.load(), question.prompt)
     for rung in rows.values():
         point = timed.adapter.resolve(rung, request.sizes)
         prepare = partial(timed.adapter.prepare, request.messages, point)
         timed.request(prepare, point, meter, max_new_tokens=2, do_sample=False)
     if decide is not None:
-        decide(request.media[0], item.prompt)
+        decide(request.media[0], question.prompt)
 
 
 def _answer(
     timed: TimedModel,
     request: ChatRequest,
-    item: Question,
+    question: Question,
     rung: Rung | None,
     decide: Decide | None,
     meter: Meter,
     max_new_tokens: int,
     other: Question | None,
 ) -> tuple[Answer, Answer | None]:
-    """One row's answer to `item`; with `other`, what the same image makes of that item's captions as well."""
+    """One row's answer to `question`; with `other`, what the same image makes of that question's captions as well."""
     adapter, earlier = timed.adapter, 0.0
     if rung is not None:
         point = adapter.resolve(rung, request.sizes)
     else:
         assert decide is not None  # rows without a rung are the adaptive one
         began = timed.clock()
-        point = decide(request.media[0], item.prompt).point
+        point = decide(request.media[0], question.prompt).point
         earlier = (timed.clock() - began) * 1e3
     prepare = partial(adapter.prepare, request.messages, point)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False}
     done, measurement = timed.request(prepare, point, meter, earlier_ms=earlier, **options)
     new = until_end(done.new_tokens[0].tolist(), adapter.end_tokens)
     text = adapter.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-    own = _captions(timed, done.encoding, item)
+    own = _captions(timed, done.encoding, question)
     answer = Answer(text, tuple(each.total for each in own), own[0].ranked_first, measurement)
     if other is None:
         return answer, None
@@ -190,10 +192,10 @@ def _answer(
     return answer, Answer(text, tuple(each.total for each in theirs), theirs[0].ranked_first)
 
 
-def _captions(timed: TimedModel, encoding: Encoding, item: Question) -> list[Likelihood]:
-    """How likely the item's first reference and its negatives are as the answer, each with the end token."""
+def _captions(timed: TimedModel, encoding: Encoding, question: Question) -> list[Likelihood]:
+    """How likely the question's first reference and its negatives are as the answer, each with the end token."""
     tokenizer = timed.adapter.processor.tokenizer
-    texts = (item.references[0], *item.negatives)
+    texts = (question.references[0], *question.negatives)
     rows = [[*tokenizer(text, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)] for text in texts]
     prompt, _ = timed.prefill(encoding)
     return after_prompt(timed.adapter.model, prompt, rows)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from adaptive_fusion.bench.traces import AMPLE_GB, Outcome, Trace, World, best_static, build, native, oracle, score
+from adaptive_fusion.bench.outcomes import Outcome, best_static, native, oracle, score
+from adaptive_fusion.bench.traces import AMPLE_GB, Trace, World, build
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.control.controller import Controller
@@ -30,7 +31,7 @@ FED = 3
 """Rows that a trace is fed through, request by request."""
 
 
-class Row(Protocol):
+class Chooser(Protocol):
     """One way of choosing: returns the index of a candidate, then hears what it took.
 
     `case` says which request it is (an index into the world's cases), `left_ms` is what is left of the deadline,
@@ -68,9 +69,9 @@ class Ours:
     def update(self, index: int, lost_ms: float, took_ms: float, peak_gb: float) -> None:
         # A trace knows one of the two times; the other is put where the prediction has it.
         predicted = self.candidates[index].predicted
-        whole = predicted.latency_ms / predicted.ttft_ms
+        to_end = predicted.latency_ms / predicted.ttft_ms
         before = self.choice.elapsed_ms + lost_ms
-        first, last = (took_ms, took_ms * whole) if self.world.limit == "ttft_ms" else (took_ms / whole, took_ms)
+        first, last = (took_ms, took_ms * to_end) if self.world.limit == "ttft_ms" else (took_ms / to_end, took_ms)
         taken = Measurement(0.0, 0.0, 0.0, 0.0, before + first, before + last, 0, 0, 0, 0, peak_gb)
         self.controller.update(self.choice, taken, ran=self._ran(index), lost_ms=lost_ms)
 
@@ -167,7 +168,7 @@ def tuned_setpoint(world: World, attainment: float, seed: int) -> float:
     return 0.3
 
 
-def run(trace: Trace, row: Row, *, timed: int = 4000, chunk: int = 10_000) -> Outcome:
+def run(trace: Trace, row: Chooser, *, timed: int = 4000, chunk: int = 10_000) -> Outcome:
     """Feed a trace through a row, one request at a time.
 
     An out-of-memory error costs 30 % of the failed try's time and the request is tried again lower down, at most
@@ -208,7 +209,7 @@ def compare(trace: Trace, attainment: float, setpoint: float, steps: Steps) -> d
     """Scores of every row on one trace; `steps` advances after each of the `FED` rows that take time."""
     best = oracle(trace)
     outcomes = {"native": native(trace), "best static": best_static(trace, attainment)}
-    fed: dict[str, Row] = {
+    fed: dict[str, Chooser] = {
         "aimd": Aimd(trace.world, attainment),
         "pid": Pid(trace.world, setpoint),
         "ours": Ours(trace.world, attainment),

@@ -1,6 +1,6 @@
 """Paired comparisons between rows, what each must come to, and which of them falls short.
 
-Knows per-item scores and the names of the usual rows. Must not know how answers were had or how a table is drawn.
+Knows per-question scores and the names of the usual rows. Must not know how answers were had or how a table is drawn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_fusion.bench.answers import ADAPTIVE, NATIVE, RATIOS, gated, native, weighted
-from adaptive_fusion.bench.scores import FloatArray, IntArray, Scores, whole
+from adaptive_fusion.bench.scores import FloatArray, IntArray, RowScores, all_together
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, bootstrap_diff, bootstrap_ratio, won_back
 
@@ -62,7 +62,7 @@ class Limit:
 
 @dataclass
 class _Table:
-    scores: Mapping[str, Scores]
+    scores: Mapping[str, RowScores]
     parts: Mapping[str, IntArray]
     draws: int
     found: list[dict[str, Any]] = field(default_factory=list)
@@ -92,7 +92,7 @@ class _Table:
 
 
 def compare(
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, RowScores],
     parts: Mapping[str, IntArray],
     cheap: str | None = None,
     *,
@@ -109,7 +109,7 @@ def compare(
         cheap: The row that takes the cheapest scheme for every input.
     """
     table = _Table(scores, parts, draws)
-    everything = whole(parts)
+    everything = all_together(parts)
     table.add("difference", (gated().name, NATIVE), everything, "cider", Limit(0))
     table.add("difference", (gated().name, NATIVE), "reading", "reading", Limit(0))
     for share in RATIOS:

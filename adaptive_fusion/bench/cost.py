@@ -112,7 +112,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """One measured request of one row."""
 
     row: str
@@ -138,7 +138,7 @@ def measure_costs(
     repeats: int = 3,
     progress: Progress = silent,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Run]:
+) -> list[RowRun]:
     """`repeats` rounds of all rows, native among them, in the order they ran, after one run that does not count.
 
     Args:
@@ -150,13 +150,13 @@ def measure_costs(
     full = [name for name in rows if name != NATIVE and work[name] == work[NATIVE]]
     rest = [name for name in rows if work[name] != work[NATIVE]]
 
-    def run(name: str) -> Run:
+    def run(name: str) -> RowRun:
         point = adapter.resolve(rows[name], [workload.size()])
         inputs = workload.inputs(adapter, point)
         adapter.fusion(point)  # built outside the clock
         exactly = {"min_new_tokens": workload.new_tokens, "max_new_tokens": workload.new_tokens, "do_sample": False}
         _, measurement = timed.request(partial(dict, inputs), point, meter, **exactly)
-        return Run(name, measurement)
+        return RowRun(name, measurement)
 
     run(min(rows, key=lambda name: sum(work[name])))  # first calls are what it is for
     todo = [name for number in range(repeats) for name in round_order(full, rest, number)]
@@ -179,7 +179,7 @@ def cost_rows(policy: Policy, rungs: Sequence[Rung] = ROWS) -> dict[str, Rung]:
     return {rung.name: rung for rung in (Rung(NATIVE_POINT), *rungs, *policy.lanes[SIMPLE])}
 
 
-def summarise_costs(runs: Sequence[Run], lane: Collection[str] = ()) -> list[dict[str, Any]]:
+def summarise_costs(runs: Sequence[RowRun], lane: Collection[str] = ()) -> list[dict[str, Any]]:
     """Median milliseconds and GiB of each row, and its ratio to native: median, least and most over the rounds.
 
     A ratio is to the mean of the native runs just before and just after. Native's own, to its neighbours of the same

@@ -1,6 +1,6 @@
 """What each operating point is worth and what it takes: scores and times of every row, per slice, with intervals.
 
-Knows per-item scores. Must not know how a table is drawn. No figure here is anything but measured.
+Knows per-question scores. Must not know how a table is drawn. No figure here is anything but measured.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptive_fusion.bench.answers import NATIVE, Decide, answer_all
 from adaptive_fusion.bench.comparisons import DRAWS, SEED, as_dict, compare, ratio, shortfalls
-from adaptive_fusion.bench.scores import COUNTS, QUALITIES, STAGES, IntArray, Scores, score_all, slices, whole
+from adaptive_fusion.bench.scores import COUNTS, QUALITIES, STAGES, IntArray, RowScores, all_together, score_all, slices
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.statistics import bootstrap, bootstrap_mean
 from adaptive_fusion.evaluation.text import bleu4, bleu_statistics
@@ -21,7 +21,7 @@ from adaptive_fusion.progress import Progress, silent
 
 def evaluate(
     adapter: Adapter,
-    items: Sequence[Question],
+    questions: Sequence[Question],
     rows: Mapping[str, Rung],
     decide: Decide | None = None,
     *,
@@ -40,11 +40,11 @@ def evaluate(
         AdaptiveFusionError: If the metrics' optional dependency is missing; before anything is run.
     """
     bleu_statistics([["a"]], [[["a"]]])
-    answers = answer_all(adapter, items, rows, decide, max_new_tokens=max_new_tokens, progress=progress)
-    scores = score_all(items, answers)
-    parts = slices(items)
+    answers = answer_all(adapter, questions, rows, decide, max_new_tokens=max_new_tokens, progress=progress)
+    scores = score_all(questions, answers)
+    parts = slices(questions)
     tables = summarise(scores, parts)
-    everything = whole(parts)
+    everything = all_together(parts)
     comparisons = compare(scores, parts, cheap)
     return {
         "rows": {name: rung.to_dict() for name, rung in rows.items()},
@@ -58,14 +58,14 @@ def evaluate(
 
 
 def summarise(
-    scores: Mapping[str, Scores], parts: Mapping[str, IntArray], *, draws: int = DRAWS
+    scores: Mapping[str, RowScores], parts: Mapping[str, IntArray], *, draws: int = DRAWS
 ) -> dict[str, list[dict[str, Any]]]:
     """For each slice one record per row; qualities as {mean, low, high}, times as {median, p95, mean}, counts and GiB
     as means."""
     return {name: [_record(row, scores, chosen, draws) for row in scores] for name, chosen in parts.items()}
 
 
-def _record(row: str, scores: Mapping[str, Scores], chosen: IntArray, draws: int) -> dict[str, Any]:
+def _record(row: str, scores: Mapping[str, RowScores], chosen: IntArray, draws: int) -> dict[str, Any]:
     own = scores[row]
     record: dict[str, Any] = {"row": row, "n": len(chosen)}
     for key in QUALITIES:

@@ -1,19 +1,12 @@
-"""Traces of load: requests in order, what each would take at every operating point, and how well a row did on them.
+"""Traces of load: requests in order, and what each would take at every operating point.
 
-Knows cases (kinds of request with predicted costs), a world that draws the truth about them, and outcomes. Must not
-know of models, of where the truth comes from, or how a row chooses.
-
-Attainment counts feasible requests only: those that the cheapest point would have met under the load of the moment.
-`misses` is the mean number of misses in the 20 requests after a step up of load, `recover` the median number of
-requests after its end until quality (relative to the oracle's, over 20 requests) is back at 98 % of its usual level.
+Knows cases (kinds of request with predicted costs) and a world that draws the truth about them. Must not know of
+models, of where the truth comes from, or what is made of a trace.
 """
 
 import csv
-import math
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +15,17 @@ from numpy.typing import NDArray
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.errors import ConfigError
 
-Array = NDArray[np.float64]
-Whole = NDArray[np.int64]
-Flags = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 TRACES = ("stationary", "step", "sine", "burst", "squeeze")
-HOG = "hog"
+BACKGROUND = "hog"
+"""The trace with background load: what results and options call it."""
 MIN_REQUESTS = 2000
 STEP = 1.7
 PERIOD = 500
 AMPLE_GB = 1024.0
-_AFTER = 20
 
 
 @dataclass(frozen=True)
@@ -65,20 +58,20 @@ class World:
         draw: Milliseconds and GiB ``[n, columns]`` of requests of these cases ``[n]``, calm or (where the flags say
             so) beside processes that take the processor away.
         cheapest: The column of each case ``[cases]`` that takes least.
-        hogged: Factor that those processes put on times; None if that was not measured.
+        slowdown: Factor that those processes put on times; None if that was not measured.
         answered: Measured quality of the answers ``[cases, columns]``; None if there are none.
     """
 
     cases: tuple[Case, ...]
-    quality: Array
+    quality: FloatArray
     limit: str
     deadline_ms: float
     squeeze_gb: float
     memory_margin: float
-    draw: Callable[[Whole, Flags, np.random.Generator], tuple[Array, Array]]
-    cheapest: Whole
-    hogged: float | None = None
-    answered: Array | None = None
+    draw: Callable[[IntArray, BoolArray, np.random.Generator], tuple[FloatArray, FloatArray]]
+    cheapest: IntArray
+    slowdown: float | None = None
+    answered: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -91,46 +84,37 @@ class Trace:
 
     name: str
     world: World
-    case: Whole
-    load: Array
-    elapsed: Array
-    free: Array
-    probed: Array
-    times: Array
-    memory: Array
+    case: IntArray
+    load: FloatArray
+    elapsed: FloatArray
+    free: FloatArray
+    probed: FloatArray
+    times: FloatArray
+    memory: FloatArray
 
     @property
-    def quality(self) -> Array:
+    def quality(self) -> FloatArray:
         """Expected quality of each point on each request, ``[n, columns]``."""
         return self.world.quality[self.case]
 
     @property
-    def feasible(self) -> Flags:
+    def feasible(self) -> BoolArray:
         """Would the cheapest point have met the deadline, and fitted in memory?"""
         n, cheapest = np.arange(len(self.case)), self.world.cheapest[self.case]
         in_time = self.times[n, cheapest] + self.elapsed <= self.world.deadline_ms
         return np.asarray(in_time & (self.memory[n, cheapest] <= self.free))
 
 
-@dataclass
-class Outcome:
-    """What a row did: the column that answered ``[n]``, and the time including retries after out of memory."""
-
-    index: Whole
-    latency: Array
-    decision_us: float = 0.0
-
-
 def make_trace(
     name: str,
     world: World,
-    load: Array,
+    load: FloatArray,
     rng: np.random.Generator,
     *,
-    case: Whole | None = None,
-    elapsed: Array | None = None,
-    free: Array | None = None,
-    busy: Flags | None = None,
+    case: IntArray | None = None,
+    elapsed: FloatArray | None = None,
+    free: FloatArray | None = None,
+    busy: BoolArray | None = None,
 ) -> Trace:
     """Draw requests and truth for a given load; where `busy`, the load is in what was drawn already."""
     n = len(load)
@@ -152,17 +136,17 @@ def make_trace(
 
 
 def build(name: str, world: World, n: int, seed: int) -> Trace:
-    """One of `TRACES`, or ``hog`` in a world where that was measured, with n requests."""
-    rng = np.random.default_rng([seed, (*TRACES, HOG).index(name)])
+    """One of `TRACES`, or `BACKGROUND` in a world where such load was measured, with n requests."""
+    rng = np.random.default_rng([seed, (*TRACES, BACKGROUND).index(name)])
     t = np.arange(n)
     load = np.ones(n)
     on = t // PERIOD % 2 == 1
     if name == "step":
         return make_trace(name, world, np.where(on, STEP, 1.0), rng)
-    if name == HOG:
-        if world.hogged is None:
+    if name == BACKGROUND:
+        if world.slowdown is None:
             raise ConfigError("the trace hog needs times measured beside other processes; there are none")
-        return make_trace(name, world, np.where(on, world.hogged, 1.0), rng, busy=on)
+        return make_trace(name, world, np.where(on, world.slowdown, 1.0), rng, busy=on)
     if name == "sine":
         return make_trace(name, world, np.exp(0.4 * np.sin(2 * np.pi * t / 600)), rng)
     if name == "burst":
@@ -198,7 +182,7 @@ def read_trace(path: Path, seed: int) -> Callable[[World], Trace]:
     if not rows or "load" not in rows[0]:
         raise ConfigError(f"trace {path.name!r} has columns {sorted(rows[0]) if rows else []}; expected at least load")
 
-    def column(name: str, low: float) -> Array | None:
+    def column(name: str, low: float) -> FloatArray | None:
         if name not in rows[0]:
             return None
         try:
@@ -222,7 +206,9 @@ def read_trace(path: Path, seed: int) -> Callable[[World], Trace]:
     return draw
 
 
-def _pick(world: World, n: int, rng: np.random.Generator, work: Array | None, simple: Array | None) -> Whole:
+def _pick(
+    world: World, n: int, rng: np.random.Generator, work: FloatArray | None, simple: FloatArray | None
+) -> IntArray:
     """The case nearest to what is asked for, any of those equally near."""
     distance = rng.uniform(0, 1e-6, (n, len(world.cases)))
     if work is not None:
@@ -232,118 +218,3 @@ def _pick(world: World, n: int, rng: np.random.Generator, work: Array | None, si
         kinds = np.array([case.simple for case in world.cases])
         distance += 1e6 * (kinds[None, :] != (simple > 0.5)[:, None])
     return np.asarray(distance.argmin(1))
-
-
-# Outcomes that need no row
-
-
-def native(trace: Trace) -> Outcome:
-    """The model untouched on every request."""
-    return _taken(trace, np.zeros(len(trace.case), dtype=np.int64))
-
-
-def oracle(trace: Trace) -> Outcome:
-    """The best candidate for each request, knowing its true cost."""
-    fits = (trace.times + trace.elapsed[:, None] <= trace.world.deadline_ms) & (trace.memory <= trace.free[:, None])
-    fits[:, 0] = False
-    best = np.where(fits, trace.quality, -1.0).argmax(1)
-    return _taken(trace, np.where(fits.any(1), best, trace.world.cheapest[trace.case]))
-
-
-def best_static(trace: Trace, attainment: float) -> Outcome:
-    """One candidate for each lane, known in hindsight: of the choices that held the target the one of highest quality,
-    else the one that held most.
-    """
-    could, quality = trace.feasible, trace.quality
-    lanes = np.array([case.lane for case in trace.world.cases])[trace.case]
-    sizes = {case.lane: len(case.candidates) for case in trace.world.cases}
-    late = (trace.times + trace.elapsed[:, None] > trace.world.deadline_ms) | (trace.memory > trace.free[:, None])
-    died = trace.memory > trace.free[:, None]
-    parts: dict[str, list[tuple[float, float]]] = {}
-    for lane, size in sizes.items():
-        own = lanes == lane
-        parts[lane] = [
-            (float((late[own, i] & could[own]).sum()), float(np.where(died[own, i], 0.0, quality[own, i]).sum()))
-            for i in range(1, size + 1)
-        ]
-    allowed = (1 - attainment) * int(could.sum()) + 1e-9
-    held: tuple[float, tuple[int, ...]] | None = None
-    least: tuple[float, tuple[int, ...]] = (math.inf, ())
-    for chosen in product(*(range(size) for size in sizes.values())):
-        rows = [parts[lane][i] for lane, i in zip(sizes, chosen, strict=True)]
-        missed, worth = sum(row[0] for row in rows), sum(row[1] for row in rows)
-        if missed <= allowed and (held is None or worth > held[0]):
-            held = worth, chosen
-        if missed < least[0]:
-            least = missed, chosen
-    columns = dict(zip(sizes, (held or least)[1], strict=True))
-    return _taken(trace, np.array([columns[lane] + 1 for lane in lanes.tolist()]))
-
-
-def _taken(trace: Trace, index: Whole) -> Outcome:
-    """These columns, without retries."""
-    n = np.arange(len(index))
-    took = np.where(trace.memory[n, index] <= trace.free, trace.times[n, index], math.inf)
-    return Outcome(index, trace.elapsed + took)
-
-
-# Scores
-
-
-def score(trace: Trace, outcome: Outcome, best: Outcome) -> dict[str, float]:
-    """Attainment, quality and the behaviour around steps of load; `best` is the oracle's outcome."""
-    n = np.arange(len(outcome.index))
-    could = trace.feasible
-    missed = could & (outcome.latency > trace.world.deadline_ms)
-    died = ~np.isfinite(outcome.latency)
-    quality = np.where(died, 0.0, trace.quality[n, outcome.index])
-    reached = trace.quality[n, best.index]
-    result = {
-        "attainment": 1.0 - float(missed.sum()) / max(int(could.sum()), 1),
-        "feasible": float(could.mean()),
-        "quality": float(quality.mean()),
-        "of_oracle": float(quality.mean()) / float(reached.mean()),
-        "decision_us": outcome.decision_us,
-    }
-    if trace.world.answered is not None:
-        answered = trace.world.answered[trace.case][n, outcome.index]
-        result["answered"] = float(np.where(died, 0.0, answered).mean())
-    jumps = [int(j) + 1 for j in np.flatnonzero(np.abs(np.diff(np.log(trace.load))) > 0.25)]
-    ups = [j for j in jumps if trace.load[j] > trace.load[j - 1] and j + _AFTER <= len(n)]
-    if ups:
-        counts = [int(missed[j : j + _AFTER].sum()) for j in ups]
-        result |= {"misses": statistics.fmean(counts), "misses_max": float(max(counts))}
-    downs = [j for j in jumps if trace.load[j] < trace.load[j - 1]]
-    if downs and trace.name in ("step", HOG):
-        result |= _recovery(trace, quality, reached, downs)
-    return result
-
-
-def _recovery(trace: Trace, quality: Array, reached: Array, downs: list[int]) -> dict[str, float]:
-    kernel = np.ones(_AFTER) / _AFTER
-    ratio = np.convolve(quality, kernel, "valid") / np.convolve(reached, kernel, "valid")
-    calm = ratio[np.r_[False, trace.load[:-1] == 1.0][: len(ratio)] & (trace.load[: len(ratio)] == 1.0)]
-    back = ratio >= 0.98 * float(np.median(calm))
-    waits = [int(np.argmax(back[j:])) if back[j:].any() else len(ratio) - j for j in downs if j < len(ratio)]
-    return {"recover": float(statistics.median(waits)), "recover_max": float(max(waits))} if waits else {}
-
-
-def shortfalls(results: Mapping[str, Mapping[str, Mapping[str, float]]], attainment: float, n: int) -> list[str]:
-    """What should hold of ``ours`` on traces of n requests and does not; a tie is within two standard errors."""
-    found: list[str] = []
-    tie = 2 * math.sqrt(attainment * (1 - attainment) / n)
-    for trace, rows in results.items():
-        ours = rows["ours"]
-        if ours["attainment"] < attainment:
-            found.append(f"{trace}: attainment {ours['attainment']:.4f} < {attainment}")
-        if ours["of_oracle"] < 0.95:
-            found.append(f"{trace}: quality {ours['of_oracle']:.3f} of the oracle's < 0.95")
-        if trace == "step" and ours.get("misses", 0.0) > 4:
-            found.append(f"{trace}: {ours['misses']:.1f} misses in the 20 requests after a step > 4")
-        if trace == "step" and ours.get("recover", 0.0) > 60:
-            found.append(f"{trace}: recovered {ours['recover']:.0f} requests after its end > 60")
-        for name, row in rows.items():
-            better = row["attainment"] > ours["attainment"] + tie and row["quality"] > ours["quality"]
-            if name != "oracle" and better:
-                found.append(f"{trace}: {name} is better in both attainment and quality")
-    return found

@@ -15,7 +15,7 @@ from adaptive_fusion.commands.output import complain, console, decision_fields, 
 from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
-    from adaptive_fusion.demo import Row, Summary
+    from adaptive_fusion.demo import AnswerPair, Summary
     from adaptive_fusion.reply import Reply
 
 app = typer.Typer()
@@ -67,7 +67,7 @@ def _folder(out: Path) -> Path:
     return out
 
 
-def _fields(row: "Row") -> dict[str, Any]:
+def _fields(row: "AnswerPair") -> dict[str, Any]:
     return {
         "input": row.question.name,
         "content": row.question.slice,
@@ -81,7 +81,7 @@ def _fields(row: "Row") -> dict[str, Any]:
     }
 
 
-def _show(out: Console, rows: list["Row"], summary: "Summary") -> None:
+def _show(out: Console, rows: list["AnswerPair"], summary: "Summary") -> None:
     plans = Table(title=f"Plans under a latency budget of {summary.budget_ms:.0f} ms", title_justify="left")
     for column, justify in (("file", "left"), ("content", "left"), ("", "left"), ("lane", "left"), ("point", "left")):
         plans.add_column(column, justify=justify)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def _costs(reply: "Reply", budget_ms: float) -> tuple[str, str, str, str]:
     return str(took.visual_tokens), f"{took.ttft_ms:.0f}", f"{took.latency_ms:.0f}", kept
 
 
-def _draw(rows: list["Row"], out: Path) -> None:
+def _draw(rows: list["AnswerPair"], out: Path) -> None:
     from adaptive_fusion.commands.pictures import demo_plot
     from adaptive_fusion.errors import MissingExtraError
 

@@ -18,7 +18,7 @@ from adaptive_fusion.media.load import load_media
 from adaptive_fusion.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
-    from adaptive_fusion.demo import Row
+    from adaptive_fusion.demo import AnswerPair
 
 _ROW_INCHES = 4.4
 _SHOWN_SIDE = 512
@@ -56,7 +56,7 @@ def explain_plot(decided: Sequence[tuple[str, Decision]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def demo_plot(rows: Sequence["Row"], path: Path) -> None:
+def demo_plot(rows: Sequence["AnswerPair"], path: Path) -> None:
     """Draw one row per file of the demo: the picture, what was asked and answered, time and tokens as bars.
 
     Raises:

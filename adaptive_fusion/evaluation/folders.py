@@ -143,8 +143,8 @@ def _of(row: Any, key: str, *kinds: type) -> Any:
     return value
 
 
-def folder_items(folder: Path, captions: Path, prompt: str, limit: int | None = None) -> list[Question]:
-    """One item per captioned image, in the file's order, the first `limit` of them.
+def folder_questions(folder: Path, captions: Path, prompt: str, limit: int | None = None) -> list[Question]:
+    """One question per captioned image, in the file's order, the first `limit` of them.
 
     Raises:
         ConfigError: If `captions` is refused by `read_coco`, an image lies outside the folder or is missing, or
@@ -153,12 +153,12 @@ def folder_items(folder: Path, captions: Path, prompt: str, limit: int | None = 
     if limit is not None and limit < 2:
         raise ConfigError(f"limit is {limit} images; expected at least 2")
     chosen = list(read_coco(captions).items())[:limit]
-    items = [
+    found = [
         Question(_inside(folder, name), prompt, tuple(texts), None, slices={SLICE: CAPTIONS}) for name, texts in chosen
     ]
-    if len(items) < 2:
-        raise ConfigError(f"{len(items)} images have captions; expected at least 2")
-    return items
+    if len(found) < 2:
+        raise ConfigError(f"{len(found)} images have captions; expected at least 2")
+    return found
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -54,7 +54,7 @@ DENSITIES = ((0, "no text"), (180, "little text"))
 STRIDE = 1_000_000
 
 
-def reference_items(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[Question]:
+def reference_questions(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[Question]:
     """Evaluation-split scenes: `scenes` each of dense, reading and clips, three times as many simple ones.
 
     All of them together are the mixed set. `sides` bounds a still's sides in pixels (see `make_scene`).
@@ -65,13 +65,13 @@ def reference_items(scenes: int, sides: tuple[int, int] = (256, 384)) -> list[Qu
     integer(scenes, "scenes", 2)
     counts = {name: scenes * (SIMPLE_SHARE if name == "simple" else 1) for name in SLICES}
     return [
-        _item(name, make_scene(kind, FIRST_SEED + index, "eval", sides))
+        _question(name, make_scene(kind, FIRST_SEED + index, "eval", sides))
         for name, kind in SLICES.items()
         for index in range(counts[name])
     ]
 
 
-def _item(name: str, scene: Scene) -> Question:
+def _question(name: str, scene: Scene) -> Question:
     truth = scene.answers[scene.task]
     wrong = tuple(hard_negatives(truth, scene.kind))
     return Question(

@@ -17,7 +17,7 @@ from adaptive_fusion.bench.scores import MIXED
 from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
 from adaptive_fusion.commands.bench import app
 from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
-from adaptive_fusion.evaluation.scenes import reference_items
+from adaptive_fusion.evaluation.scenes import reference_questions
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.models import adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
@@ -55,7 +55,7 @@ def test_likelihoods_equal_one_full_forward_each(
 
 def test_every_scene_is_encoded_once_per_row(tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = AdaptiveRunner(tiny_dense, processor, policy="balanced")
-    items = reference_items(2, (64, 96))
+    questions = reference_questions(2, (64, 96))
     rows = rows_for(runner.adapter, [*KNOB_ROWS[1:2], gated(0.25)])
     seen: list[str] = []
     encode = runner.adapter.encode
@@ -68,14 +68,14 @@ def test_every_scene_is_encoded_once_per_row(tiny_dense: Any, processor: Any, mo
     steps: list[int] = []
     result = evaluate(
         runner.adapter,
-        items,
+        questions,
         rows,
         runner.decide,
         max_new_tokens=4,
         progress=lambda done, _total, _stage: steps.append(done),
     )
     assert list(rows) == ["native@1", "native@0.5", "gated12r8@0.25"]
-    assert steps == list(range(len(items) * 4 + 1)) and len(seen) == steps[-1] + len(
+    assert steps == list(range(len(questions) * 4 + 1)) and len(seen) == steps[-1] + len(
         rows
     )  # each row once more to warm up
     mixed = {record["row"]: record for record in result["slices"][MIXED]}

@@ -16,21 +16,24 @@ from typer.testing import CliRunner
 
 from adaptive_fusion.bench import report
 from adaptive_fusion.bench.baselines import Ours, run
-from adaptive_fusion.bench.budget import Delay, Table, cpu_hogs, measure_table, measured_world, replay, run_real
-from adaptive_fusion.bench.traces import HOG, TRACES, Case, World, best_static, build, oracle, read_trace, score
+from adaptive_fusion.bench.budget import replay, run_real
+from adaptive_fusion.bench.load import Delay, background_load
+from adaptive_fusion.bench.measured import MeasuredTable, measure_table, measured_world
+from adaptive_fusion.bench.outcomes import best_static, oracle, score
+from adaptive_fusion.bench.traces import BACKGROUND, TRACES, Case, World, build, read_trace
 from adaptive_fusion.commands.bench import app
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.evaluation.scenes import reference_items
+from adaptive_fusion.evaluation.scenes import reference_questions
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.runner import AdaptiveRunner
 
 TIMES, QUALITY = (100.0, 60.0, 30.0, 15.0), (1.0, 0.9, 0.7, 0.5)
 
 
-def made_up(lanes: int = 2, repeats: int = 4) -> Table:
+def made_up(lanes: int = 2, repeats: int = 4) -> MeasuredTable:
     """Cases of two lanes with ladders of three and four points, whose times are as predicted but for noise."""
     rng = np.random.default_rng(0)
     cases, calm = [], np.full((4, 5, repeats), np.inf)
@@ -53,7 +56,7 @@ def made_up(lanes: int = 2, repeats: int = 4) -> Table:
             calm[index, column] = (ms * size + 5) * np.exp(rng.normal(0, 0.08, repeats))
             memory[index, column] = ms / 1e3
             answered[index, column] = 0.5
-    return Table(tuple(cases), calm, 1.6 * calm, memory, answered)
+    return MeasuredTable(tuple(cases), calm, 1.6 * calm, memory, answered)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +66,13 @@ def world() -> World:
 
 def test_a_replay_holds_what_must_hold_and_says_what_it_is_made_of(world: World, tmp_path: Path) -> None:
     found = replay(world, 0.95, 2000)
-    assert list(found["traces"]) == [*TRACES, HOG] and found["hog_factor"] == pytest.approx(1.6)
+    assert list(found["traces"]) == [*TRACES, BACKGROUND] and found["hog_factor"] == pytest.approx(1.6)
     for name, rows in found["traces"].items():
         assert list(rows) == ["native", "best static", "aimd", "pid", "ours", "oracle"]
         assert rows["oracle"]["attainment"] == 1.0 and rows["ours"]["attainment"] >= 0.95, name
         assert rows["ours"]["of_oracle"] >= 0.9 and rows["native"]["attainment"] < 0.8
         assert rows["ours"]["answered"] == pytest.approx(0.5, abs=0.05) and rows["ours"]["decision_us"] > 0
-    assert "recover" in found["traces"]["step"]["ours"] and "misses" in found["traces"][HOG]["ours"]
+    assert "recover" in found["traces"]["step"]["ours"] and "misses" in found["traces"][BACKGROUND]["ours"]
     json.dumps(found, allow_nan=False)
     report.plot_budget(found, tmp_path / "budget.png")
     with Image.open(tmp_path / "budget.png") as image:
@@ -132,31 +135,31 @@ def test_a_bad_trace_file_is_refused(tmp_path: Path, text: str, says: str) -> No
 
 
 @pytest.fixture(scope="module")
-def items() -> list[Question]:
-    found = reference_items(2, (64, 64))
+def questions() -> list[Question]:
+    found = reference_questions(2, (64, 64))
     return [found[0], found[7], found[-1]]  # simple, dense, a clip
 
 
 def test_measured_replayed_and_run_for_real(
-    tiny_dense: Any, processor: Any, items: list[Question], monkeypatch: pytest.MonkeyPatch
+    tiny_dense: Any, processor: Any, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaptive_fusion.bench.budget.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("adaptive_fusion.bench.measured.ANSWER_TOKENS", 8)
     runner = AdaptiveRunner(tiny_dense, processor, policy="latency")
     steps: list[tuple[int, int, str]] = []
-    table = measure_table(runner, items, repeats=2, progress=lambda *step: steps.append(step))
+    table = measure_table(runner, questions, repeats=2, progress=lambda *step: steps.append(step))
     columns = [1 + len(case.candidates) for case in table.cases]
     count = 4 * sum(columns)
     assert steps == [(done, count, "measure") for done in range(count + 1)]
-    assert table.busy is None and table.hogged is None
+    assert table.busy is None and table.slowdown is None
     for case, width in enumerate(columns):
         assert np.isfinite(table.calm[case, :width]).all() and np.isinf(table.calm[case, width:]).all()
         assert (table.memory[case, :width] >= 0).all() and (table.answered[case] >= 0).all()
     world = measured_world(table, table.default_deadline_ms, 1.25)
-    assert HOG not in replay(world, 0.9, 2000)["traces"]
-    [check] = run_real(runner, items, world, 0.9, 12)
+    assert BACKGROUND not in replay(world, 0.9, 2000)["traces"]
+    [check] = run_real(runner, questions, world, 0.9, 12)
     assert check["requests"] == 12 and 0 <= check["attainment"] <= 1 and check["ratio"] > 0
     with pytest.raises(ConfigError, match="3 requests"):
-        run_real(runner, items, world, 0.9, 3)
+        run_real(runner, questions, world, 0.9, 3)
 
 
 def test_delay_stretches_the_model_and_leaves_it_as_it_was(
@@ -175,19 +178,19 @@ def test_delay_stretches_the_model_and_leaves_it_as_it_was(
     assert len(tiny_dense._forward_hooks) == hooks and not tiny_dense._forward_pre_hooks
 
 
-def test_hogs_end_with_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    hogs = []
+def test_busy_processes_end_with_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = []
 
     class Known(subprocess.Popen[bytes]):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options)
-            hogs.append(self)
+            busy.append(self)
 
     monkeypatch.setattr(subprocess, "Popen", Known)
-    with pytest.raises(KeyError), cpu_hogs(2):
-        assert [hog.poll() for hog in hogs] == [None, None]
+    with pytest.raises(KeyError), background_load(2):
+        assert [process.poll() for process in busy] == [None, None]
         raise KeyError
-    assert len(hogs) == 2 and all(hog.returncode is not None for hog in hogs)
+    assert len(busy) == 2 and all(process.returncode is not None for process in busy)
 
 
 def test_the_command_and_its_refusals(
@@ -195,9 +198,11 @@ def test_the_command_and_its_refusals(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Small pictures: what is tried here is the command, not the model.
-    monkeypatch.setattr("adaptive_fusion.bench.budget.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("adaptive_fusion.bench.measured.ANSWER_TOKENS", 8)
     monkeypatch.setattr("adaptive_fusion.calibrate.SHAPES", ((96, 96), (80, 64), (64, 80), (48, 48)))
-    monkeypatch.setattr("adaptive_fusion.evaluation.scenes.reference_items", lambda n: reference_items(n, (64, 64)))
+    monkeypatch.setattr(
+        "adaptive_fusion.evaluation.scenes.reference_questions", lambda n: reference_questions(n, (64, 64))
+    )
     tiny_dense.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     trace = tmp_path / "trace.csv"

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from adaptive_fusion.bench.answers import gated, native, weighted
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.evaluation.scenes import media, reference_items
+from adaptive_fusion.evaluation.scenes import media, reference_questions
 from adaptive_fusion.evaluation.statistics import Interval, bootstrap_diff, bootstrap_mean, won_back
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.learning.distillation.distil import distil
@@ -128,11 +128,11 @@ def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(args: argparse.Namespace, part: int) -> dict[str, dict[str, list[float]]]:
-    """Quality and token accuracy of every row on every `workers`-th item: {row: {metric: [one value an item]}}."""
+    """Quality and token accuracy of every row on every `workers`-th question: {row: {metric: [a value a question]}}."""
     adapter = adapter_of(args)
     for name in ("weighted", "gated"):
         adapter.add_fusion(DeepStackFusion.from_file(module_path(args, name)))
-    mine = items(args.judge)[part :: args.workers]
+    mine = held_out(args.judge)[part :: args.workers]
     order = sorted(range(len(mine)), key=lambda i: (mine[i].slice, area(mine[i].media)))
     found: dict[str, dict[str, list[float]]] = {}
     tokenizer = adapter.processor.tokenizer
@@ -158,12 +158,12 @@ def measure(args: argparse.Namespace, part: int) -> dict[str, dict[str, list[flo
     return found
 
 
-def items(count: int) -> list[Question]:
+def held_out(count: int) -> list[Question]:
     """Evaluation scenes: `count` dense and reading ones each, half as many simple ones and clips."""
     kept: list[Question] = []
     for name in ("dense", "reading", "simple", "clips"):
         most = count if name in ("dense", "reading") else count // 2
-        kept += [item for item in reference_items(max(2, count)) if item.slice == name][:most]
+        kept += [asked for asked in reference_questions(max(2, count)) if asked.slice == name][:most]
     return kept
 
 
@@ -285,7 +285,7 @@ def main() -> None:
         for name, report in reports.items():
             write(args, {"report": name, **report})
         measured = everywhere(measure, parts)
-    judged = items(args.judge)
+    judged = held_out(args.judge)
     found: dict[str, dict[str, list[float]]] = {
         row: {metric: [0.0] * len(judged) for metric in columns} for row, columns in measured[0].items()
     }
@@ -293,7 +293,7 @@ def main() -> None:
         for row, columns in own.items():
             for metric, values in columns.items():
                 found[row][metric][part :: args.workers] = values
-    records = summarise(found, [item.slice for item in judged])
+    records = summarise(found, [asked.slice for asked in judged])
     (args.out / "results.json").write_text(
         json.dumps({"reports": reports, "records": records, "items": found}, indent=1) + "\n", encoding="utf-8"
     )

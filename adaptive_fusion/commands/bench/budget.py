@@ -104,17 +104,17 @@ def _measure(
     model: str, policy: str, scenes: int, repeats: int, background: int, ttft_ms: float | None, as_json: bool
 ) -> _Measured:
     """Calibrate the model if it never was, and measure every question at every point of its lane."""
-    from adaptive_fusion.bench.budget import measure_table, measured_world
+    from adaptive_fusion.bench.measured import measure_table, measured_world
     from adaptive_fusion.calibrate import calibrate
-    from adaptive_fusion.evaluation.scenes import reference_items
+    from adaptive_fusion.evaluation.scenes import reference_questions
     from adaptive_fusion.loading import open_runner
 
-    questions = reference_items(scenes)
+    questions = reference_questions(scenes)
     runner = open_runner(model, policy)
     with progress(as_json) as shown:
         if not runner.profile.samples:
             calibrate(runner, save=False, progress=shown)
-        table = measure_table(runner, questions, repeats=repeats, hogs=background, progress=shown)
+        table = measure_table(runner, questions, repeats=repeats, background=background, progress=shown)
     world = measured_world(table, ttft_ms or table.default_deadline_ms, runner.profile.memory_margin)
     return _Measured(runner, questions, world, repeats, background)
 
@@ -131,16 +131,17 @@ def _replay(
     """Every row on every trace for one target, and the check by `real` requests, as fields of the command's JSON."""
     from adaptive_fusion.bench.budget import replay, run_real
 
-    runner, world, hogs = measured.runner, measured.world, measured.background
+    runner, world = measured.runner, measured.world
     with progress(as_json) as shown:
         found = replay(world, target, requests, seed=seed, trace=trace, progress=shown)
         checks = []
         if real:
-            checks = run_real(runner, measured.questions, world, target, real, hogs=hogs, seed=seed, progress=shown)
+            options = {"background": measured.background, "seed": seed}
+            checks = run_real(runner, measured.questions, world, target, real, progress=shown, **options)
     return {
         "profile": runner.profile_note,
         "repeats": measured.repeats,
-        "hogs": hogs,
+        "hogs": measured.background,
         "machine": machine(),
         **found,
         "real": checks,

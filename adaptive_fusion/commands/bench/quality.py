@@ -69,12 +69,12 @@ def _check(data: Path | None, captions: Path | None, knobs: bool, points: list[s
 
 def _questions(scenes: int, data: Path | None, captions: Path | None, prompt: str) -> "list[Question]":
     """Captioned images, or the held-out scenes."""
-    from adaptive_fusion.evaluation.folders import folder_items
-    from adaptive_fusion.evaluation.scenes import reference_items
+    from adaptive_fusion.evaluation.folders import folder_questions
+    from adaptive_fusion.evaluation.scenes import reference_questions
 
     if data is None or captions is None:
-        return reference_items(scenes)
-    return folder_items(data, captions, prompt, limit=scenes)
+        return reference_questions(scenes)
+    return folder_questions(data, captions, prompt, limit=scenes)
 
 
 def _open(

@@ -23,7 +23,7 @@ from adaptive_fusion.execution.timed import Encoding, Pass, Recordings, TimedMod
 from adaptive_fusion.features.prompts import PROMPT_VERSION, prompt_features
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.learning.labelling.batches import batches, collate
-from adaptive_fusion.learning.labelling.scoring import Timing
+from adaptive_fusion.learning.labelling.scoring import RungTiming
 from adaptive_fusion.models import Encoded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
@@ -68,9 +68,9 @@ class _Ready:
     encoding: Encoding
     ready_ms: float
 
-    def timing(self, ttft_ms: float, **more: Any) -> Timing:
+    def timing(self, ttft_ms: float, **more: Any) -> RungTiming:
         encoded = self.encoding.encoded
-        return Timing(ttft_ms, patches=encoded.patches, visual_tokens=encoded.visual_tokens, **more)
+        return RungTiming(ttft_ms, patches=encoded.patches, visual_tokens=encoded.visual_tokens, **more)
 
 
 class RunnerModel:
@@ -112,7 +112,7 @@ class RunnerModel:
         """See `describe`."""
         return describe(question)
 
-    def answers(self, question: Question, rungs: Sequence[Rung]) -> dict[str, tuple[str, Timing]]:
+    def answers(self, question: Question, rungs: Sequence[Rung]) -> dict[str, tuple[str, RungTiming]]:
         """See `scoring.Model`.
 
         Raises:
@@ -122,7 +122,7 @@ class RunnerModel:
         ready = self._encode(question, rungs)
         first = [self._generate(each.encoding, _TIMED_TOKENS) for each in ready]
         tokens = self._answered([each.encoding for each in ready])
-        found: dict[str, tuple[str, Timing]] = {}
+        found: dict[str, tuple[str, RungTiming]] = {}
         for each, alone, new in zip(ready, first, tokens, strict=True):
             text = self._tokenizer.decode(new, skip_special_tokens=True).strip()
             ttft_ms = each.ready_ms + alone.prefill_ms
@@ -131,10 +131,10 @@ class RunnerModel:
             found |= {name: (text, timing) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
-    def likelihoods(self, question: Question, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, Timing]]:
+    def likelihoods(self, question: Question, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, RungTiming]]:
         """See `scoring.Model`; the end of the answer counts as a token. Raises as `answers`."""
         answer = [*self._tokenizer(text, add_special_tokens=False).input_ids, int(self._tokenizer.eos_token_id)]
-        found: dict[str, tuple[float, Timing]] = {}
+        found: dict[str, tuple[float, RungTiming]] = {}
         for each in self._encode(question, rungs):
             with self._exclusively():
                 prompt, prefill_ms = self._timed.prefill(each.encoding)

@@ -35,11 +35,11 @@ class RungScores:
 class Scorer(Protocol):
     """Describes an input and scores rungs on it. Picklable ones can be run by several processes."""
 
-    def describe(self, item: Any, /) -> Subject:
+    def describe(self, question: Any, /) -> Subject:
         """Hashes and features; cheap, since it decides whether the input is scored at all."""
         ...
 
-    def score(self, item: Any, rungs: Sequence[Rung], /) -> RungScores:
+    def score(self, question: Any, rungs: Sequence[Rung], /) -> RungScores:
         """Run the rungs."""
         ...
 
@@ -96,10 +96,10 @@ def label_inputs(
     failed, scored = plan.failed, 0
     steps = Steps(progress, "label", len(plan.todo))
     with out.open("a", encoding="utf-8") as handle:
-        for item, subject, worth in _run(scorer, plan.todo, tuple(rungs), jobs):
+        for question, subject, worth in _run(scorer, plan.todo, tuple(rungs), jobs):
             steps.advance()
             if isinstance(worth, str):
-                failed.append((_name(item), worth))
+                failed.append((_name(question), worth))
                 continue
             _append(handle, subject, worth, source_id, clock())
             scored += 1
@@ -120,11 +120,11 @@ def _plan(scorer: Scorer, inputs: Iterable[Any], done: set[tuple[Any, Any]]) -> 
     """Describe every input, and leave out those that were scored before or come twice."""
     plan = _Plan()
     known = set(done)
-    for item in inputs:
+    for question in inputs:
         try:
-            subject = scorer.describe(item)
+            subject = scorer.describe(question)
         except AdaptiveFusionError as error:
-            plan.failed.append((_name(item), str(error)))
+            plan.failed.append((_name(question), str(error)))
             continue
         key = (subject.content_hash, subject.prompt_hash)
         if key in done:
@@ -132,7 +132,7 @@ def _plan(scorer: Scorer, inputs: Iterable[Any], done: set[tuple[Any, Any]]) -> 
         elif key in known:
             plan.repeated += 1
         else:
-            plan.todo.append((item, subject))
+            plan.todo.append((question, subject))
         known.add(key)
     return plan
 
@@ -175,27 +175,27 @@ def _run(
     scorer: Scorer, todo: list[tuple[Any, Subject]], rungs: tuple[Rung, ...], jobs: int
 ) -> Iterator[tuple[Any, Subject, RungScores | str]]:
     contents: dict[str, list[tuple[Any, Subject]]] = {}
-    for item, subject in todo:
-        contents.setdefault(subject.content_hash, []).append((item, subject))
+    for question, subject in todo:
+        contents.setdefault(subject.content_hash, []).append((question, subject))
     if jobs == 1 or len(contents) < 2 or not _picklable(scorer):
         for pairs in contents.values():
-            for item, subject in pairs:
-                yield item, subject, _score(scorer, item, rungs)
+            for question, subject in pairs:
+                yield question, subject, _score(scorer, question, rungs)
         return
-    work = (delayed(_score_all)(scorer, [item for item, _ in pairs], rungs) for pairs in contents.values())
+    work = (delayed(_score_all)(scorer, [question for question, _ in pairs], rungs) for pairs in contents.values())
     results = Parallel(n_jobs=jobs, return_as="generator")(work)
     for pairs, found in zip(contents.values(), results, strict=True):
-        for (item, subject), scores in zip(pairs, found, strict=True):
-            yield item, subject, scores
+        for (question, subject), scores in zip(pairs, found, strict=True):
+            yield question, subject, scores
 
 
-def _score_all(scorer: Scorer, items: Sequence[Any], rungs: tuple[Rung, ...]) -> list[RungScores | str]:
-    return [_score(scorer, item, rungs) for item in items]
+def _score_all(scorer: Scorer, questions: Sequence[Any], rungs: tuple[Rung, ...]) -> list[RungScores | str]:
+    return [_score(scorer, question, rungs) for question in questions]
 
 
-def _score(scorer: Scorer, item: Any, rungs: tuple[Rung, ...]) -> RungScores | str:
+def _score(scorer: Scorer, question: Any, rungs: tuple[Rung, ...]) -> RungScores | str:
     try:
-        return scorer.score(item, rungs)
+        return scorer.score(question, rungs)
     except AdaptiveFusionError as error:
         return str(error)
 
@@ -208,5 +208,5 @@ def _picklable(scorer: Scorer) -> bool:
     return True
 
 
-def _name(item: Any) -> str:
-    return str(getattr(item, "name", item))[-80:]
+def _name(question: Any) -> str:
+    return str(getattr(question, "name", question))[-80:]

@@ -20,7 +20,7 @@ NATIVE_RUNG = Rung(NATIVE)
 
 
 @dataclass(frozen=True)
-class Timing:
+class RungTiming:
     """What a rung took on an input: times in milliseconds, counts of patches and tokens; None if not measured.
 
     `latency_ms` is the time to the last token.
@@ -44,13 +44,13 @@ class Model(Protocol):
         """Hashes and features of the media and the question."""
         ...
 
-    def answers(self, question: Question, rungs: Sequence[Rung], /) -> Mapping[str, tuple[str, Timing]]:
+    def answers(self, question: Question, rungs: Sequence[Rung], /) -> Mapping[str, tuple[str, RungTiming]]:
         """The greedy answer by rung name, and what it took."""
         ...
 
     def likelihoods(
         self, question: Question, text: str, rungs: Sequence[Rung], /
-    ) -> Mapping[str, tuple[float, Timing]]:
+    ) -> Mapping[str, tuple[float, RungTiming]]:
         """By rung name the mean log-likelihood per token of `text` as the answer, teacher-forced, and what
         the pass took."""
         ...
@@ -99,7 +99,7 @@ class ModelScorer:
         return _scores(quality, 1.0, {name: took for name, (_, took) in found.items()})
 
 
-def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, Timing]) -> RungScores:
+def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, RungTiming]) -> RungScores:
     cost = {name: each.ttft_ms for name, each in took.items()}
     return RungScores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()})
 

@@ -14,20 +14,20 @@ from PIL import Image
 from adaptive_fusion.bench import report
 from adaptive_fusion.bench.answers import CHANCE, KNOB_ROWS, NATIVE, ROWS, SHUFFLED, Answer
 from adaptive_fusion.bench.comparisons import Limit, compare, shortfalls
-from adaptive_fusion.bench.cost import Run, round_order, summarise_costs
+from adaptive_fusion.bench.cost import RowRun, round_order, summarise_costs
 from adaptive_fusion.bench.cost import shortfalls as cost_shortfalls
 from adaptive_fusion.bench.quality import pareto_front, summarise
 from adaptive_fusion.bench.scores import MIXED, score_all, slices
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.evaluation.folders import folder_items
+from adaptive_fusion.evaluation.folders import folder_questions
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.evaluation.scenes import METRIC_OF_SLICE, hard_negatives, reference_items
+from adaptive_fusion.evaluation.scenes import METRIC_OF_SLICE, hard_negatives, reference_questions
 from adaptive_fusion.point import FUSIONS, OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import KINDS, make_scene
 
-ITEMS = reference_items(4, (64, 96))
+QUESTIONS = reference_questions(4, (64, 96))
 TIME = Measurement(1.0, 40.0, 9.0, 50.0, 50.0, 100.0, 64, 80, 10, 256, 0.5)
 
 
@@ -55,28 +55,28 @@ def test_a_hard_negative_is_one_change_away_and_wrong(kind: Any, seed: int) -> N
 
 
 def test_the_mixed_set_is_half_simple_and_the_right_answer_scores_one() -> None:
-    parts = slices(ITEMS)
+    parts = slices(QUESTIONS)
     assert {name: len(chosen) for name, chosen in parts.items()} == {
         "simple": 12, "dense": 4, "reading": 4, "clips": 4, MIXED: 24,
     }  # fmt: skip
-    assert all(item.score(item.references[0]) == 1.0 for item in ITEMS)
+    assert all(question.score(question.references[0]) == 1.0 for question in QUESTIONS)
     with pytest.raises(ConfigError, match="scenes is 1"):
-        reference_items(1)
+        reference_questions(1)
 
 
 def test_tables_and_comparisons_of_known_answers() -> None:
-    truths = [item.references[0] for item in ITEMS]
-    parts = slices(ITEMS)
-    half = [text if item.slice != "dense" else "" for text, item in zip(truths, ITEMS, strict=True)]
+    truths = [question.references[0] for question in QUESTIONS]
+    parts = slices(QUESTIONS)
+    half = [text if question.slice != "dense" else "" for text, question in zip(truths, QUESTIONS, strict=True)]
     faster = replace(TIME, ttft_ms=25.0, visual_tokens=16)
     rows = {
         "native@1": answers(truths, TIME),
         "native@0.25": answers(half, faster, right=False),
         "adaptive": answers(truths, faster),
-        SHUFFLED: [Answer(truths[-1])] * len(ITEMS),
-        CHANCE: [Answer(truths[-1])] * len(ITEMS),
+        SHUFFLED: [Answer(truths[-1])] * len(QUESTIONS),
+        CHANCE: [Answer(truths[-1])] * len(QUESTIONS),
     }
-    scores = score_all(ITEMS, rows)
+    scores = score_all(QUESTIONS, rows)
     tables = summarise(scores, parts, draws=50)
     dense = {record["row"]: record for record in tables["dense"]}
     assert dense["native@1"]["quality"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
@@ -85,7 +85,7 @@ def test_tables_and_comparisons_of_known_answers() -> None:
     assert dense["native@0.25"]["matching"]["mean"] == 0.0
     assert dense[SHUFFLED]["matching"]["mean"] == 0.25 and "ttft_ms" not in dense[SHUFFLED]
     mixed = {record["row"]: record for record in tables[MIXED]}
-    lost = len(parts["dense"]) / len(ITEMS)
+    lost = len(parts["dense"]) / len(QUESTIONS)
     assert mixed["native@0.25"]["quality"]["mean"] == pytest.approx(1 - lost)
     assert mixed["adaptive"]["ttft_ms"] == {"median": 25.0, "p95": 25.0, "mean": 25.0}
     assert dense["native@1"]["reading"] is None and mixed["native@1"]["reading"]["mean"] == 1.0
@@ -103,13 +103,13 @@ def test_tables_and_comparisons_of_known_answers() -> None:
 
 
 def test_what_fusion_wins_back_and_what_falls_short_of_it() -> None:
-    truths = [item.references[0] for item in ITEMS]
-    dense = [i for i, item in enumerate(ITEMS) if item.slice == "dense"]
+    truths = [question.references[0] for question in QUESTIONS]
+    dense = [i for i, question in enumerate(QUESTIONS) if question.slice == "dense"]
     lost = ["" if i in dense else text for i, text in enumerate(truths)]
     back = [truths[i] if i == dense[0] else text for i, text in enumerate(lost)]
     rows = {"native@1": truths, "native@0.5": lost, "gated12r8@0.5": back, "weighted6r4@0.5": lost}
-    scores = score_all(ITEMS, {row: answers(texts, TIME) for row, texts in rows.items()})
-    comparisons = compare(scores, slices(ITEMS), draws=200)
+    scores = score_all(QUESTIONS, {row: answers(texts, TIME) for row, texts in rows.items()})
+    comparisons = compare(scores, slices(QUESTIONS), draws=200)
     [won] = [c for c in comparisons if c["kind"] == "won back" and c["slice"] == "dense"]
     assert won["value"]["mean"] == 0.25 and won["limit"]["holds"] == "unsure"  # a quarter, of one scene in four
     # Where nothing is surely lost (the text is read as well at half the size) no share of it comes back.
@@ -142,11 +142,11 @@ def test_a_limit_is_kept_by_the_mean_and_where_asked_by_the_interval(
 
 
 def test_report_shows_every_row_and_the_plot_is_a_picture(tmp_path: Path) -> None:
-    truths = [item.references[0] for item in ITEMS]
+    truths = [question.references[0] for question in QUESTIONS]
     rows = {"native@1": answers(truths, TIME), "native@0.5": answers(truths, replace(TIME, ttft_ms=30.0))}
     rows |= {SHUFFLED: answers(truths), CHANCE: answers(truths)}
-    scores = score_all(ITEMS, rows)
-    parts = slices(ITEMS)
+    scores = score_all(QUESTIONS, rows)
+    parts = slices(QUESTIONS)
     tables = summarise(scores, parts, draws=20)
     comparisons = compare(scores, parts, "native@0.5", draws=20)
     result = {
@@ -174,8 +174,8 @@ def test_report_shows_every_row_and_the_plot_is_a_picture(tmp_path: Path) -> Non
 
 
 def test_costs_are_ratios_to_the_native_runs_on_both_sides() -> None:
-    def run(row: str, encode_ms: float, **more: Any) -> Run:
-        return Run(row, replace(TIME, encode_ms=encode_ms, prefill_ms=0.0, **more))
+    def run(row: str, encode_ms: float, **more: Any) -> RowRun:
+        return RowRun(row, replace(TIME, encode_ms=encode_ms, prefill_ms=0.0, **more))
 
     small = {"patches": 64, "visual_tokens": 16}
     runs = [
@@ -248,13 +248,13 @@ def write(folder: Path, **values: Any) -> Path:
 
 
 def test_a_coco_folder_gives_one_question_per_captioned_image(coco: Path) -> None:
-    items = folder_items(coco, write(coco), "Describe.")
-    assert [(item.media.name, item.references) for item in items] == [
+    asked = folder_questions(coco, write(coco), "Describe.")
+    assert [(question.media.name, question.references) for question in asked] == [
         ("0.png", ("caption 0", "caption 2")),
         ("1.png", ("caption 1", "caption 3")),
     ]
-    scores = score_all(items, {"native@1": answers(["caption 0", "x"])})
-    record = summarise(scores, slices(items), draws=20)["captions"][0]
+    scores = score_all(asked, {"native@1": answers(["caption 0", "x"])})
+    record = summarise(scores, slices(asked), draws=20)["captions"][0]
     assert record["quality"] is None and record["matching"] is None and record["cider"]["mean"] > 0
 
 
@@ -271,12 +271,12 @@ def test_a_coco_folder_gives_one_question_per_captioned_image(coco: Path) -> Non
 )
 def test_a_bad_captions_file_is_refused(coco: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        folder_items(coco, write(coco, **values), "Describe.")
+        folder_questions(coco, write(coco, **values), "Describe.")
 
 
 def test_an_unreadable_captions_file_is_refused(coco: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
-        folder_items(coco, coco / "absent.json", "?")
+        folder_questions(coco, coco / "absent.json", "?")
     (coco / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
-        folder_items(coco, coco / "bad.json", "?")
+        folder_questions(coco, coco / "bad.json", "?")

@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 
 from adaptive_fusion.bench.baselines import Aimd, Ours, run
-from adaptive_fusion.bench.traces import TRACES, best_static, build, native, oracle, score
+from adaptive_fusion.bench.outcomes import best_static, native, oracle, score
+from adaptive_fusion.bench.traces import TRACES, build
 
 
 @pytest.fixture(scope="module")

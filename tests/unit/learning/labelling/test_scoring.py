@@ -20,7 +20,7 @@ from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.text import word_f1
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.learning.labelling.batches import LEAST_SHARE, batches, collate
-from adaptive_fusion.learning.labelling.scoring import ModelScorer, Timing
+from adaptive_fusion.learning.labelling.scoring import ModelScorer, RungTiming
 from adaptive_fusion.policy.rungs import Rung
 
 LADDER = [rung(name) for name in RUNGS]
@@ -32,16 +32,16 @@ class Letters:
     def describe(self, question: Question) -> Subject:
         return subject(np.array([1.0]), len(question.media))
 
-    def answers(self, question: Question, rungs: Sequence[Rung]) -> dict[str, tuple[str, Timing]]:
+    def answers(self, question: Question, rungs: Sequence[Rung]) -> dict[str, tuple[str, RungTiming]]:
         share = {r.name: r.point.downsample for r in rungs}
         return {
-            name: (question.media[: round(len(question.media) * part)], Timing(10 * part, visual_tokens=4))
+            name: (question.media[: round(len(question.media) * part)], RungTiming(10 * part, visual_tokens=4))
             for name, part in share.items()
         }
 
-    def likelihoods(self, question: Question, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, Timing]]:
+    def likelihoods(self, question: Question, text: str, rungs: Sequence[Rung]) -> dict[str, tuple[float, RungTiming]]:
         assert text == question.media  # the full-compute answer, whatever the rung
-        return {r.name: (math.log(0.9 * r.point.downsample), Timing(10 * r.point.downsample)) for r in rungs}
+        return {r.name: (math.log(0.9 * r.point.downsample), RungTiming(10 * r.point.downsample)) for r in rungs}
 
 
 def test_answers_are_scored_against_references_or_the_models_own_full_answer() -> None:
