@@ -19,7 +19,7 @@ from pathlib import Path
 
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES
-from adaptive_fusion.learning.data.dataset import build_dataset
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.fit import fit_policy
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.policy import Policy

@@ -22,7 +22,7 @@ from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.scenes import scene_questions
 from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.features.prompts import prompt_features
-from adaptive_fusion.learning.data.dataset import build_dataset
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.labelling.labeller import RunnerModel, describe
 from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
 from adaptive_fusion.point import OperatingPoint

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from learning_data import CHEAP, RECORDS, RUNGS, oracle_labels, write_jsonl
 
-from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset
+from adaptive_fusion.learning.data.matrix import build_dataset
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,9 @@ from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.evaluation.tables import read_table
 from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.jsonl import append_records
-from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import Subject
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.data.people import human_labels
 from adaptive_fusion.learning.fitting.card import card, figure_lines, finite, lane_lines, slice_lines
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy

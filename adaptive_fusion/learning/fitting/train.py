@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError, GateRefused
-from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset
 from adaptive_fusion.learning.data.labels import TRUSTED
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.card import card, finite
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.fitting.gate import Verdict, gate

@@ -18,7 +18,8 @@ import numpy as np
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval
-from adaptive_fusion.learning.data.dataset import NATIVE_NAME, BoolArray, Dataset, FloatArray, build_dataset
+from adaptive_fusion.learning.data.dataset import NATIVE_NAME, BoolArray, Dataset, FloatArray
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.judging.arms import arm_names, judges, scores, two_arms
 from adaptive_fusion.learning.judging.compare import Requests, best_static, compare
 from adaptive_fusion.learning.judging.curve import Arms, Curve, calibration_error

@@ -15,9 +15,10 @@ from adaptive_fusion.decision_log import DecisionLog, feedback_record
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.features.complexity import VERSION
 from adaptive_fusion.jsonl import append_records
-from adaptive_fusion.learning.data.dataset import SPLITS, Dataset, build_dataset, cap_weights
+from adaptive_fusion.learning.data.dataset import SPLITS, Dataset, cap_weights
 from adaptive_fusion.learning.data.labels import SOURCES, label_record, shadow_record
 from adaptive_fusion.learning.data.logs import compact
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.data.people import feedback_from_csv, human_labels
 
 

@@ -11,8 +11,8 @@ from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import VERSION
 from adaptive_fusion.learning.data import logs
-from adaptive_fusion.learning.data.dataset import build_dataset
 from adaptive_fusion.learning.data.logs import COLUMNS, compact, log_files, open_logs
+from adaptive_fusion.learning.data.matrix import build_dataset
 
 GOOD = [
     {"schema": 1, "request_id": "a", "features": {"x": 1.5}, "point": {"fusion": "native"}},

@@ -22,8 +22,9 @@ from learning_data import (
 from sklearn.naive_bayes import GaussianNB
 
 from adaptive_fusion.errors import ConfigError, PolicyError
-from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import label_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.calibration import fit_calibration
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.judging.arms import scores

@@ -13,8 +13,9 @@ import pytest
 from learning_data import CHEAP, MIDDLE, RUNGS, STRONG, base_policy, rung, subject, write_jsonl
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
-from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import label_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.ladders import choose_lanes, prune
 from adaptive_fusion.policy.policy import LANES, Policy
 

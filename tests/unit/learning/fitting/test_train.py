@@ -24,8 +24,9 @@ from learning_data import (
 from sklearn.linear_model import LogisticRegression
 
 from adaptive_fusion.errors import ConfigError, GateRefused
-from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import label_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting import train as train_module
 from adaptive_fusion.learning.fitting.train import Trained, train
 from adaptive_fusion.policy.policy import Policy

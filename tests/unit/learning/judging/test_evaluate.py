@@ -23,8 +23,9 @@ from learning_data import (
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import intervals
-from adaptive_fusion.learning.data.dataset import Dataset, build_dataset
+from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import label_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.gate import gate
 from adaptive_fusion.learning.fitting.threshold import choose_threshold
 from adaptive_fusion.learning.judging.curve import Arms, RoutingCurve, calibration_error

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from learning_data import CHEAP, RUNGS, base_policy, subject, write_jsonl
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.data.dataset import build_dataset
 from adaptive_fusion.learning.data.labels import shadow_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.judging.offpolicy import estimate, off_policy, reward_model
 from adaptive_fusion.policy.predictors import LinearModel
 from adaptive_fusion.policy.router import Inputs, PlainRouter

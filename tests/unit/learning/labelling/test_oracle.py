@@ -11,8 +11,8 @@ import pytest
 from learning_data import CHEAP, RUNGS, STRONG, rung, subject
 
 from adaptive_fusion.errors import ConfigError, MediaError
-from adaptive_fusion.learning.data.dataset import build_dataset
 from adaptive_fusion.learning.data.labels import Subject
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.labelling.oracle import LabelRun, RungScores, label_inputs
 
 LADDER = [rung(name) for name in RUNGS]
