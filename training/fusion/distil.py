@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import RATIOS, summarise, table
 from transformers.utils import logging
 
 from adaptive_fusion.bench.answers import gated, native, weighted
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.scenes import media, reference_questions
-from adaptive_fusion.evaluation.statistics import Interval, bootstrap_diff, bootstrap_mean, won_back
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.learning.distillation.distil import distil
 from adaptive_fusion.learning.distillation.settings import Settings
@@ -37,7 +37,6 @@ from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
-RATIOS = (1.0, 0.5, 0.25)
 KINDS_OF_ROW = {"average": native, "weighted": weighted, "gated": gated}
 MIX = (0.1, 0.55, 0.25, 0.1)
 """Shares of simple, dense, reading and clip scenes."""
@@ -173,69 +172,6 @@ def area(medium: Any) -> int:
 
 
 # What came of it
-
-
-def summarise(found: Mapping[str, Mapping[str, Sequence[float]]], parts: Sequence[str]) -> list[dict[str, Any]]:
-    """One record per slice, metric and ratio: means, differences, shares won back, with paired intervals."""
-    records = []
-    slices = np.array(parts)
-    for part in dict.fromkeys(parts):
-        at = np.flatnonzero(slices == part)
-        for metric in ("quality", "token_accuracy"):
-            values = {row: np.asarray(columns[metric])[at] for row, columns in found.items()}
-            full = values["average@1"]
-            for ratio in RATIOS:
-                average = values[f"average@{ratio:g}"]
-                record: dict[str, Any] = {"slice": part, "metric": metric, "ratio": ratio, "n": len(at)}
-                record |= {"full": mean(full), "average": mean(average), "lost": plain(diff(full, average))}
-                for name in ("weighted", "gated"):
-                    own = values[f"{name}@{ratio:g}"]
-                    record[name] = mean(own)
-                    record[f"{name} gains"] = plain(diff(own, average))
-                    record[f"{name} won back"] = plain(won_back(full, average, own, seed=0))
-                    beyond = (own - average) - (full - average) / 3
-                    record[f"{name} beyond a third"] = plain(bootstrap_mean(beyond, seed=0))
-                record["gated over weighted"] = plain(diff(values[f"gated@{ratio:g}"], values[f"weighted@{ratio:g}"]))
-                records.append(record)
-    return records
-
-
-def mean(values: Any) -> float:
-    return float(np.mean(values))
-
-
-def diff(a: Any, b: Any) -> Interval:
-    return bootstrap_diff(a, b, seed=0)
-
-
-def plain(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else {"mean": interval.mean, "low": interval.low, "high": interval.high}
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as text; [low to high] is a 95 % interval."""
-
-    def span(found: Mapping[str, float] | None, percent: bool = False) -> str:
-        if found is None:
-            return "-"
-        form = "{:.0%} [{:.0%} to {:.0%}]" if percent else "{:+.3f} [{:+.3f} to {:+.3f}]"
-        return form.format(found["mean"], found["low"], found["high"])
-
-    head = ("slice", "metric", "ratio", "full", "average", "weighted", "gated")
-    head += ("weighted won back", "gated won back", "gated over weighted")
-    rows = [head, tuple("---" for _ in head)]
-    for r in records:
-        rows.append(
-            (
-                r["slice"],
-                r["metric"],
-                f"{r['ratio']:g}",
-                *(f"{r[name]:.3f}" for name in ("full", "average", "weighted", "gated")),
-                *(span(r[f"{name} won back"], percent=True) for name in ("weighted", "gated")),
-                span(r["gated over weighted"]),
-            )
-        )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def ship(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from train_policies import RECIPES
+from recipes import RECIPES
 
 from adaptive_fusion.commands.output import progress
 from adaptive_fusion.errors import AdaptiveFusionError

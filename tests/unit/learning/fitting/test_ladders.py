@@ -89,7 +89,7 @@ def recipe_on_path() -> Iterator[None]:
 def recipe_labels(path: Path, count: int, seed: int) -> Path:
     """Labels of made-up scenes at every rung that the recipe knows, with the slices that it reads."""
     with recipe_on_path():
-        from train_policies import RECIPES
+        from recipes import RECIPES
     rungs = {step.name: step for recipe in RECIPES.values() for ladder in recipe.lanes.values() for step in ladder}
     rng = np.random.default_rng(seed)
     records = []

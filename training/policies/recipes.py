@@ -1,0 +1,62 @@
+"""What is asked of each shipped policy, and the rungs that its lanes may have."""
+
+from dataclasses import dataclass
+
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO
+from adaptive_fusion.policy.rungs import Rung
+
+
+def w(downsample: float, share: float) -> Rung:
+    return Rung(OperatingPoint("weighted", 6, downsample, adapter_rank=4), pixel_share=share)
+
+
+def g(downsample: float, share: float, fps: float | None = None) -> Rung:
+    return Rung(OperatingPoint("gated", 12, downsample, None, 8, fps), pixel_share=share)
+
+
+FEW_FRAMES, FEWEST = g(0.5, 0.25, 1), g(0.25, 0.25, 0.5)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is asked of a policy, and the rungs that its lanes may have, dearest first."""
+
+    description: str
+    tolerance: float
+    objective: str
+    lanes: dict[str, tuple[Rung, ...]]
+
+
+RECIPES: dict[str, Recipe] = {
+    "balanced": Recipe(
+        "The cheapest points for what loses next to nothing by them, everything for the rest while the budget holds.",
+        0.01,
+        "cost",
+        {
+            SIMPLE: (w(1, 1), w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.125), w(0.25, 0.125)),
+            COMPLEX: (g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
+            VIDEO: (g(1, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES),
+        },
+    ),
+    "latency": Recipe(
+        "The fewest tokens that still answer: for tight budgets and bulk captioning.",
+        0.05,
+        "cost",
+        {
+            SIMPLE: (w(0.5, 0.25), w(0.5, 0.125), w(0.25, 0.125)),
+            COMPLEX: (g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
+            VIDEO: (g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES, FEWEST),
+        },
+    ),
+    "quality": Recipe(
+        "Saves only where nothing is lost: for documents, dense screens and small text.",
+        0.005,
+        "quality",
+        {
+            SIMPLE: (w(1, 1), w(1, 0.5), w(1, 0.25), w(0.5, 0.25)),
+            COMPLEX: (g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5)),
+            VIDEO: (g(1, 1), g(1, 0.5), g(0.5, 0.5)),
+        },
+    ),
+}
