@@ -5,10 +5,10 @@ For a tap t with level F_tap, group G_t and adapters ``A_i(F) = F + B_i C_i F``:
     F_t = F_tap + s_t * (sum over i in G_t of a_i A_i(F_i) - F_tap)      the merger's input
     g_t * merger_t(F_t)                                                  what the model injects
 
-`native` injects the model's own tap, `top` zeros. `sum` has a_i = s_t = g_t = 1. In `weighted`, a_i is one
-learned weight per level, normalised over the group, and g_t a learned scalar, 1 at start. In `gated`, both
-are per image: a_i = sigmoid(W_i . GlobalPool(F_i) + b_i), normalised over the group, and
-g_t = 2 sigmoid(w . GlobalPool(F_tap) + b) with w = b = 0 at start.
+`sum` has a_i = s_t = g_t = 1. In `weighted`, a_i is one learned weight per level, normalised over the group, and
+g_t a learned scalar, 1 at start. In `gated`, both are per image: a_i = sigmoid(W_i . GlobalPool(F_i) + b_i),
+normalised over the group, and g_t = 2 sigmoid(w . GlobalPool(F_tap) + b) with w = b = 0 at start. `native` and `top`
+fuse nothing and need no module: models inject their own taps, or zeros.
 
 Identity at start: s_t starts at 0, so an untrained `weighted` or `gated` has F_t = F_tap and g_t = 1. What
 gets gradient when:
@@ -65,29 +65,7 @@ class TapFusion(nn.Module, ABC):
 
 
 STRATEGIES: Registry[TapFusion] = Registry("fusion")
-"""Every way of combining levels, by the name an operating point uses."""
-
-
-@STRATEGIES.register("native")
-class Native(TapFusion):
-    """The model's own tap, untouched."""
-
-    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-        return levels[self.tap]
-
-    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
-        return 1.0
-
-
-@STRATEGIES.register("top")
-class Top(TapFusion):
-    """No tap: zeros, so that only the last level's own path reaches the language model."""
-
-    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-        return torch.zeros_like(levels[self.tap])
-
-    def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
-        return 0.0
+"""Every way of combining levels, by the name that an operating point uses."""
 
 
 class Mixed(TapFusion):

@@ -10,6 +10,9 @@ Four kinds of scene, each with the tasks that can be asked of it:
 Everything follows from ``(kind, seed, split)``. Training and evaluation are disjoint by construction: a word or a
 layout belongs to the evaluation split if and only if its CRC-32 is 0 modulo 8, and each split draws only its own.
 Knows nothing of models or tokens. Text is set in the font that Pillow carries.
+
+Longer than other modules: all kinds draw from one stream of random numbers and share how things are placed and
+painted, and it is the order of the draws that makes a seed's scene the same everywhere.
 """
 
 import random

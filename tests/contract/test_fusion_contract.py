@@ -44,7 +44,7 @@ def run(fusion: DeepStackFusion, levels: dict[int, Tensor], lengths: list[int]) 
 
 
 def test_the_registries_list_themselves_sorted() -> None:
-    assert STRATEGIES.names() == ["gated", "native", "sum", "top", "weighted"]
+    assert STRATEGIES.names() == ["gated", "sum", "weighted"]
     assert STANDALONE.names() == ["gated", "sum", "top", "weighted"]
 
 
@@ -103,7 +103,7 @@ def test_weights_survive_a_round_trip_to_disk(strategy: str, rank: int, tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["fusion.safetensors"]
 
 
-@pytest.mark.parametrize("strategy", ["native", "weighted", "gated"])
+@pytest.mark.parametrize("strategy", ["weighted", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_untrained_fusion_is_the_identity_bit_for_bit(strategy: str, dtype: torch.dtype) -> None:
     fusion, levels = DeepStackFusion(FusionSpec(strategy, TAPS, LEVELS, WIDTH, 2)), captured(dtype)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 TOKEN_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LEAST_SHARE = 0.25
-"""Padding costs prefill, a batch more costs decoding: with this, answers of tens of tokens take about the least."""
+"""Least length of a row, as a share of the longest in its batch. Padding costs prefill and a further batch costs
+decoding; at this share answers of some tens of tokens take about the least time."""
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -55,7 +55,7 @@ def injected(fusion: DeepStackFusion, mergers: Mergers, levels: Mapping[int, Ten
 @pytest.mark.parametrize("rank", [0, 4, 8, 16])
 def test_identity_at_start_and_change_after_one_step(strategy: str, layers: int, rank: int) -> None:
     fusion, mergers, levels = DeepStackFusion(spec(strategy, layers, rank)), Mergers(), captured()
-    native = injected(DeepStackFusion(spec("native", layers)), mergers, levels)
+    native = torch.stack([mergers(index, levels[tap]) for index, tap in enumerate(TAPS)])
     before = injected(fusion, mergers, levels)
     torch.testing.assert_close(before, native, rtol=0, atol=1e-5)
 
@@ -125,14 +125,9 @@ def test_the_law_in_full() -> None:
         torch.testing.assert_close(gate, expected)
 
 
-def test_constants_of_the_untrained_strategies() -> None:
-    levels = captured()
-    native, top, total = (DeepStackFusion(spec(name, 6)) for name in ("native", "top", "sum"))
+def test_sum_adds_each_group_as_it_is() -> None:
+    levels, total = captured(), DeepStackFusion(spec("sum", 6))
     for index, group in enumerate(total.spec.groups):
-        assert native.fuse(index, levels, LENGTHS) is levels[TAPS[index]]
-        assert native.gate(index, levels[TAPS[index]], LENGTHS) == 1.0
-        assert not top.fuse(index, levels, LENGTHS).any()
-        assert top.gate(index, levels[TAPS[index]], LENGTHS) == 0.0
         torch.testing.assert_close(total.fuse(index, levels, LENGTHS), sum(levels[i] for i in group))
         assert total.gate(index, levels[TAPS[index]], LENGTHS) == 1.0
 
@@ -178,7 +173,7 @@ def test_a_model_without_taps_has_nothing_to_fuse() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"strategy": "wieghted"}, "'wieghted'; expected one of gated, native, sum, top, weighted"),
+        ({"strategy": "wieghted"}, "'wieghted'; expected one of gated, sum, weighted"),
         ({"strategy": None}, "None; expected one of"),
         ({"taps": (2, 5, 7)}, r"\[7\]"),
         ({"levels": (2, 5, 5, 8)}, r"levels is \[2, 5, 5, 8\]"),
