@@ -151,7 +151,6 @@ def test_half_precision_is_pooled_in_float32_and_rounded_once() -> None:
         torch.testing.assert_close(low.float(), high, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("strategy", ["native", "sum", "top"])
-def test_untrainable_strategies_average(strategy: str) -> None:
-    fusion = DeepStackFusion(FusionSpec(strategy, (1,), (0, 1), 8, 0, WIDTH))
+def test_the_untrainable_strategy_averages() -> None:
+    fusion = DeepStackFusion(FusionSpec("sum", (1,), (0, 1), 8, 0, WIDTH))
     assert not list(fusion.pools)
