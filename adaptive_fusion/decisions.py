@@ -4,15 +4,16 @@ One frozen record serves the reply, the log, the metrics and the training rows. 
 files; `decision_log` keeps it.
 """
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from adaptive_fusion.decision_log import DecisionLog as DecisionLog  # under the name that users know
 from adaptive_fusion.features.complexity import Complexity
+from adaptive_fusion.features.prompts import PROMPT_VERSION
+from adaptive_fusion.log_schema import SCHEMA as SCHEMA
+from adaptive_fusion.log_schema import new_record
 from adaptive_fusion.point import OperatingPoint
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +125,41 @@ class Decision:
         return "\n".join(lines)
 
 
-if TYPE_CHECKING:
-    from adaptive_fusion.decision_log import DecisionLog as DecisionLog
-else:
-
-    def __getattr__(name: str) -> Any:
-        """`DecisionLog`, which lives in `decision_log`, under the name that users know."""
-        if name != "DecisionLog":
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module("adaptive_fusion.decision_log"), name)
+def decision_record(
+    decision: Decision,
+    measurement: Measurement | None,
+    *,
+    time_s: float,
+    content_hash: str | None = None,
+    prompt_hash: str | None = None,
+    error: str | None = None,
+    finish_reason: str | None = None,
+) -> dict[str, Any]:
+    """One decision and what came of it as a flat record of the log, without media and prompt."""
+    return new_record(
+        "decision",
+        time_s=time_s,
+        request_id=decision.request_id,
+        content_hash=content_hash,
+        prompt_hash=prompt_hash,
+        kind=decision.kind,
+        complexity=decision.complexity.score if decision.complexity else None,
+        features=dict(decision.complexity.features) if decision.complexity else {},
+        features_version=decision.complexity.version if decision.complexity else None,
+        prompt_features=dict(decision.prompt_features),
+        prompt_version=PROMPT_VERSION if decision.prompt_features else None,
+        p_complex=decision.p_complex,
+        lane=decision.lane,
+        point=decision.point.to_dict(),
+        rung=decision.rung,
+        propensity=decision.propensity,
+        policy=decision.policy,
+        budget=dict(decision.budget),
+        feasible=decision.feasible,
+        predicted=asdict(decision.predicted) if decision.predicted else None,
+        p_late=decision.p_late,
+        reason=decision.reason,
+        measurement=asdict(measurement) if measurement else None,
+        finish_reason=finish_reason,
+        error=error,
+    )

@@ -29,8 +29,8 @@ from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInf
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile, Work
 from adaptive_fusion.cost.profiles import find_profile
-from adaptive_fusion.decision_log import DecisionLog, record, text_hash
-from adaptive_fusion.decisions import Decision, Measurement
+from adaptive_fusion.decision_log import DecisionLog, text_hash
+from adaptive_fusion.decisions import Decision, Measurement, decision_record
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
 from adaptive_fusion.execution.executor import Executor, Run, Task
@@ -505,7 +505,7 @@ class AdaptiveRunner:
         if self.log is not None:
             hashed = text_hash(prompt) if prompt else None
             self.log.write(
-                record(
+                decision_record(
                     run.decision,
                     run.measurement,
                     time_s=time.time(),

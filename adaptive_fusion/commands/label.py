@@ -31,7 +31,19 @@ _SAID = "What people said"
 Human = Annotated[
     Path | None,
     typer.Option(
-        metavar="CSV", help="path and label (simple, complex) or score, optionally group.", rich_help_panel=_SAID
+        metavar="CSV",
+        help="path and label (simple, complex) or score, optionally rater and group. Several raters of an input become"
+        " one label.",
+        rich_help_panel=_SAID,
+    ),
+]
+Rater = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Who judged in --human, where the table does not say; else the table's name stands for one.",
+        show_default=False,
+        rich_help_panel=_SAID,
     ),
 ]
 Feedback = Annotated[
@@ -67,6 +79,7 @@ def label(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
     human: Human = None,
+    rater: Rater = None,
     feedback: Feedback = None,
     as_json: Json = False,
 ) -> None:
@@ -75,12 +88,13 @@ def label(
     Quality is scored against references, or without any by the likelihood of the model's own full-compute answer
     under each point. The same content and question runs once; a run that was stopped goes on where it was.
     --human and --feedback turn tables of what people said into labels of the same file. Exit code 2 if an input or
-    a row was refused.
+    a row was refused; what else is worth knowing about a table goes to standard error.
     """
     with refusing(inputs or [], as_json):
         if not inputs and human is None and feedback is None:
             raise ConfigError("there is nothing to label; expected INPUTS, --human or --feedback")
-        result, failed = _said_by_people(human, feedback, out)
+        notes: list[str] = []
+        result, failed = _said_by_people(human, rater, feedback, out, notes)
         if inputs:
             rungs = _rungs(points, policy)
             questions, unknown = _questions(inputs, prompt, references, metric)
@@ -88,32 +102,34 @@ def label(
             scorer = _scorer(model, policy, max_new_tokens, loaded=jobs == 1)
             found, refused = _scored(scorer, questions, rungs, out, jobs, Path(model).name, as_json)
             result, failed = {**result, **found}, [*failed, *unknown, *refused]
-    _print(out, result, failed, as_json)
+    _print(out, result, notes, failed, as_json)
     if failed:
         raise typer.Exit(BAD_INPUT)
 
 
-def _said_by_people(human: Path | None, feedback: Path | None, out: Path) -> tuple[dict[str, Any], Failed]:
-    """Append what people said; how many labels that is, and what was refused."""
+def _said_by_people(
+    human: Path | None, rater: str | None, feedback: Path | None, out: Path, notes: list[str]
+) -> tuple[dict[str, Any], Failed]:
+    """Append what people said; how many labels that is, and what was refused. `notes` gets what they should know."""
     from adaptive_fusion.jsonl import append_records
     from adaptive_fusion.learning.data.people import feedback_from_csv
 
     result: dict[str, Any] = {}
     failed: Failed = []
     if human is not None:
-        result["human"] = _human(human, out, failed)
+        result["human"] = _human(human, rater, out, failed, notes)
     if feedback is not None:
-        result["feedback"] = append_records(feedback_from_csv(feedback), out)
+        result["feedback"] = append_records(feedback_from_csv(feedback, say=notes.append), out)
     return result, failed
 
 
-def _human(table: Path, out: Path, failed: Failed) -> int:
+def _human(table: Path, rater: str | None, out: Path, failed: Failed, notes: list[str]) -> int:
     from adaptive_fusion.evaluation.questions import Question
     from adaptive_fusion.jsonl import append_records
     from adaptive_fusion.learning.data.people import human_labels
     from adaptive_fusion.learning.labelling.labeller import describe
 
-    labels, refused = human_labels(table, lambda path: describe(Question(path, "")))
+    labels, refused = human_labels(table, lambda path: describe(Question(path, "")), source_id=rater, say=notes.append)
     failed += refused
     return append_records(labels, out)
 
@@ -166,12 +182,14 @@ def _scored(
     return {**counts, "rungs": [rung.name for rung in rungs]}, list(run.failed)
 
 
-def _print(out: Path, result: dict[str, Any], failed: Failed, as_json: bool) -> None:
+def _print(out: Path, result: dict[str, Any], notes: list[str], failed: Failed, as_json: bool) -> None:
+    for note in notes:
+        complain(note)
     for name, reason in failed:
         complain(f"{name}: {reason}")
     if as_json:
         refused = [{"input": name, "error": reason} for name, reason in failed]
-        emit({"out": str(out), **result, "failed": refused})
+        emit({"out": str(out), **result, "notes": notes, "failed": refused})
     else:
         counts = ", ".join(f"{count} {what}" for what, count in result.items() if isinstance(count, int))
         console().print(f"{counts}; {len(failed)} left out. Labels are in {out}")

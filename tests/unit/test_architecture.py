@@ -30,11 +30,23 @@ FLOORS = (
     "models",
     "calibration",  # the former place of classes that pickled routers name
     "policy",
-    *("reply", "decision_log", "decisions"),
+    *("reply", "decisions", "decision_log"),
     "features",
     *("fusion", "reduction"),
     "media",
-    *("point", "budget", "jsonl", "plots", "progress", "log_schema", "checks", "reference", "errors"),
+    *(
+        "point",
+        "budget",
+        "jsonl",
+        "plots",
+        "progress",
+        "file_lock",
+        "times",
+        "log_schema",
+        "checks",
+        "reference",
+        "errors",
+    ),
 )
 BEYOND_RUNTIME = ("learning", "bench", "rollout")
 """Never imported by the runtime; commands import them when they run."""

@@ -1,12 +1,15 @@
 """Decision logs as a table: JSONL (rotated too) and Parquet, read with DuckDB out of core, and compaction.
 
-Knows the fields of a log record, and files. Must not know what a label is worth or what is fitted to it.
+Knows the fields of a log record (`log_schema`), and DuckDB. Must not know what a label is worth or what is fitted to
+it.
 
 A line that is not a JSON object (torn, garbage, too long, not UTF-8) is counted and left out; it never stops
-the reading. A field of another type than its column's reads as NULL. Unknown fields are dropped.
+the reading. A field of another type than its column's reads as NULL. Fields that the schema does not have, as of a
+later version, are kept together in a column of their own.
 """
 
 import glob
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,50 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.learning.data.files import LogFile, open_each
+from adaptive_fusion.learning.data.files import log_files as log_files
+from adaptive_fusion.log_schema import FIELDS
 
-COLUMNS: dict[str, str] = {
-    # every record
-    "schema": "BIGINT",
-    "event": "VARCHAR",
-    "time_s": "DOUBLE",
-    "request_id": "VARCHAR",
-    "content_hash": "VARCHAR",
-    "prompt_hash": "VARCHAR",
-    "kind": "VARCHAR",
-    "complexity": "DOUBLE",
-    "features": "JSON",
-    "features_version": "VARCHAR",
-    "prompt_features": "JSON",
-    "prompt_version": "VARCHAR",
-    # decisions
-    "p_complex": "DOUBLE",
-    "lane": "VARCHAR",
-    "point": "JSON",
-    "rung": "VARCHAR",
-    "propensity": "DOUBLE",
-    "policy": "VARCHAR",
-    "budget": "JSON",
-    "feasible": "BOOLEAN",
-    "predicted": "JSON",
-    "reason": "VARCHAR",
-    "measurement": "JSON",
-    "finish_reason": "VARCHAR",
-    "error": "VARCHAR",
-    # labels, feedback, shadow runs
-    "source": "VARCHAR",
-    "source_id": "VARCHAR",
-    "quality": "JSON",
-    "reference_quality": "DOUBLE",
-    "cost": "JSON",
-    "target": "DOUBLE",
-    "rating": "DOUBLE",
-    "weight": "DOUBLE",
-    "slices": "JSON",
-}
+_TYPES = {"text": "VARCHAR", "number": "DOUBLE", "integer": "BIGINT", "boolean": "BOOLEAN", "json": "JSON"}
+UNKNOWN = "unknown_fields"
+"""Column of the fields that the schema does not have, as one JSON object; NULL if there are none."""
+COLUMNS: dict[str, str] = {field.name: _TYPES[field.kind] for field in FIELDS} | {UNKNOWN: "JSON"}
 """The columns of the table ``log`` and their DuckDB types; nested values are kept as JSON text."""
-
-EVENTS = ("decision", "feedback", "label", "shadow")
-"""What a record may be about; one without ``event`` is a decision."""
 
 MAX_LINE = 16 << 20
 """Longest line in bytes that is read; a longer one counts as broken."""
@@ -73,7 +41,7 @@ class LogTable:
 
     Attributes:
         connection: DuckDB connection; the records are its table ``log`` with the columns `COLUMNS`.
-        files: What was read, in order.
+        files: What was read, in order; a log that is rotated meanwhile may have files of one name.
         rows: Records in the table.
         broken: Lines that were no JSON object, left out.
     """
@@ -82,37 +50,6 @@ class LogTable:
     files: tuple[Path, ...]
     rows: int
     broken: int
-
-
-def log_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files that `paths` name, sorted, each once.
-
-    A path is a file of any name, a folder (its ``*.jsonl``, rotated ``*.jsonl.N`` and ``*.parquet``, at any
-    depth) or a glob pattern.
-
-    Raises:
-        ConfigError: For a path that names nothing, or no paths at all.
-    """
-    found: set[Path] = set()
-    given = [Path(path) for path in paths]
-    for path in given:
-        if path.is_dir():
-            inside = {file for file in path.rglob("*") if file.is_file() and _is_log(file)}
-        elif path.is_file():
-            inside = {path}
-        else:
-            inside = {Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()}
-        if not inside:
-            raise ConfigError(f"no logs at {path.name!r}; expected a file, a folder with logs or a pattern")
-        found |= inside
-    if not found:
-        raise ConfigError("no logs were named; expected files, folders or patterns")
-    return sorted(found)
-
-
-def _is_log(file: Path) -> bool:
-    stem, _, number = file.name.rpartition(".")
-    return file.suffix in (".jsonl", ".parquet") or (number.isdecimal() and stem.endswith(".jsonl"))
 
 
 @contextmanager
@@ -128,13 +65,14 @@ def open_logs(paths: Iterable[str | Path], *, memory_gb: float = 0.5, threads: i
         ConfigError: If there are no logs, or one of them cannot be read.
         AdaptiveFusionError: If DuckDB is not installed.
     """
-    files = log_files(paths)
     with tempfile.TemporaryDirectory(prefix="adaptive-fusion-") as folder:
         connection = _connect(Path(folder), memory_gb, threads)
         try:
             connection.execute(f"CREATE TABLE log ({_columns()}, broken BOOLEAN)")
-            for file in files:
+            files = []
+            for file in open_each(paths):
                 _load(connection, file, Path(folder))
+                files.append(file.path)
             broken = int(connection.execute("DELETE FROM log WHERE broken").fetchone()[0])
             connection.execute("ALTER TABLE log DROP COLUMN broken")
             rows = int(connection.execute("SELECT count(*) FROM log").fetchone()[0])
@@ -195,33 +133,53 @@ def _columns() -> str:
     return ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
 
 
-def _load(connection: Any, file: Path, folder: Path) -> None:
+def _load(connection: Any, file: LogFile, folder: Path) -> None:
     import duckdb
 
     try:
-        if file.suffix == ".parquet":
-            _load_parquet(connection, file)
-        elif file.stat().st_size <= MAX_LINE or not _has_long_line(file):
-            _load_jsonl(connection, file)
-        else:
-            clean = folder / "clean.jsonl"
-            _drop_long_lines(file, clean)
-            _load_jsonl(connection, clean)
-            clean.unlink()
+        if file.path.suffix == ".parquet":
+            _load_parquet(connection, file.path)
+            return
+        size = file.settled_size()
+        connection.execute("BEGIN")
+        _load_lines(connection, file.source, folder)
+        if file.size() == size:
+            connection.execute("COMMIT")
+            return
+        connection.execute("ROLLBACK")  # somebody writes to it, and its last line may have been read in part
+        copy = folder / "copy.jsonl"
+        file.copy(size, copy)
+        _load_lines(connection, copy, folder)
+        copy.unlink()
     except (OSError, duckdb.Error) as error:
-        raise ConfigError(f"cannot read {file.name}: {_reason(error, file)}") from error
+        raise ConfigError(f"cannot read {file.path.name}: {_reason(error, file.source, file.path)}") from error
+
+
+def _load_lines(connection: Any, source: Path, folder: Path) -> None:
+    if source.stat().st_size <= MAX_LINE or not _has_long_line(source):
+        _load_jsonl(connection, source)
+        return
+    clean = folder / "clean.jsonl"
+    _drop_long_lines(source, clean)
+    _load_jsonl(connection, clean)
+    clean.unlink()
 
 
 def _load_jsonl(connection: Any, file: Path) -> None:
     if file.stat().st_size == 0:
         return
-    shape = "{" + ", ".join(f'"{name}": "{kind}"' for name, kind in COLUMNS.items()) + "}"
+    known = [field.name for field in FIELDS]
+    shape = json.dumps({name: COLUMNS[name] for name in known})
     source = _READ.format(files=_named(file), size=MAX_LINE)
-    values = {name: f"r.{name}" for name in COLUMNS}
+    names = ", ".join(_quote(name) for name in known)
+    # A merge patch of nulls (RFC 7396) takes the known fields away.
+    unknown = f"json_merge_patch(json, {_quote(json.dumps(dict.fromkeys(known)))})"
+    values = {name: f"r.{name}" for name in known} | {UNKNOWN: UNKNOWN}
     connection.execute(
         f"INSERT INTO log SELECT {_select(values)}, broken FROM ("
-        f" SELECT json_transform(json, '{shape}') AS r, coalesce(json_type(json), '') <> 'OBJECT' AS broken"
-        f" FROM {source})"
+        f" SELECT json_transform(json, '{shape}') AS r, coalesce(json_type(json), '') <> 'OBJECT' AS broken,"
+        f" CASE WHEN json_type(json) = 'OBJECT' AND NOT list_has_all([{names}], json_keys(json)) THEN {unknown} END"
+        f" AS {UNKNOWN} FROM {source})"
     )
 
 
@@ -235,9 +193,12 @@ def _select(values: dict[str, str]) -> str:
     return ", ".join((values | {"event": f"coalesce({values['event']}, 'decision')"}).values())
 
 
-def _reason(error: Exception, file: Path) -> str:
+def _reason(error: Exception, *names: Path) -> str:
     """Why a file could not be read or written, without the folder it lies in."""
-    return (getattr(error, "strerror", None) or str(error).splitlines()[0]).replace(str(file), file.name)
+    reason: str = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    for name in names:
+        reason = reason.replace(str(name), names[-1].name)
+    return reason
 
 
 def _named(file: Path) -> str:

@@ -15,13 +15,11 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_VERSION
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, FloatArray, IntArray, cap_weights
-from adaptive_fusion.learning.data.labels import SOURCES, TRUSTED, join_labels
+from adaptive_fusion.learning.data.labels import MAX_WEIGHT, SOURCES, TRUSTED, join_labels
 from adaptive_fusion.learning.data.logs import LogTable, open_logs
 
 MAX_RUNGS = 64
 """Most rungs read beyond those asked for: labels could name any number."""
-MAX_WEIGHT = 1e9
-"""Most that a label may weigh; one of more counts nothing, or its source's sum could pass any cap."""
 _BLOCK = 8  # columns fetched at once: bounds what is held twice
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from joblib import Parallel, delayed
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
-from adaptive_fusion.jsonl import mend_tail
+from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.learning.data.labels import Subject, label_record
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.progress import Progress, Steps, silent
@@ -90,19 +90,17 @@ def label_inputs(
     if not rungs:
         raise ConfigError("no rungs to score; expected at least one")
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mend_tail(out)
+    append_records((), out)  # before anything is run: it may be no file to append to
     plan = _plan(scorer, inputs, _done(out, {rung.name for rung in rungs}, source_id))
     failed, scored = plan.failed, 0
     steps = Steps(progress, "label", len(plan.todo))
-    with out.open("a", encoding="utf-8") as handle:
-        for question, subject, worth in _run(scorer, plan.todo, tuple(rungs), jobs):
-            steps.advance()
-            if isinstance(worth, str):
-                failed.append((_name(question), worth))
-                continue
-            _append(handle, subject, worth, source_id, clock())
-            scored += 1
+    for question, subject, worth in _run(scorer, plan.todo, tuple(rungs), jobs):
+        steps.advance()
+        if isinstance(worth, str):
+            failed.append((_name(question), worth))
+            continue
+        append_records([_label(subject, worth, source_id, clock())], out)
+        scored += 1
     return LabelRun(scored, plan.resumed, plan.repeated, tuple(failed))
 
 
@@ -137,9 +135,9 @@ def _plan(scorer: Scorer, inputs: Iterable[Any], done: set[tuple[Any, Any]]) -> 
     return plan
 
 
-def _append(handle: TextIO, subject: Subject, worth: RungScores, source_id: str | None, time_s: float) -> None:
-    """Write one label, and let it reach the disk."""
-    record = label_record(
+def _label(subject: Subject, worth: RungScores, source_id: str | None, time_s: float) -> dict[str, Any]:
+    """One input's label."""
+    return label_record(
         subject,
         "oracle",
         quality=worth.quality,
@@ -149,8 +147,6 @@ def _append(handle: TextIO, subject: Subject, worth: RungScores, source_id: str 
         source_id=source_id,
         time_s=time_s,
     )
-    handle.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
-    handle.flush()
 
 
 def _done(out: Path, rungs: set[str], source_id: str | None) -> set[tuple[Any, Any]]:

@@ -2,17 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from log_processes import PROCESSES, expected, reported, write_together
 
 from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import VERSION
 from adaptive_fusion.learning.data import logs
-from adaptive_fusion.learning.data.logs import COLUMNS, compact, log_files, open_logs
+from adaptive_fusion.learning.data.labels import join_labels
+from adaptive_fusion.learning.data.logs import COLUMNS, UNKNOWN, compact, log_files, open_logs
 from adaptive_fusion.learning.data.matrix import build_dataset
+from adaptive_fusion.log_schema import FIELDS, Event, Kind, new_record
 
 GOOD = [
     {"schema": 1, "request_id": "a", "features": {"x": 1.5}, "point": {"fusion": "native"}},
@@ -117,10 +121,146 @@ def test_compaction_gives_the_same_table_and_mixes_with_jsonl(tmp_path: Path) ->
     assert [p.name for p in (tmp_path / "packed").iterdir()] == ["old.parquet"]
 
 
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | NUMBER | TEXT
+NESTED = PLAIN | st.lists(PLAIN, max_size=2) | st.dictionaries(TEXT, PLAIN, max_size=2)
+VALUES: dict[Kind, st.SearchStrategy[Any]] = {
+    "text": TEXT,
+    "number": NUMBER,
+    "integer": st.integers(-(2**63), 2**63 - 1),
+    "boolean": st.booleans(),
+    "json": st.lists(NESTED, max_size=2) | st.dictionaries(TEXT, NESTED, max_size=2),
+}
+EVENTS: tuple[Event, ...] = ("decision", "feedback", "label", "shadow")
+FULL = st.sampled_from(EVENTS).flatmap(
+    lambda event: st.fixed_dictionaries(
+        {f.name: VALUES[f.kind] for f in FIELDS if event in f.events and f.name not in ("schema", "event")}
+    ).map(lambda values: new_record(event, **values))
+)
+LATER = st.dictionaries(TEXT.filter(lambda name: name not in COLUMNS), NESTED, max_size=2)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Each record of a log with the fields that are not NULL, nested ones parsed, unknown ones beside the others."""
+    nested = {field.name for field in FIELDS if field.kind == "json"} | {UNKNOWN}
+    with open_logs([path]) as opened:
+        assert opened.broken == 0
+        rows = opened.connection.execute(f"SELECT {', '.join(COLUMNS)} FROM log ORDER BY rowid").fetchall()
+    found = []
+    for row in rows:
+        record = {
+            name: json.loads(value) if name in nested else value
+            for name, value in zip(COLUMNS, row, strict=True)
+            if value is not None
+        }
+        later = record.pop(UNKNOWN, {})
+        found.append({**record, **later})
+    return found
+
+
+@settings(max_examples=10, deadline=None)
+@given(records=st.lists(st.tuples(FULL, LATER), min_size=1, max_size=12))
+def test_what_is_written_is_what_is_read_and_what_is_packed(
+    tmp_path_factory: pytest.TempPathFactory, records: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    log = DecisionLog(folder / "log.jsonl")
+    written = [{**known, **later} for known, later in records]
+    for record in written:
+        log.write(record)
+    compact([log.path], folder / "old.parquet")
+    wanted = [{"event": "decision", **record} for record in written]
+    for path in (log.path, folder / "old.parquet"):
+        assert read(path) == wanted
+
+
+OLD = (
+    '{"schema":1,"time_s":10.5,"request_id":"r1","content_hash":"c1","prompt_hash":"p1","kind":"image",'
+    '"complexity":0.25,"features":{"edge_density":0.125},"features_version":"1","prompt_features":{"prompt_read":1.0},'
+    '"prompt_version":"prompt-1","p_complex":0.5,"lane":"weighted","point":{"fusion":"weighted","layers":3,'
+    '"downsample":0.5,"adapter_rank":0},"rung":"weighted3@0.5","propensity":0.9,"policy":"balanced",'
+    '"budget":{"latency_ms":100.0},"feasible":true,"predicted":{"encode_ms":1,"prefill_ms":2,"decode_ms":3.5,'
+    '"peak_memory_gb":0.25},"p_late":0.04,"reason":"cheapest","measurement":{"preprocess_ms":1.0,"encode_ms":2.0,'
+    '"prefill_ms":3.0,"decode_ms":4.0,"ttft_ms":6.0,"latency_ms":10.0,"visual_tokens":16,"prompt_tokens":20,'
+    '"new_tokens":3,"patches":64,"peak_memory_gb":0.5},"finish_reason":"stop","error":null}',
+    '{"schema":1,"event":"feedback","time_s":11.0,"request_id":"r1","rating":0.0,"source_id":"ann"}',
+    '{"schema":1,"event":"label","time_s":12.0,"source":"oracle","source_id":"model","content_hash":"c1",'
+    '"prompt_hash":"p1","kind":"image","features":{"edge_density":0.125},"features_version":"1",'
+    '"prompt_features":{"prompt_read":1.0},"prompt_version":"v","quality":{"weighted3@0.5":0.5,"native@1":0.9},'
+    '"reference_quality":0.9,"cost":{"weighted3@0.5":40.0},"measurement":{"weighted3@0.5":{"ttft_ms":40.0}},'
+    '"target":null,"weight":1.0,"slices":{"scene":"dense"}}',
+    '{"schema":1,"event":"label","time_s":0.0,"source":"human","source_id":"people.csv","content_hash":"c1",'
+    '"prompt_hash":"p1","kind":"image","features":{"edge_density":0.125},"features_version":"1",'
+    '"prompt_features":{"prompt_read":1.0},"prompt_version":"v","quality":{},"reference_quality":null,"cost":{},'
+    '"measurement":{},"target":1.0,"weight":1.0,"slices":{"scene":"dense"}}',
+    '{"schema":1,"event":"shadow","time_s":13.0,"request_id":"r1","quality":{"weighted3@0.5":0.5},'
+    '"reference_quality":1.0}',
+)
+"""Records as they were written before there was one schema."""
+
+
+def test_logs_and_packed_logs_of_before_still_load(tmp_path: Path) -> None:
+    import duckdb
+
+    path, packed = tmp_path / "old.jsonl", tmp_path / "old.parquet"
+    path.write_text("\n".join(OLD) + "\n")
+    wanted = [{"event": "decision", **{k: v for k, v in json.loads(r).items() if v is not None}} for r in OLD]
+    assert read(path) == wanted
+    with open_logs([path]) as opened:
+        counts = join_labels(opened)
+        targets = opened.connection.execute("SELECT target, weight FROM labels WHERE source = 'human'").fetchall()
+    assert targets == [(1.0, 1.0)]
+    assert counts == {"labels": 4, "unjoined": 0, "repeated": 0, "pooled": 0, "unlabelled": 0}
+    compact([path], packed)
+    kept = ", ".join(name for name in COLUMNS if name not in ("p_late", "votes", UNKNOWN))
+    duckdb.execute(f"COPY (SELECT {kept} FROM '{packed}') TO '{tmp_path / 'before.parquet'}' (FORMAT parquet)")
+    assert read(tmp_path / "before.parquet") == [{k: v for k, v in r.items() if k != "p_late"} for r in wanted]
+
+
+def test_a_reader_beside_writers_sees_whole_records_each_once(tmp_path: Path) -> None:
+    count = 400
+    log = tmp_path / "logs" / "log.jsonl"
+    DecisionLog(log).write({"request_id": "first", "reason": "x" * 5000})  # lines across pages
+    workers, results = write_together(log, count, max_bytes=20_000, keep=10**4)
+    seen, running = 0, True
+    while running:
+        running = any(worker.is_alive() for worker in workers) and results.empty()
+        with open_logs([log.parent]) as opened:
+            assert opened.broken == 0
+            ids = [row[0] for row in opened.connection.execute("SELECT request_id FROM log").fetchall()]
+        assert len(ids) == len(set(ids)) >= seen
+        seen = len(ids)
+    assert reported(workers, results) == (PROCESSES * count, 0)
+    with open_logs([log.parent]) as opened:
+        ids = [row[0] for row in opened.connection.execute("SELECT request_id FROM log").fetchall()]
+    assert sorted(ids) == sorted([*expected(count), "first"])
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_up_to_where_it_was_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"request_id": "a"}\n{"request_id": "b"}\n')
+    load = logs._load_jsonl
+
+    def with_half_a_line(connection: Any, file: Path) -> None:
+        if file.name != "copy.jsonl":
+            with log.open("a") as handle:
+                handle.write('{"request_id": "c", ')
+        load(connection, file)
+
+    monkeypatch.setattr(logs, "_load_jsonl", with_half_a_line)
+    assert counts(log) == (2, 0)
+
+
 def test_paths_are_files_folders_or_patterns(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.2", "a.jsonl", "notes.txt", "c.jsonl.old"):
         (tmp_path / name).write_text("{}\n")
     assert [p.name for p in log_files([tmp_path])] == ["a.jsonl", "a.jsonl.2", "b.jsonl"]
+    (tmp_path / "a.jsonl.10").write_text("{}\n")
+    assert [p.name for p in log_files([tmp_path])] == ["a.jsonl", "a.jsonl.2", "a.jsonl.10", "b.jsonl"]
+    (tmp_path / "a.jsonl.10").unlink()
     assert [p.name for p in log_files([tmp_path / "a.*", tmp_path / "a.jsonl"])] == ["a.jsonl", "a.jsonl.2"]
     assert log_files([tmp_path / "notes.txt"]) == [tmp_path / "notes.txt"]
     for nothing in ([], [tmp_path / "missing.jsonl"], [tmp_path / "*.parquet"]):
