@@ -96,7 +96,7 @@ def human_labels(
     source = source_id or (only.pop() if len(only) == 1 else None) or file.name
     changed, labels, ties = file.stat().st_mtime, [], []
     for path, ballots in _by_input(judged, targets, subjects):
-        target, weight = pool([value for _, value in ballots])
+        target, weight = pool([value for _, value in ballots], sided=not scored)
         if weight == 0 and len(ballots) > 1:
             ties.append(path)
         votes = [] if ballots == [(None, target)] else ballots

@@ -17,25 +17,26 @@ _TIE = 1e-9
 class Opinion(NamedTuple):
     """What one label record says.
 
-    `votes` are the targets of its raters, by name; people without a name are those of `source_id`. `strength` is what a
-    unanimous vote would weigh; None where the record is a tie and does not say.
+    `votes` are the targets of its raters, by name; people without a name are those of `source_id`. `sided` says that
+    they are for a side each, not ranks. `strength` is what a unanimous vote would weigh; None where the record is a tie
+    and does not say.
     """
 
     source_id: str | None
     time_s: float
     votes: Mapping[str | None, tuple[float, ...]]
+    sided: bool
     strength: float | None
 
 
-def pool(targets: Sequence[float], strengths: Sequence[float] | None = None) -> tuple[float, float]:
+def pool(targets: Sequence[float], *, sided: bool, strengths: Sequence[float] | None = None) -> tuple[float, float]:
     """Target and weight of several votes, whatever their order.
 
-    The target of votes for a side is that of the majority; of ranks, or both, it is the mean. A vote of one half is for
-    neither side. The weight is the agreement, ``|2 mean - 1|``: 1 if all are of one mind, 0 for a tie, whose
-    target is one half.
+    The weight is the agreement, ``|2 mean - 1|``: 1 if all are of one mind, 0 for a tie, whose target is one half.
 
     Args:
         targets: At least one, each from 0 to 1.
+        sided: Whether the target is the side that the majority is on, 0 or 1, and not the mean, as of ranks.
         strengths: How much each counts, above 0, and what it weighs alone; 1 if left out.
     """
     given = [1.0] * len(targets) if strengths is None else strengths
@@ -45,11 +46,8 @@ def pool(targets: Sequence[float], strengths: Sequence[float] | None = None) -> 
     leaning = math.fsum(s * (2 * t - 1) for t, s in zip(targets, given, strict=True))
     if abs(leaning) <= _TIE * whole:
         return 0.5, 0.0
-    if all(target in (0.0, 0.5, 1.0) for target in targets):
-        target = 1.0 if leaning > 0 else 0.0
-    else:
-        target = math.fsum(s * t for t, s in zip(targets, given, strict=True)) / whole
-    return target, abs(leaning) / len(targets)
+    mean = math.fsum(s * t for t, s in zip(targets, given, strict=True)) / whole
+    return float(mean > 0.5) if sided else mean, abs(leaning) / len(targets)
 
 
 def opinion(source_id: str | None, time_s: float, target: float, weight: float, votes: Any) -> Opinion:
@@ -61,16 +59,18 @@ def opinion(source_id: str | None, time_s: float, target: float, weight: float, 
             named[vote["rater"] if isinstance(vote.get("rater"), str) else None].append(float(value))
     if not named:
         named[None].append(target)
-    agreement = pool([value for values in named.values() for value in values])[1]
+    sided = target in (0.0, 0.5, 1.0)
+    agreement = pool([value for values in named.values() for value in values], sided=sided)[1]
     strength = weight / agreement if agreement else None
-    return Opinion(source_id, time_s, {rater: tuple(sorted(values)) for rater, values in named.items()}, strength)
+    ballots = {rater: tuple(sorted(values)) for rater, values in named.items()}
+    return Opinion(source_id, time_s, ballots, sided, strength)
 
 
 def agree(opinions: Iterable[Opinion]) -> tuple[float, float]:
     """Target and weight of several records on one input, whatever their order.
 
     Of each rater the newest vote counts. Votes of one rater at one time that differ are averaged; a record of no
-    weight does not count.
+    weight does not count. The target is the side that most are on, or where some gave ranks the mean.
     """
     by_rater: dict[str | None, list[tuple[Opinion, tuple[float, ...]]]] = defaultdict(list)
     for said in opinions:
@@ -81,6 +81,7 @@ def agree(opinions: Iterable[Opinion]) -> tuple[float, float]:
     usual = math.fsum(known) / len(known) if known else 1.0
     targets: list[float] = []
     strengths: list[float] = []
+    sided = True
     for group in by_rater.values():
         newest = max(said.time_s for said, _ in group)
         last = [(said, votes) for said, votes in group if said.time_s == newest]
@@ -90,6 +91,7 @@ def agree(opinions: Iterable[Opinion]) -> tuple[float, float]:
             mean = math.fsum(math.fsum(ballot) / len(ballot) for ballot in ballots) / len(ballots)
             counted = (mean,) * max(map(len, ballots))
         targets += counted
+        sided &= all(said.sided for said, _ in last)
         strength = math.fsum(usual if said.strength is None else said.strength for said, _ in last) / len(last)
         strengths += [strength] * len(counted)
-    return pool(targets, strengths) if targets else (0.5, 0.0)
+    return pool(targets, sided=sided, strengths=strengths) if targets else (0.5, 0.0)
