@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from learning_data import CHEAP, RUNGS, STRONG, base_policy, oracle_labels, subject, write_jsonl
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
 from adaptive_fusion.commands.evaluate import _show
 from adaptive_fusion.commands.output import console
+from adaptive_fusion.learning.data.dataset import build_dataset
 from adaptive_fusion.learning.data.labels import shadow_record
 from adaptive_fusion.learning.judging.evaluate import evaluate
 from adaptive_fusion.policy.policy import Policy
@@ -167,3 +169,25 @@ def test_compact_counts_what_is_broken_and_reads_the_same(folder: Path, tmp_path
     loose = ("--logs", folder / "labels.jsonl", "--logs", folder / "decisions.jsonl")
     told = [call("evaluate", folder / "base", *logs, "--json").stdout for logs in (loose, ("--logs", packed))]
     assert json.loads(told[0]) == json.loads(told[1])
+
+
+def test_label_puts_raters_together_and_says_how_it_read_the_tables(tmp_path: Path) -> None:
+    out = tmp_path / "labels.jsonl"
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    said = [f"a.png,{who},{label}" for who, label in zip("abcde", ["complex"] * 4 + ["simple"], strict=True)]
+    (tmp_path / "people.csv").write_text("\n".join(["path,annotator,label", *said]) + "\n")
+    (tmp_path / "votes.csv").write_text("request_id,rating,time_s\nr,up,2024-05-01 10:00\n")
+    found = call(
+        "label", "--human", tmp_path / "people.csv", "--feedback", tmp_path / "votes.csv", "--out", out, "--json"
+    )
+    assert found.exit_code == 0
+    told = json.loads(found.stdout)
+    assert (told["human"], told["feedback"], told["failed"]) == (1, 1, [])
+    assert [note in found.stderr for note in told["notes"]] == [True, True]
+    assert "column 'annotator'" in told["notes"][0] and "taken for UTC" in told["notes"][1]
+    person = ("label", "--human", tmp_path / "fay.csv", "--rater", "fay", "--out", out)
+    (tmp_path / "fay.csv").write_text("path,label\na.png,simple\n")
+    assert call(*person).exit_code == call(*person).exit_code == 0  # said twice, counted once
+    data = build_dataset([out], cheap=CHEAP, rungs=RUNGS)
+    assert (data.y.tolist(), data.target.tolist(), data.report["pooled"]) == ([1.0], [1.0], 2)
+    assert data.weight[0] == pytest.approx(2 / 6)

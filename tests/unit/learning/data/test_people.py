@@ -172,7 +172,7 @@ def old(targets: Sequence[float], source_id: str | None) -> list[dict[str, Any]]
     return [{name: value for name, value in record.items() if name != "votes"} for record in known]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(targets=st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=7), data=st.data())
 def test_rows_of_one_source_and_time_are_decided_by_what_most_of_them_say(
     tmp_path_factory: pytest.TempPathFactory, targets: list[float], data: st.DataObject
