@@ -50,7 +50,8 @@ Feedback = Annotated[
     Path | None,
     typer.Option(
         metavar="CSV",
-        help="request_id and rating (up, down, 0 to 1), optionally source_id.",
+        help="request_id and rating (up, down, 0 to 1), optionally source_id and time_s (seconds to nanoseconds since"
+        " the epoch, or ISO 8601).",
         rich_help_panel=_SAID,
     ),
 ]

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from adaptive_fusion.cli import app
 from adaptive_fusion.commands.evaluate import _show
 from adaptive_fusion.commands.output import console
-from adaptive_fusion.learning.data.dataset import build_dataset
 from adaptive_fusion.learning.data.labels import shadow_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.judging.evaluate import evaluate
 from adaptive_fusion.policy.policy import Policy
 
