@@ -18,8 +18,8 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import VERSION
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.learning.data.dataset import Dataset
-from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.data.labels import Subject, label_record
+from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.data.people import RATERS, feedback_from_csv, human_labels
 
 PATHS = ("a.png", "b.png", "c.png")
