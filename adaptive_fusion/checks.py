@@ -24,6 +24,22 @@ def check_keys(values: Any, what: str, required: Collection[str], optional: Coll
     return values
 
 
+def whole_characters(text: str, what: str) -> str:
+    """`text` if each of its characters is a whole one; half of a pair (a lone surrogate) stands for nothing.
+
+    Raises:
+        ConfigError: With the half and where it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise ConfigError(
+            f"{what} has half a character ({half}) at position {error.start}; expected whole Unicode characters"
+        ) from error
+    return text
+
+
 def is_integer(value: Any) -> bool:
     """Whether it is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -15,7 +15,7 @@ class Reply:
     """An answer with the decision behind it and what it took.
 
     Attributes:
-        text: The answer.
+        text: The answer; of a begun one what follows.
         finish_reason: ``stop`` (the model ended), ``length`` (`max_new_tokens`), ``deadline`` or ``cancelled``.
         decision: What was decided, and why.
         measurement: What it took.

@@ -37,7 +37,13 @@ from adaptive_fusion.execution.executor import Executor, Run, Task
 from adaptive_fusion.execution.full_prompt import with_full_prompt
 from adaptive_fusion.execution.logprobs import token_logprobs
 from adaptive_fusion.execution.meters import Meter, meter_for
-from adaptive_fusion.execution.request import ChatRequest, build_request, each_request, kind_of
+from adaptive_fusion.execution.request import (
+    TEMPLATE_OPTIONS,
+    ChatRequest,
+    build_request,
+    each_request,
+    kind_of,
+)
 from adaptive_fusion.execution.shift import shift
 from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.features.complexity import measure_complexity
@@ -66,6 +72,7 @@ class _Call:
     budget: Budget | None
     point: OperatingPoint | None
     arguments: Arguments
+    of_prompt: dict[str, Any]
 
 
 class AdaptiveRunner:
@@ -212,8 +219,10 @@ class AdaptiveRunner:
         """Answer one request, or several one after the other.
 
         Args:
-            media: None, a path, encoded bytes, PIL image, array, `Video`, a list of these, or chat messages. Of several
-                requests a list with the media of each, or a list of conversations.
+            media: None, a path, encoded bytes, data URL, PIL image, array, `Video`, a list of these, or chat messages
+                (see ``docs/messages.md``). Where the last message is the assistant's, it is a begun answer: the model
+                goes on with it, and the reply's text is what follows, without what was given. Of several requests a
+                list with the media of each, or a list of conversations.
             prompt: The question; a list of questions makes as many requests.
             budget: Limits of this request; what it leaves unset comes from the runner's.
             max_new_tokens: Upper bound of the answer; without it that of a ``generation_config`` argument, of the
@@ -221,7 +230,8 @@ class AdaptiveRunner:
             point: Run exactly this operating point instead of deciding.
             generate_kwargs: For the model's ``generate`` (sampling, beams...). What needs every token of the prompt
                 runs native, with the reason in the decision. With ``output_logits`` or ``output_scores`` the reply has
-                log-probabilities.
+                log-probabilities. For the chat template: ``tools`` (JSON schemas or functions) and
+                ``continue_final_message`` (False begins a new answer after the assistant's last message).
 
         Returns:
             The reply, or the list of replies to several requests.
@@ -411,8 +421,10 @@ class AdaptiveRunner:
         point: OperatingPoint | None,
         options: dict[str, Any],
     ) -> _Call:
-        arguments = for_chat(self.model, options, max_new_tokens, getattr(self.processor, "tokenizer", None))
-        return _Call(media, prompt, budget, self._given(point), arguments)
+        of_prompt = {name: options[name] for name in TEMPLATE_OPTIONS if name in options}
+        others = {name: value for name, value in options.items() if name not in of_prompt}
+        arguments = for_chat(self.model, others, max_new_tokens, getattr(self.processor, "tokenizer", None))
+        return _Call(media, prompt, budget, self._given(point), arguments, of_prompt)
 
     def _untouched(self, arguments: Arguments, why: str, limits: Budget, own: Budget | None, arrived: float) -> Any:
         kinds = {"pixel_values": "image", "pixel_values_videos": "video"}
@@ -454,13 +466,17 @@ class AdaptiveRunner:
             prompt=request.prompt,
             max_new_tokens=arguments.most_new_tokens(text + visual),
             text_tokens=text,
+            full_detail=request.full_detail,
         )
 
     def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
         arrived, arguments = self._clock(), call.arguments
         point, because = settled(arguments, call.point)
-        request = build_request(call.media, call.prompt, hashed=self.log is not None)
-        prepare = partial(self.adapter.prepare, request.messages)
+        request = build_request(call.media, call.prompt, hashed=self.log is not None, **call.of_prompt)
+
+        def prepare(at: OperatingPoint) -> dict[str, Any]:
+            return self.adapter.prepare(request.messages, at, **request.of_prompt)
+
         # Nobody holds the full prompt: it is the one that the media would have had natively.
         prompt = cache(lambda: prepare(NATIVE)["input_ids"])
         options = partial(_with_streamer, arguments, prompt, streamer)
@@ -485,7 +501,7 @@ class AdaptiveRunner:
         self._log(run, request.prompt, request.content_hash, finish)
         tokens = tuple(new.tolist())
         return Reply(
-            text.strip(),
+            text if request.continues else text.strip(),  # a begun answer's spaces stay
             finish,
             run.decision,
             run.measurement,

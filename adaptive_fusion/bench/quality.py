@@ -29,7 +29,8 @@ def evaluate(
     max_new_tokens: int = 160,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Everything: answers, tables per slice, paired comparisons and the Pareto front, as plain values.
+    """Everything: answers, tables per slice, paired comparisons and the Pareto front, as plain values; and the
+    questions that failed.
 
     Args:
         decide: See `answer_all`.
@@ -40,14 +41,15 @@ def evaluate(
         AdaptiveFusionError: If the metrics' optional dependency is missing; before anything is run.
     """
     bleu_statistics([["a"]], [[["a"]]])
-    answers = answer_all(adapter, questions, rows, decide, max_new_tokens=max_new_tokens, progress=progress)
-    scores = score_all(questions, answers)
-    parts = slices(questions)
+    answered = answer_all(adapter, questions, rows, decide, max_new_tokens=max_new_tokens, progress=progress)
+    scores = score_all(answered.questions, answered.answers)
+    parts = slices(answered.questions)
     tables = summarise(scores, parts)
     everything = all_together(parts)
     comparisons = compare(scores, parts, cheap)
     return {
         "rows": {name: rung.to_dict() for name, rung in rows.items()},
+        "failed": [{"input": name, "error": reason} for name, reason in answered.failed],
         "cheap": cheap,
         "slices": tables,
         "comparisons": comparisons,

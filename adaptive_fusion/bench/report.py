@@ -16,8 +16,9 @@ WIDTH = 220
 
 def console() -> Console:
     """Stdout, wide enough for a table when it is piped."""
-    found = Console()
-    return found if found.is_terminal else Console(width=WIDTH)
+    # Without markup and emoji: file names are in what is printed.
+    found = Console(markup=False, emoji=False)
+    return found if found.is_terminal else Console(markup=False, emoji=False, width=WIDTH)
 
 
 def quality_tables(result: Mapping[str, Any]) -> list[Table]:

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from adaptive_fusion.commands import options
-from adaptive_fusion.commands.output import Result, complain, decision_fields, each, printable, refusing
+from adaptive_fusion.commands.output import Result, complain, decision_fields, each, panel, printable, refusing
 
 if TYPE_CHECKING:
     from adaptive_fusion.decisions import Decision
@@ -66,4 +66,4 @@ def _panel(name: str, decision: "Decision") -> Panel:
     features = decision.complexity.features if decision.complexity else {}
     cells = [Text(f"{key} {value:.4g}") for key, value in features.items()]
     body = Group(Text(printable(decision.explain())), Text(), Columns(cells, column_first=True, padding=(0, 3)))
-    return Panel(body, title=printable(name), title_align="left")
+    return panel(name, body)

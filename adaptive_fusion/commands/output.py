@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.execution.oom import of_one_item
 from adaptive_fusion.progress import Progress, Steps
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit code when an input or a value was refused."""
 _PLAIN_WIDTH = 120
+_LONGEST_NAME = 300
 
 Result = tuple[dict[str, Any], RenderableType]
 """What a command found on one input: fields of its JSON object, and its form for people."""
@@ -29,8 +33,14 @@ Result = tuple[dict[str, Any], RenderableType]
 
 def console() -> Console:
     """Standard output; wide enough for tables where it is not a terminal."""
-    found = Console(highlight=False, markup=False)
-    return found if found.is_terminal else Console(highlight=False, markup=False, width=_PLAIN_WIDTH)
+    # Without markup and emoji: what is printed has file names and answers in it.
+    found = Console(highlight=False, markup=False, emoji=False)
+    return found if found.is_terminal else Console(highlight=False, markup=False, emoji=False, width=_PLAIN_WIDTH)
+
+
+def panel(name: str, body: RenderableType) -> Panel:
+    """A frame around what was found on an input, named as it is: a title given as a string would be read as markup."""
+    return Panel(body, title=Text(_short(printable(name))), title_align="left")
 
 
 def complain(text: str) -> None:
@@ -46,6 +56,11 @@ def emit(values: Mapping[str, Any]) -> None:
 def printable(text: str) -> str:
     """`text` without control characters: neither an answer nor a file name may drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _short(name: str) -> str:
+    """A name for people: a data URL is no name to read."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
 
 
 def describe(error: Exception) -> dict[str, str]:
@@ -68,7 +83,8 @@ def refusing(inputs: Sequence[str], as_json: bool) -> Iterator[None]:
 
 
 def each(files: Sequence[str], as_json: bool, work: Callable[[str], Result]) -> None:
-    """Do `work` on every file and print each result; a refused file is reported and the others go on.
+    """Do `work` on every file and print each result; a file that is refused or runs out of memory is reported and the
+    others go on.
 
     Raises:
         typer.Exit: With code 2 after the last file, if any was refused.
@@ -80,9 +96,10 @@ def each(files: Sequence[str], as_json: bool, work: Callable[[str], Result]) -> 
         for name in files:
             try:
                 fields, shown = work(name)
-            except AdaptiveFusionError as error:
+            except Exception as raised:
+                error = of_one_item(raised)
                 refused = True
-                complain(f"{name}: {type(error).__name__}: {error}")
+                complain(f"{_short(name)}: {type(error).__name__}: {error}")
                 if as_json:
                     emit({"input": name, **describe(error)})
             else:
@@ -100,7 +117,7 @@ def progress(as_json: bool) -> Iterator[Progress]:
     """Shows what is reported to it as a bar on standard error, if that is a terminal and no JSON was asked for; a stage
     of one step is not shown."""
     errors = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, console=errors, transient=True, disable=as_json or not errors.is_terminal) as bar:
         task = bar.add_task("", visible=False)
         shown = ""

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from adaptive_fusion.commands import options
-from adaptive_fusion.commands.output import Result, complain, decision_fields, each, printable, refusing
+from adaptive_fusion.commands.output import Result, complain, decision_fields, each, panel, printable, refusing
 
 if TYPE_CHECKING:
     from adaptive_fusion.reply import Reply
@@ -95,7 +95,7 @@ def _panel(name: str, reply: "Reply") -> Panel:
         )
     for row in decision.rejected:
         rows.add_row("not", f"{row.point.name}: {row.reason}")
-    return Panel(rows, title=printable(name), title_align="left")
+    return panel(name, rows)
 
 
 def _against(value: float, limit: float | None, unit: str) -> str:

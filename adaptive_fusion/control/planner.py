@@ -48,6 +48,7 @@ class RequestInfo:
     elapsed_ms: float = 0.0
     free_memory_gb: float | None = None
     pixels_fixed: bool = False  # preprocessing is over: the knobs before the encoder no longer apply
+    full_detail: bool = False  # the caller wants all pixels and tokens while the budget allows
 
 
 class Planner:
@@ -203,11 +204,16 @@ class Planner:
     ) -> tuple[Choice, float]:
         """The controller's choice, or now and then a random point that fits, with the propensity of either."""
         so_far: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
+        lenient = replace(budget, on_infeasible="cheapest")
+        if info.full_detail:
+            full = [c for c in candidates if c.point.is_full] or [self.candidate(NATIVE, 1.0, info)]
+            choice = self.controller.choose(full, lenient, **so_far)
+            if choice.feasible:
+                return replace(choice, reason=f"full detail was asked for; {choice.reason}"), 1.0
         choice = self.controller.choose(candidates, budget, **so_far)
         explore = self.policy.explore
         if explore == 0.0 or not choice.feasible:
             return choice, 1.0
-        lenient = replace(budget, on_infeasible="cheapest")
         singles = [self.controller.choose([c], lenient, **so_far) for c in candidates]
         fitting = [single for single in singles if single.feasible]
         share = explore / len(fitting)

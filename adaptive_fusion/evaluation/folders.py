@@ -5,6 +5,7 @@ Knows file names and texts. Must not know models, rungs or how an answer is scor
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,11 @@ def _of(row: Any, key: str, *kinds: type) -> Any:
 def folder_questions(folder: Path, captions: Path, prompt: str, limit: int | None = None) -> list[Question]:
     """One question per captioned image, in the file's order, the first `limit` of them.
 
+    An image that lies outside the folder or is missing is refused when the question is loaded.
+
     Raises:
-        ConfigError: If `captions` is refused by `read_coco`, an image lies outside the folder or is missing, or
-            `limit` or the number of images with captions is below 2: a shuffled pair needs two.
+        ConfigError: If `captions` is refused by `read_coco`, or `limit` or the number of images that are there and have
+            captions is below 2: a shuffled pair needs two.
     """
     if limit is not None and limit < 2:
         raise ConfigError(f"limit is {limit} images; expected at least 2")
@@ -156,14 +159,27 @@ def folder_questions(folder: Path, captions: Path, prompt: str, limit: int | Non
     found = [
         Question(_inside(folder, name), prompt, tuple(texts), None, slices={SLICE: CAPTIONS}) for name, texts in chosen
     ]
-    if len(found) < 2:
-        raise ConfigError(f"{len(found)} images have captions; expected at least 2")
+    there = [one for one in found if not isinstance(one.media, _Absent)]
+    if len(there) < 2:
+        absent = next((f"; {one.media}" for one in found if isinstance(one.media, _Absent)), "")
+        raise ConfigError(f"{len(there)} images have captions; expected at least 2{absent}")
     return found
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: Path, name: str) -> "Path | _Absent":
     root = Path(folder).resolve()
     path = (root / name).resolve()
-    if not path.is_relative_to(root) or not path.is_file():
-        raise ConfigError(f"image {name!r} is not a file inside the data folder")
-    return path
+    return path if path.is_relative_to(root) and path.is_file() else _Absent(name)
+
+
+@dataclass(frozen=True)
+class _Absent:
+    """An image that is not there to be loaded."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"image {self.name!r} is not a file inside the data folder"
+
+    def __call__(self) -> Any:
+        raise ConfigError(str(self))

@@ -44,7 +44,8 @@ class Question:
     @property
     def name(self) -> str:
         """For messages: the file's name, or the question."""
-        return Path(self.media).name if isinstance(self.media, str | Path) else self.prompt
+        file = getattr(self.media, "name", None)
+        return Path(self.media).name if isinstance(self.media, str | Path) else str(file or self.prompt)
 
     @property
     def slice(self) -> str:

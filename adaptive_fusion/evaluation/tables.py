@@ -20,7 +20,9 @@ def read_table(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
         ConfigError: For a file that cannot be read, or with two columns of one name.
     """
     try:
-        reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"), newline=""))
+        # Half a character in one row is for whoever reads that row to refuse, not the whole table.
+        text = file.read_text(encoding="utf-8-sig", errors="surrogatepass")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         columns, rows = list(reader.fieldnames or ()), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"table {file.name!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error

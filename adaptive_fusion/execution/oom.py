@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from adaptive_fusion.errors import ConfigError, OutOfMemoryError
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, OutOfMemoryError
 from adaptive_fusion.point import OperatingPoint
 
 T = TypeVar("T")
@@ -53,6 +53,22 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def of_one_item(error: Exception) -> AdaptiveFusionError:
+    """`error` as one of the library's, if it concerns only the item at hand: such an error itself, or out of memory.
+
+    Whoever goes through many items reports it and goes on with the next.
+
+    Raises:
+        `error` itself, if it is neither: a fault of the program, which the next item would meet too.
+    """
+    if isinstance(error, AdaptiveFusionError):
+        return error
+    if is_out_of_memory(error):
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return OutOfMemoryError(f"out of memory: {said or type(error).__name__}")
+    raise error
 
 
 def run_with_step_down(

@@ -1,10 +1,12 @@
 """A chat request: media loaded and measured, messages in the form that chat templates take.
 
-Knows media, complexity and message parts. Must not know of policies, models or budgets. Nothing is fetched: a source
-that looks like an address is refused by the media loader.
+Knows media and complexity; `messages` and `parts` know the forms in which requests come. Must not know of policies,
+models or budgets. Nothing is fetched: an address is refused.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,33 +15,72 @@ import numpy as np
 from PIL import Image
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.execution.messages import Message, begun_answer, check_tools, is_messages, read_messages, strings
+from adaptive_fusion.execution.parts import (
+    FRAMES,
+    LIMITS,
+    LOW_DETAIL_PIXELS,
+    OF_CLIPS,
+    OF_IMAGES,
+    RESIZED,
+    MediumPart,
+    TextPart,
+)
 from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.hashes import content_hash
 from adaptive_fusion.media.load import Media, load_media
 from adaptive_fusion.media.pixels import Array
-from adaptive_fusion.models.base import Size
+from adaptive_fusion.models.base import Size, size_of
+
+TEMPLATE_OPTIONS = ("tools", "continue_final_message")
+"""What a caller may say of the prompt beside its messages; `build_request` takes them."""
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """What one chat request asks: template messages with loaded media, and what was measured on them."""
+    """What one chat request asks: template messages with loaded media, and what was measured on them.
+
+    Attributes:
+        messages: As `Adapter.prepare` takes them: content is a list of parts, a medium's with the pixels asked for it.
+        media: The loaded media, in order.
+        prompt: The user's last text.
+        complexities: Of the media, in order.
+        content_hash: Names the media and how they are looked at; None unless it was asked for.
+        tools: Descriptions for the chat template.
+        continues: Whether the answer goes on with the last message.
+        full_detail: Whether a part asks for all its pixels and tokens.
+    """
 
     messages: tuple[dict[str, Any], ...]
     media: tuple[Media | Array, ...]
     prompt: str
     complexities: tuple[Complexity, ...]
     content_hash: str | None
+    tools: tuple[Any, ...] = ()
+    continues: bool = False
+    full_detail: bool = False
 
     @property
     def texts(self) -> list[str]:
-        """Everything said in the conversation, in order."""
-        return [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
+        """Everything said in the conversation, in order, then what is said about tools."""
+        said = [part["text"] for message in self.messages for part in message["content"] if part["type"] == "text"]
+        beside = [{k: v for k, v in message.items() if k not in ("role", "content")} for message in self.messages]
+        named = [json.dumps(tool) if isinstance(tool, Mapping) else str(tool.__doc__) for tool in self.tools]
+        return [*said, *strings([entry for entry in beside if entry]), *named]
+
+    @property
+    def of_prompt(self) -> dict[str, Any]:
+        """What `Adapter.prepare` has to be told beside the messages and a point; mostly nothing."""
+        told: dict[str, Any] = {"tools": self.tools} if self.tools else {}
+        if self.messages[-1]["role"] == "assistant" and not self.continues:
+            told["continues"] = False
+        return told
 
     @property
     def sizes(self) -> list[Size]:
-        """Sizes of the media, in order."""
-        return [media_size(medium) for medium in self.media]
+        """Sizes of the media, in order, and the pixels asked for them."""
+        return [size_of(part) for message in self.messages for part in message["content"] if part["type"] != "text"]
 
     @property
     def durations_s(self) -> list[float]:
@@ -62,21 +103,6 @@ def kind_of(kinds: Sequence[str]) -> str:
     return "mixed" if len(set(kinds)) > 1 else kinds[0] if kinds else "text"
 
 
-def media_size(medium: Media | Array) -> Size:
-    """Frames, height and width of a loaded medium, or of an image that is still an array."""
-    if isinstance(medium, Video):
-        frames, height, width = medium.frames.shape[:3]
-        return Size(frames, height, width, clip=True)
-    if isinstance(medium, np.ndarray):
-        return Size(1, *medium.shape[:2])
-    return Size(1, medium.height, medium.width)
-
-
-def is_messages(value: object) -> bool:
-    """Whether `value` is a list of chat messages rather than media."""
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(v, Mapping) and "role" in v for v in value)
-
-
 def each_request(media: Any, prompt: Any) -> list[tuple[Any, str | None]] | None:
     """Media and prompt of each of several requests: for a list of prompts the media of each in a list (None: no media
     at all), or a list of conversations. None where it is one request.
@@ -97,48 +123,66 @@ def each_request(media: Any, prompt: Any) -> list[tuple[Any, str | None]] | None
 
 
 def build_request(
-    media_or_messages: Any, prompt: str | None, *, hashed: bool = False, to_run: bool = True
+    media_or_messages: Any,
+    prompt: str | None,
+    *,
+    hashed: bool = False,
+    to_run: bool = True,
+    tools: Any = None,
+    continue_final_message: bool | None = None,
 ) -> ChatRequest:
     """Load and measure everything that a request names.
 
     Args:
-        media_or_messages: None, one medium (path, encoded bytes, PIL image, array, `Video`), a list of media (a list
-            inside it is the frames of one clip), or chat messages whose content is a string or a list of parts
-            ``{"type": "text", "text": ...}``, ``{"type": "image", "image": ...}``, ``{"type": "video", "video": ...}``.
+        media_or_messages: None, one medium (path, encoded bytes, data URL, PIL image, array, `Video`, or a part of a
+            message), a list of media (a list inside it is the frames of one clip), or chat messages whose content is a
+            string or a list of parts. Parts and their options are described in ``docs/messages.md``.
         prompt: Asked after the media; with messages it becomes one more user message, or None.
         hashed: Take the media's content hash too, for a log.
         to_run: Whether the request will be run. If not, an image that is an array stays one: it is measured by its
             samples, of which alone the values are then checked (shape, size and dtype are checked always).
+        tools: Descriptions of tools for the chat template.
+        continue_final_message: Whether the answer goes on with the last message; None does so if it is the assistant's.
 
     Raises:
-        MediaError: For a medium that cannot be used.
-        ConfigError: For a message or part of an unknown form, or a request without media and prompt.
+        MediaError: For a medium that cannot be used, or an address.
+        ConfigError: For a message, part, key or value of an unknown form, or a request without media and prompt.
     """
     if prompt is not None and not isinstance(prompt, str):
         raise ConfigError(f"prompt is {type(prompt).__name__}; expected a string")
     if is_messages(media_or_messages):
-        raw = [dict(message) for message in media_or_messages]
+        raw = list(media_or_messages)
         if prompt is not None:
             raw.append({"role": "user", "content": prompt})
     else:
         sources = _as_list(media_or_messages)
         if not sources and not prompt:
             raise ConfigError("a request needs media or a prompt; got neither")
-        content = [{"type": "media", "media": source} for source in sources]
+        content = [source if isinstance(source, Mapping) else {"type": "media", "media": source} for source in sources]
         raw = [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
-    media: list[Media | Array] = []
-    hashes: list[str] | None = [] if hashed else None
-    texts: list[str] = []
-    messages = [_message(message, media, hashes, texts, to_run) for message in raw]
+    messages = read_messages(raw)
+    continues = begun_answer(messages, continue_final_message)
+    shown = [part for message in messages for part in message.media]
+    media = [_load(part, to_run) for part in shown]
+    loaded = iter(media)
     complexities = tuple(measure_complexity(m) for m in media)
-    joined = "+".join(hashes) if hashes else None
-    return ChatRequest(tuple(messages), tuple(media), texts[-1] if texts else "", complexities, joined)
+    asked = [part.text for m in messages if m.role == "user" for part in m.parts if isinstance(part, TextPart)]
+    return ChatRequest(
+        messages=tuple(_for_template(message, loaded) for message in messages),
+        media=tuple(media),
+        prompt=asked[-1] if asked else "",
+        complexities=complexities,
+        content_hash="+".join(map(_hash, shown)) if hashed and shown else None,
+        tools=tuple(check_tools(tools) or ()),
+        continues=continues,
+        full_detail=any(part.options.get("detail") == "high" for part in shown),
+    )
 
 
 def _as_list(media: Any) -> list[Any]:
     if media is None:
         return []
-    if isinstance(media, str | bytes | Path | Image.Image | np.ndarray | Video):
+    if isinstance(media, str | bytes | Path | Image.Image | np.ndarray | Video | Mapping):
         return [media]
     if isinstance(media, list | tuple):
         return list(media)
@@ -148,33 +192,50 @@ def _as_list(media: Any) -> list[Any]:
     )
 
 
-def _message(
-    message: dict[str, Any], media: list[Media | Array], hashes: list[str] | None, texts: list[str], to_run: bool
-) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise ConfigError(f"message role is {role!r}; expected system, user or assistant")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise ConfigError(f"message content is {type(content).__name__}; expected a string or a list of parts")
+def _load(part: MediumPart, to_run: bool) -> Media | Array:
+    """The medium, sampled as the part asks; options that do not apply to what it turned out to be are refused."""
+    options = part.options
+    timed = [key for key in FRAMES if key in options]
+    if timed and isinstance(part.source, Video):
+        raise ConfigError(
+            f"{timed[0]} is {options[timed[0]]} for a Video, whose frames have their times; expected none"
+        )
+    as_it_is = not to_run and isinstance(part.source, np.ndarray) and part.source.ndim != 4
+    medium = part.source if as_it_is else load_media(part.source, limits=part.limits)
+    if isinstance(medium, Video):
+        strange = [key for key in RESIZED if key in options]
+        what = f"a clip; expected {', '.join(OF_CLIPS)}"
+    else:
+        strange = timed if part.kind != "video" else []
+        what = f"an image; expected {', '.join(OF_IMAGES)}"
+    if strange:
+        raise ConfigError(f"{strange[0]} is {options[strange[0]]!r} for {what}")
+    wanted = options.get("nframes", options.get("min_frames", 0))
+    if isinstance(medium, Video) and len(medium.frames) < wanted:
+        key = "nframes" if "nframes" in options else "min_frames"
+        raise ConfigError(f"{key} is {wanted} for a clip of which {len(medium.frames)} frames can be had")
+    return medium
+
+
+def _for_template(message: Message, loaded: Iterator[Media | Array]) -> dict[str, Any]:
+    """The message as chat templates take it; the next of the `loaded` media stands in for each that it shows."""
     parts: list[dict[str, Any]] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-            if role == "user":
-                texts.append(part["text"])
-        elif kind in ("image", "video", "media") and part.get(kind) is not None:
-            source = part[kind]
-            as_it_is = not to_run and isinstance(source, np.ndarray) and source.ndim != 4
-            loaded = source if as_it_is else load_media(source)
-            # What it is, not what it was called: an animated image is a clip.
-            found = "video" if isinstance(loaded, Video) else "image"
-            media.append(loaded)
-            if hashes is not None:
-                hashes.append(content_hash(source))
-            parts.append({"type": found, found: loaded})
-        else:
-            raise ConfigError(f"message part is {kind!r}; expected text, image or video with its value")
-    return {"role": role, "content": parts}
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            parts.append({"type": "text", "text": part.text})
+            continue
+        medium = next(loaded)
+        pixels = {key: part.options[key] for key in (*LIMITS, *RESIZED) if key in part.options}
+        if pixels.pop("detail", None) == "low":
+            pixels["most_pixels"] = LOW_DETAIL_PIXELS
+        # What it is, not what it was called: an animated image is a clip.
+        found = "video" if isinstance(medium, Video) else "image"
+        parts.append({"type": found, found: medium, **pixels})
+    return {"role": message.role, "content": parts, **message.kept}
+
+
+def _hash(part: MediumPart) -> str:
+    """Names the medium; one that is sampled or sized otherwise is another."""
+    name = content_hash(part.source)
+    looked = sorted((key, value) for key, value in part.options.items() if value != "high")
+    return hashlib.sha256(f"{name} {looked}".encode()).hexdigest() if looked else name

@@ -208,8 +208,10 @@ class TimedModel:
         """
         meter.start()
         arrived = self.clock() - earlier_ms / 1e3
-        done = self.generate(self.encode(prepare, point), options)
-        peak = meter.stop()
+        try:
+            done = self.generate(self.encode(prepare, point), options)
+        finally:
+            peak = meter.stop()
         return done, done.measurement(arrived, peak)
 
 

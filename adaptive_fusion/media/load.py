@@ -1,7 +1,7 @@
 """The one door for images and videos: check the header, decode within limits, raise only MediaError.
 
-Knows where pictures come from (paths, bytes, PIL images, arrays, frames) and which formats are let in. Never
-fetches: strings that look like URLs are refused. Must not know of complexity, budgets or models.
+Knows where pictures come from (paths, bytes, data URLs, PIL images, arrays, frames) and which formats are let in.
+Never fetches: other strings that look like URLs are refused. Must not know of complexity, budgets or models.
 
 Formats are told apart by their first bytes, never by file name: PNG, JPEG, WebP, GIF, BMP, TIFF; MP4/MOV,
 WebM/MKV, AVI. An animated GIF, WebP or APNG is a clip (`Video`) with its own frame times; a clip of one frame
@@ -35,6 +35,7 @@ from PIL import (
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.media.boxes import FIRST_BOXES, is_movie
 from adaptive_fusion.media.clips import Video, from_animation, from_frames
+from adaptive_fusion.media.inline import data_url_bytes, is_data_url
 from adaptive_fusion.media.pixels import DEFAULT, Array, Limits, check_size, decoding, from_array, to_rgb
 from adaptive_fusion.media.scans import black_is_zero, mark_white_is_zero
 from adaptive_fusion.media.video import decode_video
@@ -45,7 +46,7 @@ _HEAD_BYTES = 32
 _FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF, MP4/MOV, WebM/MKV, AVI"
 _DEMUXERS = {"MP4": "mov", "MKV": "matroska", "AVI": "avi"}
 _ANIMATED = ("GIF", "WEBP", "PNG")
-_URL = re.compile(r"\s*([a-z][a-z0-9+.\-]+:[/\\]{2}|data:)", re.IGNORECASE)
+_URL = re.compile(r"\s*([a-z][a-z0-9+.\-]+:[/\\]{2})", re.IGNORECASE)
 _PLUGINS = (
     BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 )  # fmt: skip
@@ -66,9 +67,9 @@ def load_media(source: MediaSource, *, limits: Limits = DEFAULT) -> Media:
     """Decode any accepted source to a plain upright RGB image or a sampled `Video`.
 
     Args:
-        source: path, encoded bytes, PIL image, array (H, W), (H, W, 3), (H, W, 4) of bool, uint8, uint16 or
-            float in [0, 1]; for a clip also an array (T, H, W, 3), a list of frames, or a `Video`, which is
-            returned as it is.
+        source: path, encoded bytes, ``data:`` URL in base64, PIL image, array (H, W), (H, W, 3), (H, W, 4) of
+            bool, uint8, uint16 or float in [0, 1]; for a clip also an array (T, H, W, 3), a list of frames, or a
+            `Video`, which is returned as it is.
         limits: sizes refused before decoding, and how clips are sampled.
 
     Returns:
@@ -105,7 +106,9 @@ def kind(media: Media) -> Literal["image", "video"]:
 
 
 def _open_source(source: object) -> _File:
-    """Name and first bytes of a path or bytes. Raises MediaError if it is no readable, filled file."""
+    """Name and first bytes of a path, bytes or data URL. Raises MediaError if it is no readable, filled file."""
+    if isinstance(source, str) and is_data_url(source):
+        source = data_url_bytes(source)
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
         if not data:
@@ -118,7 +121,9 @@ def _open_source(source: object) -> _File:
         )
     text = os.fspath(source)
     if not isinstance(text, str) or _URL.match(text):
-        raise MediaError(f"{str(text)[:80]!r} is not a local path and URLs are never fetched; give a path or bytes")
+        raise MediaError(
+            f"{str(text)[:80]!r} is not a local path and URLs are never fetched; give a path, bytes or a data: URL"
+        )
     path = Path(text)
     name = repr(path.name[-80:])
     try:

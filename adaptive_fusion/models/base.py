@@ -15,6 +15,8 @@ from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
+from adaptive_fusion.media.clips import Video
+from adaptive_fusion.models.chat_template import ChatTemplate
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
@@ -24,7 +26,9 @@ from adaptive_fusion.policy.rungs import Rung
 class Size:
     """One image (`frames` 1) or clip: frames, height and width in pixels.
 
-    `exact` says that the processor is already through with it, so that it is not resized any more.
+    `exact` says that the processor is already through with it, so that it is not resized any more. `min_pixels`,
+    `max_pixels` and `resized` (height and width) are what the caller asked for in place of the processor's own limits;
+    `most_pixels` is a limit beside these.
     """
 
     frames: int
@@ -32,6 +36,29 @@ class Size:
     width: int
     clip: bool = False
     exact: bool = False
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    most_pixels: int | None = None
+    resized: tuple[int, int] | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether the caller asked for a size."""
+        return any(one is not None for one in (self.min_pixels, self.max_pixels, self.most_pixels, self.resized))
+
+
+def size_of(part: Mapping[str, Any]) -> Size:
+    """The size of the loaded medium in a message's part, with the pixels asked for beside it."""
+    medium, frames, clip = part[part["type"]], 1, isinstance(part[part["type"]], Video)
+    if clip:
+        frames, height, width = medium.frames.shape[:3]
+    elif isinstance(medium, np.ndarray):  # an image that is measured only
+        height, width = medium.shape[:2]
+    else:
+        height, width = medium.height, medium.width
+    resized = (part["resized_height"], part["resized_width"]) if "resized_height" in part else None
+    least, most, beside = (part.get(key) for key in ("min_pixels", "max_pixels", "most_pixels"))
+    return Size(frames, height, width, clip, False, least, most, beside, resized)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +102,7 @@ class Adapter(ABC):
         self.processor = processor
         self._fusions: dict[FusionSpec, DeepStackFusion] = {}
         self._levels: dict[int, tuple[int, ...]] = {}
+        self._template = ChatTemplate(processor)
 
     @classmethod
     @abstractmethod
@@ -104,9 +132,26 @@ class Adapter(ABC):
         return int(found if found is not None else (self.model.generation_config.pad_token_id or 0))
 
     @abstractmethod
-    def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        point: OperatingPoint,
+        *,
+        tools: Sequence[Any] = (),
+        continues: bool | None = None,
+    ) -> dict[str, Any]:
         """The processor's tensors for chat `messages` (media already loaded) within the point's pixel budget, on the
-        model's device."""
+        model's device.
+
+        Args:
+            messages: As in `ChatRequest.messages`.
+            point: Its knobs before the encoder count.
+            tools: Descriptions for the chat template.
+            continues: Whether the answer goes on with the last message; None does so if it is the assistant's.
+
+        Raises:
+            ConfigError: If the chat template does not show all that is in the messages.
+        """
 
     @abstractmethod
     def record(self, inputs: Mapping[str, Any], point: OperatingPoint, levels: Sequence[int]) -> Recorded:

@@ -12,16 +12,17 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
-from adaptive_fusion.media.clips import Video
-from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, takes_outputs
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, size_of, takes_outputs
+from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
-from adaptive_fusion.models.resize import call_options, resized, with_options_per_clip
+from adaptive_fusion.models.resize import call_options, resized, with_own_options
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.reduction.pool import Grid
 
@@ -96,35 +97,50 @@ class GridAdapter(Adapter):
 
     # Media to tensors
 
-    def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
-        images, clips = [], []
-        for message in messages:
-            for part in message["content"] if not isinstance(message["content"], str) else ():
-                if part["type"] == "image":
-                    images.append(part["image"])
-                elif part["type"] == "video":
-                    clips.append(cast(Video, part["video"]).at_most(point.max_fps))
-        text = self.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        processor = self.processor
-        kwargs: dict[str, Any] = {}
-        if images:
-            # An image's limits do not depend on its size: one call takes all.
-            kwargs |= {"images": images, "images_kwargs": self._options(Size(1, 1, 1), point)}
-        if clips:
-            shapes = [clip.frames.shape for clip in clips]
-            options = [self._options(Size(t, h, w, clip=True), point) for t, h, w, _ in shapes]
-            processor = with_options_per_clip(self.processor, options)
-            kwargs["videos"] = [clip.frames for clip in clips]
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        point: OperatingPoint,
+        *,
+        tools: Sequence[Any] = (),
+        continues: bool | None = None,
+    ) -> dict[str, Any]:
+        """See `Adapter.prepare`."""
+        processor, kwargs = self.processor, dict[str, Any]()
+        parts = media_parts(messages)
+        if images := [part for part in parts if part["type"] == "image"]:
+            done = [self._image(part, point) for part in images]
+            options = [each for _, each in done]
+            processor = with_own_options(processor, "image_processor", options)
+            kwargs["images"] = [image for image, _ in done]
+            # What is each one's own must not be all others' too.
+            kwargs["images_kwargs"] = options[0] if processor is self.processor else {}
+        if clips := [part for part in parts if part["type"] == "video"]:
+            fewer = [{**part, "video": part["video"].at_most(point.max_fps)} for part in clips]
+            options, before = [self._options(size_of(part), point.max_pixels) for part in fewer], processor
+            processor = with_own_options(processor, "video_processor", options)
+            kwargs["videos"] = [part["video"].frames for part in fewer]
             kwargs["videos_kwargs"] = {
-                **options[0],
+                **(options[0] if processor is before else {}),
                 "do_sample_frames": False,
-                "video_metadata": [clip.metadata() for clip in clips],
+                "video_metadata": [part["video"].metadata() for part in fewer],
             }
-        return dict(processor(text=[text], return_tensors="pt", **kwargs).to(self.model.device))
+        found = self._template.tensors(messages, tools, continues, processor, **kwargs)
+        return dict(found.to(self.model.device))
 
-    def _options(self, size: Size, point: OperatingPoint) -> dict[str, Any]:
+    def _image(self, part: Mapping[str, Any], point: OperatingPoint) -> tuple[Any, dict[str, Any]]:
+        """An image and what the processor is told of its size."""
+        image, size = part["image"], size_of(part)
+        if size.resized is None:
+            return image, self._options(size, point.max_pixels)
+        # Brought to the height and width that were asked for: the processor would keep the image's aspect.
+        height, width = self._resized(size, point.max_pixels)
+        stretched = image.resize((width, height), Image.Resampling.BICUBIC)
+        return stretched, self._options(Size(1, height, width, max_pixels=height * width), None)
+
+    def _options(self, size: Size, max_pixels: int | None) -> dict[str, Any]:
         loaded = getattr(getattr(self.processor, "tokenizer", None), "init_kwargs", {})
-        return call_options(self._processor_for(size.clip), size, point.max_pixels, loaded)
+        return call_options(self._processor_for(size.clip), size, max_pixels, loaded)
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
         patch, temporal = self._patch, self._temporal

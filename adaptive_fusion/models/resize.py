@@ -4,6 +4,7 @@ Knows the size rules of transformers' image and video processors that cut into p
 so that they cannot differ. Must not know of models, tokens or operating points.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -24,12 +25,7 @@ def resized(processor: Any, size: Size, max_pixels: int | None) -> tuple[int, in
 
     `max_pixels` is a budget per frame; None leaves the processor's own limits.
     """
-    rule, counts_frames = _rule(processor)
-    low, high = _limits(processor, size, max_pixels)
-    given: dict[str, int] = {"height": size.height, "width": size.width, "factor": _factor(processor)}
-    if counts_frames:
-        given |= {"num_frames": _frames(processor, size), "temporal_factor": processor.temporal_patch_size}
-    return cast(tuple[int, int], rule(**given, min_pixels=low, max_pixels=high))
+    return _sides(processor, size, *_limits(processor, size, max_pixels))
 
 
 def call_options(processor: Any, size: Size, max_pixels: int | None, loaded: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,7 +37,7 @@ def call_options(processor: Any, size: Size, max_pixels: int | None, loaded: Map
     capped = getattr(processor, "cap_pixels_per_frame", False)
     if capped is None or (capped and max_pixels is not None):  # undecided, it warns; below, the limits hold the cap
         given["cap_pixels_per_frame"] = False
-    if max_pixels is None:
+    if max_pixels is None and not size.asked:
         return given
     low, high = _limits(processor, size, max_pixels)
     # Limits that AutoProcessor.from_pretrained was given stay with the tokenizer, and transformers takes them from
@@ -51,17 +47,18 @@ def call_options(processor: Any, size: Size, max_pixels: int | None, loaded: Map
     return {"size": {"shortest_edge": low, "longest_edge": high}, **given, **again}
 
 
-def with_options_per_clip(processor: Any, options: Sequence[Mapping[str, Any]]) -> Any:
-    """A copy of a whole `processor` that gives each clip of a call its own `options`; itself where they are alike."""
+def with_own_options(processor: Any, part: str, options: Sequence[Mapping[str, Any]]) -> Any:
+    """A copy of a whole `processor` whose `part` (``image_processor``, ``video_processor``) gives each medium of a call
+    its own `options`; itself where they are alike."""
     if all(each == options[0] for each in options):
         return processor
     own = copy(processor)
-    own.video_processor = _OneByOne(processor.video_processor, options)
+    setattr(own, part, _OneByOne(getattr(processor, part), options))
     return own
 
 
 class _OneByOne:
-    """A video processor that takes the clips of a call one by one, and gives what one call would give."""
+    """An image or video processor that takes the media of a call one by one, and gives what one call would give."""
 
     def __init__(self, processor: Any, options: Sequence[Mapping[str, Any]]) -> None:
         self._processor, self._options = processor, options
@@ -69,11 +66,11 @@ class _OneByOne:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
 
-    def __call__(self, videos: Sequence[Any], *, video_metadata: Sequence[Any], **kwargs: Any) -> Any:
-        parts = [
-            self._processor([video], video_metadata=[metadata], **{**kwargs, **own})
-            for video, metadata, own in zip(videos, video_metadata, self._options, strict=True)
-        ]
+    def __call__(self, media: Sequence[Any], *, video_metadata: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        parts = []
+        for index, (medium, own) in enumerate(zip(media, self._options, strict=True)):
+            about = {} if video_metadata is None else {"video_metadata": [video_metadata[index]]}
+            parts.append(self._processor([medium], **about, **{**kwargs, **own}))
         return type(parts[0])({key: _joined([part[key] for part in parts]) for key in parts[0]})
 
 
@@ -116,9 +113,47 @@ def _limits(processor: Any, size: Size, max_pixels: int | None) -> tuple[int, in
         most = processor.max_video_tokens * factor * factor
         share = high // frames if counts_frames else int(0.9 * most) * pair // frames
         high = max(min(most if counts_frames else high, share), int(1.05 * low)) * (frames if counts_frames else 1)
+    # The rule rounds to whole pairs of frames in one place and not in another; the fewer keep the budget in both.
+    counted = min(frames, round(frames / pair) * pair) if counts_frames else 1
+    if size.asked:
+        low, high = _asked(size, low, high, counted, factor)
     if max_pixels is not None:
-        # The rule rounds to whole pairs of frames in one place and not in another; the fewer keep the budget in both.
-        counted = min(frames, round(frames / pair) * pair) if counts_frames else 1
         high = min(high, max(max_pixels, factor * factor) * counted)
         low = min(low, high)
+    if size.asked and (made := math.prod(_sides(processor, size, low, high)) * counted) > high:
+        # Sides are rounded up to reach the least: the most gives way where nobody set it, else the least.
+        free = max_pixels is None and size.max_pixels is None and size.most_pixels is None
+        return (low, made) if free else (factor * factor * counted, high)
     return low, high
+
+
+def _asked(size: Size, low: int, high: int, counted: int, factor: int) -> tuple[int, int]:
+    """The limits with those that the caller asked for in place of the processor's own; all count `counted` frames."""
+    least = factor * factor * counted
+    if size.resized is not None:
+        return least, math.prod(_rounded(size.resized, factor)) * counted
+    if size.min_pixels is not None:
+        low = max(size.min_pixels * counted, least)
+        high = max(low, high)
+    if size.max_pixels is not None:
+        high = max(size.max_pixels * counted, least)
+    if size.most_pixels is not None:
+        high = min(high, size.most_pixels * counted)
+    return min(low, high), high
+
+
+def _sides(processor: Any, size: Size, low: int, high: int) -> tuple[int, int]:
+    """What the processor's rule makes of a size between these limits."""
+    rule, counts_frames = _rule(processor)
+    factor = _factor(processor)
+    height, width = (size.height, size.width) if size.resized is None else _rounded(size.resized, factor)
+    given: dict[str, int] = {"height": height, "width": width, "factor": factor}
+    if counts_frames:
+        given |= {"num_frames": _frames(processor, size), "temporal_factor": processor.temporal_patch_size}
+    return cast(tuple[int, int], rule(**given, min_pixels=low, max_pixels=high))
+
+
+def _rounded(sides: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Height and width as multiples of `factor`, at least one of it."""
+    height, width = (max(factor, round(side / factor) * factor) for side in sides)
+    return height, width

@@ -13,8 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import downsample, pooled_grid
-from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, takes_outputs
+from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, size_of, takes_outputs
+from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.point import OperatingPoint
@@ -49,19 +51,38 @@ class SquareAdapter(Adapter):
         return int(self.model.config.vision_config.image_size) ** 2
 
     def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
+        self._refuse_other(sizes)
         _, h, w = pooled_grid(1, self._side, self._side, point.downsample)
         return VisualPlan((self._patches,) * len(sizes), h * w * len(sizes))
 
-    def prepare(self, messages: Sequence[Mapping[str, Any]], point: OperatingPoint) -> dict[str, Any]:
-        return dict(
-            self.processor.apply_chat_template(
-                list(messages),
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
-            ).to(self.model.device)
-        )
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        point: OperatingPoint,
+        *,
+        tools: Sequence[Any] = (),
+        continues: bool | None = None,
+    ) -> dict[str, Any]:
+        """See `Adapter.prepare`."""
+        parts = media_parts(messages)
+        self._refuse_other([size_of(part) for part in parts])
+        media = {"images": [part["image"] for part in parts]} if parts else {}
+        return dict(self._template.tensors(messages, tools, continues, **media).to(self.model.device))
+
+    def _refuse_other(self, sizes: Sequence[Size]) -> None:
+        """Refuse clips, and sizes that a caller asked for.
+
+        Raises:
+            UnsupportedModelError: With the reason.
+        """
+        name = type(self.model).__name__
+        if any(size.clip for size in sizes):
+            raise UnsupportedModelError(f"{name} takes images only; got a clip")
+        if any(size.asked for size in sizes):
+            raise UnsupportedModelError(
+                f"{name} cannot take a size for one image (min_pixels, max_pixels, resized_height and resized_width, "
+                f"detail low): {self.refusals['max_pixels']}"
+            )
 
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
         pixels = inputs.get("pixel_values")

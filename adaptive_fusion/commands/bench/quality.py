@@ -7,7 +7,7 @@ import typer
 
 from adaptive_fusion.commands.bench.shared import Plot, Points, check_plot, machine, print_lines, rungs_of
 from adaptive_fusion.commands.options import Json, Model, PolicyName
-from adaptive_fusion.commands.output import emit, progress, refusing
+from adaptive_fusion.commands.output import BAD_INPUT, complain, emit, progress, refusing
 from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def quality(
     Row `adaptive` takes the policy's choice for each input, under no limits but the policy's own; the first point of
     its lane for simple images is a row of its own, taken for every input. Rows `shuffled` (native's answers scored on
     other images) and `chance` (other images' own right answers) show what a model that does not look would get.
+    Exit code 2 if an input was refused; the tables then have the others.
     """
     with refusing([model], as_json):
         _check(data, captions, knobs, points)
@@ -54,10 +55,14 @@ def quality(
             from adaptive_fusion.bench.report import plot_quality
 
             plot_quality(result, plot)
+        for failure in found["failed"]:
+            complain(f"{failure['input']}: {failure['error']}")
         if as_json:
             emit(result)
         else:
             _print(result, knobs)
+        if found["failed"]:
+            raise typer.Exit(BAD_INPUT)
 
 
 def _check(data: Path | None, captions: Path | None, knobs: bool, points: list[str] | None) -> None:

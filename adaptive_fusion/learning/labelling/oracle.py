@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from joblib import Parallel, delayed
 
-from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.execution.oom import of_one_item
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.learning.data.labels import Subject, label_record
 from adaptive_fusion.policy.rungs import Rung
@@ -71,8 +72,8 @@ def label_inputs(
     An input whose content and question are in `out` already, with all these rungs and from the same `source_id`,
     is not run again; nor is one that comes twice. Questions on the same content are scored one after the other, in
     one process, so that a scorer can share work among them. A torn last line, from a run that was killed, is cut
-    off first. An input that raises this library's error is reported and left out; any other error stops the run,
-    with what was scored so far on disk.
+    off first. An input that raises this library's error or runs out of memory is reported and left out; any other
+    error stops the run, with what was scored so far on disk.
 
     Args:
         scorer: Describes and scores.
@@ -121,8 +122,8 @@ def _plan(scorer: Scorer, inputs: Iterable[Any], done: set[tuple[Any, Any]]) -> 
     for question in inputs:
         try:
             subject = scorer.describe(question)
-        except AdaptiveFusionError as error:
-            plan.failed.append((_name(question), str(error)))
+        except Exception as error:
+            plan.failed.append((_name(question), str(of_one_item(error))))
             continue
         key = (subject.content_hash, subject.prompt_hash)
         if key in done:
@@ -192,8 +193,8 @@ def _score_all(scorer: Scorer, questions: Sequence[Any], rungs: tuple[Rung, ...]
 def _score(scorer: Scorer, question: Any, rungs: tuple[Rung, ...]) -> RungScores | str:
     try:
         return scorer.score(question, rungs)
-    except AdaptiveFusionError as error:
-        return str(error)
+    except Exception as error:
+        return str(of_one_item(error))
 
 
 def _picklable(scorer: Scorer) -> bool:

@@ -67,12 +67,17 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "missing file": (lambda: "no/such/cat.png", "'cat.png' does not exist"),
     "NUL in the path": (lambda: "a\0b.png", "does not exist|cannot be read"),
     "endless path": (lambda: "x" * 5000 + ".png", "cannot be read"),
+    "data URL of no picture": (lambda: "data:image/png;base64,AAAA", "not an image or video of a known format"),
+    "data URL of text": (lambda: "data:image/svg+xml,%3Csvg/%3E", "not a data URL in base64"),
+    "data URL of nothing": (lambda: "data:image/png;base64,", "is empty"),
+    "data URL with a line break": (lambda: "data:image/png;base64,iVBO\nRw0K", "not valid base64"),
+    "data URL that is cut": (lambda: "data:image/png;base64,iVBORw0KG", "not valid base64"),
     "broken PIL image": (lambda: Image.open(io.BytesIO(noise_jpeg()[:-900])), "cut short"),
 } | {
     f"URL {url}": (lambda url=url: url, "never fetched")
     for url in (
         "http://example.com/a.png", "HTTPS://example.com/a.png", " file:///etc/passwd", "ftp://h/a", "s3://b/k",
-        "http:\\\\example.com\\a.png", "data:image/png;base64,AAAA", "concat+http://h/a.mp4",
+        "http:\\\\example.com\\a.png", "concat+http://h/a.mp4",
     )
 }  # fmt: skip
 

@@ -1,0 +1,57 @@
+"""Media written out in a text: ``data:`` URLs (RFC 2397) and plain base64, within a size.
+
+Knows texts and bytes. What the bytes are is told by themselves, never by the label of the URL, so the label is not
+read. Must not know of formats, messages or models.
+"""
+
+import base64
+import binascii
+import re
+
+from adaptive_fusion.errors import MediaError
+
+MAX_INLINE_BYTES = 64 << 20
+"""Most bytes that a text may stand for; an 8K photograph takes about 20 MiB as JPEG."""
+_SHOWN = 60
+_DATA_URL = re.compile(r"data:(?P<label>[^,]*),", re.IGNORECASE)
+
+
+def is_data_url(text: str) -> bool:
+    """Whether `text` is a ``data:`` URL, well formed or not."""
+    return text[:5].lower() == "data:"
+
+
+def data_url_bytes(text: str) -> bytes:
+    """The bytes of ``data:[<media type>];base64,<data>``.
+
+    Raises:
+        MediaError: For another encoding than base64, broken base64 or more than `MAX_INLINE_BYTES`.
+    """
+    found = _DATA_URL.match(text)
+    if found is None or not found["label"].lower().endswith(";base64"):
+        raise MediaError(f"{text[:_SHOWN]!r} is not a data URL in base64; expected data:image/png;base64,...")
+    return base64_bytes(text[found.end() :], "a data URL")
+
+
+def base64_bytes(text: str, what: str = "base64") -> bytes:
+    """The bytes that `text` stands for in the standard alphabet with padding, without line breaks or spaces.
+
+    Args:
+        text: The characters.
+        what: Names the text in messages.
+
+    Raises:
+        MediaError: For other characters, wrong padding, nothing, or more than `MAX_INLINE_BYTES`.
+    """
+    most = -(-MAX_INLINE_BYTES // 3) * 4
+    if len(text) > most:
+        raise MediaError(f"{what} has {len(text)} characters; at most {most} ({MAX_INLINE_BYTES >> 20} MiB) are read")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(
+            f"{what} is not valid base64 ({error}): {text[:_SHOWN]!r}; expected A-Z a-z 0-9 + / ="
+        ) from error
+    if not data:
+        raise MediaError(f"{what} is empty; expected an encoded image or video")
+    return data
