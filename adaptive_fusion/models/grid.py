@@ -123,6 +123,8 @@ class GridAdapter(Adapter):
             kwargs["videos_kwargs"] = {
                 **(options[0] if processor is before else {}),
                 "do_sample_frames": False,
+                # Said: frames three pixels high could be taken for channels first.
+                "input_data_format": "channels_last",
                 "video_metadata": [part["video"].metadata() for part in fewer],
             }
         found = self._template.tensors(messages, tools, continues, processor, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2VLVideoProcessor
@@ -73,6 +73,7 @@ points = st.builds(
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(images | clips(), min_size=1, max_size=4), points)
+@example([Video(np.zeros((4, 3, 40, 3), np.uint8), (0.0, 0.5, 1.0, 1.5), 2.0, 4)], NATIVE)  # channels first, or last?
 def test_what_was_planned_is_what_runs(runner: AdaptiveRunner, media: list[Any], point: OperatingPoint) -> None:
     adapter = runner.adapter
     parts = [{"type": (kind := "video" if isinstance(m, Video) else "image"), kind: m} for m in media]
