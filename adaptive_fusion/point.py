@@ -8,15 +8,19 @@ they do: `fusion` combines levels, `models` applies a point to a model.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from adaptive_fusion.checks import is_integer, is_number
 from adaptive_fusion.errors import ConfigError
 
-FUSIONS = ("gated", "native", "sum", "top", "weighted")
-LAYERS = (3, 6, 9, 12)
+Fusion = Literal["gated", "native", "sum", "top", "weighted"]
+Layers = Literal[3, 6, 9, 12]
+Rank = Literal[0, 4, 8, 16]
+FUSIONS: tuple[str, ...] = get_args(Fusion)
+LAYERS: tuple[int, ...] = get_args(Layers)
+RANKS: tuple[int, ...] = get_args(Rank)
 DOWNSAMPLES = (1.0, 0.5, 0.25)
-RANKS = (0, 4, 8, 16)
+"""Not a type: there are no literal types of floats."""
 MIN_PIXELS = 1024
 MAX_PIXELS = 1 << 28
 
@@ -89,13 +93,13 @@ class OperatingPoint:
         ConfigError: If a value is not one of the choices above.
     """
 
-    fusion: str = _one_of("native", FUSIONS, reduces=False, kind=str)
-    layers: int = _one_of(3, LAYERS, reduces=False, kind=int)
+    fusion: Fusion = _one_of("native", FUSIONS, reduces=False, kind=str)
+    layers: Layers = _one_of(3, LAYERS, reduces=False, kind=int)
     downsample: float = _one_of(1.0, DOWNSAMPLES, reduces=True, kind=float)
     max_pixels: int | None = knob(
         None, "before", _some_pixels, f"None or an integer from {MIN_PIXELS} to {MAX_PIXELS}", unit="px", kind=int
     )
-    adapter_rank: int = _one_of(0, RANKS, reduces=False, kind=int)
+    adapter_rank: Rank = _one_of(0, RANKS, reduces=False, kind=int)
     max_fps: float | None = knob(None, "before", _some_fps, "None or a number above 0, at most 120", unit="fps")
 
     def __post_init__(self) -> None:
@@ -145,7 +149,7 @@ class OperatingPoint:
     @property
     def name(self) -> str:
         """Short readable form, such as ``weighted6r4@0.5/65536px``; `parse` reads it back."""
-        head = self.fusion
+        head: str = self.fusion
         if self.fuses:
             head += f"{self.layers}r{self.adapter_rank}" if self.adapter_rank else f"{self.layers}"
         parts = [f"{head}@{self.downsample:g}"]

@@ -55,7 +55,7 @@ def distil(
             raise ConfigError(f"--out is {out.name!r}; expected the name of a file that ends in .safetensors")
         from adaptive_fusion.point import OperatingPoint
 
-        point = OperatingPoint(fusion, layers, adapter_rank=rank)
+        point = OperatingPoint.from_dict({"fusion": fusion, "layers": layers, "adapter_rank": rank})
         wanted = [OperatingPoint(downsample=ratio).downsample for ratio in downsample or ()]
         questions = _questions(inputs, prompt)
         from adaptive_fusion.learning.distillation.distil import distil as train
