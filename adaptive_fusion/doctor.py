@@ -237,7 +237,7 @@ def check_reference() -> Iterator[Check]:
         found.append(runner)
         reply = runner.chat(Image.new("RGB", (64, 64), "red"), "Describe the screen.", max_new_tokens=2)
         return (
-            f"answers on {runner.model.device} in {runner.model.dtype}".replace("torch.", "")
+            f"answers on {runner.adapter.device} in {runner.adapter.dtype}".replace("torch.", "")
             + f", {reply.measurement.visual_tokens} visual tokens"
         )
 

@@ -35,6 +35,10 @@ class InfeasibleBudgetError(AdaptiveFusionError):
     """No operating point fits the budget and the budget asks for an early refusal."""
 
 
+class NotCopyableError(AdaptiveFusionError, TypeError):
+    """An object that holds a model and its lock was to be pickled or copied."""
+
+
 class MissingExtraError(AdaptiveFusionError, ImportError):
     """An optional dependency that this function needs is not installed."""
 

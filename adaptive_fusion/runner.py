@@ -10,7 +10,6 @@ import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,18 +48,17 @@ from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.fusion import DeepStackFusion
-from adaptive_fusion.models import Adapter, adapter_for
+from adaptive_fusion.model_face import ModelFace
+from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.unwrap import lock_of
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.pretrained import load_pretrained
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reply import Reply
 
 WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
 """Width and height of the warm-up's image, run in full once, and what other points make of it. Both are resized."""
-
-# A model keeps M-RoPE state between prefill and decode, so two generations on one model must not interleave,
-# whichever runner they come from.
-_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,12 @@ class _Call:
     of_prompt: dict[str, Any]
 
 
-class AdaptiveRunner:
-    """Wraps a vision-language model; unknown attributes are those of the model.
+class AdaptiveRunner(ModelFace):
+    """Wraps a vision-language model; unknown attributes are those of the model, see `ModelFace`.
 
     Args:
-        model: A transformers vision-language model in eval mode on its device; see `adaptive_fusion.models`.
+        model: A transformers vision-language model in eval mode on its device, also one that is wrapped by PEFT or
+            ``torch.compile``, or offloaded by accelerate; see `adaptive_fusion.models`.
         processor: Its processor.
         policy: A `Policy`, a shipped policy's name or a path.
         budget: Limits for every request, the weakest source but one: the policy's defaults are put over it, then the
@@ -109,10 +108,12 @@ class AdaptiveRunner:
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
     ) -> None:
-        self.model = model
+        if isinstance(model, AdaptiveRunner):
+            raise ConfigError("model is an AdaptiveRunner; expected the model in it, its .model")
         self.processor = processor
         self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
-        self.adapter: Adapter = adapter_for(model, processor)
+        self.adapter = adapter_for(model, processor)
+        self._where = self.device, self.dtype
         for path in self.policy.fusion_weights:
             self.adapter.add_fusion(DeepStackFusion.from_file(path))
         self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(os.environ))
@@ -120,13 +121,15 @@ class AdaptiveRunner:
         self.log = DecisionLog(log) if isinstance(log, str | Path) else log
         self.last: tuple[Decision, Measurement] | None = None
         self._clock = clock
-        self.meter = meter if meter is not None else meter_for(str(getattr(model, "device", "cpu")))
+        self._own_meter = meter is None
+        self.meter = meter if meter is not None else meter_for(str(self.device))
         self._executor = Executor(self.adapter, self.meter, clock)
         self._rng = random.Random(seed)
         self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
-        self._lock = _LOCKS.setdefault(model, threading.RLock())
+        self._lock = lock_of(model)
         self._bypass = threading.local()
         self._warm = False
+        self.model = model  # last: from here on names that the runner has not are the model's
 
     def use_profile(self, profile: Profile, note: str = "given") -> None:
         """Predict from `profile` from now on; the controller forgets what it learned about the former one."""
@@ -145,40 +148,23 @@ class AdaptiveRunner:
         profile: Profile | None = None,
         log: DecisionLog | str | Path | None = None,
         seed: int | None = None,
-        **model_kwargs: Any,
+        **options: Any,
     ) -> "AdaptiveRunner":
         """Load a model and its processor with transformers and wrap them.
 
-        ``reference`` is the embedded reference model. `model_kwargs` go to
-        ``AutoModelForImageTextToText.from_pretrained`` (``dtype``, ``attn_implementation``, ``device_map``...).
-        No remote code is executed.
+        ``reference`` is the embedded reference model. `options` are those of ``from_pretrained``: where to load from
+        (``revision``, ``subfolder``...) holds for model and processor, the rest for one of them (``dtype``,
+        ``max_pixels``...), by the table in `adaptive_fusion.pretrained`. No remote code is executed.
+
+        Raises:
+            ConfigError: For an option that is refused, by name.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        if model_kwargs.pop("trust_remote_code", False):
-            raise ConfigError("trust_remote_code is True; expected False: load the model yourself and wrap it")
         source = str(model_path()) if str(id_or_path) == "reference" else str(id_or_path)
-        # Said, not left out: left out, transformers asks on the terminal.
-        model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, **model_kwargs)
-        if device is not None:
-            model = model.to(device)
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-        return cls(model.eval(), processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed)
+        model, processor = load_pretrained(source, device, options)
+        return cls(model, processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed)
 
-    def __getattr__(self, name: str) -> Any:
-        # Only reached for names the runner does not have; "model" itself is missing while unpickling or copying.
-        if name == "model":
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    @property
-    def generation_config(self) -> Any:
-        """The model's generation configuration; set here, it is set on the model."""
-        return self.model.generation_config
-
-    @generation_config.setter
-    def generation_config(self, config: Any) -> None:
-        self.model.generation_config = config
+    def __repr__(self) -> str:
+        return self._described(f"policy {self.policy.name!r}", str(self.budget), f"profile: {self.profile_note}")
 
     # Asking
 
@@ -446,8 +432,15 @@ class AdaptiveRunner:
                 if not self._warm:  # another thread may have done it meanwhile
                     self.warm_up()
 
+    def _moved(self) -> None:
+        if self._own_meter:
+            self.meter = self._executor.meter = meter_for(str(self.device))
+        if self.profile_note != "given":
+            self.use_profile(*find_profile(self.adapter))
+
     def _info(self, arrived: float, **known: Any) -> RequestInfo:
         """What the planner needs to know, with the time that has passed since and the memory that is left."""
+        self._follow()
         elapsed_ms, free = (self._clock() - arrived) * 1e3, self.meter.free_gb()
         return RequestInfo(**known, elapsed_ms=elapsed_ms, free_memory_gb=free)
 

@@ -186,7 +186,7 @@ class _Rows:
     """The rows of a table on one adapter."""
 
     def __init__(self, adapter: Adapter, rows: Mapping[str, Rung], decide: Decide | None, max_new_tokens: int) -> None:
-        self.timed, self.meter = TimedModel(adapter), meter_for(str(adapter.model.device))
+        self.timed, self.meter = TimedModel(adapter), meter_for(str(adapter.device))
         self.rows, self.decide, self.max_new_tokens = rows, decide, max_new_tokens
         self.names = [*rows, *([ADAPTIVE] if decide else [])]
         self._warm = False
@@ -247,4 +247,4 @@ def _captions(timed: TimedModel, encoding: Encoding, question: Question) -> list
     texts = (question.references[0], *question.negatives)
     rows = [[*tokenizer(text, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)] for text in texts]
     prompt, _ = timed.prefill(encoding)
-    return after_prompt(timed.adapter.model, prompt, rows)
+    return after_prompt(timed.adapter.outer, prompt, rows)

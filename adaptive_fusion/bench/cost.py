@@ -97,7 +97,7 @@ class Workload:
                 }
             }
         made = processor(images=[Image.fromarray(pixels)], return_tensors="pt", **size)
-        config, device = adapter.model.config, adapter.model.device
+        config, device = adapter.model.config, adapter.device
         t, h, w = made["image_grid_thw"][0].tolist()
         words = [100 + i for i in range(PROMPT_TOKENS)]
         visual = [config.image_token_id] * (t * h * w // processor.merge_size**2)
@@ -106,7 +106,7 @@ class Workload:
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == config.image_token_id).int(),
-            "pixel_values": made["pixel_values"].to(device, adapter.model.dtype),
+            "pixel_values": made["pixel_values"].to(device, adapter.dtype),
             "image_grid_thw": made["image_grid_thw"].to(device),
         }
 
@@ -144,7 +144,7 @@ def measure_costs(
     Args:
         progress: See `Progress`; a step is a run.
     """
-    meter = meter_for(str(adapter.model.device))
+    meter = meter_for(str(adapter.device))
     timed = TimedModel(adapter, clock)
     work = {name: _work(adapter, rung, workload) for name, rung in rows.items()}
     full = [name for name in rows if name != NATIVE and work[name] == work[NATIVE]]

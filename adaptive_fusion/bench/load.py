@@ -67,12 +67,12 @@ class Delay:
         self._wait(self._began)
 
     def __enter__(self) -> "Delay":
-        adapter, model = self.runner.adapter, self.runner.model
+        adapter = self.runner.adapter
         for name in ("prepare", "encode"):
             setattr(adapter, name, self._stretched(getattr(adapter, name)))
             self._stack.callback(delattr, adapter, name)
-        self._stack.callback(model.register_forward_pre_hook(self._before).remove)
-        self._stack.callback(model.register_forward_hook(self._after).remove)
+        self._stack.callback(adapter.model.register_forward_pre_hook(self._before).remove)
+        self._stack.callback(adapter.model.register_forward_hook(self._after).remove)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -91,13 +91,13 @@ def profile_key(adapter: Adapter) -> dict[str, str]:
 
     model = adapter.model
     config = model.config
-    device = torch.device(model.device)
+    device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     shape = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
     return {
         "model": f"{type(model).__name__}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}",
         "device": f"{device.type}:{name}:{torch.get_num_threads() if device.type == 'cpu' else ''}",
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(adapter.dtype).removeprefix("torch."),
         "attention": str(getattr(config, "_attn_implementation", None)),
         "torch": torch.__version__,
         "transformers": _version("transformers"),
@@ -122,7 +122,7 @@ def find_profile(adapter: Adapter) -> tuple[Profile, str]:
     estimate = analytic_profile(
         model_shape(adapter),
         key,
-        dtype_bytes=int(adapter.model.dtype.itemsize),
+        dtype_bytes=adapter.dtype.itemsize,
         flops_per_s=flops,
         bytes_per_s=rate,
     )

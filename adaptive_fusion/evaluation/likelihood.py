@@ -40,7 +40,7 @@ def after_prompt(model: Any, prompt: Any, answers: Sequence[Sequence[int]]) -> l
         answers: At least one, each with at least one token.
     """
     longest = max(map(len, answers))
-    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in answers], device=model.device)
+    ids = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in answers], device=prompt.logits.device)
     logits = prompt.logits.expand(len(answers), -1, -1)
     if longest > 1:
         name = cache_name(model)

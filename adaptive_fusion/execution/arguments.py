@@ -20,6 +20,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.full_prompt import ReducedCache
 from adaptive_fusion.execution.generate_rules import RULES, Meaning, is_blind, is_own
 from adaptive_fusion.models.caches import CACHES
+from adaptive_fusion.models.unwrap import unwrap
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
 CHAT_NEW_TOKENS = 256
@@ -147,7 +148,8 @@ def settled(arguments: Arguments, point: OperatingPoint | None) -> tuple[Operati
 
 
 def _by_name(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    takes = signature(model.generate)
+    host: Any = unwrap(model)
+    takes = signature(host.generate)  # PEFT's own has no names
     named = dict(takes.bind(*args, **kwargs).arguments)
     for parameter in takes.parameters.values():
         if parameter.kind is Parameter.VAR_KEYWORD:

@@ -150,7 +150,7 @@ class Executor:
             encoding = self.timed.encode(partial(prepare, point), point)
             self.timed.generate(encoding, {"min_new_tokens": 2, "max_new_tokens": 2})
 
-        device = torch.device(self.adapter.model.device)
+        device = self.adapter.device
         self.meter.start()
         try:
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -142,7 +141,10 @@ class TimedModel:
 
     def __init__(self, adapter: Adapter, clock: Callable[[], float] = time.perf_counter) -> None:
         self.adapter, self.clock = adapter, clock
-        self.synchronize = partial(synchronize, torch.device(adapter.model.device))
+
+    def synchronize(self) -> None:
+        """Wait for the device that the model computes on."""
+        synchronize(self.adapter.device)
 
     @torch.no_grad()
     def encode(self, prepare: Prepare, point: OperatingPoint, recordings: Recordings | None = None) -> Encoding:
@@ -187,13 +189,13 @@ class TimedModel:
         timer = GenerationClock(self.clock, deadline_s, cancelled, self.synchronize)
         criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or []), timer])
         given = {**options, **encoding.encoded.inputs, "stopping_criteria": criteria}
-        result = self.adapter.model.generate(**given)
+        result = self.adapter.outer.generate(**given)
         return Pass(encoding, result, timer, self.clock())
 
     def prefill(self, encoding: Encoding) -> tuple[Any, float]:
         """The model's output for the prompt alone, with its cache, and the milliseconds it took."""
         began = self.clock()
-        output = prefill(self.adapter.model, encoding.encoded.inputs)
+        output = prefill(self.adapter.outer, encoding.encoded.inputs)
         self.synchronize()
         return output, (self.clock() - began) * 1e3
 

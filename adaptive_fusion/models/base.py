@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
@@ -18,6 +19,7 @@ from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models.chat_template import ChatTemplate
 from adaptive_fusion.models.recorded import Recorded
+from adaptive_fusion.models.unwrap import execution_device, unwrap
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
 
@@ -88,7 +90,13 @@ class Encoded:
 
 
 class Adapter(ABC):
-    """One way of reaching a model; subclasses say which knobs apply and why the others do not."""
+    """One way of reaching a model; subclasses say which knobs apply and why the others do not.
+
+    Attributes:
+        outer: The model as it was given, with the wrappers around it: what ``generate`` and forward are called on.
+        model: The transformers model in it, which holds configuration and vision encoder; the same object without
+            wrappers.
+    """
 
     #: Knobs of `OperatingPoint` that this model honours.
     knobs: frozenset[str] = frozenset()
@@ -98,7 +106,8 @@ class Adapter(ABC):
     packed: bool = False
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
-        self.model: Any = model
+        self.outer: Any = model
+        self.model: Any = unwrap(model)
         self.processor = processor
         self._fusions: dict[FusionSpec, DeepStackFusion] = {}
         self._levels: dict[int, tuple[int, ...]] = {}
@@ -108,6 +117,17 @@ class Adapter(ABC):
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter can drive `model`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: inputs and fusion modules go there, whatever device its weights wait on."""
+        return execution_device(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's features and weights, now."""
+        found: torch.dtype = self.model.dtype
+        return found
 
     @property
     def depth(self) -> int:
@@ -122,14 +142,14 @@ class Adapter(ABC):
     @property
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end an answer, by the model's generation configuration."""
-        found = self.model.generation_config.eos_token_id
+        found = self.outer.generation_config.eos_token_id
         return frozenset(found if isinstance(found, list | tuple) else [] if found is None else [found])
 
     @property
     def pad_token_id(self) -> int:
         """The token that fills a row up: the tokenizer's, else the one of the generation configuration, else 0."""
         found = getattr(getattr(self.processor, "tokenizer", None), "pad_token_id", None)
-        return int(found if found is not None else (self.model.generation_config.pad_token_id or 0))
+        return int(found if found is not None else (self.outer.generation_config.pad_token_id or 0))
 
     @abstractmethod
     def prepare(
@@ -241,9 +261,14 @@ class Adapter(ABC):
             self.add_fusion(DeepStackFusion(spec))
         return self._fusions[spec]
 
+    def follow(self) -> None:
+        """Bring the fusion modules to where the model computes now. Their parameters stay float32."""
+        for fusion in self._fusions.values():
+            fusion.to(self.device)
+
     def add_fusion(self, fusion: DeepStackFusion) -> None:
         """Use `fusion` for every point with its spec, on the model's device; the model itself is not touched."""
-        self._fusions[fusion.spec] = fusion.to(self.model.device).eval()
+        self._fusions[fusion.spec] = fusion.to(self.device).eval()
 
 
 def takes_outputs(model: nn.Module) -> bool:

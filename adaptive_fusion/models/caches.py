@@ -6,11 +6,13 @@ Asked of the installed package, so that the same code runs with either. Knows no
 from inspect import signature
 from typing import Any
 
+from adaptive_fusion.models.unwrap import unwrap
+
 CACHES = ("cache", "past_key_values", "cache_params")
 """Names under which ``generate`` takes a cache: the present one and, until transformers 6, two former ones."""
 
 
 def cache_name(model: Any) -> str:
     """The name of the cache among the arguments of the model's forward and in its output."""
-    takes = signature(model.forward).parameters
+    takes = signature(unwrap(model).forward).parameters
     return next((name for name in CACHES if name in takes), CACHES[0])

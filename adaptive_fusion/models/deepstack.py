@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.fusion import DeepStackFusion, apply_gate
+from adaptive_fusion.models.unwrap import called, uncompiled
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def fused_taps(tower: nn.Module, fusion: DeepStackFusion | None, lengths: Sequen
     """Run the tower inside this context; the list then holds one ``[tokens, d_text]`` per tap, in order.
 
     Args:
-        tower: A Qwen3-VL vision model, dense or MoE.
+        tower: A Qwen3-VL vision model, dense or MoE; compiled code of it runs as it is written.
         fusion: The module that fuses; None turns every tap off (the list stays empty, no merger runs).
         lengths: Patches per image or clip, in packed order.
 
@@ -67,16 +68,21 @@ def merge_tap(
     tower: nn.Module, fusion: DeepStackFusion, tap: int, levels: Mapping[int, Tensor], lengths: Sequence[int]
 ) -> Tensor:
     """Tap `tap` (0 is the first) from its group's levels: fused, through the tower's own merger, gated."""
-    host: Any = tower
-    gate = fusion.gate(tap, levels[fusion.spec.taps[tap]], lengths)
-    merged = host.deepstack_merger_list[tap](fusion.fuse(tap, levels, lengths))
+    host: Any = called(tower)
+    # A tower may be spread over devices; the fusion module is on one.
+    device = next((parameter.device for parameter in fusion.parameters()), None)
+    group = {level: levels[level].to(device) for level in fusion.spec.groups[tap]}
+    gate = fusion.gate(tap, group[fusion.spec.taps[tap]], lengths)
+    merged = host.deepstack_merger_list[tap](fusion.fuse(tap, group, lengths))
+    if isinstance(gate, Tensor):
+        gate = gate.to(merged.device)
     return apply_gate(merged, gate, [length // host.spatial_merge_size**2 for length in lengths])
 
 
 @contextmanager
 def _watched(tower: nn.Module, wanted: Sequence[int], take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """No taps, and `take(block, output)` for every block in `wanted`."""
-    host: Any = tower
+    host: Any = called(tower)
     native = host.deepstack_visual_indexes
     handles = []
 
@@ -87,7 +93,8 @@ def _watched(tower: nn.Module, wanted: Sequence[int], take: Callable[[int, Tenso
     try:
         for level in wanted:
             handles.append(host.blocks[level].register_forward_hook(hook(level)))
-        yield
+        with uncompiled(tower, host, *host.blocks):
+            yield
     finally:
         host.deepstack_visual_indexes = native
         for handle in handles:

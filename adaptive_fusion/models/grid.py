@@ -23,6 +23,7 @@ from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.models.resize import call_options, resized, with_own_options
+from adaptive_fusion.models.unwrap import called
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.reduction.pool import Grid
 
@@ -49,7 +50,7 @@ class GridAdapter(Adapter):
         self._temporal = int(vision.temporal_patch_size)
         self._taps = tuple(getattr(vision, "deepstack_visual_indexes", None) or ())
         if not self.taps:
-            why = f"{type(model).__name__} has no DeepStack taps, so there are no levels to fuse"
+            why = f"{type(self.model).__name__} has no DeepStack taps, so there are no levels to fuse"
             self.refusals = {"fusion": why, "layers": why, "adapter_rank": why}
             self.knobs = self.knobs - set(self.refusals)
 
@@ -128,7 +129,7 @@ class GridAdapter(Adapter):
                 "video_metadata": [part["video"].metadata() for part in fewer],
             }
         found = self._template.tensors(messages, tools, continues, processor, **kwargs)
-        return dict(found.to(self.model.device))
+        return dict(found.to(self.device))
 
     def _image(self, part: Mapping[str, Any], point: OperatingPoint) -> tuple[Any, dict[str, Any]]:
         """An image and what the processor is told of its size."""
@@ -236,7 +237,7 @@ class GridAdapter(Adapter):
         return self._pooled(out, merged, point)
 
     def _replayed(self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint) -> Any:
-        tower, fusion = self.model.model.visual, self.fusion(point)
+        tower, fusion = called(self.model.model.visual), self.fusion(point)
         levels, source = recorded.levels[kind], recorded.outputs[kind]
         lengths = [t * h * w * self.merge**2 for t, h, w in merged]
         out = type(source)(pooler_output=source.pooler_output)
@@ -253,7 +254,8 @@ class GridAdapter(Adapter):
         if not taps:
             # Zeros, not an empty list: an empty list would also drop the other modality's taps.
             taps = [torch.zeros_like(torch.cat(list(out.pooler_output))) for _ in self.taps]
-        out.deepstack_features = [torch.split(tap, [t * h * w for t, h, w in merged]) for tap in taps]
+        device = out.pooler_output[0].device  # of the tower's end, where it is spread over several
+        out.deepstack_features = [torch.split(tap.to(device), [t * h * w for t, h, w in merged]) for tap in taps]
 
     def _pooled(self, out: Any, grids: list[Grid], point: OperatingPoint) -> Any:
         """The encoder's output with the grid that `point` leaves of it."""
@@ -265,7 +267,7 @@ class GridAdapter(Adapter):
         if fusion is None:
             pooled = [downsample(stream, grids, point.downsample) for stream in streams]
         else:
-            pooled = fusion.pool(streams, grids, point.downsample)
+            pooled = fusion.pool([stream.to(self.device) for stream in streams], grids, point.downsample)
         small = [t * h * w for t, h, w in (pooled_grid(*grid, point.downsample) for grid in grids)]
         out.pooler_output, *smaller = (torch.split(stream, small) for stream in pooled)
         if self.taps:

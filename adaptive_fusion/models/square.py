@@ -67,7 +67,7 @@ class SquareAdapter(Adapter):
         parts = media_parts(messages)
         self._refuse_other([size_of(part) for part in parts])
         media = {"images": [part["image"] for part in parts]} if parts else {}
-        return dict(self._template.tensors(messages, tools, continues, **media).to(self.model.device))
+        return dict(self._template.tensors(messages, tools, continues, **media).to(self.device))
 
     def _refuse_other(self, sizes: Sequence[Size]) -> None:
         """Refuse clips, and sizes that a caller asked for.

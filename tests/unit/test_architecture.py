@@ -23,6 +23,7 @@ FLOORS = (
     "learning/data",
     *("demo", "doctor", "calibrate", "loading"),
     "runner",
+    *("model_face", "pretrained"),
     "execution",
     "control",
     "evaluation",

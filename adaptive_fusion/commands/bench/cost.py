@@ -89,7 +89,7 @@ def _measured(
         found = measure_costs(adapter, rows, workload, repeats=repeats, progress=shown)
     records = summarise_costs(found, {rung.name for rung in loaded.lanes[SIMPLE]})
     return {
-        "dtype": str(adapter.model.dtype).removeprefix("torch."),
+        "dtype": str(adapter.dtype).removeprefix("torch."),
         "build_s": build_s,
         "machine": machine(),
         "rows": records,

@@ -86,7 +86,7 @@ def answer_logits(
     With `recorded` the vision tower is not run; gradient reaches the point's fusion module.
     """
     encoded = adapter.encode(collate(rows, answers), point, recorded)
-    return teacher_forced(adapter.model, encoded.inputs, answers)
+    return teacher_forced(adapter.outer, encoded.inputs, answers)
 
 
 def fingerprint(model: Any) -> str:

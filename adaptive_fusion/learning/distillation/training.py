@@ -119,7 +119,7 @@ class Training:
     def _compared(self, questions: Sequence[Question], ratio: float) -> Iterator[tuple[TeacherOutput, Tensor]]:
         """The teacher's answer to each question, and the student's logits for it, from one batch."""
         rows, recorded = zip(*(self._seen(question) for question in questions), strict=True)
-        device = self.adapter.model.device
+        device = self.adapter.device
         outputs = [self.outputs[question.key] for question in questions]
         answers = [output.tokens.to(device) for output in outputs]
         point = replace(self.point, downsample=ratio, max_pixels=None)
@@ -179,6 +179,6 @@ class Training:
         if state is None:
             return
         self.module.load_state_dict(dict(state.now))
-        self.best = {name: value.to(self.adapter.model.device) for name, value in state.best.items()}
+        self.best = {name: value.to(self.adapter.device) for name, value in state.best.items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state.moments})
         self.step, self.history = state.step, state.history

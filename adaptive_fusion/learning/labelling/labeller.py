@@ -138,7 +138,7 @@ class RunnerModel:
         for each in self._encode(question, rungs):
             with self._exclusively():
                 prompt, prefill_ms = self._timed.prefill(each.encoding)
-                [likelihood] = after_prompt(self.runner.model, prompt, [answer])
+                [likelihood] = after_prompt(self.runner.adapter.outer, prompt, [answer])
             found |= {name: (likelihood.mean, each.timing(each.ready_ms + prefill_ms)) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
