@@ -1,10 +1,11 @@
 """A model and its processor from one place: what each option of ``from_pretrained`` means to the two.
 
-`OPTIONS` has every option that transformers takes for either. An option that stands in no table goes to the model,
-which takes fields of its configuration and refuses other names. Knows names and transformers' auto classes; must not
+`OPTIONS` has every option that transformers takes for either. An option that it lacks goes to the model, which
+takes the fields of its configuration and no other names. Knows names and transformers' auto classes; must not
 know of runners, policies or budgets.
 """
 
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -18,17 +19,24 @@ class Goes(Enum):
     BOTH = "to the model and to the processor, so that they come from the same place"
     MODEL = "to the model"
     PROCESSOR = "to the processor: image processor, video processor and tokenizer"
-    REFUSED = "nowhere: it is refused by name, unless it is None or False"
+    REFUSED = "nowhere: it is refused by name"
 
 
 _CODE = "would run code from elsewhere; no remote code is executed: load the model yourself and wrap it"
 _RESULT = "changes what is returned, and a runner is returned here"
 _PRIVATE = "is set by transformers itself"
-REFUSALS: Mapping[str, str] = {
-    **dict.fromkeys(("trust_remote_code", "code_revision", "use_kernels", "kernel_config", "allow_all_kernels"), _CODE),
-    **dict.fromkeys(("output_loading_info", "return_unused_kwargs"), _RESULT),
-    **dict.fromkeys(("_commit_hash", "_from_auto", "_from_pipeline"), _PRIVATE),
+_FRAMES = "chooses the frames of a clip and their size, which the runner does: see max_fps and max_pixels of a point"
+_MEANING = "changes what the processor's tensors mean, which decisions are made by: load the processor yourself"
+_REFUSED = {
+    _CODE: "trust_remote_code code_revision use_kernels kernel_config allow_all_kernels",
+    _RESULT: "output_loading_info return_unused_kwargs",
+    _PRIVATE: "_commit_hash _from_auto _from_pipeline",
+    _FRAMES: "cap_pixels_per_frame do_sample_frames fps max_frames max_video_tokens min_frames num_frames "
+    "return_metadata video_metadata",
+    _MEANING: "crop_size data_format default_to_square do_center_crop do_normalize do_pad do_rescale do_resize "
+    "image_seq_length input_data_format merge_size pad_size patch_size rescale_factor temporal_patch_size",
 }
+REFUSALS: Mapping[str, str] = {name: why for why, names in _REFUSED.items() for name in names.split()}
 """Options that are refused, and why."""
 
 _BOTH = "cache_dir force_download local_files_only proxies revision subfolder token config"
@@ -38,12 +46,7 @@ _MODEL = (
     "offload_buffers offload_folder quantization_config state_dict torch_dtype tp_plan tp_size tqdm_class "
     "use_safetensors variant weights_only"
 )
-_IMAGES = (
-    "backend crop_size data_format default_to_square disable_grouping do_center_crop do_convert_rgb do_normalize "
-    "do_pad do_rescale do_resize image_mean image_seq_length image_std input_data_format max_pixels merge_size "
-    "min_pixels pad_size patch_size resample rescale_factor size temporal_patch_size use_fast"
-)
-_VIDEOS = "do_sample_frames fps max_frames min_frames num_frames return_metadata video_metadata"
+_IMAGES = "backend disable_grouping do_convert_rgb image_mean image_std max_pixels min_pixels resample size use_fast"
 _TOKENS = (
     "additional_special_tokens bos_token chat_template clean_up_tokenization_spaces cls_token eos_token "
     "extra_special_tokens mask_token model_max_length pad_token padding_side sep_token split_special_tokens "
@@ -52,9 +55,11 @@ _TOKENS = (
 OPTIONS: Mapping[str, Goes] = {
     **dict.fromkeys(_BOTH.split(), Goes.BOTH),
     **dict.fromkeys(_MODEL.split(), Goes.MODEL),
-    **dict.fromkeys(f"{_IMAGES} {_VIDEOS} {_TOKENS}".split(), Goes.PROCESSOR),
+    **dict.fromkeys(f"{_IMAGES} {_TOKENS}".split(), Goes.PROCESSOR),
     **dict.fromkeys(REFUSALS, Goes.REFUSED),
 }
+_TAKEN = set(OPTIONS) - set(REFUSALS)
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def load_pretrained(source: str, device: Any, options: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -66,7 +71,7 @@ def load_pretrained(source: str, device: Any, options: Mapping[str, Any]) -> tup
         options: For transformers, by the table `OPTIONS`.
 
     Raises:
-        ConfigError: For an option that is refused, by name.
+        ConfigError: For an option that is refused or unknown, by name.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -75,7 +80,16 @@ def load_pretrained(source: str, device: Any, options: Mapping[str, Any]) -> tup
     own = {name: value for name, value in options.items() if OPTIONS.get(name, Goes.MODEL) is Goes.MODEL}
     processing = {name: value for name, value in options.items() if OPTIONS.get(name) is Goes.PROCESSOR}
     # Said, not left out: left out, transformers asks on the terminal.
-    model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, **shared, **own)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False, **shared, **own)
+    except TypeError as error:
+        unknown = _UNEXPECTED.search(str(error))
+        if unknown is None or unknown[1] in OPTIONS:
+            raise
+        raise ConfigError(
+            f"{unknown[1]} is no option of the model or its processor; expected one of {', '.join(sorted(_TAKEN))}, or "
+            "a field of the model's configuration"
+        ) from error
     if device is not None:
         model = model.to(device)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **shared, **processing)
@@ -84,7 +98,8 @@ def load_pretrained(source: str, device: Any, options: Mapping[str, Any]) -> tup
 
 def _refuse(options: Mapping[str, Any], device: Any) -> None:
     for name, value in options.items():
-        if OPTIONS.get(name) is Goes.REFUSED and value is not None and value is not False:
+        idle = value is None or (value is False and REFUSALS.get(name) in (_CODE, _RESULT))
+        if name in REFUSALS and not idle:
             raise ConfigError(f"{name} is {value!r}; expected none: it {REFUSALS[name]}")
     if options.get("weights_only") is False:
         raise ConfigError("weights_only is False; expected True: nothing is unpickled here")

@@ -16,7 +16,7 @@ BROUGHT_IN_BY_OTHERS = {
 }
 """Declared without being imported here, and why."""
 SCRIPTS = ("tests", "training", "benchmarks", "examples")
-TOOLS = {"build", "mypy", "pytest-xdist", "ruff"}
+TOOLS = {"basedpyright", "build", "mypy", "pytest-xdist", "ruff"}
 """Run as commands by the Makefile and the tests."""
 OPTIONAL_BY_DESIGN = {"flash-attn", "flash-attn-interface", "pycocoevalcap"}
 """Looked for, never required: GPU kernels, and an oracle that one test compares with."""
