@@ -86,8 +86,8 @@ def execution_device(model: Any) -> torch.device:
 
 @contextmanager
 def uncompiled(*modules: Any) -> Iterator[None]:
-    """Inside this context compiled code of these modules runs as it is written, so that hooks which come and go are
-    seen: compiled code would keep those that it was compiled with."""
+    """Inside this context compiled code of these modules runs as it is written. Hooks come and go with every request:
+    compiled code would be compiled anew for each, seconds every time, or would keep those that it was compiled with."""
     if not any(_is_compiled(module) for module in modules):
         yield
         return

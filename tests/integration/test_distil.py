@@ -1,5 +1,6 @@
 """Distillation on real models: batches, recorded levels, training, resuming, and the command."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from adaptive_fusion.commands import distil as command
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, UnsupportedModelError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.fusion import FusionSpec
 from adaptive_fusion.learning.distillation.distil import DistillationReport, distil
@@ -223,6 +224,8 @@ def test_answers_are_asked_for_once_and_belong_to_their_model(
     with torch.no_grad():
         weight.view(-1)[0] += 1
     assert fingerprint(adapter.model) != mark
+    with pytest.raises(UnsupportedModelError, match="are offloaded; expected all in memory"):
+        fingerprint(copy.deepcopy(adapter.model).to("meta"))
     with torch.no_grad():
         weight.view(-1)[0] -= 1
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, UnsupportedModelError
 from adaptive_fusion.evaluation.likelihood import teacher_forced
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.execution.request import build_request
@@ -90,7 +90,13 @@ def answer_logits(
 
 
 def fingerprint(model: Any) -> str:
-    """Changes whenever a model's configuration or weights do: a hash over a sample of every parameter."""
+    """Changes whenever a model's configuration or weights do: a hash over a sample of every parameter.
+
+    Raises:
+        UnsupportedModelError: If weights are offloaded, so that there is nothing to sample.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(f"weights of the {type(model).__name__} are offloaded; expected all in memory")
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
