@@ -25,14 +25,13 @@ class Goes(Enum):
 _CODE = "would run code from elsewhere; no remote code is executed: load the model yourself and wrap it"
 _RESULT = "changes what is returned, and a runner is returned here"
 _PRIVATE = "is set by transformers itself"
-_FRAMES = "chooses the frames of a clip and their size, which the runner does: see max_fps and max_pixels of a point"
+_FRAMES = "chooses the frames of a clip, which the runner does itself: see max_fps of a point"
 _MEANING = "changes what the processor's tensors mean, which decisions are made by: load the processor yourself"
 _REFUSED = {
     _CODE: "trust_remote_code code_revision use_kernels kernel_config allow_all_kernels",
     _RESULT: "output_loading_info return_unused_kwargs",
     _PRIVATE: "_commit_hash _from_auto _from_pipeline",
-    _FRAMES: "cap_pixels_per_frame do_sample_frames fps max_frames max_video_tokens min_frames num_frames "
-    "return_metadata video_metadata",
+    _FRAMES: "do_sample_frames fps max_frames min_frames num_frames return_metadata video_metadata",
     _MEANING: "crop_size data_format default_to_square do_center_crop do_normalize do_pad do_rescale do_resize "
     "image_seq_length input_data_format merge_size pad_size patch_size rescale_factor temporal_patch_size",
 }
@@ -46,7 +45,10 @@ _MODEL = (
     "offload_buffers offload_folder quantization_config state_dict torch_dtype tp_plan tp_size tqdm_class "
     "use_safetensors variant weights_only"
 )
-_IMAGES = "backend disable_grouping do_convert_rgb image_mean image_std max_pixels min_pixels resample size use_fast"
+_IMAGES = (
+    "backend cap_pixels_per_frame disable_grouping do_convert_rgb image_mean image_std max_pixels max_video_tokens "
+    "min_pixels resample size use_fast"
+)
 _TOKENS = (
     "additional_special_tokens bos_token chat_template clean_up_tokenization_spaces cls_token eos_token "
     "extra_special_tokens mask_token model_max_length pad_token padding_side sep_token split_special_tokens "

@@ -165,7 +165,14 @@ def test_options_of_the_processor_reach_it(name: str) -> None:
     assert read(AdaptiveRunner.from_pretrained("reference", **{name: value}).processor) == expected
 
 
-@pytest.mark.parametrize("options", [{"max_pixels": 8192}, {"size": {"shortest_edge": 1024, "longest_edge": 8192}}])
+LIMITS: list[dict[str, Any]] = [
+    {"max_pixels": 8192},
+    {"size": {"shortest_edge": 1024, "longest_edge": 8192}},
+    {"cap_pixels_per_frame": True, "max_video_tokens": 6},
+]
+
+
+@pytest.mark.parametrize("options", LIMITS)
 @pytest.mark.parametrize("point", [NATIVE, OperatingPoint(max_pixels=4096), OperatingPoint("gated", 6, 0.5)])
 def test_pixel_limits_of_the_processor_are_planned_and_kept(
     options: dict[str, Any], point: OperatingPoint, noise_image: Any, clip: Any
@@ -174,7 +181,8 @@ def test_pixel_limits_of_the_processor_are_planned_and_kept(
     content = [{"type": "image", "image": noise_image(320, 256)}, {"type": "video", "video": clip}]
     inputs = runner.adapter.prepare([{"role": "user", "content": content}], point)
     image, video = runner.adapter.sizes(inputs)
-    assert image.height * image.width <= min(8192, point.max_pixels or 8192)
+    most = 8192 if "max_video_tokens" not in options else 1 << 20
+    assert image.height * image.width <= min(most, point.max_pixels or most)
     planned = runner.adapter.plan([Size(1, 256, 320), Size(*clip.frames.shape[:3], clip=True)], point)
     assert planned.patches == runner.adapter.plan([image, video], point).patches
 
