@@ -3,6 +3,9 @@
 One request goes: load and measure the media, decide (policy, cost model, controller), preprocess within the pixel
 budget, encode at the operating point, generate, measure, learn, log. The model is not modified: with the runner gone
 it is what it was.
+
+Longer than other modules: every way of asking has its contract written out here, and here alone all parts meet. Each
+step is somebody else's: `execution` runs, `control` decides, `model_face` stands in for the model.
 """
 
 import asyncio
