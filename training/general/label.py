@@ -34,6 +34,7 @@ from adaptive_fusion.evaluation.readers import (
     is_legible,
     text_kept,
     words,
+    words_kept,
 )
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.media.hashes import content_hash
@@ -131,19 +132,21 @@ def label(item: Item, reader: Reader, known: Mapping[str, Any] | None, shares: s
         "content_hash": content_hash(item.path),
         "size": image.size,
         "native": native,
-        "characters": characters(found),
-        "lines": [[characters(words([line.text])), round(line.height, 1)] for line in lines],
+        "characters": characters(found).total(),
+        "lines": [[characters(words([line.text])).total(), round(line.height, 1)] for line in lines],
         "kept": {"1.0": 1.0},
+        "words_kept": {"1.0": 1.0},
         "answers": {"1.0": len(legible)},
         "pixels": {str(share): int(np.prod(sized(image, share))) for share in SHARES},
         **(known or {}),
     }
     if record["characters"] < LEAST_CHARACTERS:
         return record
-    record |= {"kept": dict(record["kept"]), "answers": dict(record["answers"])}
+    record |= {key: dict(record[key]) for key in ("kept", "words_kept", "answers")}
     for share in missing(record["kept"], shares):
         again = words(line.text for line in reader.read(at_share(image, share)))
         record["kept"][str(share)] = round(text_kept(found, again), 4)
+        record["words_kept"][str(share)] = round(words_kept(found, again), 4)
         record["answers"][str(share)] = sum(is_legible(answer, again) for answer in legible)
     return record
 
