@@ -126,7 +126,7 @@ class CachedReader:
 
     def _path(self, image: Bytes) -> Path:
         digest = hashlib.sha256(f"{self.name} {_checked(image).shape} ".encode())
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).tobytes())
         key = digest.hexdigest()
         return self._folder / key[:2] / f"{key}.json"
 

@@ -17,12 +17,14 @@ of which passes over the whole image:
 Every length grows with the image: enlarged twice, it is twice as many pixels.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from adaptive_fusion.errors import MediaError
 from adaptive_fusion.features.image import Bytes, Pixels, _nearest, _thin_array, _thin_pil
 from adaptive_fusion.media.pixels import DEFAULT, check_size, decoding, to_rgb
 from adaptive_fusion.media.scans import can_be_thinned
@@ -34,10 +36,11 @@ DETAIL_FEATURES = (
     "text_height_low",  # log2 pixels: a quarter of the bands of text are lower
     "text_height",  # log2 pixels: median
     "text_share",  # share of the windows that show a band of text: 1 on a page, 0 in a photograph
-    "stroke_low",  # log2 pixels: a twentieth of the strokes and gaps are narrower
+    "stroke_low",  # log2 pixels: one in fifty of the strokes and gaps is narrower
     "stroke",  # log2 pixels: a quarter of the strokes and gaps are narrower
     "stroke_count",  # ln(1 + strokes and gaps per 1,000 pixels of scan line)
     "stroke_contrast",  # median contrast of strokes, of 1
+    "flank",  # log2 pixels: a tenth of the flanks are steeper (standard deviation of where the change is); blur
     "octave_1",  # log2 of the mean difference of pixels 2 apart over that of neighbours: 1 on smooth ground, 0 at noise
     "octave_2",  # the same of 4 and 2
     "octave_4",  # the same of 8 and 4
@@ -57,7 +60,8 @@ _MODES_READ_WHOLE = ("I", "F")  # their scale to 8 bits needs all pixels
 _ORIENTATION_TAG = 0x0112
 _NO_STROKE = 6.0  # log2 pixels: what is said of an image without any stroke
 _USUAL = 2.6  # log2 of the height of a small x over the width of its strokes, where no band shows it
-_LOW = 0.25
+_LOW = 0.25  # of the heights
+_LOW_STROKES = (0.02, 0.25)
 _GOLDEN = 0.6180339887498949
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -79,11 +83,13 @@ def detail_features(image: Pixels) -> list[float]:
     strokes = _Strokes(lines)
     octaves = _octaves(lines)
     if not len(strokes.width):
-        return [_NO_STROKE, _NO_STROKE, 0.0, _NO_STROKE, _NO_STROKE, 0.0, 0.0, *octaves]
+        return [_NO_STROKE, _NO_STROKE, 0.0, _NO_STROKE, _NO_STROKE, 0.0, 0.0, _NO_STROKE, *octaves]
     order = np.argsort((strokes.width * 16).astype(np.uint16), kind="stable")  # sorts whole numbers ten times as fast
     heights, text_share = _bands(source, rows, strokes, order)
-    low, quarter = (float(np.log2(strokes.width[order[int(share * len(order))]])) for share in (0.05, 0.25))
-    low_height, height = (heights[int(len(heights) * _LOW)], heights[len(heights) // 2]) if heights else (quarter + _USUAL,) * 2
+    low, quarter = (float(np.log2(strokes.width[order[int(share * len(order))]])) for share in _LOW_STROKES)
+    low_height, height = (
+        (heights[int(len(heights) * _LOW)], heights[len(heights) // 2]) if heights else (quarter + _USUAL,) * 2
+    )
     return [
         low_height,
         height,
@@ -92,6 +98,7 @@ def detail_features(image: Pixels) -> list[float]:
         quarter,
         float(np.log1p(1000 * len(order) / strokes.pixels)),
         float(np.partition(strokes.contrast, len(order) // 2)[len(order) // 2]) / 255,
+        float(np.log2(np.partition(strokes.spread, len(order) // 10)[len(order) // 10])),
         *octaves,
     ]
 
@@ -107,8 +114,13 @@ class _Source:
                 if in_whole or image.mode != "RGB" or image.getexif().get(_ORIENTATION_TAG, 1) != 1:
                     image = to_rgb(image)
             self.width, self.height = image.size
-        else:
+        elif isinstance(image, np.ndarray):
+            if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+                raise MediaError(f"array has shape {image.shape}; accepted: (H, W), (H, W, 3), (H, W, 4)")
             self.height, self.width = image.shape[:2]
+            check_size("array", self.width, self.height, DEFAULT)
+        else:
+            raise MediaError(f"cannot measure {type(image).__name__}; accepted: PIL image, numpy array")
         self._image = image
 
     def lines(self, count: int) -> tuple[Ints, Bytes]:
@@ -129,7 +141,7 @@ class _Source:
         left, top = x - step * _COLUMNS / 2, y - step * _ROWS / 2
         if isinstance(self._image, Image.Image):
             # One call for all: each would cost more than the reading.
-            ends = zip(left.tolist(), top.tolist(), (left + step * _COLUMNS).tolist(), (top + step * _ROWS).tolist())
+            ends = np.stack([left, top, left + step * _COLUMNS, top + step * _ROWS], axis=1).tolist()
             mesh = [
                 ((0, i * _ROWS, _COLUMNS, (i + 1) * _ROWS), (x0, y0, x0, y1, x1, y1, x1, y0))
                 for i, (x0, y0, x1, y1) in enumerate(ends)
@@ -149,8 +161,8 @@ class _Source:
 class _Strokes:
     """Strokes and gaps along scan lines.
 
-    `width`, `contrast` (of the fainter flank), `line` and `middle` (pixels from the left) have one entry each; `pixels`
-    is how many were read.
+    `width`, `contrast` (of the fainter flank), `spread` (of the left flank), `line` and `middle` (pixels from the left)
+    have one entry each; `pixels` is how many were read.
     """
 
     def __init__(self, lines: Bytes) -> None:
@@ -159,24 +171,26 @@ class _Strokes:
         np.subtract(lines[:, 1:], lines[:, :-1], out=step[:, :-1], dtype=np.int16)
         changes = np.flatnonzero(step.ravel() != 0)[:_CHANGES]  # of booleans it is three times as fast
         self.pixels = int(changes[-1]) + 1 if len(changes) == _CHANGES else lines.size
-        size, centre = _flanks(step.ravel()[changes].astype(np.float64), changes + 0.5)
+        size, centre, spread = _flanks(step.ravel()[changes].astype(np.float64), changes + 0.5)
         line = centre // columns
         width, contrast = centre[1:] - centre[:-1], np.minimum(size[1:], size[:-1])
         # A flank that a wiggle was taken into can have its centre outside: a width of nothing is none.
         ok = np.flatnonzero((contrast >= _CONTRAST) & (line[1:] == line[:-1]) & (width >= 0.5))
         self.width, self.contrast, self.line = width[ok], contrast[ok], line[ok].astype(np.int64)
+        self.spread = spread[ok]
         self.middle = (centre[ok] + width[ok] / 2) % columns
 
 
-def _flanks(change: Floats, position: Floats) -> tuple[Floats, Floats]:
-    """Height and centre of each rising or falling flank, from left to right."""
+def _flanks(change: Floats, position: np.ndarray[Any, np.dtype[np.floating[Any]]]) -> tuple[Floats, Floats, Floats]:
+    """Height, centre and spread (standard deviation) of each rising or falling flank, from left to right."""
     if not len(change):
-        return np.zeros(0), np.zeros(0)
+        return np.zeros(0), np.zeros(0), np.zeros(0)
     rising = change > 0
     starts = np.concatenate(([0], np.flatnonzero(rising[1:] != rising[:-1]) + 1))
-    swing, moment = np.add.reduceat(change, starts), np.add.reduceat(change * position, starts)
-    while len(swing) >= 3:
-        size = np.abs(swing)
+    moment = change * position
+    sums = [np.add.reduceat(values, starts) for values in (change, moment, moment * position)]
+    while len(sums[0]) >= 3:
+        size = np.abs(sums[0])
         wiggle = (size[1:-1] < _CONTRAST) & (size[1:-1] <= size[:-2]) & (size[1:-1] < size[2:])
         merged = np.flatnonzero(wiggle) + 1
         if not len(merged):
@@ -184,8 +198,10 @@ def _flanks(change: Floats, position: Floats) -> tuple[Floats, Floats]:
         keep = np.ones(len(size), bool)
         keep[merged] = keep[merged + 1] = False  # it and the flank after it become part of the flank before it
         starts = np.flatnonzero(keep)
-        swing, moment = np.add.reduceat(swing, starts), np.add.reduceat(moment, starts)
-    return np.abs(swing), moment / swing
+        sums = [np.add.reduceat(values, starts) for values in sums]
+    swing, centre = sums[0], sums[1] / sums[0]
+    variance = np.maximum(sums[2] / swing - centre * centre, 0) + 1 / 12  # a pixel's own
+    return np.abs(swing), centre, np.sqrt(variance)
 
 
 def _bands(source: _Source, rows: Ints, strokes: _Strokes, order: Ints) -> tuple[list[float], float]:
@@ -218,4 +234,4 @@ def _octaves(lines: Bytes) -> list[float]:
         float(cv2.mean(cv2.absdiff(lines[:, apart:], lines[:, :-apart]))[0]) if lines.shape[1] > apart else 0.0
         for apart in (1, 2, 4, 8)
     ]
-    return [float(np.log2((far + 0.25) / (near + 0.25))) for near, far in zip(means, means[1:], strict=False)]
+    return [float(np.log2((far + 0.25) / (near + 0.25))) for near, far in pairwise(means)]

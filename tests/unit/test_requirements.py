@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OWN = {"adaptive_fusion"}
 BROUGHT_IN_BY_OTHERS = {
+    "onnxruntime": "rapidocr runs on it and leaves to the user which engine to install",
     "torchvision": "the image and video processors of transformers import it",
 }
 """Declared without being imported here, and why."""

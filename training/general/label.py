@@ -68,7 +68,9 @@ class Item:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("sources", type=Path, nargs="+", metavar="DIR", help="a folder of images, with truth or without")
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="DIR", help="a folder of images, with truth or without"
+    )
     parser.add_argument("--cache", type=Path, required=True, help="folder of readings")
     parser.add_argument("--out", type=Path, required=True, help="labels, one JSON object a line; appended to")
     parser.add_argument("--images", type=int, default=60, help="most images of a source with text on them")
