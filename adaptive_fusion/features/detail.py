@@ -79,8 +79,12 @@ def detail_features(image: Pixels) -> list[float]:
         MediaError: As `take_sample`.
     """
     source = _Source(image)
-    rows, lines = source.lines(max(1, _SCAN_PIXELS // source.width))
-    strokes = _Strokes(lines)
+    rows, lines = source.lines(max(1, _SCAN_PIXELS // source.width), 1)
+    strokes = _Strokes(lines, 1)
+    apart = strokes.apart()
+    if apart > 1:  # enlarged, or out of focus: more lines of fewer pixels say more
+        rows, lines = source.lines(max(1, _SCAN_PIXELS * apart // source.width), apart)
+        strokes = _Strokes(lines, apart)
     octaves = _octaves(lines)
     if not len(strokes.width):
         return [_NO_STROKE, _NO_STROKE, 0.0, _NO_STROKE, _NO_STROKE, 0.0, 0.0, _NO_STROKE, *octaves]
@@ -123,17 +127,17 @@ class _Source:
             raise MediaError(f"cannot measure {type(image).__name__}; accepted: PIL image, numpy array")
         self._image = image
 
-    def lines(self, count: int) -> tuple[Ints, Bytes]:
-        """Rows spread over the height, `count` at most, and their pixels, (rows, width) uint8.
+    def lines(self, count: int, apart: int) -> tuple[Ints, Bytes]:
+        """Rows spread over the height, `count` at most, and every so many of their pixels, (rows, pixels) uint8.
 
         They come in an order of which each first part is spread over the height, too.
         """
         count = min(count, self.height)
         order = np.argsort((np.arange(count) * _GOLDEN) % 1, kind="stable")
         if isinstance(self._image, Image.Image):
-            rgb = _thin_pil(self._image, self.width, count)
+            rgb = _thin_pil(self._image, self.width // apart, count)
         else:
-            rgb = _thin_array(self._image, self.width, count)
+            rgb = _thin_array(self._image, self.width // apart, count)
         return _nearest(self.height, count)[order], np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))[order]
 
     def windows(self, x: Floats, y: Floats, step: Floats) -> Bytes:
@@ -165,7 +169,7 @@ class _Strokes:
     have one entry each; `pixels` is how many were read.
     """
 
-    def __init__(self, lines: Bytes) -> None:
+    def __init__(self, lines: Bytes, apart: int) -> None:
         columns = lines.shape[1]
         step = np.zeros(lines.shape, np.int16)
         np.subtract(lines[:, 1:], lines[:, :-1], out=step[:, :-1], dtype=np.int16)
@@ -176,9 +180,16 @@ class _Strokes:
         width, contrast = centre[1:] - centre[:-1], np.minimum(size[1:], size[:-1])
         # A flank that a wiggle was taken into can have its centre outside: a width of nothing is none.
         ok = np.flatnonzero((contrast >= _CONTRAST) & (line[1:] == line[:-1]) & (width >= 0.5))
-        self.width, self.contrast, self.line = width[ok], contrast[ok], line[ok].astype(np.int64)
-        self.spread = spread[ok]
-        self.middle = (centre[ok] + width[ok] / 2) % columns
+        self.width, self.contrast, self.line = width[ok] * apart, contrast[ok], line[ok].astype(np.int64)
+        self.spread = spread[ok] * apart
+        self.middle = (centre[ok] + width[ok] / 2) % columns * apart
+
+    def apart(self) -> int:
+        """How many pixels apart lines can be sampled without missing a flank: 1, 2, 4 or 8."""
+        if not len(self.spread):
+            return 1
+        steep = np.log2(np.partition(self.spread, len(self.spread) // 10)[len(self.spread) // 10])
+        return 1 << int(np.clip(steep + 1, 0, 3))
 
 
 def _flanks(change: Floats, position: np.ndarray[Any, np.dtype[np.floating[Any]]]) -> tuple[Floats, Floats, Floats]:
