@@ -4,6 +4,7 @@ Knows roles and keys as OpenAI's API and chat templates have them; `parts` knows
 is kept for the template or refused by name. Must not know of models, templates or how media are loaded.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,10 @@ def check_tools(tools: Any) -> list[Any] | None:
         return None
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) or callable(tool) for tool in tools):
         raise ConfigError(f"tools is {type(tools).__name__}; expected a list of JSON schemas or functions")
+    try:
+        json.dumps([tool for tool in tools if isinstance(tool, Mapping)])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"a tool is no JSON schema ({error}); expected JSON schemas or functions") from error
     for text in strings(tools):
         whole_characters(text, "a tool")
     return [dict(tool) if isinstance(tool, Mapping) else tool for tool in tools]
@@ -132,9 +137,20 @@ def _message(value: Any) -> Message:
             )
     for text in strings(given):
         whole_characters(text, f"a message of the {role}")
+    _check_kept(role, given)
     if content is None and "tool_calls" in given:
         content = []
     return Message(role, tuple(_parts(content)), given)
+
+
+def _check_kept(role: str, given: Mapping[str, Any]) -> None:
+    """Refuse calls and names of another form; what is in a call beside its id is the template's business."""
+    for key in ("tool_call_id", "name", "reasoning_content"):
+        if not isinstance(given.get(key, ""), str):
+            raise ConfigError(f"a message of the {role} has {key} {str(given[key])[:80]!r}; expected a string")
+    calls = given.get("tool_calls", ())
+    if not isinstance(calls, list | tuple) or any(as_mapping(call) is None for call in calls):
+        raise ConfigError(f"tool_calls is {str(calls)[:80]!r}; expected a list of calls, each with a function")
 
 
 def _parts(content: Any) -> list[Part]:
@@ -151,5 +167,5 @@ def _calls(message: Message) -> Iterator[Any]:
     """Ids and names of the calls that a message makes."""
     for call in message.kept.get("tool_calls", ()):
         call = as_mapping(call) or {}
-        yield call.get("id")
-        yield (as_mapping(call.get("function")) or call).get("name")
+        named = call.get("id"), (as_mapping(call.get("function")) or call).get("name")
+        yield from (name for name in named if isinstance(name, str))

@@ -108,7 +108,7 @@ def read_part(part: Any) -> Part:
         kind = next((_UNTYPED.get(key, key) for key in (*_UNTYPED, "text") if key in given), None)
     if kind in TEXT_TYPES:
         return _text(kind, given)
-    if kind not in _SOURCES:
+    if not isinstance(kind, str) or kind not in _SOURCES:
         raise ConfigError(
             f"message part is {kind!r} with the keys {_listed(given)}; expected a type of "
             f"{', '.join((*TEXT_TYPES, *_SOURCES))}"

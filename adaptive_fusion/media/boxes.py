@@ -7,9 +7,9 @@ them, nor other formats.
 from typing import IO
 
 _MEDIA = frozenset({b"moov", b"mdat", b"moof", b"styp"})
-_PADDING = frozenset({b"free", b"skip", b"wide", b"uuid", b"junk"})
-# Previews, notes, indices and events.
-_BESIDE = frozenset({b"pnot", b"PICT", b"pict", b"udta", b"sidx", b"emsg", b"prft", b"pdin"})
+_PADDING = frozenset({b"free", b"skip", b"wide", b"uuid", b"junk", b"ediw"})
+# Previews, notes, profiles, indices and events.
+_BESIDE = frozenset({b"pnot", b"prfl", b"PICT", b"pict", b"udta", b"sidx", b"emsg", b"prft", b"pdin"})
 FIRST_BOXES = frozenset({b"ftyp"}) | _MEDIA | _PADDING | _BESIDE
 """Types that a file may begin with; some cameras and servers put padding or a preview before the type of the file."""
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")

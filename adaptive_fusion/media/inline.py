@@ -1,7 +1,8 @@
 """Media written out in a text: ``data:`` URLs (RFC 2397) and plain base64, within a size.
 
 Knows texts and bytes. What the bytes are is told by themselves, never by the label of the URL, so the label is not
-read. Must not know of formats, messages or models.
+read. Line breaks and escaped characters (``%2B``) are read as what they stand for: programs that write base64 put them
+in. Must not know of formats, messages or models.
 """
 
 import base64
@@ -13,12 +14,17 @@ from adaptive_fusion.errors import MediaError
 MAX_INLINE_BYTES = 64 << 20
 """Most bytes that a text may stand for; an 8K photograph takes about 20 MiB as JPEG."""
 _SHOWN = 60
-_DATA_URL = re.compile(r"data:(?P<label>[^,]*),", re.IGNORECASE)
+_DATA_URL = re.compile(r"\s*data:(?P<label>[^,]*),", re.IGNORECASE)
+_LINE_BREAKS = str.maketrans("", "", " \t\r\n")
+_IN_BASE64 = re.compile(r"; *base64$", re.IGNORECASE)
+_ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "="}
+_ESCAPED = re.compile("|".join(_ESCAPES), re.IGNORECASE)
+_MOST_CHARACTERS = -(-MAX_INLINE_BYTES // 3) * 4
 
 
 def is_data_url(text: str) -> bool:
     """Whether `text` is a ``data:`` URL, well formed or not."""
-    return text[:5].lower() == "data:"
+    return text[:_SHOWN].lstrip()[:5].lower() == "data:"
 
 
 def data_url_bytes(text: str) -> bytes:
@@ -28,13 +34,16 @@ def data_url_bytes(text: str) -> bytes:
         MediaError: For another encoding than base64, broken base64 or more than `MAX_INLINE_BYTES`.
     """
     found = _DATA_URL.match(text)
-    if found is None or not found["label"].lower().endswith(";base64"):
+    if found is None or not _IN_BASE64.search(found["label"]):
         raise MediaError(f"{text[:_SHOWN]!r} is not a data URL in base64; expected data:image/png;base64,...")
-    return base64_bytes(text[found.end() :], "a data URL")
+    data = text[found.end() :]
+    if "%" in data[:_MOST_CHARACTERS]:
+        data = _ESCAPED.sub(lambda escape: _ESCAPES[escape.group().upper()], data)
+    return base64_bytes(data, "a data URL")
 
 
 def base64_bytes(text: str, what: str = "base64") -> bytes:
-    """The bytes that `text` stands for in the standard alphabet with padding, without line breaks or spaces.
+    """The bytes that `text` stands for in the standard alphabet with padding; line breaks and spaces mean nothing.
 
     Args:
         text: The characters.
@@ -43,11 +52,12 @@ def base64_bytes(text: str, what: str = "base64") -> bytes:
     Raises:
         MediaError: For other characters, wrong padding, nothing, or more than `MAX_INLINE_BYTES`.
     """
-    most = -(-MAX_INLINE_BYTES // 3) * 4
-    if len(text) > most:
-        raise MediaError(f"{what} has {len(text)} characters; at most {most} ({MAX_INLINE_BYTES >> 20} MiB) are read")
+    if len(text) > _MOST_CHARACTERS:
+        raise MediaError(
+            f"{what} has {len(text)} characters; at most {_MOST_CHARACTERS} ({MAX_INLINE_BYTES >> 20} MiB) are read"
+        )
     try:
-        data = base64.b64decode(text, validate=True)
+        data = base64.b64decode(text.translate(_LINE_BREAKS), validate=True)
     except (binascii.Error, ValueError) as error:
         raise MediaError(
             f"{what} is not valid base64 ({error}): {text[:_SHOWN]!r}; expected A-Z a-z 0-9 + / ="

@@ -162,13 +162,19 @@ def _without(messages: Messages, tools: Sequence[Any]) -> Iterator[tuple[str, li
     whole = list(messages)
     if tools:
         yield "tools", whole, ()
-    for role in ("system", "tool"):
-        if any(message["role"] == role and "".join(_texts(message)).strip() for message in messages):
-            silent = [{**m, "content": []} if m["role"] == role else m for m in whole]
-            yield f"what the {role} says", silent, tools
+    # Each by itself: some templates show only the first system message, or no text beside a call.
+    for index, message in enumerate(whole):
+        if (message["role"] in ("system", "tool") or "tool_calls" in message) and "".join(_texts(message)).strip():
+            what = f"what the {message['role']} says" + (" beside a call" if "tool_calls" in message else "")
+            yield what, [*whole[:index], _silent(message), *whole[index + 1 :]], tools
     for key in ("tool_calls", "reasoning_content"):
         if any(key in message for message in messages):
             yield key, [{k: v for k, v in message.items() if k != key} for message in messages], tools
+
+
+def _silent(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its media alone."""
+    return {**message, "content": [part for part in _parts(message) if part["type"] != "text"]}
 
 
 def media_parts(messages: Messages) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -170,6 +171,11 @@ def test_frames_have_the_times_of_the_rate_at_which_they_were_taken() -> None:
         assert clip.timestamps_s == pytest.approx([i / 10 for i in range(8)]) and clip.duration_s == pytest.approx(0.8)
 
 
+def lines(text: str) -> str:
+    """As `base64` writes it to a terminal."""
+    return "".join(f"{text[at : at + 76]}\r\n" for at in range(0, len(text), 76))
+
+
 FORMS: dict[str, Callable[[Path], Any]] = {
     "OpenAI image_url": lambda _: {"type": "image_url", "image_url": {"url": DATA_URL}},
     "OpenAI image_url with detail": lambda _: {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "auto"}},
@@ -182,6 +188,9 @@ FORMS: dict[str, Callable[[Path], Any]] = {
     "transformers image": lambda path: {"type": "image", "image": str(path)},
     "bytes": lambda _: {"type": "image", "image": encoded()},
     "qwen-agent": lambda path: {"image": str(path)},
+    "lines of base64": lambda _: {"type": "image", "base64": lines(TEXT64)},
+    "data URL in lines": lambda _: {"type": "image", "url": f" DATA:;charset=x; BASE64,{lines(TEXT64)}"},
+    "escaped data URL": lambda _: {"type": "image", "url": f"data:;base64,{quote(TEXT64, safe='')}"},
     "wrong label": lambda _: {"type": "image_url", "image_url": {"url": DATA_URL.replace("image/png", "text/plain")}},
     "Gradio file": lambda path: {"type": "file", "file": {"path": str(path), "url": "http://h/f", "mime_type": "x/y"}},
     "Gradio value": lambda path: {"path": str(path), "url": None, "orig_name": "a", "size": 3, "meta": {"_type": "f"}},
@@ -257,6 +266,7 @@ def test_addresses_are_refused_by_name(address: str, form: str) -> None:
         ({"type": "image_url", "image_url": {"url": DATA_URL, "detail": "ultra"}}, "detail is 'ultra'"),
         ({"type": "text", "text": 5}, "text 5"),
         (("a.png", "a cat"), "'a cat'"),
+        ({"type": ["image"], "image": "a.png"}, "['image']"),
         ((), "tuple of 0"),
         (7, "no known type"),
     ],

@@ -47,7 +47,7 @@ def test_what_stands_before_the_type_of_a_movie_is_passed_over(name: str) -> Non
     assert isinstance(found, Video) and shown_frames(found) == shown_frames(plain)
 
 
-@pytest.mark.parametrize("kind", [b"free", b"skip", b"styp", b"uuid", b"pnot", b"wide"])
+@pytest.mark.parametrize("kind", [b"free", b"skip", b"styp", b"uuid", b"pnot", b"wide", b"ediw", b"prfl"])
 def test_a_movie_needs_no_type(kind: bytes) -> None:
     assert shown_frames(load_media(without_type(kind))) == shown_frames(load_media(clip("mp4")))
 

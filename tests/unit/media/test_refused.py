@@ -70,7 +70,9 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "data URL of no picture": (lambda: "data:image/png;base64,AAAA", "not an image or video of a known format"),
     "data URL of text": (lambda: "data:image/svg+xml,%3Csvg/%3E", "not a data URL in base64"),
     "data URL of nothing": (lambda: "data:image/png;base64,", "is empty"),
-    "data URL with a line break": (lambda: "data:image/png;base64,iVBO\nRw0K", "not valid base64"),
+    "data URL of another alphabet": (lambda: "data:image/png;base64,iVBORw-_", "not valid base64"),
+    "data URL with another escape": (lambda: "data:image/png;base64,iVBO%41AA", "not valid base64"),
+    "data URL without an encoding": (lambda: "data:image/png;nobase64,iVBO", "not a data URL in base64"),
     "data URL that is cut": (lambda: "data:image/png;base64,iVBORw0KG", "not valid base64"),
     "broken PIL image": (lambda: Image.open(io.BytesIO(noise_jpeg()[:-900])), "cut short"),
 } | {

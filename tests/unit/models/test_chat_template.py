@@ -202,6 +202,28 @@ def test_what_a_template_leaves_out_is_refused(template: ChatTemplate, messages:
         row(template, messages, tools)
 
 
+@pytest.mark.parametrize(
+    ("messages", "what"),
+    [
+        ([{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, user("x")], "what the system says"),
+        (
+            [user("x"), {"role": "assistant", "content": "let me see", "tool_calls": [CALL]}, user("y")],
+            "what the assistant says beside a call",
+        ),
+    ],
+)
+def test_each_message_is_shown_or_refused(processor: Any, messages: Any, what: str) -> None:
+    """Templates that show one message of a kind may leave out another."""
+    partial = copy.copy(processor)
+    partial.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls }}"
+        "{% elif m.role != 'system' or loop.first %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ConfigError, match=f"does not show {what}"):
+        row(ChatTemplate(partial), messages)
+
+
 def test_images_where_a_template_has_no_place_for_them_are_refused(processor: Any) -> None:
     blind = copy.copy(processor)
     blind.chat_template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
@@ -223,7 +245,20 @@ def test_an_answer_to_a_call_that_nobody_made_is_refused(key: str, value: str) -
         build_request([*messages, {"role": "tool", "content": "z", key: value}], None)
 
 
-@pytest.mark.parametrize("tools", ["look_up", [3], {"a": 1}, [TOOL, None]])
+@pytest.mark.parametrize("more", [{"tool_calls": 5}, {"tool_calls": ["f()"]}, {"reasoning_content": ["a"]}])
+def test_calls_and_thoughts_of_another_form_are_refused(more: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(more))} .*expected a "):
+        build_request([user("x"), {"role": "assistant", "content": "y", **more}, user("z")], None)
+
+
+def test_an_id_that_is_no_string_is_refused() -> None:
+    call = {**CALL, "id": ["c1"]}
+    messages = [user("x"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(ConfigError, match=r"tool_call_id .*expected a string"):
+        build_request([*messages, {"role": "tool", "content": "z", "tool_call_id": ["c1"]}], None)
+
+
+@pytest.mark.parametrize("tools", ["look_up", [3], {"a": 1}, [TOOL, None], [{"description": {1, 2}}]])
 def test_tools_of_another_form_are_refused(tools: Any) -> None:
-    with pytest.raises(ConfigError, match="expected a list of JSON schemas or functions"):
+    with pytest.raises(ConfigError, match=r"expected (a list of )?JSON schemas or functions"):
         build_request(None, "x", tools=tools)
