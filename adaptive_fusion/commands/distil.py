@@ -84,7 +84,10 @@ def _questions(inputs: list[Path], prompts: list[str]) -> list["Question"]:
     from adaptive_fusion.media.load import load_media
 
     usable = []
-    for path in media_files(inputs):
+    files, failed = media_files(inputs)
+    for name, reason in failed:
+        complain(f"{name}: {reason}; left out")
+    for path in files:
         try:
             load_media(path)
         except MediaError as error:

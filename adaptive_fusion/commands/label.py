@@ -145,14 +145,17 @@ def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
 
 
 def _questions(inputs: list[str], prompt: str, references: Path | None, metric: str) -> "tuple[list[Question], Failed]":
-    """What is asked about each input, and the inputs without a right answer where there are some."""
+    """What is asked about each input, and what is left out: folders without media, and inputs without a right answer
+    where there are some."""
     from adaptive_fusion.evaluation.folders import media_files, questions, read_references
     from adaptive_fusion.evaluation.text import METRICS
 
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}; expected one of {', '.join(sorted(METRICS))}")
     known = None if references is None else read_references(references, prompt, metric)
-    return questions(media_files(inputs), prompt, known)
+    files, failed = media_files(inputs)
+    found, unknown = questions(files, prompt, known)
+    return found, [*failed, *unknown]
 
 
 def _scorer(model: str, policy: str, max_new_tokens: int, *, loaded: bool) -> "ModelScorer":

@@ -4,6 +4,7 @@ Knows consoles, exit codes and the library's errors. Must not know of models or 
 """
 
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ BAD_INPUT = 2
 """Exit code when an input or a value was refused."""
 _PLAIN_WIDTH = 120
 _LONGEST_NAME = 300
+# Controls, halves of characters, and line and paragraph separators; then what turns the direction of writing.
+_DRIVING = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 Result = tuple[dict[str, Any], RenderableType]
 """What a command found on one input: fields of its JSON object, and its form for people."""
@@ -45,7 +49,7 @@ def panel(name: str, body: RenderableType) -> Panel:
 
 def complain(text: str) -> None:
     """One line on standard error."""
-    typer.echo(printable(text), err=True)
+    typer.echo(printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}"), err=True)
 
 
 def emit(values: Mapping[str, Any]) -> None:
@@ -54,8 +58,15 @@ def emit(values: Mapping[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: neither an answer nor a file name may drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """`text` without what drives a terminal, which neither an answer nor a file name may; all else stays, such as the
+    spaces of other scripts and the joiners within an emoji."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _drives(c) else c for c in text)
+
+
+def _drives(character: str) -> bool:
+    if character.isprintable() or character in "\n\t":
+        return False
+    return unicodedata.category(character) in _DRIVING or character in _TURNING
 
 
 def _short(name: str) -> str:

@@ -4,6 +4,7 @@ Knows file names and texts. Must not know models, rungs or how an answer is scor
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ SUFFIXES = frozenset(
 )
 """What is taken from a folder; a file named by itself may have any name."""
 
+Failed = list[tuple[str, str]]
+"""Names of inputs that are left out, each with the reason."""
 Asked = tuple[str, str]
 """A prompt and the metric of its answers."""
 References = dict[str, dict[Asked, list[str]]]
@@ -27,35 +30,51 @@ References = dict[str, dict[Asked, list[str]]]
 CAPTIONS = "captions"
 
 
-def media_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The files that `inputs` name: files as they are, folders by their images and clips at any depth, sorted.
+def media_files(inputs: Iterable[str | Path]) -> tuple[list[Path], Failed]:
+    """The files that `inputs` name: files as they are, folders by their images and clips at any depth, sorted; and the
+    folders that have none or cannot be read.
 
-    Raises:
-        ConfigError: For a folder without any.
+    A name that no file can have counts as a file: whoever loads it says what is wrong.
     """
     found: dict[Path, None] = {}
+    failed: Failed = []
     for path in map(Path, inputs):
-        inside = [path]
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not inside:
-                raise ConfigError(
-                    f"folder {path.name!r} has no images or clips; expected {', '.join(sorted(SUFFIXES))}"
-                )
-        found |= dict.fromkeys(inside)
-    return list(found)
+        if not _is_folder(path):
+            found[path] = None
+            continue
+        unread: list[OSError] = []
+        walk = os.walk(path, onerror=unread.append)
+        inside = [Path(folder, name) for folder, _, names in walk for name in names]
+        media = sorted(file for file in inside if file.suffix.lower() in SUFFIXES)
+        found |= dict.fromkeys(media)
+        failed += [
+            (Path(error.filename).name, f"the folder cannot be read ({error.strerror}); expected one that can be")
+            for error in unread
+        ]
+        if not media and not unread:
+            expected = ", ".join(sorted(SUFFIXES))
+            failed.append((path.name, f"the folder has no images or clips; expected {expected}"))
+    return list(found), failed
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def questions(
     files: Iterable[Path], prompt: str, references: References | None = None
-) -> tuple[list[Question], list[tuple[str, str]]]:
+) -> tuple[list[Question], Failed]:
     """One question per file and question; with `references`, also the files that have none and why.
 
     Files are matched by their name, without folders.
     """
     if references is None:
         return [Question(path, prompt) for path in files], []
-    found, failed = [], []
+    found: list[Question] = []
+    failed: Failed = []
     for path in files:
         known = references.get(path.name, {})
         found += [Question(path, asked, tuple(texts), metric) for (asked, metric), texts in known.items()]
@@ -168,8 +187,11 @@ def folder_questions(folder: Path, captions: Path, prompt: str, limit: int | Non
 
 def _inside(folder: Path, name: str) -> "Path | _Absent":
     root = Path(folder).resolve()
-    path = (root / name).resolve()
-    return path if path.is_relative_to(root) and path.is_file() else _Absent(name)
+    try:
+        path = (root / name).resolve()
+        return path if path.is_relative_to(root) and path.is_file() else _Absent(name)
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        return _Absent(name)
 
 
 @dataclass(frozen=True)
@@ -179,7 +201,7 @@ class _Absent:
     name: str
 
     def __str__(self) -> str:
-        return f"image {self.name!r} is not a file inside the data folder"
+        return f"image {self.name[-80:]!r} is not a file inside the data folder"
 
     def __call__(self) -> Any:
         raise ConfigError(str(self))

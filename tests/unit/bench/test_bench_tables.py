@@ -267,6 +267,8 @@ def test_a_coco_folder_gives_one_question_per_captioned_image(coco: Path) -> Non
         ({"annotations": [{"image_id": 1, "caption": "x"}]}, "1 images have captions"),
         ({"images": [{"id": i, "file_name": "../0.png"} for i in range(2)]}, "inside the data folder"),
         ({"images": [{"id": i, "file_name": "none.png"} for i in range(2)]}, "'none.png'"),
+        ({"images": [{"id": i, "file_name": "a\0b.png"} for i in range(2)]}, "inside the data folder"),
+        ({"images": [{"id": i, "file_name": "x" * 5000} for i in range(2)]}, "inside the data folder"),
     ],
 )
 def test_a_bad_captions_file_is_refused(coco: Path, values: dict[str, Any], message: str) -> None:

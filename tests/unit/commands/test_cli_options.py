@@ -129,5 +129,20 @@ def test_any_other_text_is_a_point_or_a_config_error(text: str) -> None:
     assert found is None or isinstance(found, OperatingPoint)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Screenshot at 3.04\u202fPM.png",  # as macOS names them
+        "\u753b\u9762\u3000\u4e00.png",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467.png",
+        "\u0646\u0645\u06cc\u200c\u062f\u0627\u0646\u0645.png",
+        "a\u00a0b\u00ad.png",
+    ],
+)
+def test_spaces_and_joiners_of_all_scripts_are_printed_as_they_are(name: str) -> None:
+    assert printable(name) == name
+
+
 def test_printed_text_cannot_drive_a_terminal() -> None:
+    assert printable("\x9b2J\u2028\u2029\u2067\x85\x7f") == "\ufffd2J" + "\ufffd" * 5
     assert printable("a\x1b[2J\rb\u202ec\ud800\n\td") == "a\ufffd[2J\ufffdb\ufffdc\ufffd\n\td"

@@ -116,7 +116,8 @@ def test_folders_give_their_media_and_files_are_matched_with_references_by_name(
     for name in ("b/2.PNG", "a.jpg", "notes.txt", "c.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"-")
-    files = media_files([tmp_path, tmp_path / "notes.txt", tmp_path / "a.jpg"])
+    files, failed = media_files([tmp_path, tmp_path / "notes.txt", tmp_path / "a.jpg"])
+    assert not failed
     assert [file.name for file in files] == ["a.jpg", "2.PNG", "c.mp4", "notes.txt"]
 
     table = tmp_path / "answers.csv"
@@ -161,5 +162,15 @@ def test_references_of_another_form_are_refused(tmp_path: Path, name: str, text:
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_references(tmp_path / name, "?")
-    with pytest.raises(ConfigError, match="no images or clips"):
-        media_files([tmp_path])
+
+
+def test_what_cannot_be_gone_through_is_named_and_the_others_are_found(tmp_path: Path) -> None:
+    for folder in ("bare", "shot.png", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "gone.png").symlink_to("nowhere.png")  # to be refused by name, not passed over
+    (tmp_path / "full" / "a.png").write_bytes(b"-")
+    long, impossible = "x" * 5000, "a\0b.png"
+    files, failed = media_files([tmp_path / "bare", tmp_path / "shot.png", long, tmp_path / "full", impossible])
+    assert [file.name for file in files] == [long, "a.png", "gone.png", impossible]
+    assert [name for name, _ in failed] == ["bare", "shot.png"]
+    assert all("no images or clips" in reason for _, reason in failed)
