@@ -7,7 +7,7 @@ that one reader takes logs and labels alike; `join_labels` makes one table of th
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -84,12 +84,9 @@ def label_record(
     if source not in SOURCES:
         raise ConfigError(f"label source is {source!r}; expected one of {', '.join(SOURCES)}")
     shares = [*(quality or {}).items(), ("reference_quality", reference_quality), ("target", target)]
-    for name, value in [*shares, *((f"vote of {rater}", value) for rater, value in votes)]:
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{name} of a label is {value!r}; expected 0 to 1")
-    for name, value in {**(cost or {}), "weight": weight}.items():
-        if not 0 <= value < math.inf:
-            raise ConfigError(f"{name} of a label is {value!r}; expected a finite number, 0 or more")
+    _check_values(
+        [*shares, *((f"vote of {rater}", value) for rater, value in votes)], {**(cost or {}), "weight": weight}
+    )
     return new_record(
         "label",
         time_s=read_moment(time_s, "time_s of a label").seconds,
@@ -111,6 +108,16 @@ def label_record(
         votes=[{"rater": rater, "target": value} for rater, value in votes],
         slices=dict(subject.slices),
     )
+
+
+def _check_values(shares: Iterable[tuple[str, float | None]], amounts: Mapping[str, float]) -> None:
+    """Refuse shares that are not from 0 to 1 and amounts below 0 or without end."""
+    for name, value in shares:
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{name} of a label is {value!r}; expected 0 to 1")
+    for name, value in amounts.items():
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} of a label is {value!r}; expected a finite number, 0 or more")
 
 
 def shadow_record(

@@ -79,16 +79,9 @@ def human_labels(
     """
     file = Path(file)
     columns, rows = read_table(file)
-    given = [name for name in ("label", "score") if name in columns]
-    if "path" not in columns or len(given) != 1:
-        raise ConfigError(f"{file.name} has columns {columns}; expected path and label or score")
-    scored = given == ["score"]
-    raters = next((name for name in RATERS if name in columns), None)
-    used = ["path", *given, *(["group"] if scored else []), *([raters] if raters else [])]
-    _say_columns(file, columns, used, say)
-    if raters is not None:
-        say(f"{file.name}: raters are read from the column {raters!r}")
-    values, failed = _values(rows, given[0])
+    column, raters = _judging_columns(file, columns, say)
+    scored = column == "score"
+    values, failed = _values(rows, column)
     judged = _by_rater(rows, values, raters, say)
     targets = _ranks(judged) if scored else [judgement.value for judgement in judged]
     subjects = _described(file.parent, rows, judged, describe, failed)
@@ -107,6 +100,19 @@ def human_labels(
     if ties:
         say(f"{file.name}: {_some(ties)}: raters are divided, so the target is 0.5 and the weight 0")
     return labels, failed
+
+
+def _judging_columns(file: Path, columns: Sequence[str], say: Callable[[str], None]) -> tuple[str, str | None]:
+    """The column of the judgements, and that of the raters if there is one."""
+    given = [name for name in ("label", "score") if name in columns]
+    if "path" not in columns or len(given) != 1:
+        raise ConfigError(f"{file.name} has columns {columns}; expected path and label or score")
+    raters = next((name for name in RATERS if name in columns), None)
+    used = ["path", *given, *(["group"] if given == ["score"] else []), *([raters] if raters else [])]
+    _say_columns(file, columns, used, say)
+    if raters is not None:
+        say(f"{file.name}: raters are read from the column {raters!r}")
+    return given[0], raters
 
 
 def _say_columns(file: Path, columns: Sequence[str], used: Sequence[str], say: Callable[[str], None]) -> None:

@@ -106,11 +106,15 @@ def distil(
             steps.advance()
         run.take_best()
         run.module.save(out)
+    return _report(run, settings, before, len(train), len(held))
+
+
+def _report(run: Training, settings: Settings, before: Judged, trained_on: int, held_out: int) -> DistillationReport:
     return DistillationReport(
         steps=run.step,
         stopped_early=run.step < settings.steps,
-        trained_on=len(train),
-        held_out=len(held),
+        trained_on=trained_on,
+        held_out=held_out,
         parameters=sum(p.numel() for p in run.module.parameters()),
         before=before,
         after=run.judged(run.best_step),
