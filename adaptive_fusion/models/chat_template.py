@@ -125,7 +125,8 @@ class ChatTemplate:
                 f"the messages have both a special token and the private character U+{ord(mark):04X}; expected only one"
             )
         plain = [dict(message) for message in messages]
-        return mark_control_tokens(plain, control), mark_control_tokens(list(tools), control), True
+        shown, shown_tools = (_keys_marked(mark_control_tokens(v, control), control) for v in (plain, list(tools)))
+        return shown, shown_tools, True
 
     def _control_tokens(self) -> re.Pattern[str]:
         tokenizer = self.processor.tokenizer
@@ -162,14 +163,22 @@ def _without(messages: Messages, tools: Sequence[Any]) -> Iterator[tuple[str, li
     whole = list(messages)
     if tools:
         yield "tools", whole, ()
-    # Each by itself: some templates show only the first system message, or no text beside a call.
-    for index, message in enumerate(whole):
-        if (message["role"] in ("system", "tool") or "tool_calls" in message) and "".join(_texts(message)).strip():
-            what = f"what the {message['role']} says" + (" beside a call" if "tool_calls" in message else "")
-            yield what, [*whole[:index], _silent(message), *whole[index + 1 :]], tools
+    for what, those in _kinds(whole):
+        if any("".join(_texts(whole[index])).strip() for index in those):
+            yield what, [_silent(m) if index in those else m for index, m in enumerate(whole)], tools
     for key in ("tool_calls", "reasoning_content"):
         if any(key in message for message in messages):
             yield key, [{k: v for k, v in message.items() if k != key} for message in messages], tools
+
+
+def _kinds(messages: Messages) -> Iterator[tuple[str, set[int]]]:
+    """Messages whose texts a template may leave out, by their places: those of one kind together, but each system
+    message by itself, since some templates show only the first."""
+    for index, message in enumerate(messages):
+        if message["role"] == "system":
+            yield "what the system says", {index}
+    yield "what the tool says", {index for index, message in enumerate(messages) if message["role"] == "tool"}
+    yield "what the assistant says beside a call", {i for i, message in enumerate(messages) if "tool_calls" in message}
 
 
 def _silent(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,11 +204,25 @@ def _beside_media(message: Mapping[str, Any]) -> list[Any]:
     return [_texts(message), {key: value for key, value in message.items() if key not in ("role", "content")}]
 
 
+def _keys_marked(value: Any, control: re.Pattern[str]) -> Any:
+    """`value` with its keys marked as text too, which transformers leaves: those of a tool's arguments are written."""
+    if isinstance(value, dict):
+        mark = f"{_MARKS[0]}\\g<0>{_MARKS[1]}"
+        return {
+            control.sub(mark, key) if isinstance(key, str) else key: _keys_marked(entry, control)
+            for key, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [_keys_marked(entry, control) for entry in value]
+    return value
+
+
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for entry in value.values():
+        for key, entry in value.items():
+            yield from _strings(key)
             yield from _strings(entry)
     elif isinstance(value, list | tuple):
         for entry in value:

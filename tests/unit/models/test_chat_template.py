@@ -185,6 +185,21 @@ def test_tools_their_calls_and_answers_go_through_the_template(with_tools: ChatT
         assert said in text
 
 
+@pytest.mark.parametrize("token", SPECIAL)
+def test_the_names_of_a_tools_arguments_are_text_too(with_tools: ChatTemplate, token: str) -> None:
+    def ids(name: str) -> list[int]:
+        parameters = {"type": "object", "properties": {name: {"type": "string", "description": name}}}
+        call = {"id": name, "type": "function", "function": {"name": "look_up", "arguments": {name: [{name: name}]}}}
+        messages = [user(SHOW, "q"), {"role": "assistant", "content": None, "tool_calls": [call]}, user("x")]
+        described = {"type": "function", "function": {**TOOL["function"], "parameters": parameters}}
+        return row(with_tools, messages, tools=[described])
+
+    special = set(with_tools.processor.tokenizer.added_tokens_decoder)
+    harmless, written = ids("x"), ids(token)
+    assert [i for i in written if i in special] == [i for i in harmless if i in special]
+    assert spelled(with_tools, written).count(token) == spelled(with_tools, harmless).count(token) + 5
+
+
 @pytest.mark.parametrize(
     ("messages", "tools", "what"),
     [
