@@ -78,6 +78,7 @@ class Planner:
 
         Raises:
             UnsupportedModelError: If `point` has a knob that the model lacks.
+            ConfigError: If `point` has a knob that acts before the encoder and the media are preprocessed already.
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
         limits = budget
@@ -88,6 +89,7 @@ class Planner:
         features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
         if point is not None:
             self.adapter.require(point)
+            _require_in_time(point, info)
             candidates = [self.candidate(point, 1.0, info)]
             lane, propensity = FIXED, 1.0
             choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
@@ -222,3 +224,13 @@ class Planner:
             greedy = drawn.point == choice.point
             return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0)
         return choice, 1 - explore + share
+
+
+def _require_in_time(point: OperatingPoint, info: RequestInfo) -> None:
+    """Refuse a given point of which something would have had to be done before the processor saw the media."""
+    if info.pixels_fixed and info.sizes and point.before_encoder:
+        late = ", ".join(point.before_encoder)
+        raise ConfigError(
+            f"point is {point.name}, but the media are preprocessed already, too late for {late}; expected "
+            f"{point.without(point.before_encoder).name}, or the media themselves in chat"
+        )

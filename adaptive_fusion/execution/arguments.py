@@ -66,7 +66,11 @@ class Arguments:
     def lengths(self) -> tuple[str, ...]:
         """The lengths in force that count the prompt; new tokens take precedence over them."""
         pairs = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
-        return tuple(name for name, new in pairs if self.value(new) is None and self.value(name))
+        return tuple(
+            name
+            for name, new in pairs
+            if self.value(new) is None and self.value(name) is not None and (name == "max_length" or self.value(name))
+        )
 
     @property
     def see_prompt(self) -> bool:

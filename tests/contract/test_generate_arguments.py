@@ -409,7 +409,7 @@ def test_new_tokens_take_precedence_over_lengths(runner: AdaptiveRunner, inputs:
     length = inputs["input_ids"].shape[1]
     out = runner.generate(**inputs, point=HALF, max_length=length + 9, max_new_tokens=4, min_new_tokens=4)
     assert out.shape[1] == length + 4
-    for short in (length, length - 20):
+    for short in (length, length - 20, 0):
         # Longer than the reduced prompt, yet no room behind the caller's: the model's own error, in its numbers.
         with pytest.raises(ValueError, match=f"is {length}, but `max_length` is set to {short}"):
             runner.generate(**inputs, max_length=short)
@@ -642,6 +642,17 @@ def test_a_point_or_budget_is_honoured_or_refused_on_every_call(
             runner.generate(**text, point=OperatingPoint("gated", 12))
     finally:
         handle.remove()
+
+
+def test_a_point_that_comes_too_late_for_the_media_is_refused(
+    runner: AdaptiveRunner, bench: Bench, inputs: Any, processor: Any
+) -> None:
+    late = OperatingPoint("native", downsample=0.5, max_pixels=1024, max_fps=1.0)
+    for call in (inputs, bench.video()):
+        with pytest.raises(ConfigError, match=r"too late for max_pixels, max_fps; expected native@0\.5, or"):
+            runner.generate(**call, point=late, max_new_tokens=2)
+    runner.generate(**processor.tokenizer("Hello", return_tensors="pt"), point=late, max_new_tokens=2)
+    assert runner.last is not None and runner.last[0].point == late
 
 
 def test_calls_inside_native_are_the_model_s_and_say_so(runner: AdaptiveRunner, inputs: Any) -> None:
