@@ -16,7 +16,9 @@ UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanosecond
 NO_ZONE = "ISO 8601 without a zone"
 FORMS = f"{', '.join(UNITS)} since the epoch (up to 2100; all but seconds from 2000 on) or ISO 8601"
 """What is accepted, in words."""
-_2000, _2100 = 946_684_800, 4_102_444_800
+LATEST_S = 4_102_444_800
+"""The year 2100: no number above it is one of seconds."""
+_2000 = 946_684_800
 _DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 
 
@@ -68,7 +70,7 @@ def _of_text(text: str) -> Moment | None:
 
 def _of_number(number: float) -> Moment | None:
     for name, per_second in UNITS.items():
-        if (0 if per_second == 1 else _2000 * per_second) <= number <= _2100 * per_second:
+        if (0 if per_second == 1 else _2000 * per_second) <= number <= LATEST_S * per_second:
             return Moment(number / per_second, name)
     return None
 
@@ -76,4 +78,4 @@ def _of_number(number: float) -> Moment | None:
 def _of_datetime(moment: datetime) -> Moment | None:
     form = "ISO 8601" if moment.tzinfo else NO_ZONE
     seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    return Moment(seconds, form) if 0 <= seconds <= _2100 and math.isfinite(seconds) else None
+    return Moment(seconds, form) if 0 <= seconds <= LATEST_S and math.isfinite(seconds) else None

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.data.logs import LogTable
+from adaptive_fusion.learning.data.logs import SECONDS, LogTable
 from adaptive_fusion.learning.data.votes import agree, opinion
 from adaptive_fusion.log_schema import new_record
 from adaptive_fusion.times import read_moment
@@ -139,12 +139,12 @@ WITH decided AS (
   GROUP BY request_id
   HAVING min(rung) IS NOT DISTINCT FROM max(rung) AND min(content_hash) IS NOT DISTINCT FROM max(content_hash)
 ), rated AS (
-  SELECT request_id, source_id, coalesce(time_s, 0) AS time_s, list_avg(list_sort(list_distinct(list(rating) OVER (
-    PARTITION BY request_id, source_id, coalesce(time_s, 0))))) AS rating
+  SELECT request_id, source_id, {SECONDS} AS time_s, list_avg(list_sort(list_distinct(list(rating) OVER (
+    PARTITION BY request_id, source_id, {SECONDS})))) AS rating
   FROM log WHERE event = 'feedback' AND rating BETWEEN 0 AND 1
 )
 SELECT rowid AS subject, source, source_id, request_id, content_hash, prompt_hash, quality, reference_quality,
-  cost, target, coalesce(weight, 1) AS weight, coalesce(time_s, 0) AS time_s, slices, rung, propensity
+  cost, target, coalesce(weight, 1) AS weight, {SECONDS} AS time_s, slices, rung, propensity
 FROM log WHERE event = 'label' AND source IN ({", ".join(f"'{name}'" for name in SOURCES)})
 UNION ALL
 SELECT d.subject, 'feedback', f.source_id, f.request_id, NULL, NULL, to_json(map([d.rung], [f.rating])), NULL,
@@ -152,7 +152,7 @@ SELECT d.subject, 'feedback', f.source_id, f.request_id, NULL, NULL, to_json(map
 FROM rated f JOIN decided d USING (request_id) WHERE d.rung IS NOT NULL
 UNION ALL
 SELECT d.subject, 'shadow', f.source_id, f.request_id, NULL, NULL, f.quality, f.reference_quality, f.cost,
-  NULL, 1, coalesce(f.time_s, 0), NULL, d.rung, d.propensity
+  NULL, 1, {SECONDS}, NULL, d.rung, d.propensity
 FROM log f JOIN decided d USING (request_id)
 WHERE f.event = 'shadow'
 """

@@ -4,8 +4,9 @@ Knows the fields of a log record (`log_schema`), and DuckDB. Must not know what 
 it.
 
 A line that is not a JSON object (torn, garbage, too long, not UTF-8) is counted and left out; it never stops
-the reading. A field of another type than its column's reads as NULL. Fields that the schema does not have, as of a
-later version, are kept together in a column of their own.
+the reading. A field of another type than its column's reads as NULL, but a time may be text in any form that
+`read_moment` knows. Fields that the schema does not have, as of a later version, are kept together in a column of
+their own.
 """
 
 import glob
@@ -22,6 +23,7 @@ from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.learning.data.files import LogFile, open_each
 from adaptive_fusion.learning.data.files import log_files as log_files
 from adaptive_fusion.log_schema import FIELDS
+from adaptive_fusion.times import LATEST_S, read_moment
 
 _TYPES = {"text": "VARCHAR", "number": "DOUBLE", "integer": "BIGINT", "boolean": "BOOLEAN", "json": "JSON"}
 UNKNOWN = "unknown_fields"
@@ -32,6 +34,11 @@ COLUMNS: dict[str, str] = {field.name: _TYPES[field.kind] for field in FIELDS} |
 MAX_LINE = 16 << 20
 """Longest line in bytes that is read; a longer one counts as broken."""
 
+_KNOWN = [field.name for field in FIELDS]
+_SHAPE = json.dumps({name: COLUMNS[name] for name in _KNOWN})
+_AS_TIME = "as_time"
+SECONDS = f"coalesce(CASE WHEN time_s > {LATEST_S} THEN {_AS_TIME}(time_s::VARCHAR) ELSE time_s END, 0)"
+"""In SQL, a record's time in seconds, whatever the unit it was logged in; 0 without one."""
 _READ = "read_json_objects({files}, format='newline_delimited', ignore_errors=true, maximum_object_size={size})"
 
 
@@ -126,6 +133,7 @@ def _connect(folder: Path, memory_gb: float, threads: int) -> Any:
             "autoload_known_extensions": False,
         },
     )
+    connection.create_function(_AS_TIME, _as_time, ["VARCHAR"], "DOUBLE", null_handling="special")
     return connection
 
 
@@ -168,25 +176,56 @@ def _load_lines(connection: Any, source: Path, folder: Path) -> None:
 def _load_jsonl(connection: Any, file: Path) -> None:
     if file.stat().st_size == 0:
         return
-    known = [field.name for field in FIELDS]
-    shape = json.dumps({name: COLUMNS[name] for name in known})
     source = _READ.format(files=_named(file), size=MAX_LINE)
-    names = ", ".join(_quote(name) for name in known)
-    # A merge patch of nulls (RFC 7396) takes the known fields away.
-    unknown = f"json_merge_patch(json, {_quote(json.dumps(dict.fromkeys(known)))})"
-    values = {name: f"r.{name}" for name in known} | {UNKNOWN: UNKNOWN}
+    names = ", ".join(_quote(name) for name in _KNOWN)
+    values = {name: f"r.{name}" for name in _KNOWN} | {UNKNOWN: UNKNOWN}
+    text = f"WHEN 'VARCHAR' THEN {_AS_TIME}(json ->> 'time_s')"
+    values["time_s"] = f"CASE json_type(json, 'time_s') {text} ELSE r.time_s END"
     connection.execute(
         f"INSERT INTO log SELECT {_select(values)}, broken FROM ("
-        f" SELECT json_transform(json, '{shape}') AS r, coalesce(json_type(json), '') <> 'OBJECT' AS broken,"
-        f" CASE WHEN json_type(json) = 'OBJECT' AND NOT list_has_all([{names}], json_keys(json)) THEN {unknown} END"
-        f" AS {UNKNOWN} FROM {source})"
+        f" SELECT json, json_transform(json, '{_SHAPE}') AS r, coalesce(json_type(json), '') <> 'OBJECT' AS broken,"
+        f" CASE WHEN json_type(json) = 'OBJECT' AND NOT list_has_all([{names}], json_keys(json)) THEN {_rest('json')}"
+        f" END AS {UNKNOWN} FROM {source})"
     )
 
 
 def _load_parquet(connection: Any, file: Path) -> None:
-    there = {row[0] for row in connection.execute(f"DESCRIBE SELECT * FROM {_named(file)}").fetchall()}
-    values = {name: f"TRY_CAST({name} AS {kind})" if name in there else "NULL" for name, kind in COLUMNS.items()}
-    connection.execute(f"INSERT INTO log SELECT {_select(values)}, false FROM read_parquet({_named(file)})")
+    """A compacted log, of this schema or another: what was unknown when it was written may be known now, and the
+    columns of a later one are kept with what is unknown."""
+    described = connection.execute(f"DESCRIBE SELECT * FROM {_named(file)}").fetchall()
+    there = {name.lower() for name, *_ in described}  # DuckDB's names have no case
+    more = [name for name, *_ in described if name.lower() not in COLUMNS]
+    rest = f"TRY_CAST({UNKNOWN} AS JSON)" if UNKNOWN in there else "NULL::JSON"
+    if more:
+        named = ", ".join(f"{_quote(name)}, {_column(name)}" for name in more)
+        rest = f"json_merge_patch(coalesce({rest}, '{{}}'), json_object({named}))"
+    values = {UNKNOWN: f"CASE WHEN kept_json IS NOT NULL THEN nullif({_rest('kept_json')}, '{{}}') END"}
+    for name in _KNOWN:
+        found = f"TRY_CAST({name} AS {COLUMNS[name]})" if name in there else "NULL"
+        values[name] = f"coalesce({found}, kept.{name})"
+    if "time_s" in there:
+        read = f"TRY_CAST(time_s AS DOUBLE), {_AS_TIME}(CAST(time_s AS VARCHAR))"
+        values["time_s"] = f"coalesce({read}, kept.time_s)"
+    connection.execute(
+        f"INSERT INTO log SELECT {_select({name: values[name] for name in COLUMNS})}, false FROM ("
+        f" SELECT *, json_transform(kept_json, '{_SHAPE}') AS kept FROM ("
+        f" SELECT *, {rest} AS kept_json FROM read_parquet({_named(file)})))"
+    )
+
+
+def _rest(of: str) -> str:
+    """A JSON object without the fields that the schema has: a merge patch of nulls (RFC 7396) takes them away."""
+    return f"json_merge_patch({of}, {_quote(json.dumps(dict.fromkeys(_KNOWN)))})"
+
+
+def _as_time(written: str | None) -> float | None:
+    """Seconds of a time as text, in any form that `read_moment` knows; None if it cannot be read."""
+    if written is None:
+        return None
+    try:
+        return read_moment(written, "time_s").seconds
+    except ConfigError:
+        return None
 
 
 def _select(values: dict[str, str]) -> str:
@@ -204,6 +243,10 @@ def _reason(error: Exception, *names: Path) -> str:
 def _named(file: Path) -> str:
     """The file of just that name: DuckDB takes brackets, asterisks and question marks for a pattern."""
     return _quote(glob.escape(str(file)))
+
+
+def _column(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _quote(value: str | Path) -> str:

@@ -94,6 +94,32 @@ def test_feedback_and_shadow_runs_join_their_decision_once(tmp_path: Path) -> No
     assert build(tmp_path).digest() == data.digest()
 
 
+JANUARY, FEBRUARY = 1767225600, 1769904000
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ("2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"),
+        ("2026-02-01T01:00:00+02:00", FEBRUARY),
+        (JANUARY * 1000, FEBRUARY),
+        (JANUARY * 10**9, "2026-02-01 00:00:00"),
+        (None, "2026-01-01"),
+    ],
+)
+def test_the_newest_vote_in_a_log_counts_in_whatever_form_its_time_is(
+    older: Any, newer: Any, packed: bool, tmp_path: Path
+) -> None:
+    said = {"schema": 1, "event": "feedback", "request_id": "r", "source_id": "ann"}
+    votes = [{**said, "rating": 1.0, "time_s": newer}, {**said, "rating": 0.0, "time_s": older}]
+    path = write_jsonl(tmp_path / "l.jsonl", [decision("r", 0, CHEAP), *votes])
+    if packed:
+        compact([path], tmp_path / "l.parquet")
+        path = tmp_path / "l.parquet"
+    assert build(path).y.tolist() == [0.0]
+
+
 def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     good, other, empty, unknown, wild = oracle_labels(5, 0, asks=False)
     other["features_version"] = "some other version"

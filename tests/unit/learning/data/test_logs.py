@@ -218,6 +218,33 @@ def test_logs_and_packed_logs_of_before_still_load(tmp_path: Path) -> None:
     assert read(tmp_path / "before.parquet") == [{k: v for k, v in r.items() if k != "p_late"} for r in wanted]
 
 
+def test_packed_logs_of_other_ages_keep_what_only_one_of_them_knew(tmp_path: Path) -> None:
+    import duckdb
+
+    def write(name: str, select: str) -> None:
+        duckdb.execute(
+            f"COPY (SELECT 1 AS schema, 'r' AS request_id, {select}) TO '{tmp_path / name}' (FORMAT parquet)"
+        )
+
+    # Packed when nobody knew p_late, and packed by a version that knows more.
+    write("before.parquet", """'{"p_late": 0.75, "rest": null, "foo": 1}'::JSON AS unknown_fields""")
+    write(
+        "later.parquet", """0.5 AS p_late, 42 AS extra, [1, 2] AS "odd ""name", '{"foo": 1}'::JSON AS unknown_fields"""
+    )
+    write("bare.parquet", "TIMESTAMP '2026-01-01 00:00:00' AS time_s, 7 AS rest, NULL AS extra")
+    wanted = {
+        "before": {"p_late": 0.75, "rest": None, "foo": 1},
+        "later": {"p_late": 0.5, "extra": 42, 'odd "name': [1, 2], "foo": 1},
+        "bare": {"time_s": 1767225600.0, "rest": 7},
+    }
+    for name, fields in wanted.items():
+        path = tmp_path / f"{name}.parquet"
+        for _ in range(2):
+            assert read(path) == [{"schema": 1, "event": "decision", "request_id": "r", **fields}]
+            compact([path], tmp_path / "again" / path.name)
+            path = tmp_path / "again" / path.name
+
+
 def test_a_reader_beside_writers_sees_whole_records_each_once(tmp_path: Path) -> None:
     count = 400
     log = tmp_path / "logs" / "log.jsonl"
