@@ -20,6 +20,7 @@ from adaptive_fusion.evaluation.likelihood import prefill
 from adaptive_fusion.execution.meters import Meter
 from adaptive_fusion.execution.timing import GenerationClock, synchronize
 from adaptive_fusion.models import Adapter, Encoded, Recorded
+from adaptive_fusion.models.caches import recall_positions, remember_positions
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
 Prepare = Callable[[], Mapping[str, Any]]
@@ -189,7 +190,9 @@ class TimedModel:
         timer = GenerationClock(self.clock, deadline_s, cancelled, self.synchronize)
         criteria = StoppingCriteriaList([*(options.get("stopping_criteria") or []), timer])
         given = {**options, **encoding.encoded.inputs, "stopping_criteria": criteria}
+        recall_positions(self.adapter.model, given)
         result = self.adapter.outer.generate(**given)
+        remember_positions(self.adapter.model, given, result)
         return Pass(encoding, result, timer, self.clock())
 
     def prefill(self, encoding: Encoding) -> tuple[Any, float]:

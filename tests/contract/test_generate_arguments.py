@@ -4,6 +4,7 @@ An argument that a later transformers brings fails here until somebody has decid
 (`execution.arguments.RULES`) and given it a trial.
 """
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -524,6 +525,30 @@ def test_a_second_turn_on_a_cache_answers_as_the_model_does(runner: AdaptiveRunn
     with pytest.raises(ConfigError, match="was filled with a reduced prompt"):
         turn(model.generate, reduced)
     assert reduced[cache_name(model)].reduced.get_seq_length() < length
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_other_requests_between_two_turns_do_not_move_the_second(
+    runner: AdaptiveRunner, inputs: Any, noise_image: Any, copied: bool
+) -> None:
+    more = runner.processor.tokenizer("and then?", return_tensors="pt").input_ids
+    asked: dict[str, Any] = {**BASE, "return_dict_in_generate": True}
+
+    def turns(generate: Callable[..., Any], between: Callable[[], Any], **limits: Any) -> list[Any]:
+        found, own = [], DynamicCache()
+        for given in ({}, {"cache": own}):
+            first = generate(**inputs, **asked, **given, **limits)
+            between()
+            ids = torch.cat([first.sequences, more], dim=1)
+            cache = copy.deepcopy(first[cache_name(runner.model)]) if copied else first[cache_name(runner.model)]
+            found.append(generate(input_ids=ids, attention_mask=torch.ones_like(ids), cache=cache, **BASE).tolist())
+        return found
+
+    def others() -> None:
+        runner.chat(noise_image(64, 200), "?", point=HALF, max_new_tokens=2)
+        runner.chat(None, "Hello", max_new_tokens=2)
+
+    assert turns(runner.generate, others, point=NATIVE) == turns(runner.model.generate, lambda: None)
 
 
 # What stands beside the prompt
