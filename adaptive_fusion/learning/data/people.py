@@ -23,7 +23,7 @@ from adaptive_fusion.learning.data.votes import pool
 from adaptive_fusion.times import NO_ZONE, Moment, read_moment
 
 RATERS = ("rater", "annotator", "source_id")
-"""Columns that may name the rater of a row; the first of them that a table has counts."""
+"""Columns that may name the rater of a row, in any case; the first of them that a table has counts."""
 _HUMAN = {"simple": 0.0, "complex": 1.0}
 _SHOWN = 5
 
@@ -107,7 +107,7 @@ def _judging_columns(file: Path, columns: Sequence[str], say: Callable[[str], No
     given = [name for name in ("label", "score") if name in columns]
     if "path" not in columns or len(given) != 1:
         raise ConfigError(f"{file.name} has columns {columns}; expected path and label or score")
-    raters = next((name for name in RATERS if name in columns), None)
+    raters = next((found for name in RATERS for found in columns if found.strip().lower() == name), None)
     used = ["path", *given, *(["group"] if given == ["score"] else []), *([raters] if raters else [])]
     _say_columns(file, columns, used, say)
     if raters is not None:

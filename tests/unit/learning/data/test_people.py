@@ -61,7 +61,7 @@ def judged(data: Dataset) -> dict[str, tuple[float, float, float]]:
     }
 
 
-@pytest.mark.parametrize("column", [*RATERS, None])
+@pytest.mark.parametrize("column", [*RATERS, "Annotator ", None])
 def test_the_majority_of_raters_decides_and_their_agreement_weighs(tmp_path: Path, column: str | None) -> None:
     tie = [("ann", "simple"), ("bob", "complex")]
     rows = [("a.png", *said) for said in FIVE] + [("b.png", *said) for said in tie] + [("c.png", "ann", "simple")]
