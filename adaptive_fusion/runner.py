@@ -489,9 +489,10 @@ class AdaptiveRunner(ModelFace):
         new = run.new_tokens
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
-        # Short of the limit it ended by itself: at a token that ends answers, or as the arguments say.
+        # Short of the limit it ended by itself; at the limit, with a token or a string that ends answers.
         most = arguments.most_new_tokens(prompt().shape[1] if "max_length" in arguments.lengths else 0)
         ended = len(new) < most or (len(new) > 0 and int(new[-1]) in arguments.end_tokens())
+        ended = ended or any(end in text for end in arguments.end_strings())
         finish = run.stopped_by or ("stop" if ended else "length")
         self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
         self._log(run, request.prompt, request.content_hash, finish)

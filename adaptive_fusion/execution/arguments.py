@@ -84,6 +84,11 @@ class Arguments:
         found = self.value("eos_token_id")
         return frozenset([] if found is None else torch.as_tensor(found).flatten().tolist())
 
+    def end_strings(self) -> tuple[str, ...]:
+        """Strings that end an answer."""
+        found = self.value("stop_strings")
+        return (found,) if isinstance(found, str) else tuple(found or ())
+
 
 def resolve(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
     """The arguments of ``model.generate(*args, **kwargs)``.

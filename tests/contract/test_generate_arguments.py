@@ -621,6 +621,18 @@ def test_chat_keeps_a_length_that_counts_the_prompt(runner: AdaptiveRunner, inpu
         runner.chat(noise_image(96, 96), "Describe.", point=HALF, max_length=length)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_that_ends_in_a_stop_string_at_its_limit_has_stopped(
+    runner: AdaptiveRunner, noise_image: Any, several: bool
+) -> None:
+    asked: dict[str, Any] = {"point": HALF, "max_new_tokens": 4, "do_sample": False}
+    whole = runner.chat(noise_image(96, 96), "Describe.", **asked)
+    assert whole.finish_reason == "length"
+    text = runner.processor.tokenizer.decode(whole.token_ids)  # the whole of it cannot come before its last token
+    reply = runner.chat(noise_image(96, 96), "Describe.", **asked, stop_strings=["zzz", text] if several else text)
+    assert reply.token_ids == whole.token_ids and reply.finish_reason == "stop"
+
+
 def test_chat_runs_native_what_needs_the_whole_prompt(runner: AdaptiveRunner, noise_image: Any) -> None:
     reply = runner.chat(noise_image(48, 48), "?", budget=CHEAPEST, max_new_tokens=2, encoder_repetition_penalty=1.3)
     assert reply.decision.point == NATIVE
