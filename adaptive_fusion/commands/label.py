@@ -99,10 +99,12 @@ def label(
         if inputs:
             rungs = _rungs(points, policy)
             questions, unknown = _questions(inputs, prompt, references, metric)
-            # One process loads the model before anything else, so that a wrong name ends the command at once.
-            scorer = _scorer(model, policy, max_new_tokens, loaded=jobs == 1)
-            found, refused = _scored(scorer, questions, rungs, out, jobs, Path(model).name, as_json)
-            result, failed = {**result, **found}, [*failed, *unknown, *refused]
+            failed += unknown
+            if questions:
+                # One process loads the model before anything else, so that a wrong name ends the command at once.
+                scorer = _scorer(model, policy, max_new_tokens, loaded=jobs == 1)
+                found, refused = _scored(scorer, questions, rungs, out, jobs, Path(model).name, as_json)
+                result, failed = {**result, **found}, [*failed, *refused]
     _print(out, result, notes, failed, as_json)
     if failed:
         raise typer.Exit(BAD_INPUT)
@@ -196,4 +198,4 @@ def _print(out: Path, result: dict[str, Any], notes: list[str], failed: Failed, 
         emit({"out": str(out), **result, "notes": notes, "failed": refused})
     else:
         counts = ", ".join(f"{count} {what}" for what, count in result.items() if isinstance(count, int))
-        console().print(f"{counts}; {len(failed)} left out. Labels are in {out}")
+        console().print(f"{counts or 'nothing labelled'}; {len(failed)} left out. Labels are in {out}")

@@ -16,6 +16,8 @@ Each source is left out in turn, and the intercept is the smallest with which th
 counting the same: a quantile of what images need, set by what is lost beyond it. For forms with more coefficients,
 those are fitted by the pinball loss, and the intercept is set on shares that the other sources were given by a fit
 without them. Nothing is tuned to single images. The same labels give the same file.
+
+Longer than other modules: a recipe is read from top to bottom, forms, fit, judging and tables in turn.
 """
 
 import argparse
