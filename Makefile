@@ -17,7 +17,7 @@ demo: setup
 	$(VENV)/bin/adaptive-fusion demo
 
 test: lint
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 # What takes long by nature: thousands of mutants, many processes, other programs. ADAPTIVE_FUSION_LONG_SHARE=0.1 does a
 # tenth of each count.

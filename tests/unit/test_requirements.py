@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OWN = {"adaptive_fusion"}
+OWNERS = packages_distributions()
 BROUGHT_IN_BY_OTHERS = {
     "onnxruntime": "rapidocr runs on it and leaves to the user which engine to install",
     "torchvision": "the image and video processors of transformers import it",
@@ -31,7 +32,7 @@ def named(requirements: list[str]) -> set[str]:
 
 def imported(folder: str) -> Iterator[str]:
     """Distributions whose modules the Python files of a folder import, anywhere in them."""
-    owners = packages_distributions()
+    owners = OWNERS
     local = OWN.union(SCRIPTS, *({path.stem for path in (ROOT / name).rglob("*.py")} for name in SCRIPTS))
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
