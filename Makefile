@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.installed-runtime
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -11,9 +12,15 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	touch $(STAMP)
+	touch $(STAMP) $(RUNTIME)
 
-demo: setup
+# What runs needs none of the tools that test it.
+$(RUNTIME): pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[video,train]"
+	touch $(RUNTIME)
+
+demo: $(RUNTIME)
 	$(VENV)/bin/adaptive-fusion demo
 
 test: lint
