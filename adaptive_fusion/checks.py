@@ -4,7 +4,7 @@ Knows plain values and the errors to raise for them. Must not know what the valu
 """
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError, PolicyError
@@ -115,3 +115,16 @@ def _range(
 
 def _plain(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string within mappings and lists, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from strings(key)
+            yield from strings(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from strings(entry)

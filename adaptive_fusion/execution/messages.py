@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptive_fusion.checks import whole_characters
+from adaptive_fusion.checks import strings, whole_characters
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.parts import MediumPart, Part, TextPart, as_mapping, read_part, says_nothing
 
@@ -107,19 +107,6 @@ def check_tools(tools: Any) -> list[Any] | None:
     for text in strings(tools):
         whole_characters(text, "a tool")
     return [dict(tool) if isinstance(tool, Mapping) else tool for tool in tools]
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every string within mappings and lists, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from strings(key)
-            yield from strings(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from strings(entry)
 
 
 def _message(value: Any) -> Message:

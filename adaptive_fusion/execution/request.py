@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from adaptive_fusion.checks import strings
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.execution.messages import Message, begun_answer, check_tools, is_messages, read_messages, strings
+from adaptive_fusion.execution.messages import Message, begun_answer, check_tools, is_messages, read_messages
 from adaptive_fusion.execution.parts import (
     FRAMES,
     LIMITS,

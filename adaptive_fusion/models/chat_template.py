@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import (
     mark_control_tokens,
 )
 
+from adaptive_fusion.checks import strings
 from adaptive_fusion.errors import ConfigError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -117,7 +118,7 @@ class ChatTemplate:
         control = self._control_tokens()
         for message in messages:
             _refuse_split(message, control)
-        said = [*_strings([_beside_media(message) for message in messages]), *_strings(tools)]
+        said = [*strings([_beside_media(message) for message in messages]), *strings(tools)]
         if not any(control.search(text) for text in said):
             return messages, tools, False
         if mark := next((mark for mark in _MARKS for text in said if mark in text), None):
@@ -215,18 +216,6 @@ def _keys_marked(value: Any, control: re.Pattern[str]) -> Any:
     if isinstance(value, list):
         return [_keys_marked(entry, control) for entry in value]
     return value
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _strings(key)
-            yield from _strings(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _strings(entry)
 
 
 def _refuse_split(message: Mapping[str, Any], control: re.Pattern[str]) -> None:
