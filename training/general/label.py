@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.folders import media_files
 from adaptive_fusion.evaluation.readers import (
     CachedReader,
@@ -106,9 +107,12 @@ def items(folder: Path) -> list[Item]:
     if truth.exists():
         rows = [json.loads(line) for line in truth.read_text("utf-8").splitlines() if line]
     else:
-        rows = [{"file": str(path.relative_to(folder))} for path in media_files([folder])]
-    found = [Item(folder.name, folder / row["file"], tuple((q, a) for q, a in row.get("qa", ()))) for row in rows]
-    return sorted(found, key=lambda item: hashlib.sha256(item.path.name.encode()).digest())
+        found, failed = media_files([folder])
+        if failed:
+            raise ConfigError("; ".join(why for _, why in failed))
+        rows = [{"file": str(path.relative_to(folder))} for path in found]
+    named = [Item(folder.name, folder / row["file"], tuple((q, a) for q, a in row.get("qa", ()))) for row in rows]
+    return sorted(named, key=lambda item: hashlib.sha256(item.path.name.encode()).digest())
 
 
 def read_labels(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
