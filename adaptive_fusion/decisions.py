@@ -72,12 +72,13 @@ class Rejected:
 class Decision:
     """One routing and control decision.
 
-    `p_complex` is P(the cheap lane loses more than the tolerance); `complexity.score` is agreement with human
-    judgement: two numbers. `propensity` is the probability with which `point` was chosen (1.0 unless exploring), so
-    that explored traffic can be evaluated off-policy. `rung` names the ladder's step, the same for every size of input,
-    where `point` holds the pixels of this one.
-    `p_late` is the risk taken that a limit is missed; the predicted times x `margin` are kept with the probability
-    that the budget asks for (`attainment`).
+    `p_complex` is P(complex), which decides the lane: that people judge it complex, or that the cheap plan loses by it.
+    `complexity.score` is agreement with human judgement: two numbers. `propensity` is the probability with which
+    `point` was chosen (1.0 unless exploring), so that explored traffic can be evaluated off-policy. `rung` names the
+    ladder's step, the same for every size of input, where `point` holds the pixels of this one. `p_late` is the risk
+    taken that a limit is missed; the predicted times x `margin` are kept with the probability that the budget asks for
+    (`attainment`). `needs` are the native pixels that the media have and that each thing in them needs for the
+    question, by the policy; empty where it cannot say.
     """
 
     request_id: str
@@ -97,6 +98,7 @@ class Decision:
     elapsed_ms: float = 0.0
     budget: Mapping[str, Any] = field(default_factory=dict)
     prompt_features: Mapping[str, float] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
 
     def explain(self, took: Measurement | None = None) -> str:
@@ -144,14 +146,16 @@ def decision_record(
         prompt_hash=prompt_hash,
         kind=decision.kind,
         complexity=decision.complexity.score if decision.complexity else None,
-        features=dict(decision.complexity.features) if decision.complexity else {},
+        features={**decision.complexity.features, **decision.complexity.detail} if decision.complexity else {},
         features_version=decision.complexity.version if decision.complexity else None,
+        detail_version=(decision.complexity.detail_version or None) if decision.complexity else None,
         prompt_features=dict(decision.prompt_features),
         prompt_version=PROMPT_VERSION if decision.prompt_features else None,
         p_complex=decision.p_complex,
         lane=decision.lane,
         point=decision.point.to_dict(),
         rung=decision.rung,
+        needs=dict(decision.needs),
         propensity=decision.propensity,
         policy=decision.policy,
         budget=dict(decision.budget),

@@ -302,7 +302,7 @@ class AdaptiveRunner(ModelFace):
         arguments = for_chat(self.model, {}, max_new_tokens)
         info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
         hardest, route = self._planner.route(info)
-        found = self._planner.candidates(info, route.lane, hardest)
+        found = self._planner.candidates(info, route.lane, hardest, self._planner.needs(info))
         return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
 
     def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
@@ -340,7 +340,7 @@ class AdaptiveRunner(ModelFace):
         inputs, ids = dict(arguments.inputs), arguments.inputs["input_ids"]
         sizes = self.adapter.sizes(inputs)
         visual = self.adapter.plan(sizes, NATIVE).tokens
-        complexities = tuple(measure_complexity(array) for array in self.adapter.thumbnails(inputs))
+        complexities = tuple(measure_complexity(array, detail=False) for array in self.adapter.thumbnails(inputs))
         info = self._info(
             arrived,
             kind=kind_of([complexity.kind for complexity in complexities]),

@@ -1,6 +1,6 @@
 """Memory budgets kept: requests of every size, each with a memory budget of its own, and how many exceeded it.
 
-    python benchmarks/memory.py [--requests 1000] [--model reference] [--policy balanced] [--seed 0] [--json]
+    python benchmarks/memory.py [--requests 1000] [--model reference] [--policy auto] [--seed 0] [--json]
 
 Images have random sides, no two alike, and are simple or dense. The budget of each request is drawn between what its
 cheapest and its dearest operating point are predicted to need, margin included, so that most of them rule something
@@ -85,7 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--model", default="reference")
-    parser.add_argument("--policy", default="balanced")
+    parser.add_argument("--policy", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

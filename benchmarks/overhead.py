@@ -77,7 +77,7 @@ def runner_overhead(pairs: int) -> dict[str, float]:
 
 def decision_ms(repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of features, of features + route + plan, and of `decide` with the medium's conversion."""
-    runner = AdaptiveRunner.from_pretrained("reference", policy="balanced", budget=Budget(latency_ms=500))
+    runner = AdaptiveRunner.from_pretrained("reference", policy="reference-balanced", budget=Budget(latency_ms=500))
     cost = CostModel(runner.profile)
     planner = Planner(runner.adapter, runner.policy, cost, Controller(), LengthModel(), random.Random(0))
     prompt = PROMPTS["describe"]

@@ -29,12 +29,15 @@ def main() -> None:
     check(adaptive_fusion.__version__[0].isdigit(), f"version {adaptive_fusion.__version__} is known")
     check(shipped_root() == package / "policies", "the policies lie inside the package")
     names = Policy.shipped()
-    check({"native", "balanced", "latency", "quality"} <= set(names), f"policies {names} are there")
+    check(
+        {"native", "reference-balanced", "reference-latency", "reference-quality"} <= set(names),
+        f"policies {names} are there",
+    )
     check(all(Policy.load(name).name == name for name in names), "all of them load")
     check(package in model_path().resolve().parents, "the reference model lies inside the package")
     image = Image.effect_noise((160, 128), 60).convert("RGB")
     check(0 <= measure_complexity(image).score <= 1, "complexity is measured")
-    runner = AdaptiveRunner.from_pretrained("reference", policy="balanced", budget=Budget(latency_ms=60_000))
+    runner = AdaptiveRunner.from_pretrained("reference", policy="reference-balanced", budget=Budget(latency_ms=60_000))
     reply = runner.chat(image, "Describe the screen.", max_new_tokens=4)
     check(reply.measurement.new_tokens > 0 and reply.measurement.visual_tokens > 0, "the reference model answers")
     print(reply.decision.explain())

@@ -23,11 +23,10 @@ from adaptive_fusion.models.base import Adapter, Size
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
 
 FIXED = "fixed"
 """The lane of requests whose point was not decided here."""
-STILL_FPS = 0.5
-"""Frames a second that a clip is offered at in which nothing changes."""
 TEMPLATE_TOKENS = 16
 """What a chat template adds around a question, roughly; the prefill's share of it does not matter."""
 
@@ -62,9 +61,11 @@ class Planner:
         controller: Controller,
         lengths: LengthModel,
         rng: random.Random,
+        remark: str = "",
     ) -> None:
+        """`remark` is said in the reason of every decision: that the policy was fitted to another model."""
         self.adapter, self.policy, self.cost = adapter, policy, cost
-        self.controller, self.lengths, self._rng = controller, lengths, rng
+        self.controller, self.lengths, self._rng, self.remark = controller, lengths, rng, remark
 
     def decide(
         self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None, because: str | None = None
@@ -86,6 +87,7 @@ class Planner:
         if given or not (self.cost.profile.samples or self.controller.informed):
             limits = replace(budget, on_infeasible="cheapest")
         hardest, route = self.route(info)
+        needs, unlike = self.needs(info), self.unlike(info)
         features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
         if point is not None:
             self.adapter.require(point)
@@ -96,8 +98,8 @@ class Planner:
             choice = replace(choice, reason=because or "the point was given", rejected=())
         else:
             lane = route.lane
-            candidates = self.candidates(info, lane, hardest)
-            choice, propensity = self._choose_or_explore(candidates, limits, info)
+            candidates = self.candidates(info, lane, hardest, needs)
+            choice, propensity = self._choose_or_explore(candidates, limits, info, unlike)
         decision = Decision(
             request_id=uuid.uuid4().hex,
             kind=info.kind,
@@ -106,7 +108,7 @@ class Planner:
             lane=lane,
             point=choice.point,
             predicted=choice.candidate.predicted,
-            reason=choice.reason,
+            reason="; ".join(filter(None, (choice.reason, *self._remarks(choice, needs)))),
             policy=self.policy.name,
             rung=choice.candidate.key,
             feasible=choice.feasible,
@@ -116,6 +118,7 @@ class Planner:
             elapsed_ms=info.elapsed_ms,
             budget=budget.to_dict(),
             prompt_features=features,
+            needs=needs.to_dict() if needs is not None else {},
             rejected=choice.rejected,
         )
         return decision, choice
@@ -140,7 +143,7 @@ class Planner:
             lane=FIXED,
             point=NATIVE,
             predicted=None,
-            reason=f"native: {why}",
+            reason="; ".join(filter(None, (f"native: {why}", self.remark))),
             policy=self.policy.name,
             budget=limits.to_dict(),
         )
@@ -153,10 +156,47 @@ class Planner:
         hardest, route = max(routes, key=lambda pair: (pair[1].lane == VIDEO, pair[1].lane == COMPLEX, pair[1].score))
         return hardest, route
 
-    def candidates(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> list[Candidate]:
-        """The lane's ladder on this model and these media, each point once, with predicted cost."""
+    def needs(self, info: RequestInfo) -> Needs | None:
+        """Pixels and frames that are enough for the question, of all media; None where the policy cannot say.
+
+        After preprocessing there is nothing left to plan of them.
+        """
+        enough = self.policy.sufficiency
+        if enough is None or not info.complexities or info.pixels_fixed:
+            return None
+        kind = prompt_kind(info.prompt)
+        floor = self.policy.floors.get(kind, 0.0)
+        found = []
+        for size, complexity in zip(info.sizes, info.complexities, strict=True):
+            native, tokens = self.adapter.native_pixels(size), 0
+            if floor:
+                tokens = self.adapter.plan([replace(size, frames=1)], NATIVE).tokens
+            each = enough.needs(
+                kind,
+                complexity,
+                size.height * size.width,
+                native,
+                margin=self.policy.margin,
+                floor=floor * native / tokens if tokens else 0.0,
+            )
+            if each is None:
+                return None
+            found.append(each)
+        return together(found)
+
+    def unlike(self, info: RequestInfo) -> str:
+        """Why a medium is like nothing that the policy was fitted on, in words; empty where none is."""
+        return ""
+
+    def candidates(
+        self, info: RequestInfo, lane: str, complexity: Complexity | None, needs: Needs | None = None
+    ) -> list[Candidate]:
+        """The lane's ladder on this model and these media, each point once, with predicted cost.
+
+        What the media need says what quality to expect, where it is known.
+        """
         best: dict[OperatingPoint, tuple[float, str]] = {}
-        for rung in self._rungs(info, lane, complexity):
+        for rung in self._rungs(info, lane, complexity, needs):
             point = self.adapter.resolve(rung, info.sizes)
             if info.pixels_fixed and point.before_encoder:
                 point = point.without(point.before_encoder)
@@ -166,13 +206,17 @@ class Planner:
         new_tokens = self.expected_tokens(info)
         return [self.candidate(point, quality, info, new_tokens, name) for point, (quality, name) in best.items()]
 
-    def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
+    def _rungs(
+        self, info: RequestInfo, lane: str, complexity: Complexity | None, needs: Needs | None
+    ) -> tuple[Rung, ...]:
         """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
         rungs = self.policy.ladder(lane, complexity, info.prompt)
-        if lane != VIDEO or complexity is None or not is_still(complexity):
+        if lane == VIDEO and complexity is not None and is_still(complexity):
+            few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
+            rungs = (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
+        if needs is None:
             return rungs
-        few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
-        return (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
+        return tuple(replace(rung, quality=needs.quality_of(rung)) for rung in rungs)
 
     def expected_tokens(self, info: RequestInfo) -> float:
         """How long an answer to this kind of prompt has been."""
@@ -202,16 +246,18 @@ class Planner:
         )
 
     def _choose_or_explore(
-        self, candidates: list[Candidate], budget: Budget, info: RequestInfo
+        self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str
     ) -> tuple[Choice, float]:
         """The controller's choice, or now and then a random point that fits, with the propensity of either."""
+        candidates = self._as_good_as_the_best(candidates)
         so_far: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
         lenient = replace(budget, on_infeasible="cheapest")
-        if info.full_detail:
+        if info.full_detail or unlike:
             full = [c for c in candidates if c.point.is_full] or [self.candidate(NATIVE, 1.0, info)]
             choice = self.controller.choose(full, lenient, **so_far)
             if choice.feasible:
-                return replace(choice, reason=f"full detail was asked for; {choice.reason}"), 1.0
+                why = "full detail was asked for" if info.full_detail else unlike
+                return replace(choice, reason=f"{why}; {choice.reason}"), 1.0
         choice = self.controller.choose(candidates, budget, **so_far)
         explore = self.policy.explore
         if explore == 0.0 or not choice.feasible:
@@ -224,6 +270,16 @@ class Planner:
             greedy = drawn.point == choice.point
             return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0)
         return choice, 1 - explore + share
+
+    def _as_good_as_the_best(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Qualities within the policy's tolerance of the best count as equal to it: the cheapest of them is taken."""
+        best = max(candidate.quality for candidate in candidates)
+        enough = best - self.policy.tolerance
+        return [replace(c, quality=best) if enough <= c.quality < best else c for c in candidates]
+
+    def _remarks(self, choice: Choice, needs: Needs | None) -> list[str]:
+        """What the reason says beside the controller's own."""
+        return [needs.in_words() if needs is not None else "", self.remark]
 
 
 def _require_in_time(point: OperatingPoint, info: RequestInfo) -> None:

@@ -1,17 +1,18 @@
-"""A policy: a router's score, the threshold that turns it into a lane, and each lane's ladder of points.
+"""A policy: a router's score, the threshold that turns it into a lane, each lane's ladder of points, and what tells
+how much of it an input needs.
 
 Knows its TOML file, the plain parameters beside it and the policies shipped with the library. Must not know
 of models, measured costs or the choice within a ladder.
 
 A policy is a folder of data: ``policy.toml`` (all below), the router's parameters as JSON, optionally a
-quality model as JSON and fusion weights as safetensors, and a README card. Nothing in it is executed: a
-router kept as a pickled estimator (``.joblib``) is read only where the caller says so.
+quality model, needs and familiar data as JSON, fusion weights as safetensors, and a README card. Nothing in it is
+executed: a router kept as a pickled estimator (``.joblib``) is read only where the caller says so.
 """
 
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +34,14 @@ from adaptive_fusion.policy.files import (
     shipped_names,
     write_json,
 )
+from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.policy.legacy import point_from_legacy, point_to_legacy
 from adaptive_fusion.policy.router import EstimatorRouter, Inputs, PlainRouter, QualityModel, Router, constant_router
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.policy.sufficiency import Sufficiency, check_floors
 
-SCHEMA = 1
-"""Version of the TOML form."""
+SCHEMA = 2
+"""Version of the TOML form. Files of version 1 are read too: they know nothing of `cheap`, `tolerance` and the rest."""
 SIMPLE, COMPLEX, VIDEO, TEXT = "weighted", "gated", "video", "text"
 LANES = (SIMPLE, COMPLEX, VIDEO)
 """The lanes a policy defines: simple images, complex images, clips. Text alone takes the native point."""
@@ -69,6 +72,13 @@ class Policy:
             off-policy.
         quality_model: Expected quality per point and request, in place of the rungs' static figures.
         fusion_weights: Trained fusion modules, safetensors files whose headers say what they are for.
+        cheap: The rung that "the cheap plan" means; P(complex) is about what it loses. Empty where nothing says so.
+        tolerance: Points whose expected quality is within this of the best count as equal, and of those the cheapest
+            is taken.
+        margin: Factor on the linear scale of text over what the labels' reader needed; see `Sufficiency`.
+        floors: Tokens by kind of question (of a clip: each frame's) below which nothing is known.
+        fitted: To which model and kinds of data.
+        sufficiency: How many pixels an input needs; None takes the ladder's own qualities.
 
     Raises:
         PolicyError: For a value out of range, a lane missing or unknown, an empty ladder, a point twice in a
@@ -84,14 +94,26 @@ class Policy:
     explore: float = 0.0
     quality_model: QualityModel | None = None
     fusion_weights: tuple[Path, ...] = ()
+    cheap: str = ""
+    tolerance: float = 0.0
+    margin: float = 1.0
+    floors: Mapping[str, float] = field(default_factory=dict)
+    fitted: Fitted = field(default_factory=Fitted)
+    sufficiency: Sufficiency | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise PolicyError(f"policy name is {self.name!r}; expected 1 to 64 letters, digits, - and _")
         if not isinstance(self.description, str):
             raise PolicyError(f"description is {self.description!r}; expected text")
-        for what in ("threshold", "explore"):
+        for what in ("threshold", "explore", "tolerance"):
             object.__setattr__(self, what, number(getattr(self, what), what, 0, 1, error=PolicyError))
+        object.__setattr__(self, "margin", number(self.margin, "margin", 1, 4, error=PolicyError))
+        object.__setattr__(self, "floors", check_floors(self.floors))
+        if not isinstance(self.cheap, str):
+            raise PolicyError(f"cheap is {self.cheap!r}; expected the name of a rung")
+        if self.cheap:
+            Rung.parse(self.cheap)
         check_keys(self.lanes, "lanes", LANES)
         for lane in LANES:
             rungs = self.lanes[lane]
@@ -155,12 +177,18 @@ class Policy:
             "router": "router.joblib" if isinstance(self.router, EstimatorRouter) else "router.json",
             "threshold": self.threshold,
             "explore": self.explore,
+            "cheap": self.cheap,
+            "tolerance": self.tolerance,
+            "margin": self.margin,
         }
+        if self.sufficiency is not None:
+            parts["sufficiency"] = "sufficiency.json"
         if self.quality_model is not None:
             parts["quality_model"] = "quality.json"
         if self.fusion_weights:
             parts["fusion_weights"] = [path.name for path in self.fusion_weights]
         parts |= {"budget": self.budget.to_dict(), "features": self.router.inputs.to_dict()}
+        parts |= {"floors": dict(self.floors), "fitted": self.fitted.to_dict()}
         parts["lanes"] = {lane: [rung.to_dict() for rung in ladder] for lane, ladder in self.lanes.items()}
         return tomli_w.dumps(parts)
 
@@ -182,6 +210,8 @@ class Policy:
             raise PolicyError(f"cannot save a {type(self.router).__name__}; expected PlainRouter or EstimatorRouter")
         if self.quality_model is not None:
             write_json(folder / "quality.json", self.quality_model.to_dict())
+        if self.sufficiency is not None:
+            write_json(folder / "sufficiency.json", self.sufficiency.to_dict())
         for path in self.fusion_weights:
             target = folder / path.name
             if not (target.exists() and target.samefile(path)):
@@ -245,17 +275,19 @@ class Policy:
 
 def _read(path: Path, allow_pickle: bool) -> Policy:
     values = read_toml(path)
-    if values.get("schema") != SCHEMA or isinstance(values["schema"], bool):
-        raise PolicyError(f"{path.name} has schema version {values.get('schema')!r}; expected {SCHEMA}")
+    schema = values.get("schema")
+    if schema not in (1, SCHEMA) or isinstance(schema, bool):
+        raise PolicyError(f"{path.name} has schema version {schema!r}; expected 1 or {SCHEMA}")
     table = check_keys(
         values,
         path.name,
         ("schema", "name", "router", "threshold", "features", "lanes"),
-        ("description", "explore", "budget", "quality_model", "fusion_weights"),
+        (*_OPTIONAL, *(_SINCE_2 if schema == SCHEMA else ())),
     )
     folder = path.parent
     lanes = check_keys(table["lanes"], "lanes", LANES)
     quality, weights = table.get("quality_model"), table.get("fusion_weights", [])
+    enough = table.get("sufficiency")
     budget = table.get("budget", {})
     if not isinstance(budget, Mapping):
         raise PolicyError(f"budget is {budget!r}; expected a table of limits")
@@ -275,7 +307,17 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
         budget=Budget.from_dict(budget),
         quality_model=None if quality is None else QualityModel.from_dict(read_json(part(folder, quality, ".json"))),
         fusion_weights=tuple(part(folder, name, ".safetensors") for name in weights),
+        cheap=table.get("cheap", ""),
+        tolerance=table.get("tolerance", 0.0),
+        margin=table.get("margin", 1.0),
+        floors=table.get("floors", {}),
+        fitted=Fitted.from_dict(table.get("fitted", {})),
+        sufficiency=None if enough is None else Sufficiency.from_dict(read_json(part(folder, enough, ".json"))),
     )
+
+
+_OPTIONAL = ("description", "explore", "budget", "quality_model", "fusion_weights")
+_SINCE_2 = ("cheap", "tolerance", "margin", "floors", "fitted", "sufficiency")
 
 
 def _read_router(path: Path, inputs: Inputs, allow_pickle: bool) -> Router:

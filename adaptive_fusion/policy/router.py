@@ -15,6 +15,8 @@ import numpy as np
 from adaptive_fusion.checks import check_keys, number
 from adaptive_fusion.errors import PolicyError
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION, Complexity
+from adaptive_fusion.features.detail import DETAIL_FEATURES
+from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_VERSION
 from adaptive_fusion.policy.calibration import Calibration, Platt, calibration_from_dict
 from adaptive_fusion.policy.predictors import LinearModel, Matrix, Model, model_from_dict
@@ -25,7 +27,8 @@ SCHEMA = 1
 LOGISTIC = Platt()
 """No calibration beyond the logistic function."""
 
-_KNOWN = frozenset((*FEATURE_NAMES, *PROMPT_FEATURE_NAMES))
+_KNOWN = frozenset((*FEATURE_NAMES, *DETAIL_FEATURES, *PROMPT_FEATURE_NAMES))
+_DETAIL = frozenset(DETAIL_FEATURES)
 _PROMPT = frozenset(PROMPT_FEATURE_NAMES)
 
 
@@ -41,6 +44,7 @@ class Inputs:
     names: tuple[str, ...]
     complexity: str = VERSION
     prompt: str = PROMPT_VERSION
+    detail: str = DETAIL_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -53,14 +57,20 @@ class Inputs:
         for what, found, here, read in (
             ("complexity", self.complexity, VERSION, self.reads_image),
             ("prompt", self.prompt, PROMPT_VERSION, self.reads_prompt),
+            ("detail", self.detail, DETAIL_VERSION, self.reads_detail),
         ):
             if read and found != here:
                 raise PolicyError(f"fitted on {what} features of version {found!r}; expected {here!r}: fit it again")
 
     @property
     def reads_image(self) -> bool:
-        """Whether any feature comes from the image or clip."""
-        return not _PROMPT.issuperset(self.names)
+        """Whether any feature says how complex the image or clip is."""
+        return not (_PROMPT | _DETAIL).issuperset(self.names)
+
+    @property
+    def reads_detail(self) -> bool:
+        """Whether any feature says how fine the image's details are."""
+        return not _DETAIL.isdisjoint(self.names)
 
     @property
     def reads_prompt(self) -> bool:
@@ -75,22 +85,28 @@ class Inputs:
         """
         if self.reads_image and complexity.version != self.complexity:
             raise PolicyError(f"complexity is of version {complexity.version!r}; expected {self.complexity!r}")
-        features, asked = complexity.features, prompt or {}
-        row = [asked.get(name, math.nan) if name in _PROMPT else features.get(name, math.nan) for name in self.names]
+        found = complexity.features
+        if self.reads_detail and complexity.detail:
+            if complexity.detail_version != self.detail:
+                raise PolicyError(f"detail is of version {complexity.detail_version!r}; expected {self.detail!r}")
+            found = {**found, **complexity.detail}
+        asked = prompt or {}
+        row = [asked.get(name, math.nan) if name in _PROMPT else found.get(name, math.nan) for name in self.names]
         return [x if -math.inf < x < math.inf else math.nan for x in row]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON- and TOML-able."""
-        return {"complexity": self.complexity, "prompt": self.prompt, "names": [*self.names]}
+        detail = {"detail": self.detail} if self.reads_detail else {}
+        return {"complexity": self.complexity, "prompt": self.prompt, **detail, "names": [*self.names]}
 
     @classmethod
     def from_dict(cls, values: Any) -> "Inputs":
         """Read `to_dict`'s form; raises PolicyError where it is not one."""
-        table = check_keys(values, "features", ("complexity", "prompt", "names"))
+        table = check_keys(values, "features", ("complexity", "prompt", "names"), ("detail",))
         names = table["names"]
         if not isinstance(names, list) or any(not isinstance(name, str) for name in names):
             raise PolicyError(f"names of features is {names!r}; expected a list of names")
-        return cls(tuple(names), table["complexity"], table["prompt"])
+        return cls(tuple(names), table["complexity"], table["prompt"], table.get("detail", DETAIL_VERSION))
 
     def check_width(self, model: Model, what: str) -> None:
         """Raise PolicyError unless `model` reads rows of this many values."""

@@ -118,7 +118,7 @@ def made(content: list[dict[str, Any]], runner: AdaptiveRunner) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(reference_model, processor, policy="latency", seed=0)
+    return AdaptiveRunner(reference_model, processor, policy="reference-latency", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +650,7 @@ def test_a_point_or_budget_is_honoured_or_refused_on_every_call(
     reference_model: Any, processor: Any, inputs: Any
 ) -> None:
     now = [0.0]
-    runner = AdaptiveRunner(reference_model, processor, policy="latency", clock=lambda: now[0])
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-latency", clock=lambda: now[0])
     handle = reference_model.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 0.010))
     text = {"input_ids": processor.tokenizer("Hello", return_tensors="pt").input_ids}
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {

@@ -206,7 +206,7 @@ def test_tensors_that_lost_their_other_half_are_refused(family: Any, noise_image
 
 def test_the_runner_drives_every_family_with_a_shipped_policy(family: Any, noise_image: Any) -> None:
     _, model, processor = family
-    runner = AdaptiveRunner(model, processor, policy=Policy.load("balanced"))
+    runner = AdaptiveRunner(model, processor, policy=Policy.load("reference-balanced"))
     reply = runner.chat(noise_image(96, 64), "Describe the screen.", max_new_tokens=4)
     assert reply.decision.lane in ("weighted", "gated") and reply.measurement.new_tokens >= 1
     inputs = runner.adapter.prepare(ask(noise_image(96, 64)), NATIVE)

@@ -43,7 +43,7 @@ def giving_themselves() -> list[str]:
 
 @pytest.fixture
 def runner(tiny_dense: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(copy.deepcopy(tiny_dense), processor, policy="latency", seed=0)
+    return AdaptiveRunner(copy.deepcopy(tiny_dense), processor, policy="reference-latency", seed=0)
 
 
 @pytest.mark.parametrize("name", giving_themselves())
@@ -134,7 +134,7 @@ def test_a_runner_says_what_it_is(runner: AdaptiveRunner) -> None:
     face = AdaptiveRunner(runner.model, runner.processor, budget=Budget(latency_ms=400), profile=runner.profile)
     text = repr(face.bfloat16())
     for fact in (
-        "AdaptiveRunner(Qwen3VLForConditionalGeneration in bfloat16 on cpu, GridAdapter, policy 'balanced', ",
+        "AdaptiveRunner(Qwen3VLForConditionalGeneration in bfloat16 on cpu, GridAdapter, policy 'reference-balanced', ",
         "latency_ms=400.0",
         "profile: given",
     ):
@@ -150,7 +150,7 @@ def test_a_pipeline_takes_a_runner_without_a_word(
     noise_image: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    runner = AdaptiveRunner(reference_model, processor, policy="latency", seed=0)
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-latency", seed=0)
     asked = [
         {
             "role": "user",

@@ -13,7 +13,7 @@ from adaptive_fusion.policy.files import shipped_root
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, Kind, make_scene
 
-SHIPPED = ("balanced", "latency", "native", "quality")
+SHIPPED = ("native", "reference-balanced", "reference-latency", "reference-quality")
 SEEDS = range(20)
 REFERENCE_FPS = 2.0
 
@@ -90,7 +90,7 @@ def test_scores_are_probabilities_and_do_not_depend_on_order(
     assert {policy.route(complexity, prompt).lane for complexity, prompt in measured["clip"]} == {"video"}
 
 
-@pytest.mark.parametrize("name", ["balanced", "quality"])
+@pytest.mark.parametrize("name", ["reference-balanced", "reference-quality"])
 def test_simple_scenes_take_the_cheap_lane_and_dense_ones_the_other(
     name: str, measured: dict[Kind, list[tuple[Complexity, str]]]
 ) -> None:
@@ -107,7 +107,7 @@ def test_native_never_reduces_anything() -> None:
 
 
 def test_the_policies_differ_as_their_names_say() -> None:
-    latency, balanced, quality = (Policy.load(name) for name in ("latency", "balanced", "quality"))
+    latency, balanced, quality = (Policy.load(f"reference-{name}") for name in ("latency", "balanced", "quality"))
     for lane in LANES:
         first = [cost(policy.ladder(lane)[0]) for policy in (latency, balanced, quality)]
         assert first == sorted(first)

@@ -14,7 +14,7 @@ ASKED = "Describe the screen."
 
 @pytest.fixture(scope="module")
 def runner(tiny_dense: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(tiny_dense, processor, policy="balanced")
+    return AdaptiveRunner(tiny_dense, processor, policy="reference-balanced")
 
 
 def test_a_decision_is_that_of_the_picture_whatever_the_array(runner: AdaptiveRunner, noise_image: Any) -> None:

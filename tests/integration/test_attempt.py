@@ -232,13 +232,13 @@ def test_clocks_that_jump_and_probes_that_lie_leave_a_finite_state(
         turn[0] += 1
         return jumps[turn[0] % len(jumps)]
 
-    runner = AdaptiveRunner(tiny_dense, processor, policy="balanced", clock=clock, meter=Liar(readings))
+    runner = AdaptiveRunner(tiny_dense, processor, policy="reference-balanced", clock=clock, meter=Liar(readings))
     for budget in (Budget(latency_ms=50, vram_gb=1), Budget(ttft_ms=5, on_deadline="stop", latency_ms=80)):
         with suppress(InfeasibleBudgetError):
             runner.chat(dot, "?", budget=budget, max_new_tokens=2)
     state = [runner.controller.state(), runner.lengths.state()]
     assert json.loads(json.dumps(state, allow_nan=False)) == state
-    honest = AdaptiveRunner(tiny_dense, processor, policy="balanced")
+    honest = AdaptiveRunner(tiny_dense, processor, policy="reference-balanced")
     honest.controller = honest._planner.controller = runner.controller
     assert honest.chat(dot, "?", budget=Budget(latency_ms=60_000), max_new_tokens=2).measurement.new_tokens >= 1
 
@@ -276,7 +276,7 @@ def test_thinned_clips_keep_their_ends_and_their_times(count: int, duration: flo
 
 
 def test_a_clip_in_which_nothing_changes_gets_few_frames(tiny_dense: Any, processor: Any, clip: Video) -> None:
-    runner = AdaptiveRunner(tiny_dense, processor, policy="quality")
+    runner = AdaptiveRunner(tiny_dense, processor, policy="reference-quality")
     times = tuple(i / 2 for i in range(12))
     still = Video(np.repeat(clip.frames[:1], 12, axis=0), times, 6.0, 12)
     moving = Video(clip.frames[np.arange(12) % len(clip.frames)], times, 6.0, 12)

@@ -54,7 +54,7 @@ def test_likelihoods_equal_one_full_forward_each(
 
 
 def test_every_scene_is_encoded_once_per_row(tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = AdaptiveRunner(tiny_dense, processor, policy="balanced")
+    runner = AdaptiveRunner(tiny_dense, processor, policy="reference-balanced")
     questions = reference_questions(2, (64, 96))
     rows = rows_for(runner.adapter, [*KNOB_ROWS[1:2], gated(0.25)])
     seen: list[str] = []
@@ -97,7 +97,7 @@ def test_quality_of_a_captioned_folder_from_the_command_line(tmp_path: Path, noi
         "annotations": [{"image_id": i, "caption": f"noise number {i}"} for i in range(2)],
     }
     (tmp_path / "captions.json").write_text(json.dumps(captions))
-    rung = Policy.load("balanced").lanes["weighted"][0]
+    rung = Policy.load("reference-balanced").lanes["weighted"][0]
     cheap, weights = rung.name, tmp_path / "fusion.safetensors"
     module = AdaptiveRunner.from_pretrained("reference").adapter.fusion(rung.point)
     assert module is not None
@@ -131,7 +131,7 @@ def test_cost_from_the_command_line() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     rows = {row["row"]: row for row in result["rows"]}
     assert result["shortfalls"] is None  # nothing is asked of the reference model
-    lane = {rung.name for rung in Policy.load("balanced").lanes["weighted"]}
+    lane = {rung.name for rung in Policy.load("reference-balanced").lanes["weighted"]}
     assert set(rows) == {"native@1", "top@1", *lane}
     assert rows["native@1"]["runs"] == 2 and rows["top@1"]["encode_prefill_ms_ratio"]["median"] > 0
     assert all(rows[name]["lane"] and rows[name]["patches"] < rows["native@1"]["patches"] for name in lane)
@@ -148,7 +148,7 @@ def test_a_random_model_of_a_shape_runs_every_row() -> None:
     assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert all(bool(torch.isfinite(p).all()) and bool(p.any()) for p in model.parameters())
     adapter = adapter_for(model, ShapeProcessor())
-    rows = cost_rows(Policy.load("balanced"), [TOP, SUM, gated(), weighted(0.25)])
+    rows = cost_rows(Policy.load("reference-balanced"), [TOP, SUM, gated(), weighted(0.25)])
     found = measure_costs(adapter, rows, Workload(side=256, new_tokens=2), repeats=1)
     assert {run.row for run in found} == set(rows) and len(found) == len(rows) + 2  # native thrice
     for run in found:

@@ -144,7 +144,7 @@ def test_measured_replayed_and_run_for_real(
     tiny_dense: Any, processor: Any, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adaptive_fusion.bench.measured.ANSWER_TOKENS", 8)
-    runner = AdaptiveRunner(tiny_dense, processor, policy="latency")
+    runner = AdaptiveRunner(tiny_dense, processor, policy="reference-latency")
     steps: list[tuple[int, int, str]] = []
     table = measure_table(runner, questions, repeats=2, progress=lambda *step: steps.append(step))
     columns = [1 + len(case.candidates) for case in table.cases]

@@ -35,7 +35,7 @@ class Fixed:
 def test_what_exceeds_its_budget_is_counted(
     tiny_dense: Any, processor: Any, benchmark: ModuleType, peak_gb: float | None, exceeds: bool
 ) -> None:
-    runner = AdaptiveRunner(tiny_dense, processor, policy="latency", meter=Fixed(peak_gb))
+    runner = AdaptiveRunner(tiny_dense, processor, policy="reference-latency", meter=Fixed(peak_gb))
     steps: list[int] = []
     found = benchmark.keep_budgets(runner, 4, sides=(40, 64), progress=lambda done, _total, _stage: steps.append(done))
     feasible = 4 - found["infeasible"] - found["unmeasured"]

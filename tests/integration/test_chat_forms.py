@@ -23,7 +23,7 @@ HALF = OperatingPoint(downsample=0.5)
 
 @pytest.fixture(scope="module")
 def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(reference_model, processor, policy="balanced")
+    return AdaptiveRunner(reference_model, processor, policy="reference-balanced")
 
 
 @pytest.fixture(scope="module")

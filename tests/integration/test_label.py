@@ -45,7 +45,7 @@ RUNGS = [
 @pytest.fixture(scope="module")
 def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
     """With fusion modules that are not the identity."""
-    found = AdaptiveRunner(reference_model, processor, policy="balanced", seed=0)
+    found = AdaptiveRunner(reference_model, processor, policy="reference-balanced", seed=0)
     generator = torch.Generator().manual_seed(0)
     for rung in RUNGS:
         if (fusion := found.adapter.fusion(rung.point)) is not None:
@@ -254,7 +254,7 @@ def test_the_command_refuses_what_cannot_be_labelled(tmp_path: Path, arguments: 
 
 @pytest.fixture
 def shadowed(reference_model: Any, processor: Any, tmp_path: Path) -> Iterator[ShadowedRunner]:
-    live = AdaptiveRunner(reference_model, processor, policy="balanced", log=tmp_path / "log.jsonl", seed=0)
+    live = AdaptiveRunner(reference_model, processor, policy="reference-balanced", log=tmp_path / "log.jsonl", seed=0)
     with ShadowedRunner(live, 1.0, waiting=2, seed=0) as front:
         yield front
 
@@ -263,7 +263,7 @@ def test_shadows_label_what_users_got_and_leave_requests_alone(
     shadowed: ShadowedRunner, screen: Image.Image, tmp_path: Path
 ) -> None:
     images = [screen, screen.transpose(Image.Transpose.ROTATE_90), screen.transpose(Image.Transpose.ROTATE_180)]
-    plain = AdaptiveRunner(shadowed.model, shadowed.processor, policy="balanced", seed=0)
+    plain = AdaptiveRunner(shadowed.model, shadowed.processor, policy="reference-balanced", seed=0)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     expected = [plain.chat(image, "Describe the screen.", **options).text for image in images]
     replies = [shadowed.chat(image, "Describe the screen.", **options) for image in images[:2]]

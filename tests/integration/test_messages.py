@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "messages.md"
 
 @pytest.fixture(scope="module")
 def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(reference_model, processor, policy="balanced", seed=0)
+    return AdaptiveRunner(reference_model, processor, policy="reference-balanced", seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ POINTS = [
 
 @pytest.fixture(scope="module")
 def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(reference_model, processor, policy="balanced", seed=0)
+    return AdaptiveRunner(reference_model, processor, policy="reference-balanced", seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_attributes_are_the_models_and_bad_knobs_are_named(
 
 
 def test_policy_objects_and_unknown_names(reference_model: Any, processor: Any) -> None:
-    policy = Policy.load("latency")
+    policy = Policy.load("reference-latency")
     assert AdaptiveRunner(reference_model, processor, policy=policy).policy is policy
     with pytest.raises(ConfigError, match="nonsense"):
         AdaptiveRunner(reference_model, processor, policy="nonsense")

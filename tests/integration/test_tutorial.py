@@ -28,7 +28,7 @@ SMALLER = {"range(240)": f"range({IMAGES})", "sides=(256, 384)": "sides=(64, 64)
 def made_up_labels(count: int) -> list[dict]:
     """Stills at every point of the shipped ladder; the busier half loses by tokens, the other half nothing."""
     rng = np.random.default_rng(0)
-    rungs = [rung for lane in LANES for rung in Policy.load("balanced").ladder(lane)]
+    rungs = [rung for lane in LANES for rung in Policy.load("reference-balanced").ladder(lane)]
     records = []
     for i in range(count):
         edges = rng.random()
@@ -70,7 +70,7 @@ def test_every_command_of_the_page_works(tmp_path: Path, monkeypatch: pytest.Mon
             said[line.split()[1]] = run(line)
             if line.startswith("adaptive-fusion label"):
                 rows = [json.loads(text) for text in Path("logs/labels.jsonl").read_text().splitlines()]
-                cheap = Policy.load("balanced").lanes["weighted"][0].name
+                cheap = Policy.load("reference-balanced").lanes["weighted"][0].name
                 assert len(rows) == IMAGES and all(cheap in row["quality"] for row in rows)
                 append_records(made_up_labels(240), "logs/labels.jsonl")
     assert said["logs"].startswith("2 records of 1 files")

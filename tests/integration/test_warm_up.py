@@ -16,7 +16,9 @@ def test_nothing_learns_from_a_warm_up_and_answers_stay(reference_model: Any, pr
     image = Image.effect_noise((96, 72), 80).convert("RGB")
 
     def answers(warm: bool) -> list[str]:
-        runner = AdaptiveRunner(reference_model, processor, policy="balanced", log=tmp_path / f"{warm}.jsonl", seed=0)
+        runner = AdaptiveRunner(
+            reference_model, processor, policy="reference-balanced", log=tmp_path / f"{warm}.jsonl", seed=0
+        )
         before = runner.controller.state(), runner.lengths.state()
         if warm:
             runner.warm_up()
@@ -26,7 +28,7 @@ def test_nothing_learns_from_a_warm_up_and_answers_stay(reference_model: Any, pr
         return [sampled.text, *(runner.chat(image, "Describe.", max_new_tokens=8).text for _ in range(2))]
 
     # Modules that are built at their first use draw random numbers too: build them all before.
-    AdaptiveRunner(reference_model, processor, policy="balanced").warm_up()
+    AdaptiveRunner(reference_model, processor, policy="reference-balanced").warm_up()
     torch.manual_seed(3)
     state = torch.get_rng_state()
     cold = answers(False)
@@ -37,7 +39,7 @@ def test_nothing_learns_from_a_warm_up_and_answers_stay(reference_model: Any, pr
 def test_a_memory_budget_warms_up_once_and_no_other_does(
     tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = AdaptiveRunner(tiny_dense, processor, policy="balanced")
+    runner = AdaptiveRunner(tiny_dense, processor, policy="reference-balanced")
     image, prepared = Image.new("RGB", (40, 40)), []
     prepare, encode = runner.adapter.prepare, runner.adapter.encode
 

@@ -47,7 +47,7 @@ def test_lmms_evals_stock_wrapper_evaluates_a_runner(kind: str, scenes: list[Ima
     assert len(set(expected)) == len(scenes)
     wrapper._model = AdaptiveRunner(model, wrapper.processor, policy="native")
     assert answers() == expected
-    cheap = AdaptiveRunner(model, wrapper.processor, policy="latency", budget=Budget(latency_ms=0.001))
+    cheap = AdaptiveRunner(model, wrapper.processor, policy="reference-latency", budget=Budget(latency_ms=0.001))
     wrapper._model = cheap
     assert len(answers()) == len(scenes)
     assert cheap.last is not None and cheap.last[0].point != NATIVE

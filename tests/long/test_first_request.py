@@ -13,7 +13,7 @@ from adaptive_fusion import AdaptiveRunner, Budget
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.reference.screens import make_scene
 
-runner = AdaptiveRunner.from_pretrained("reference", policy="balanced")
+runner = AdaptiveRunner.from_pretrained("reference", policy="reference-balanced")
 requests = [
     (160, OperatingPoint("weighted", 6, 0.5, adapter_rank=4)),
     (224, OperatingPoint("gated", 12, adapter_rank=8)),

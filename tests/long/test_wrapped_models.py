@@ -190,7 +190,7 @@ def test_every_point_runs_in_a_dtype_and_native_is_the_models_own(
 
 def test_fusion_modules_follow_a_model_that_moves(fresh: Any, processor: Any) -> None:
     """Whether it was moved through the runner or behind its back; ``meta`` is the one other device of any machine."""
-    runner = AdaptiveRunner(fresh, processor, policy="balanced")
+    runner = AdaptiveRunner(fresh, processor, policy="reference-balanced")
     fusion = runner.adapter.fusion(OperatingPoint.parse("gated12r8"))
     assert fusion is not None and {p.device.type for p in fusion.parameters()} == {"cpu"}
     fresh.to("meta")

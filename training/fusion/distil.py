@@ -181,7 +181,7 @@ def ship(args: argparse.Namespace) -> None:
         for path in (module_path(args, name) for name in ("weighted", "gated")):
             files.append(Path(folder) / path.name)
             DeepStackFusion.from_file(path).save(files[-1], torch.float16)
-        for policy in ("balanced", "latency", "quality"):
+        for policy in ("reference-balanced", "reference-latency", "reference-quality"):
             replace(Policy.load(policy), fusion_weights=tuple(files)).save(args.ship / policy)
 
 

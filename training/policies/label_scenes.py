@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes")
     parser.add_argument("--sides", type=int, nargs=2, default=SIDES, metavar="PIXELS", help="of stills, least and most")
     parser.add_argument("--points", nargs="*", help="rungs such as native@0.5 instead of the recipes'")
-    parser.add_argument("--policy", default="balanced", help="whose fusion weights are used")
+    parser.add_argument("--policy", default="reference-balanced", help="whose fusion weights are used")
     parser.add_argument("--model", default="reference")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with its own model")
     args = parser.parse_args()

@@ -29,7 +29,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "balanced": Recipe(
+    "reference-balanced": Recipe(
         "The cheapest points for what loses next to nothing by them, everything for the rest while the budget holds.",
         0.01,
         "cost",
@@ -39,7 +39,7 @@ RECIPES: dict[str, Recipe] = {
             VIDEO: (g(1, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES),
         },
     ),
-    "latency": Recipe(
+    "reference-latency": Recipe(
         "The fewest tokens that still answer: for tight budgets and bulk captioning.",
         0.05,
         "cost",
@@ -49,7 +49,7 @@ RECIPES: dict[str, Recipe] = {
             VIDEO: (g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES, FEWEST),
         },
     ),
-    "quality": Recipe(
+    "reference-quality": Recipe(
         "Saves only where nothing is lost: for documents, dense screens and small text.",
         0.005,
         "quality",

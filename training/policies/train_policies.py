@@ -88,7 +88,7 @@ TARGETS = (
     Target("cost saved at the quality of entropy-median routing", "saved_to_entropy_median", 0.0, "low"),
     Target("quality above the best static point within the cost", "over_static", 0.0, "low"),
 )
-"""What `balanced` is held to."""
+"""What `reference-balanced` is held to."""
 
 
 def human(scores: Path, share_of: float, folder: Path) -> Path:
@@ -271,7 +271,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         labels = list(options.labels)
         if options.human:
-            measured = float(read(labels, RECIPES["balanced"]).weight.sum())
+            measured = float(read(labels, RECIPES["reference-balanced"]).weight.sum())
             labels.append(human(options.human, HUMAN_SHARE * measured, Path(folder)))
         held = [mixed(options.held_out, options.reports / "mixed.jsonl")] if options.held_out else []
         for name in options.only:
@@ -281,9 +281,9 @@ def main() -> None:
                 continue
             print(f"{name}, on {report.traffic_rows} held-out inputs:")
             print("\n".join(figure_lines(report.to_dict())))
-            if name == "balanced":
+            if name == "reference-balanced":
                 print("Held to, on all traffic:\n" + "\n".join(target.line(report) for target in TARGETS) + "\n")
-        native(read(labels, RECIPES["balanced"]), options)
+        native(read(labels, RECIPES["reference-balanced"]), options)
     if not passed:
         raise SystemExit(1)
 

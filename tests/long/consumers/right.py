@@ -6,7 +6,9 @@ from PIL import Image
 from adaptive_fusion import AdaptiveRunner, Budget, OperatingPoint, Policy, measure_complexity
 from adaptive_fusion.errors import AdaptiveFusionError
 
-runner: AdaptiveRunner = AdaptiveRunner.from_pretrained("reference", policy=Policy.load("balanced"), revision="main")
+runner: AdaptiveRunner = AdaptiveRunner.from_pretrained(
+    "reference", policy=Policy.load("reference-balanced"), revision="main"
+)
 runner = runner.eval().to("cpu", torch.float32).requires_grad_(False)
 device: torch.device = runner.device
 runner.generation_config = None

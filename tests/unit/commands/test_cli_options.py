@@ -36,8 +36,8 @@ def one_line(text: str) -> str:
         (["--ttft-ms", "-inf"], "BudgetError", "ttft_ms is -inf; expected"),
         (["--vram-gb", "1e9"], "BudgetError", "vram_gb is 1000000000.0; expected a number above 0, at most 4096"),
         (["--attainment", "1"], "BudgetError", "attainment is 1.0; expected a number above 0, below 1"),
-        (["--policy", "nosuch"], "PolicyError", "'nosuch'; expected one of balanced, latency, native, quality"),
-        (["--policy", "/nowhere/p.toml"], "PolicyError", "'p.toml'; expected one of balanced"),
+        (["--policy", "nosuch"], "PolicyError", "'nosuch'; expected one of native, reference-balanced"),
+        (["--policy", "/nowhere/p.toml"], "PolicyError", "'p.toml'; expected one of native"),
         (["--point", "blended@0.5"], "ConfigError", "'blended'; expected one of gated, "),
         (["--point", "gated5"], "ConfigError", "layers is 5; expected one of 3, 6, 9, 12"),
         (["--point", "native@0.3"], "ConfigError", "downsample is 0.3; expected one of 1.0, 0.5, 0.25"),
@@ -70,7 +70,7 @@ def test_a_bad_value_refuses_every_input_with_the_value_and_the_choices(
         (["explain", "a.png", "--save-plot", "a.pdf"], "'a.pdf'; expected a file name ending in .png"),
         (["explain", "a.png", "--save-plot", "nowhere/a.png"], "'nowhere', which does not exist"),
         (["demo", "--latency-ms", "0"], "latency_ms is 0.0; expected a number above 0"),
-        (["demo", "--policy", "nosuch"], "expected one of balanced"),
+        (["demo", "--policy", "nosuch"], "expected one of native"),
         (["bench", "budget", "--trace", "nowhere.csv"], "trace 'nowhere.csv' cannot be read: FileNotFoundError"),
     ],
 )
@@ -92,7 +92,7 @@ def test_every_command_describes_itself(command: str) -> None:
 def test_policies_lists_the_shipped_ones() -> None:
     result = call("policies", "--json")
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {row["name"] for row in rows} >= {"native", "balanced", "latency", "quality"}
+    assert {row["name"] for row in rows} >= {"native", "reference-balanced", "reference-latency", "reference-quality"}
     assert all(set(row["lanes"]) == {"weighted", "gated", "video"} and row["description"] for row in rows)
     shown = call("policies")
     assert shown.exit_code == 0 and all(row["name"] in shown.stdout for row in rows)

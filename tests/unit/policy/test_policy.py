@@ -147,7 +147,7 @@ def test_fusion_weights_travel_with_the_policy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, r"schema version 2; expected 1"),
+        ({"schema": 3}, r"schema version 3; expected 1 or 2"),
         ({"schema": None}, r"schema version None"),
         ({"name": "../up"}, r"policy name is '../up'"),
         ({"name": 3}, r"policy name is 3"),
@@ -283,14 +283,17 @@ def test_pickled_routers_load_only_where_allowed(tmp_path: Path) -> None:
 )
 def test_only_shipped_names_are_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PolicyError, match=r"unknown policy .*balanced, latency, native, quality|holds no policy.toml"):
+    with pytest.raises(
+        PolicyError,
+        match=r"unknown policy .*native, reference-balanced, reference-latency, reference-quality|holds no policy.toml",
+    ):
         Policy.load(name)
 
 
 def test_a_shipped_name_wins_over_a_folder_and_a_path_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy().save(tmp_path / "balanced")
     monkeypatch.chdir(tmp_path)
-    assert Policy.load("balanced").name == "balanced"
+    assert Policy.load("reference-balanced").name == "balanced"
     assert Policy.load("./balanced").name == "mine"
     assert Policy.load(Path("balanced")).name == "mine"
 

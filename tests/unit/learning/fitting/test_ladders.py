@@ -110,15 +110,15 @@ def test_the_recipe_writes_policies_whose_cards_have_the_held_out_figures(tmp_pa
     train, held = recipe_labels(tmp_path / "train.jsonl", 320, 1), recipe_labels(tmp_path / "eval.jsonl", 160, 2)
     out, reports = tmp_path / "policies", tmp_path / "reports"
     command = [sys.executable, str(RECIPE), str(train), "--held-out", str(held), "--out", str(out)]
-    command += ["--reports", str(reports), "--only", "balanced", "--resamples", "20"]
+    command += ["--reports", str(reports), "--only", "reference-balanced", "--resamples", "20"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "Held to, on all traffic:" in shown and "- yes: quality kept of native's" in shown
-    policy = Policy.load(out / "balanced")
-    card = (out / "balanced" / "README.md").read_text(encoding="utf-8")
+    policy = Policy.load(out / "reference-balanced")
+    card = (out / "reference-balanced" / "README.md").read_text(encoding="utf-8")
     assert not {"log_pixels", "log_aspect"} & set(policy.router.inputs.names)
     for heading in ("Lanes", "Router", "Figures", "Slices", "Held-out traffic", "Training data", "Limits", "Command"):
         assert f"\n## {heading}\n" in card
-    found = json.loads((reports / "balanced.json").read_text())
+    found = json.loads((reports / "reference-balanced.json").read_text())
     assert found["held_out"]["traffic"]["rows"] == 160 and found["data"]["sha256"] in card
     for lane in LANES:
         qualities = [step.quality for step in policy.lanes[lane]]
