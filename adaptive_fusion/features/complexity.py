@@ -21,7 +21,7 @@ from PIL import Image
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.features.detail import DETAIL_FEATURES, detail_features
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
-from adaptive_fusion.features.image import IMAGE_FEATURES, Bytes, Pixels, image_features, take_sample
+from adaptive_fusion.features.image import IMAGE_FEATURES, Bytes, Pixels, image_features, ready_to_sample, take_sample
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.load import load_media
 from adaptive_fusion.media.sampling import evenly
@@ -98,6 +98,8 @@ def measure_complexity(
     if isinstance(source, Video):
         return _measure_clip(source.frames, source.timestamps_s, detail)
     if isinstance(source, Image.Image) or (isinstance(source, np.ndarray) and source.ndim != 4):
+        if isinstance(source, Image.Image):
+            source = ready_to_sample(source)
         features, still = image_features(take_sample(source)), [0.0] * len(MOTION_FEATURES)
         return _complexity(features, still, "image", source if detail else None)
     if not isinstance(source, np.ndarray | list | tuple):

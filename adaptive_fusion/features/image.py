@@ -82,6 +82,21 @@ class Sample:
     height: int
 
 
+def ready_to_sample(image: Image.Image) -> Image.Image:
+    """`image`, or an upright RGB copy of it where single pixels taken out would not mean what they mean in it.
+
+    To be called before anything else looks at a PIL image: what its file says of its samples is lost as it is read.
+
+    Raises:
+        MediaError: As `take_sample`.
+    """
+    with decoding("PIL image"):
+        check_size("PIL image", *image.size, DEFAULT)
+        # The orientation last: to look for it loads a PNG, and the depth of its transparent colour is lost.
+        in_whole = image.mode in _DATA_DEPENDENT_MODES or not can_be_thinned(image)
+        return to_rgb(image) if in_whole or image.getexif().get(_ORIENTATION_TAG, 1) != 1 else image
+
+
 def take_sample(image: Pixels, *, with_scan: bool = True) -> Sample:
     """Thin a decoded image out to the few pixels that are measured; a PIL image and its array give the same.
 
@@ -94,12 +109,8 @@ def take_sample(image: Pixels, *, with_scan: bool = True) -> Sample:
             decode.
     """
     if isinstance(image, Image.Image):
+        image = ready_to_sample(image)
         with decoding("PIL image"):
-            check_size("PIL image", *image.size, DEFAULT)
-            # The orientation last: to look for it loads a PNG, and the depth of its transparent colour is lost.
-            in_whole = image.mode in _DATA_DEPENDENT_MODES or not can_be_thinned(image)
-            if in_whole or image.getexif().get(_ORIENTATION_TAG, 1) != 1:
-                image = to_rgb(image)
             patch = _thin_pil(image, *_PATCH_SAMPLES)
             scan = _thin_pil(image, image.width, _scan_rows(*image.size)) if with_scan else None
             width, height = image.size

@@ -286,7 +286,9 @@ def test_complexity_is_frozen() -> None:
     found = measure_complexity(screen(1))
     with pytest.raises(AttributeError):
         found.score = 1.0  # type: ignore[misc]
-    assert Complexity(found.score, found.features, found.version, found.kind) == found
+    assert (
+        Complexity(found.score, found.features, found.version, found.kind, found.detail, found.detail_version) == found
+    )
 
 
 def load_recipe() -> ModuleType:

@@ -291,11 +291,11 @@ def test_only_shipped_names_are_names(name: str, tmp_path: Path, monkeypatch: py
 
 
 def test_a_shipped_name_wins_over_a_folder_and_a_path_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy().save(tmp_path / "balanced")
+    policy().save(tmp_path / "native")
     monkeypatch.chdir(tmp_path)
-    assert Policy.load("reference-balanced").name == "balanced"
-    assert Policy.load("./balanced").name == "mine"
-    assert Policy.load(Path("balanced")).name == "mine"
+    assert Policy.load("native").name == "native"
+    assert Policy.load("./native").name == "mine"
+    assert Policy.load(Path("native")).name == "mine"
 
 
 LEGACY = {
