@@ -165,7 +165,7 @@ class Planner:
         if enough is None or not info.complexities or info.pixels_fixed:
             return None
         kind = prompt_kind(info.prompt)
-        floor = self.policy.floors.get(kind, 0.0)
+        floor = self.policy.floors.get(kind, 0)
         found = []
         for size, complexity in zip(info.sizes, info.complexities, strict=True):
             native, tokens = self.adapter.native_pixels(size), 0

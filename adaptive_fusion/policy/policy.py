@@ -97,7 +97,7 @@ class Policy:
     cheap: str = ""
     tolerance: float = 0.0
     margin: float = 1.0
-    floors: Mapping[str, float] = field(default_factory=dict)
+    floors: Mapping[str, int] = field(default_factory=dict)
     fitted: Fitted = field(default_factory=Fitted)
     sufficiency: Sufficiency | None = None
 

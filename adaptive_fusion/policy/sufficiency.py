@@ -4,8 +4,8 @@ Knows measured features and the fitted parameters of two needs: that of a reader
 text, and that of a describer, for whom the objects must still span a patch. Must not know of models, ladders or costs.
 
 Every need is a number of *native* pixels (what the processor makes of the input), so that an image that is enlarged
-needs as many as before. A share of the pixels that is below the need costs quality by the octave, a share above it
-nothing: the plan takes the cheapest that costs next to nothing.
+needs as many as before. Below the need quality is lost by the octave, above it next to nothing: the plan takes the
+cheapest point that loses no more than the policy's tolerance.
 """
 
 import math
@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from adaptive_fusion.checks import check_keys, number, numbers
+from adaptive_fusion.checks import check_keys, integer, number, numbers
 from adaptive_fusion.errors import PolicyError
-from adaptive_fusion.features.complexity import VERSION, Complexity, is_still
+from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION, Complexity, is_still
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_KINDS
 from adaptive_fusion.policy.rungs import Rung
@@ -24,20 +24,23 @@ SCHEMA = 1
 """Version of the JSON form."""
 STILL_FPS = 0.5
 """Frames a second that show all of a clip in which nothing changes."""
+AT_NEED = 0.02
+"""Quality lost where the need is just met: a need is what keeps .98 of what the labels count."""
 FRAMES_PER_OCTAVE = 0.3
 """Quality lost by each halving of a clip's frames below those that its motion needs."""
 
 
 class Need(NamedTuple):
-    """Native pixels, of an image or of each frame, that one thing asks for, and what each halving below costs."""
+    """Native pixels, of an image or of each frame, that one thing asks for, and what each octave below them costs."""
 
     what: str
     pixels: float
     per_octave: float
 
     def loss(self, pixels: float) -> float:
-        """Quality lost with `pixels`, 0 to 1."""
-        return min(1.0, self.per_octave * max(0.0, math.log2(self.pixels / pixels)))
+        """Quality lost with `pixels`, 0 to 1: `AT_NEED` at the need, a quarter of it with twice the pixels."""
+        below = math.log2(self.pixels / pixels)
+        return AT_NEED * 4.0**below if below <= 0 else min(1.0, AT_NEED + self.per_octave * below)
 
 
 class Needs(NamedTuple):
@@ -79,7 +82,7 @@ class Needs(NamedTuple):
 
     def quality(self, pixels: float, fps: float | None = None) -> float:
         """Expected quality, native's own being 1, with these pixels and frames a second (None: all)."""
-        loss = max((need.loss(pixels) for need in self.needs), default=0.0)
+        loss = 0.0 if pixels >= self.native else max(need.loss(pixels) for need in self.needs)
         if fps is not None and self.fps is not None and fps < self.fps:
             loss += FRAMES_PER_OCTAVE * math.log2(self.fps / fps)
         return max(0.0, 1.0 - loss)
@@ -112,6 +115,11 @@ class Scene:
     weights: tuple[float, ...]
     intercept: float
     per_octave: float
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.names) - set(FEATURE_NAMES))
+        if unknown:
+            raise PolicyError(f"scene reads the features {unknown}; expected some of {', '.join(FEATURE_NAMES)}")
 
     def pixels(self, features: Mapping[str, float]) -> float:
         """Native pixels in which the objects still span a patch."""
@@ -219,11 +227,11 @@ def together(needs: Sequence[Needs]) -> Needs | None:
     return Needs(native, tuple(need for each in needs for need in each.needs), fps)
 
 
-def check_floors(floors: Any) -> dict[str, float]:
+def check_floors(floors: Any) -> dict[str, int]:
     """Tokens by kind of question, or PolicyError."""
     if not isinstance(floors, Mapping):
         raise PolicyError(f"floors is {floors!r}; expected tokens by kind of question")
     unknown = sorted(str(kind) for kind in floors if kind not in PROMPT_KINDS)
     if unknown:
         raise PolicyError(f"floors has the kinds {unknown}; expected some of {', '.join(PROMPT_KINDS)}")
-    return {kind: number(tokens, f"floor of {kind}", 0, error=PolicyError) for kind, tokens in floors.items()}
+    return {kind: integer(tokens, f"floor of {kind}", 0, error=PolicyError) for kind, tokens in floors.items()}

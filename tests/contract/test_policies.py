@@ -13,7 +13,9 @@ from adaptive_fusion.policy.files import shipped_root
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, Kind, make_scene
 
-SHIPPED = ("native", "reference-balanced", "reference-latency", "reference-quality")
+GENERAL = ("balanced", "latency", "quality")
+REFERENCE = ("reference-balanced", "reference-latency", "reference-quality")
+SHIPPED = ("balanced", "latency", "native", "quality", *REFERENCE)
 SEEDS = range(20)
 REFERENCE_FPS = 2.0
 
