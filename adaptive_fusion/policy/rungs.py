@@ -67,11 +67,14 @@ class Rung:
     def resolve(self, native_pixels: int) -> OperatingPoint:
         """The point for an image or frame of `native_pixels`, counted after the processor's own limit.
 
+        Fewer frames are no larger: the processor limits the whole clip, so that each of fewer would be given more
+        pixels than each of all.
+
         Raises:
             ConfigError: If `native_pixels` is not a positive integer.
         """
         integer(native_pixels, "native_pixels", 1)
-        if self.pixel_share == 1:
+        if self.pixel_share == 1 and self.point.max_fps is None:
             return self.point
         pixels = min(MAX_PIXELS, max(MIN_PIXELS, round(native_pixels * self.pixel_share)))
         return replace(self.point, max_pixels=min(pixels, self.point.max_pixels or pixels))

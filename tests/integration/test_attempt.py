@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.control.planner import STILL_FPS
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import InfeasibleBudgetError, OutOfMemoryError
 from adaptive_fusion.execution.meters import CpuMeter
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy.sufficiency import STILL_FPS
 from adaptive_fusion.runner import AdaptiveRunner
 
 PREFILL_100 = Profile({}, (10.0, 0, 0, 0, 0, 0), (100.0, 0, 0), (10.0, 0, 0), (0.01, 0, 0, 0, 0, 0), samples=10)

@@ -1,0 +1,135 @@
+"""The general policies on a model that nothing was fitted to, under the limits of the released models' processor."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.media.clips import Video
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.sufficiency import STILL_FPS
+from adaptive_fusion.reference import model_path
+from adaptive_fusion.runner import AdaptiveRunner
+
+READ, DESCRIBE, OTHER = "Read all the text in the image.", "Describe the image.", "Which of them is the cheapest?"
+WORDS = ("invoice", "total", "amount", "due", "payment", "received", "customer", "order", "delivery", "address", "tax")
+
+
+def page(scale: float, size: tuple[int, int] = (1000, 1200), seed: int = 0) -> Image.Image:
+    """Lines of text of a letter height of about 20 x scale pixels."""
+    rng = np.random.default_rng(seed)
+    array = np.full((size[1], size[0], 3), 255, np.uint8)
+    step = round(44 * scale)
+    for y in range(step, size[1] - 10, step):
+        words = " ".join(rng.choice(WORDS, 12))
+        cv2.putText(array, words, (20, y), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), max(1, round(2 * scale)))
+    return Image.fromarray(array)
+
+
+@pytest.fixture(scope="module")
+def released() -> Any:
+    found = AutoProcessor.from_pretrained(model_path())
+    found.image_processor.size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    return found
+
+
+@pytest.fixture(scope="module")
+def runner_of(tiny_dense: Any, released: Any) -> Callable[..., AdaptiveRunner]:
+    def build(policy: str, **options: Any) -> AdaptiveRunner:
+        return AdaptiveRunner(tiny_dense, released, policy=policy, seed=0, **options)
+
+    return build
+
+
+def pixels(decision: Decision) -> int:
+    native = decision.needs["native"]
+    limit = decision.point.max_pixels
+    return native if limit is None else min(native, limit)
+
+
+def test_the_question_moves_the_plan_and_no_question_more_than_reading(
+    runner_of: Callable[..., AdaptiveRunner],
+) -> None:
+    runner = runner_of("balanced")
+    more = 0
+    for scale in (0.5, 0.8, 1.3, 2.0):
+        image = page(scale)
+        decisions = [runner.decide(image, prompt) for prompt in (READ, DESCRIBE, OTHER)]
+        read, described, other = (pixels(decision) for decision in decisions)
+        assert described <= read and other >= decisions[2].needs["floor"]
+        more += described < read
+    assert more >= 2
+
+
+def test_it_is_the_size_of_the_text_that_decides_and_an_enlarged_image_gets_the_same_pixels(
+    runner_of: Callable[..., AdaptiveRunner],
+) -> None:
+    runner = runner_of("balanced")
+    small, large = page(0.5), page(2.0)
+    assert pixels(runner.decide(large, READ)) < pixels(runner.decide(small, READ)) / 3
+    twice = small.resize((2 * small.width, 2 * small.height), Image.Resampling.BICUBIC)
+    planned = [pixels(runner.decide(image, READ)) for image in (small, twice)]
+    assert planned[1] <= 1.5 * planned[0]
+
+
+def test_points_within_the_tolerance_count_as_equal_and_the_cheapest_is_taken(
+    runner_of: Callable[..., AdaptiveRunner],
+) -> None:
+    image, taken = page(1.3), {}
+    for name in ("latency", "balanced", "quality"):
+        runner = runner_of(name)
+        lane, offers = runner.offers(image, READ)
+        best = max(offer.quality for offer in offers)
+        enough = [offer for offer in offers if offer.quality >= best - Policy.load(name).tolerance]
+        cheapest = min(enough, key=lambda offer: offer.predicted.latency_ms)
+        decision = runner.decide(image, READ)
+        assert decision.lane == lane and decision.point == cheapest.point
+        assert "enough (text)" in decision.reason and decision.rung == cheapest.key
+        taken[name] = pixels(decision)
+    assert taken["latency"] <= taken["balanced"] <= taken["quality"]
+
+
+def test_a_budget_goes_down_the_ladder(runner_of: Callable[..., AdaptiveRunner]) -> None:
+    runner, image = runner_of("balanced"), page(0.5)
+    free = runner.decide(image, READ)
+    assert free.predicted is not None
+    tight = runner.decide(image, READ, budget=Budget(ttft_ms=0.3 * free.predicted.ttft_ms))
+    assert pixels(tight) < pixels(free)
+    assert tight.rejected and tight.predicted is not None and tight.predicted.ttft_ms < free.predicted.ttft_ms
+
+
+def test_a_clip_in_which_nothing_changes_gets_few_frames_and_one_that_moves_keeps_its_own(
+    runner_of: Callable[..., AdaptiveRunner],
+) -> None:
+    runner = runner_of("balanced")
+    rng = np.random.default_rng(0)
+    still = np.repeat(np.asarray(page(1.0, (480, 320)))[None], 8, axis=0)
+    moving = rng.integers(0, 256, (8, 320, 480, 3), np.uint8)
+    times = tuple(0.5 * i for i in range(8))
+    for frames, expected in ((still, STILL_FPS), (moving, None)):
+        decision = runner.decide(Video(frames, times, 4.0, len(frames)), "What happens in the clip?")
+        assert decision.lane == "video" and decision.point.max_fps == expected
+
+
+def test_after_preprocessing_nothing_is_taken_away(runner_of: Callable[..., AdaptiveRunner], released: Any) -> None:
+    runner = runner_of("latency")
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
+    inputs = released(text=[text], images=[page(2.0, (320, 320))], return_tensors="pt")
+    found = runner.generate(**inputs, max_new_tokens=1, do_sample=False)
+    expected = runner.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert runner.last is not None and runner.last[0].point.is_full and found.tolist() == expected.tolist()
+
+
+def test_the_log_says_what_was_needed(runner_of: Callable[..., AdaptiveRunner], tmp_path: Path) -> None:
+    runner = runner_of("balanced", log=tmp_path / "log.jsonl")
+    runner.chat(page(2.0, (320, 320)), READ, max_new_tokens=1)
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert row["needs"]["text"] <= row["needs"]["native"] and row["detail_version"] and "stroke_low" in row["features"]
