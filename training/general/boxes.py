@@ -345,12 +345,12 @@ def in_words(found: dict[str, Any]) -> str:
     def row(name: str, f: dict[str, Any]) -> str:
         gain, low, high = f["gain"]
         return (
-            f"{name[:52]:52}{f['kept']:7.3f}{f['share']:7.3f}{f['pixels']:8.3f}   {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
+            f"{name[:62]:62}{f['kept']:7.3f}{f['share']:7.3f}{f['pixels']:8.3f}   {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
 
     lines = [f"log2 pixels = {found['intercept']} + {found['slope']} flat_regions; {found['intercepts']}"]
     lines += [f"{figures['images']} photographs, {figures['objects']} objects, shares fitted without them"]
-    lines += [f"{'':52}{'kept':>7}{'share':>7}{'pixels':>8}   over the fixed share of equal pixels"]
+    lines += [f"{'':62}{'kept':>7}{'share':>7}{'pixels':>8}   over the fixed share of equal pixels"]
     for name, f in figures.items():
         if isinstance(f, dict) and "gain" in f:
             lines.append(row(name, f))
