@@ -60,18 +60,19 @@ EPSILON = 1e-9
 class Photos:
     """One row a photograph with an object that counts.
 
-    `values`: (n, 2) flat_regions and the complexity score; `pixels`: (n,) native; `needs`: of each the log2 shares that
-    its objects need.
+    `photo`: (n,) its number, the same where one is taken at several sizes; `values`: (n, 2) flat_regions and the
+    complexity score; `pixels`: (n,) native; `needs`: of each the log2 shares that its objects need.
     """
 
     source: np.ndarray[Any, Any]
+    photo: Rows
     values: Floats
     pixels: Floats
     needs: tuple[Floats, ...]
 
     def part(self, rows: Rows) -> "Photos":
         needs = tuple(self.needs[row] for row in rows)
-        return Photos(self.source[rows], self.values[rows], self.pixels[rows], needs)
+        return Photos(self.source[rows], self.photo[rows], self.values[rows], self.pixels[rows], needs)
 
     def counts(self) -> Floats:
         return np.array([len(need) for need in self.needs], dtype=np.float64)
@@ -135,6 +136,7 @@ def main() -> None:
     photos = read(options.sources, quiet=options.json)
     found = artefact(photos) | {"figures": judge(photos)}
     intercept, slope = found["intercept"], found["slope"]
+    found["figures"]["sizes"] = sizes(options.sources, intercept, slope, quiet=options.json)
     found["figures"]["enlarged"] = enlarged(options.sources, slope, found["intercepts"])
     found["figures"]["also"] = {path.name: shares_of(path, intercept, slope) for path in options.also}
     if options.out:
@@ -142,28 +144,34 @@ def main() -> None:
     print(json.dumps(found) if options.json else in_words(found))
 
 
-def read(folders: Sequence[Path], quiet: bool = False) -> Photos:
+def read(folders: Sequence[Path], times: Sequence[int] = (1,), quiet: bool = False) -> Photos:
     """Photographs of the folders with at least one box whose shorter side spans a patch natively.
+
+    Each is taken `times`, as if the file had so many times the width and height.
 
     Raises:
         ConfigError: Where there is none.
     """
-    rows = []
+    rows: list[tuple[Any, ...]] = []
+    number = 0
     for folder in folders:
         lines = (folder / "truth.jsonl").read_text("utf-8").splitlines()
         for record in track([json.loads(line) for line in lines if line], folder.name, disable=quiet):
+            number += 1
             image = load_media(folder / record["file"])
             pixels = native(image)
             scale = np.sqrt(pixels / (image.width * image.height))
             boxes = np.array([box["box"] for box in record.get("boxes", ())], dtype=np.float64).reshape(-1, 4)
             sides = scale * np.minimum(boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1])
-            sides = sides[sides >= PATCH]
-            if len(sides):
-                rows.append((folder.name, values(image), pixels, 2 * np.log2(PATCH / sides)))
+            for side in times:
+                counted = side * sides[side * sides >= PATCH]
+                if len(counted):
+                    needs = 2 * np.log2(PATCH / counted)
+                    rows.append((folder.name, number, values(image), side**2 * pixels, needs))
     if not rows:
         raise ConfigError(f"no photograph with a box that spans {PATCH} pixels in {[f.name for f in folders]}")
-    source, measured, sizes, needs = zip(*rows, strict=True)
-    return Photos(np.array(source), np.array(measured), np.array(sizes), needs)
+    source, photo, measured, pixels, needs = zip(*rows, strict=True)
+    return Photos(np.array(source), np.array(photo), np.array(measured), np.array(pixels), needs)
 
 
 def native(image: Image.Image) -> float:
@@ -222,7 +230,7 @@ def against(photos: Photos, log_share: Floats) -> dict[str, Any]:
     share = np.exp2(log_share)
     fixed = float((share * photos.pixels).sum() / photos.pixels.sum())
     same = photos.kept(np.full(len(share), np.log2(fixed)))
-    gain = bootstrap_ratio(photos.kept(log_share) - same, photos.counts(), seed=SEED)
+    gain = bootstrap_ratio(photos.kept(log_share) - same, photos.counts(), seed=SEED, groups=photos.photo)
     return {
         "photos": len(share),
         "kept": photos.share_kept(log_share),
@@ -301,6 +309,19 @@ def artefact(photos: Photos) -> dict[str, Any]:
     }
 
 
+def sizes(folders: Sequence[Path], intercept: float, slope: float, quiet: bool) -> dict[str, Any]:
+    """Figures of photographs of other sizes, and of several at once; what is planned at 2**18 pixels is the same."""
+    found = {}
+    for times in ((2,), (4,), (1, 2, 4)):
+        photos = read(folders, times, quiet)
+        for name, form in FORMS.items():
+            if form.column == 0 and form.sloped:
+                relative = form.relative(photos, slope)
+                shares = np.minimum(relative + intercept - 18 * form.growth, 0)
+                found[f"width times {', '.join(map(str, times))}; {name}"] = against(photos, shares)
+    return found
+
+
 def planned(image: Image.Image, intercept: float, slope: float) -> float:
     return float(min(np.exp2(intercept + slope * values(image)[0]), native(image)))
 
@@ -354,7 +375,7 @@ def in_words(found: dict[str, Any]) -> str:
     for name, f in figures.items():
         if isinstance(f, dict) and "gain" in f:
             lines.append(row(name, f))
-        elif "folds" in name or "left out" in name or name == "floors":
+        elif "folds" in name or "left out" in name or name in ("floors", "sizes"):
             for key, inner in f.items():
                 cells = inner if "gain" not in inner else {"": inner}
                 lines += [row(f"{name}: {key} {level}", cell) for level, cell in cells.items()]
