@@ -1,4 +1,4 @@
-"""Fitted models as plain parameters: a folded linear model and a small tree ensemble.
+"""Fitted models as plain parameters: a folded linear model, the largest of several, and a small tree ensemble.
 
 Knows rows of numbers (NaN for a missing value) and JSON-able dicts. Must not know of images, prompts or
 policies, and never imports scikit-learn, whose predictions it equals in microseconds instead of a
@@ -64,6 +64,43 @@ class LinearModel:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able parameters, exact."""
         return {"kind": "linear", "weights": [*self.weights], "fill": [*self.fill], "bias": self.bias}
+
+
+@dataclass(frozen=True)
+class LargestModel:
+    """The largest score of several linear models of the same rows: for what any of several reasons is enough for.
+
+    Where no model falls when a feature rises, neither does the largest.
+
+    Raises:
+        PolicyError: Without models, or if they read rows of different width.
+    """
+
+    models: tuple[LinearModel, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "models", tuple(self.models))
+        widths = [model.width for model in self.models]
+        if not widths or len({*widths}) > 1:
+            raise PolicyError(f"the largest of models of {widths} features; expected at least one, all of as many")
+
+    @property
+    def width(self) -> int:
+        """How many values a row must have, exactly."""
+        return self.models[0].width
+
+    def raw(self, row: Sequence[float]) -> float:
+        """The score of one row."""
+        return max(model.raw(row) for model in self.models)
+
+    def raw_batch(self, rows: Matrix) -> Matrix:
+        """The scores ``[n]`` of rows ``[n, width]``."""
+        scores: Matrix = np.max([model.raw_batch(rows) for model in self.models], axis=0)
+        return scores
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able parameters, exact."""
+        return {"kind": "largest", "models": [model.to_dict() for model in self.models]}
 
 
 @dataclass(frozen=True)
@@ -215,18 +252,29 @@ class TreeModel:
         return {"kind": "trees", "baseline": self.baseline, "trees": [tree.to_dict() for tree in self.trees]}
 
 
-Model = LinearModel | TreeModel
+Model = LinearModel | LargestModel | TreeModel
 
 
 def model_from_dict(values: Any) -> Model:
-    """Read either model's `to_dict` form; raises PolicyError for any other."""
+    """Read any model's `to_dict` form; raises PolicyError for anything else."""
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if kind == "linear":
-        table = check_keys(values, "linear model", ("kind", "weights", "fill", "bias"))
-        return LinearModel(table["weights"], table["fill"], table["bias"])
+        return _linear_from_dict(values)
+    if kind == "largest":
+        table = check_keys(values, "model", ("kind", "models"))
+        if not isinstance(table["models"], list):
+            raise PolicyError(f"models is {type(table['models']).__name__}; expected a list of linear models")
+        return LargestModel(tuple(_linear_from_dict(model) for model in table["models"]))
     if kind == "trees":
         table = check_keys(values, "tree model", ("kind", "baseline", "trees"))
         if not isinstance(table["trees"], list):
             raise PolicyError(f"trees is {type(table['trees']).__name__}; expected a list")
         return TreeModel(tuple(Tree.from_dict(tree) for tree in table["trees"]), table["baseline"])
-    raise PolicyError(f"model kind is {kind!r}; expected linear or trees")
+    raise PolicyError(f"model kind is {kind!r}; expected largest, linear or trees")
+
+
+def _linear_from_dict(values: Any) -> LinearModel:
+    table = check_keys(values, "linear model", ("kind", "weights", "fill", "bias"))
+    if table["kind"] != "linear":
+        raise PolicyError(f"model kind is {table['kind']!r}; expected linear")
+    return LinearModel(table["weights"], table["fill"], table["bias"])

@@ -19,7 +19,7 @@ from adaptive_fusion.features.detail import DETAIL_FEATURES
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_VERSION
 from adaptive_fusion.policy.calibration import Calibration, Platt, calibration_from_dict
-from adaptive_fusion.policy.predictors import LinearModel, Matrix, Model, model_from_dict
+from adaptive_fusion.policy.predictors import LargestModel, LinearModel, Matrix, Model, model_from_dict
 
 SCHEMA = 1
 """Version of the JSON form of routers and quality models."""
@@ -110,7 +110,7 @@ class Inputs:
 
     def check_width(self, model: Model, what: str) -> None:
         """Raise PolicyError unless `model` reads rows of this many values."""
-        exact = isinstance(model, LinearModel)
+        exact = isinstance(model, LinearModel | LargestModel)
         if model.width > len(self.names) or (exact and model.width != len(self.names)):
             raise PolicyError(f"{what} reads {model.width} features and {len(self.names)} are named; expected as many")
 
