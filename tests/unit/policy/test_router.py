@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION, Complexi
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, prompt_features
 from adaptive_fusion.learning.fitting.export import export_classifier, export_model
 from adaptive_fusion.policy.calibration import Isotonic, Platt
-from adaptive_fusion.policy.predictors import LinearModel, Tree, TreeModel, model_from_dict
+from adaptive_fusion.policy.predictors import LargestModel, LinearModel, Tree, TreeModel, model_from_dict
 from adaptive_fusion.policy.router import EstimatorRouter, Inputs, PlainRouter, QualityModel, constant_router
 
 IMAGE = FEATURE_NAMES[:5]
@@ -192,6 +193,31 @@ def tree_router() -> dict[str, Any]:
     return values
 
 
+def largest_router() -> dict[str, Any]:
+    """JSON of a router for which either of two reasons is enough."""
+    first, second = (
+        LinearModel((1.0, 0.0, 0.0, 0.0, 2.0), (0.5,) * 5, -1.0),
+        LinearModel((0.0, 3.0, 0, 0, 0), (0.2,) * 5),
+    )
+    values: dict[str, Any] = json.loads(json.dumps(PlainRouter(Inputs(IMAGE), LargestModel((first, second))).to_dict()))
+    return values
+
+
+def test_the_largest_of_linear_models_counts_alone_and_in_batches_and_after_a_round_trip() -> None:
+    router = PlainRouter.from_dict(largest_router())
+    assert router.to_dict() == largest_router()
+    rows = np.array([[0.0, 1.0, 0.0, 0.0, 0.0], [3.0, 0.0, 9.0, 9.0, 1.0], [math.nan, math.nan, 0.0, 0.0, 0.0]])
+    assert router.model.raw_batch(rows).tolist() == pytest.approx([3.0, 4.0, 3 * 0.2])
+    assert [router.model.raw(row) for row in rows.tolist()] == pytest.approx([3.0, 4.0, 3 * 0.2])
+    for models in ((), (LinearModel((1.0,), (0.0,)), LinearModel((), ()))):
+        with pytest.raises(PolicyError, match="expected at least one, all of as many"):
+            LargestModel(models)
+    with pytest.raises(PolicyError, match="reads 1 features and 5 are named"):
+        PlainRouter(Inputs(IMAGE), LargestModel((LinearModel((1.0,), (0.0,)),)))
+    with pytest.raises(PolicyError, match="kind is 'trees'; expected linear"):
+        model_from_dict({"kind": "largest", "models": [{"kind": "trees", "weights": [], "fill": [], "bias": 0.0}]})
+
+
 def test_a_threshold_of_infinity_parts_missing_values() -> None:
     tree = Tree((0, 0, 0), (math.inf, 0.0, 0.0), (1, -1, -1), (2, -1, -1), (False, False, False), (0.0, -1.0, 1.0))
     model = TreeModel((tree,))
@@ -206,11 +232,16 @@ def paths(values: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.sampled_from(paths(tree_router())),
+    st.sampled_from(
+        [(made, path) for made in (tree_router, largest_router) for path in paths(made())],
+    ),
     st.sampled_from([None, "x", True, -7, 10**400, math.inf, math.nan, [], {}, {"surprise": 1}, 10**9]),
 )
-def test_a_damaged_router_is_refused_with_the_librarys_error_or_still_works(path: tuple[Any, ...], value: Any) -> None:
-    values = tree_router()
+def test_a_damaged_router_is_refused_with_the_librarys_error_or_still_works(
+    case: tuple[Callable[[], dict[str, Any]], tuple[Any, ...]], value: Any
+) -> None:
+    made, path = case
+    values = made()
     target = values
     for key in path[:-1]:
         target = target[key]
