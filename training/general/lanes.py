@@ -15,9 +15,9 @@ something of each for enough, and photographs have something of each.
   of few characters, icons. Images that keep their text count little: they lose nothing in the gated lane.
 
 Where each model's score is enough is chosen on images that the models were not fitted to, each group left out in turn:
-the two levels whose worst margin over the three goals is largest. The model of text is shifted so that both levels are
-one, and Platt's method makes a probability of the larger score, in which the level is the policy's threshold. All of
-this is repeated without each group for the figures. The same data give the same file.
+the two levels around which the worst margin over the three goals is largest. The model of text is shifted so that both
+levels are one, and Platt's method makes a probability of the larger score, in which the level is the policy's
+threshold. All of this is repeated without each group for the figures. The same data give the same file.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from label import ENOUGH, read_labels
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
+from scipy.ndimage import uniform_filter
 from scipy.optimize import minimize
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
@@ -57,11 +58,14 @@ NAMES = (*LOOKS, *FINE_TEXT)
 SIGNS = np.array([-1.0 if name == "text_height_low" else 1.0 for name in NAMES])
 """Of each feature's weight: -1 where less of it means finer detail."""
 CHEAP = 0.25
-RIDGE_LOOKS, LEVELS, RIDGE_TEXT = 0.1, 0.1, 0.003
+RIDGE_LOOKS, LEVELS, RIDGE_TEXT = 0.2, 0.05, 0.003
 KEEPS, PLAIN = 0.1, 0.3
 """Weight of the images that keep their text, and of those with next to none, to those that lose it."""
-GOALS = (0.85, 0.25, 0.85)
-"""Gated of the most complex third, at least; of the simplest, at most; of images that lose text, at least."""
+GOALS = (0.86, 0.25, 0.86)
+"""Gated of the most complex third, at least; of the simplest, at most; of images that lose text, at least.
+
+A little more than the .85, .25 and .85 that are asked.
+"""
 IMAGES = 40  # of each of the other folders
 EVERY = 5  # image is enlarged, to see what that changes
 PEOPLE, TEXT, EMPTY = 0, 1, 2
@@ -240,11 +244,13 @@ def fit(table: Table) -> tuple[PlainRouter, float]:
     outside = left_out(table)
     people, lost = table.kind == PEOPLE, (table.kind == TEXT) & table.complex
     first, second = (
-        np.unique(np.quantile(outside[rows, column], np.linspace(low, high, 60)))
+        np.quantile(outside[rows, column], np.linspace(low, high, 60))
         for column, rows, low, high in ((0, people, 0.3, 0.75), (1, lost, 0.0, 0.6))
     )
-    best = max((margin(table, (outside[:, 0] >= a) | (outside[:, 1] >= b)), -a, -b) for a in first for b in second)
-    level, shift = -best[1], best[2] - best[1]
+    margins = [[margin(table, (outside[:, 0] >= a) | (outside[:, 1] >= b)) for b in second] for a in first]
+    smooth = uniform_filter(np.array(margins), 5, mode="nearest")  # one image more or less decides nothing
+    a, b = np.unravel_index(smooth.argmax(), smooth.shape)
+    level, shift = float(first[a]), float(first[a] - second[b])
     text = fine_text(table)
     both = LargestModel((looks(table), LinearModel(text.weights, text.fill, text.bias + shift)))
     score = np.maximum(outside[:, 0], outside[:, 1] + shift)
@@ -258,7 +264,7 @@ def fit(table: Table) -> tuple[PlainRouter, float]:
 
 def figures(table: Table, router: PlainRouter, threshold: float, folders: list[Path]) -> dict[str, Any]:
     """Each category and source judged by a fit without it, threshold included; then the fit on all of them."""
-    p, gated = np.zeros(len(table.kind)), np.zeros(len(table.kind), bool)
+    p, gated, outside = np.zeros(len(table.kind)), np.zeros(len(table.kind), bool), left_out(table)
     for name in track(np.unique(table.group), "left out", console=Console(stderr=True)):
         own = table.group == name
         without, level = fit(table.part(~own))
@@ -268,11 +274,12 @@ def figures(table: Table, router: PlainRouter, threshold: float, folders: list[P
     for name in table.of(PEOPLE):
         own = table.group == name
         high, low = (own & third for third in (table.rank > 2 / 3, table.rank < 1 / 3))
-        auc = roc_auc_score(np.r_[np.ones(high.sum()), np.zeros(low.sum())], np.r_[p[high], p[low]])
+        labels = np.r_[np.ones(high.sum()), np.zeros(low.sum())]
         categories[name] = {
             "most complex third gated": float(gated[high].mean()),
             "simplest third gated": float(gated[low].mean()),
-            "AUC": float(auc),
+            "AUC": float(roc_auc_score(labels, np.r_[p[high], p[low]])),
+            "AUC of looks alone": float(roc_auc_score(labels, np.r_[outside[high, 0], outside[low, 0]])),
         }
     sources = {}
     for name in table.of(TEXT):
