@@ -3,7 +3,7 @@
     python training/general/range.py DIR... --out range.json [--cache DIR] [--strange 48] [--json]
 
 Each DIR is a kind: a folder of images; other files in it are left alone. Every image is measured as it is and at
-another size (half to twice), so that sizes are no surprise. Kinds that are drawn here, plain grounds and the reference
+another size (half to twice), so that sizes are no surprise. Kinds drawn here, plain grounds, boxes and the reference
 model's screens, are added: an empty image is nothing to be careful about. The strange families are drawn by
 `strange.py`; the blurred ones are made of the folders' images.
 
@@ -59,8 +59,8 @@ def main() -> None:
     options = parser.parse_args()
     cache = Cache(options.cache)
     kinds = {name: rows for name, rows in measured_folders(options.folders, cache, options.json)}
-    drawn = {"drawn screens": np.stack([[measure(image)] for image in screens()])}
-    drawn["plain grounds"] = np.stack([[measure(image)] for image in plain()])
+    made = {"drawn screens": screens(), "one colour": plain(0), "a few boxes": plain(3)}
+    drawn = {name: np.stack([[measure(image)] for image in images]) for name, images in made.items()}
     strange = dict(measured_strange(options.folders, options.strange, cache, options.json))
     kept = [ALL.index(name) for name in NAMES]
     kinds = {name: rows[:, :, kept] for name, rows in kinds.items()}
@@ -128,13 +128,14 @@ def screens() -> Iterator[Image.Image]:
         yield make_scene(kind, seed, "train", (256, 640)).image
 
 
-def plain() -> Iterator[Image.Image]:
-    """One colour, or two or three, as boxes on a ground."""
+def plain(boxes: int) -> Iterator[Image.Image]:
+    """One colour, with up to so many boxes on it."""
     rng = np.random.default_rng(0)
     for index in range(DRAWN):
         height, width = rng.integers(64, 1200, 2)
-        image = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
-        for _ in range(index % 4):
+        colour = rng.choice([0, 128, 245, 255]) if index % 2 else rng.integers(0, 256, 3)
+        image = np.full((height, width, 3), colour, np.uint8)
+        for _ in range(min(boxes, 1 + index % 3)):
             x, y = rng.integers(0, width), rng.integers(0, height)
             corner = (int(x + rng.integers(8, width)), int(y + rng.integers(8, height)))
             cv2.rectangle(image, (int(x), int(y)), corner, [int(v) for v in rng.integers(0, 256, 3)], -1)

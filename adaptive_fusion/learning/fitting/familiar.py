@@ -27,12 +27,10 @@ LOG_OFFSETS = {
 
 FITTED = 0.7  # share of the images of each kind; the others calibrate
 ALPHA = 0.03
-REACH = 12.0
-NEAR = 5.0  # how far out fitted values may lie, so that single ones do not make the cloud
-RIDGE = 0.1  # added to every variance, of 1
+REACH = 6.0  # standard deviations, fitted and asked alike
+RIDGE = 0.3  # added to every variance, of 1: another source of a kind is a little different
 TAILS = (0.985, 0.998)
 """Quantiles of a part on familiar images between which the value lies that becomes 1."""
-NEAREST_TAIL = 0.99
 SEEN = 0.98  # of a strange family: the share that should lie beyond 1
 INVERSE_RIDGE = 1.0  # of the linear log odds
 DIGITS = 4
@@ -112,7 +110,6 @@ def _space(names: tuple[str, ...], rows: Matrix) -> Space:
 
 
 def _cloud(name: str, z: Matrix, ridge: float) -> Cloud:
-    z = np.clip(z, -NEAR, NEAR)
     away = z - z.mean(axis=0)
     covariance = away.T @ away / len(z) + ridge * np.eye(z.shape[1])
     whiten = np.linalg.inv(np.linalg.cholesky(covariance))
@@ -122,7 +119,7 @@ def _cloud(name: str, z: Matrix, ridge: float) -> Cloud:
 def _strange(name: str, z: Matrix, known: Matrix, ridge: float) -> Strange:
     from sklearn.linear_model import LogisticRegression
 
-    rows = np.clip(np.concatenate([known, z]), -NEAR, NEAR)
+    rows = np.concatenate([known, z])
     is_strange = np.arange(len(rows)) >= len(known)
     weight = np.where(is_strange, len(known) / len(z), 1.0)
     odds = LogisticRegression(C=INVERSE_RIDGE, max_iter=500).fit(rows, is_strange, sample_weight=weight)
@@ -133,12 +130,13 @@ def _scales(clouds: Clouds, known: Matrix, shown: Mapping[str, Matrix]) -> tuple
     """Median and spread of each part on familiar images.
 
     Parts share what alpha allows: one that tells its family apart with room to spare takes little of it (a high
-    quantile of the familiar images becomes 1), one that does not takes more.
+    quantile of the familiar images becomes 1), one that does not takes more. The nearest kind takes little: another
+    source of a kind is a little different.
     """
     middle, spread = np.median(known, axis=0), []
     for index, name in enumerate(clouds.parts):
-        low, nearest, high = np.quantile(known[:, index], [TAILS[0], NEAREST_TAIL, TAILS[1]])
-        at = nearest if name == NEAREST else np.clip(np.quantile(shown[name][:, index], 1 - SEEN), low, high)
+        low, high = np.quantile(known[:, index], TAILS)
+        at = high if name == NEAREST else np.clip(np.quantile(shown[name][:, index], 1 - SEEN), low, high)
         spread.append(max(at - middle[index], 1e-3))
     return _rounded(middle), _rounded(spread)
 
