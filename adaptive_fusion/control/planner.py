@@ -185,8 +185,8 @@ class Planner:
         return together(found)
 
     def unlike(self, info: RequestInfo) -> str:
-        """Why a medium is like nothing that the policy was fitted on, in words; empty where none is."""
-        return ""
+        """Why an image is like nothing that the policy was fitted on, in words; empty where all are like some."""
+        return next(filter(None, map(self.policy.unlike, info.complexities)), "")
 
     def candidates(
         self, info: RequestInfo, lane: str, complexity: Complexity | None, needs: Needs | None = None

@@ -24,6 +24,7 @@ from adaptive_fusion.errors import PolicyError
 from adaptive_fusion.features.complexity import Complexity
 from adaptive_fusion.features.prompts import prompt_features
 from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.familiar import Familiar
 from adaptive_fusion.policy.files import (
     POLICY_FILE,
     find_policy,
@@ -79,6 +80,7 @@ class Policy:
         floors: Tokens by kind of question (of a clip: each frame's) below which nothing is known.
         fitted: To which model and kinds of data.
         sufficiency: How many pixels an input needs; None takes the ladder's own qualities.
+        familiar: What images it was fitted on are like: one that is unlike them gets full compute. None takes all.
 
     Raises:
         PolicyError: For a value out of range, a lane missing or unknown, an empty ladder, a point twice in a
@@ -100,6 +102,7 @@ class Policy:
     floors: Mapping[str, int] = field(default_factory=dict)
     fitted: Fitted = field(default_factory=Fitted)
     sufficiency: Sufficiency | None = None
+    familiar: Familiar | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -146,6 +149,17 @@ class Policy:
             return Route(score, VIDEO)
         return Route(score, COMPLEX if score >= self.threshold else SIMPLE)
 
+    def unlike(self, complexity: Complexity) -> str:
+        """Why an image is like nothing that the policy was fitted on, in words; empty where it is like some, and where
+        that cannot be said: of clips, and of images whose detail was not measured.
+        """
+        if self.familiar is None or complexity.kind != "image" or not complexity.detail:
+            return ""
+        features = {**complexity.features, **complexity.detail}
+        if not self.familiar.is_unlike(features):
+            return ""
+        return f"unlike the images that {self.name} was fitted on ({self.familiar.why(features)})"
+
     def ladder(self, lane: str, complexity: Complexity | None = None, prompt: str | None = None) -> tuple[Rung, ...]:
         """The lane's rungs in the policy's order, with this request's expected quality where a model has it.
 
@@ -183,6 +197,8 @@ class Policy:
         }
         if self.sufficiency is not None:
             parts["sufficiency"] = "sufficiency.json"
+        if self.familiar is not None:
+            parts["familiar"] = "familiar.json"
         if self.quality_model is not None:
             parts["quality_model"] = "quality.json"
         if self.fusion_weights:
@@ -212,6 +228,8 @@ class Policy:
             write_json(folder / "quality.json", self.quality_model.to_dict())
         if self.sufficiency is not None:
             write_json(folder / "sufficiency.json", self.sufficiency.to_dict())
+        if self.familiar is not None:
+            write_json(folder / "familiar.json", self.familiar.to_dict())
         for path in self.fusion_weights:
             target = folder / path.name
             if not (target.exists() and target.samefile(path)):
@@ -287,7 +305,7 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
     folder = path.parent
     lanes = check_keys(table["lanes"], "lanes", LANES)
     quality, weights = table.get("quality_model"), table.get("fusion_weights", [])
-    enough = table.get("sufficiency")
+    enough, familiar = table.get("sufficiency"), table.get("familiar")
     budget = table.get("budget", {})
     if not isinstance(budget, Mapping):
         raise PolicyError(f"budget is {budget!r}; expected a table of limits")
@@ -313,11 +331,12 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
         floors=table.get("floors", {}),
         fitted=Fitted.from_dict(table.get("fitted", {})),
         sufficiency=None if enough is None else Sufficiency.from_dict(read_json(part(folder, enough, ".json"))),
+        familiar=None if familiar is None else Familiar.from_dict(read_json(part(folder, familiar, ".json"))),
     )
 
 
 _OPTIONAL = ("description", "explore", "budget", "quality_model", "fusion_weights")
-_SINCE_2 = ("cheap", "tolerance", "margin", "floors", "fitted", "sufficiency")
+_SINCE_2 = ("cheap", "tolerance", "margin", "floors", "fitted", "sufficiency", "familiar")
 
 
 def _read_router(path: Path, inputs: Inputs, allow_pickle: bool) -> Router:

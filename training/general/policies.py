@@ -1,7 +1,7 @@
 """Put the general policies together from what the other recipes fitted: `balanced`, `latency` and `quality`.
 
     python training/general/policies.py --labels labels.jsonl --text sufficiency.json --scene boxes.json \
-        --router router.json --out policies
+        --router router.json --range range.json --out policies
 
 They use what released models know: fewer pixels and fewer frames. The lanes are named by how levels are fused, but no
 module is shipped with them: untrained, both are the native computation.
@@ -20,6 +20,7 @@ from label import ENOUGH, SHARES, read_labels
 
 from adaptive_fusion.learning.fitting.card import lane_lines
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.familiar import Familiar
 from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
 from adaptive_fusion.policy.router import PlainRouter
@@ -48,6 +49,10 @@ class Kind:
     margin: float
 
 
+OBJECTS = "kept 0.95"
+"""The intercept of boxes.py that is taken: rounded up to a step of the ladder it keeps .977 of the objects."""
+OBJECTS_PER_OCTAVE = 0.14
+"""Share of the objects lost by each octave below: from .97 kept at a share of .82 to .85 at .45."""
 KINDS = {
     "balanced": Kind("For any model: as few pixels as keep what the question needs.", 1 - ENOUGH, MARGIN),
     "latency": Kind("For any model and tight budgets: gives up a little to save more.", 0.05, 1.0),
@@ -61,12 +66,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="from fit.py")
     parser.add_argument("--scene", type=Path, required=True, help="from boxes.py")
     parser.add_argument("--router", type=Path, required=True, help="from lanes.py")
+    parser.add_argument("--range", type=Path, required=True, help="from range.py")
     parser.add_argument("--out", type=Path, default=Path("policies"), help="folder of policies")
     options = parser.parse_args()
     labels = [record for record in read_labels(options.labels).values() if len(record["kept"]) > 1]
     text, scene, lanes = (json.loads(path.read_text("utf-8")) for path in (options.text, options.scene, options.router))
+    familiar = Familiar.from_dict(json.loads(options.range.read_text("utf-8")))
     enough = sufficiency(text, scene, labels)
-    sources = tuple(sorted({record["source"] for record in labels} | set(lanes["kinds"]) | set(scene["kinds"])))
+    sources = tuple(sorted({record["source"] for record in labels} | set(lanes["kinds"]) | {"photos"}))
     digest = hashlib.sha256(options.labels.read_bytes()).hexdigest()
     for name, kind in KINDS.items():
         policy = Policy(
@@ -81,6 +88,7 @@ def main() -> None:
             floors=FLOORS,
             fitted=Fitted(kinds=sources),
             sufficiency=enough,
+            familiar=familiar,
         )
         folder = policy.save(options.out / name)
         card = card_of(policy, {"text": text, "scene": scene, "lanes": lanes}, digest)
@@ -98,8 +106,7 @@ def sufficiency(text: dict[str, Any], scene: dict[str, Any], labels: list[dict[s
         if oracle - 1 >= steps[-1]:
             lost.append(1 - float(np.interp(oracle - 1, steps[::-1], kept[::-1])))
     reader = Text(text["intercept"], text["text"], text["careful"], round(float(np.mean(lost)), 3))
-    weights = scene["weights"]
-    objects = Scene(tuple(weights), tuple(weights.values()), scene["intercept"], scene["per_octave"])
+    objects = Scene((scene["feature"],), (scene["slope"],), scene["intercepts"][OBJECTS], OBJECTS_PER_OCTAVE)
     return Sufficiency(reader, objects, detail=text["detail_version"])
 
 
@@ -174,7 +181,7 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             "## Command",
             "",
             "    python training/general/policies.py --labels labels.jsonl --text sufficiency.json --scene boxes.json"
-            " --router router.json",
+            " --router router.json --range range.json",
             "",
         ]
     )
