@@ -35,12 +35,12 @@ def quality_tables(result: Mapping[str, Any]) -> list[Table]:
             timed = "ttft_ms" in record
             table.add_row(
                 record["row"] + (" *" if record["row"] in front else ""),
-                _interval(record["quality"]),
-                _interval(record["cider"]),
-                _interval(record["bleu4"], 1),
-                _interval(record["reading"]),
-                _interval(record["matching"]),
-                _interval(record["token_accuracy"]),
+                with_interval(record["quality"]),
+                with_interval(record["cider"]),
+                with_interval(record["bleu4"], 1),
+                with_interval(record["reading"]),
+                with_interval(record["matching"]),
+                with_interval(record["token_accuracy"]),
                 f"{record['visual_tokens']:.0f}" if timed else "-",
                 *(_spread(record.get(key)) for key in ("encode_ms", "prefill_ms", "ttft_ms", "latency_ms")),
                 f"{record['peak_memory_gb'] * 1024:.1f}" if timed else "-",
@@ -54,7 +54,7 @@ def quality_tables(result: Mapping[str, Any]) -> list[Table]:
 def knob_table(result: Mapping[str, Any]) -> Table:
     """Each slice at each row, with the share of native's own value that is kept."""
     heads = ("tokens", "quality", "kept", "token acc.", "kept", "CIDEr-D", "kept")
-    table = _table("What each knob keeps of native (95 % bootstrap intervals)", ("slice", "row"), heads)
+    table = empty_table("What each knob keeps of native (95 % bootstrap intervals)", ("slice", "row"), heads)
     for name, records in result["slices"].items():
         for record in records:
             kept = record.get("kept", {})
@@ -62,12 +62,12 @@ def knob_table(result: Mapping[str, Any]) -> Table:
                 name,
                 record["row"],
                 f"{record['visual_tokens']:.0f}" if "visual_tokens" in record else "-",
-                _interval(record["quality"]),
-                _interval(kept.get("quality"), percent=True),
-                _interval(record["token_accuracy"]),
-                _interval(kept.get("token_accuracy"), percent=True),
-                _interval(record["cider"]),
-                _interval(kept.get("cider"), percent=True),
+                with_interval(record["quality"]),
+                with_interval(kept.get("quality"), percent=True),
+                with_interval(record["token_accuracy"]),
+                with_interval(kept.get("token_accuracy"), percent=True),
+                with_interval(record["cider"]),
+                with_interval(kept.get("cider"), percent=True),
             )
         table.add_section()
     return table
@@ -76,13 +76,13 @@ def knob_table(result: Mapping[str, Any]) -> Table:
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """Paired comparisons; `sure` where the interval excludes no difference, and whether limits hold."""
     heads = ("slice", "metric", "what", "value", "sure", "must be", "holds")
-    table = _table("Paired comparisons (95 % bootstrap intervals)", heads)
+    table = empty_table("Paired comparisons (95 % bootstrap intervals)", heads)
     for entry in result["comparisons"]:
         difference, value, limit = entry["kind"] == "difference", entry["value"], entry.get("limit")
         neutral = 1.0 if entry["kind"] == "ratio" else 0.0
         sure = "-" if value is None else "yes" if not value["low"] <= neutral <= value["high"] else "no"
         wanted = (limit["text"], limit["holds"]) if limit else ("", "")
-        shown = _interval(value, 3 if difference else 2, percent=not difference)
+        shown = with_interval(value, 3 if difference else 2, percent=not difference)
         table.add_row(entry["slice"], entry["metric"], describe(entry), shown, sure, *wanted)
     return table
 
@@ -110,7 +110,7 @@ def cost_table(result: Mapping[str, Any]) -> Table:
         "peak_memory_gb": ("peak GiB", 3),
     }
     title = f"{what}, {result['repeats']} rounds (in brackets: of native's)"
-    table = _table(title, ("row",), ("patches", "tokens", *(head for head, _ in heads.values())))
+    table = empty_table(title, ("row",), ("patches", "tokens", *(head for head, _ in heads.values())))
     for record in result["rows"]:
         cells = []
         for key, (_, digits) in heads.items():
@@ -151,7 +151,7 @@ def budget_table(result: Mapping[str, Any]) -> Table:
         "decision_us": ("decision us", 1),
     }
     title = f"{limit}, target {result['attainment']:g}, {result['requests']} requests a trace"
-    table = _table(title, ("trace", "row"), [head for head, _ in heads.values()])
+    table = empty_table(title, ("trace", "row"), [head for head, _ in heads.values()])
     for name, rows in result["traces"].items():
         for row, values in rows.items():
             cells = (f"{values[key]:.{digits}f}" if key in values else "-" for key, (_, digits) in heads.items())
@@ -241,7 +241,7 @@ def must_hold(shortfalls: Sequence[str]) -> str:
     return "Must hold: " + ("; ".join(shortfalls) or "all of it holds")
 
 
-def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+def empty_table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
     """An empty table of columns that are never wrapped, words on the `left` and figures on the `right`."""
     table = Table(title=title)
     for head in left:
@@ -251,7 +251,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
     return table
 
 
-def _interval(value: Mapping[str, float] | None, digits: int = 2, *, percent: bool = False) -> str:
+def with_interval(value: Mapping[str, float] | None, digits: int = 2, *, percent: bool = False) -> str:
     if value is None:
         return "-"
     scale, digits, unit = (100, 1, " %") if percent else (1, digits, "")

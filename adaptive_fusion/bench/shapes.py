@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.shares import RELEASED
 
 VOCABULARY = 151_936
 IDS = {
@@ -15,7 +16,7 @@ IDS = {
     "vision_start_token_id": 151_652,
     "vision_end_token_id": 151_653,
 }
-PATCH, MERGE, TEMPORAL = 16, 2, 2
+PATCH, MERGE, TEMPORAL = RELEASED.patch_size, RELEASED.merge_size, RELEASED.temporal_patch_size
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class ShapeProcessor:
         half = [0.5, 0.5, 0.5]
         common = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL}
         self.image_processor: Any = Qwen2VLImageProcessor(
-            size={"shortest_edge": 65_536, "longest_edge": 16_777_216},
+            size=dict(RELEASED.size),
             image_mean=half,
             image_std=half,
             **common,

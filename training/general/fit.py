@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from label import SHARES, read_labels, sized
+from label import read_labels
 from PIL import Image
 from rich.progress import track
 from scipy.optimize import minimize
 
+from adaptive_fusion.evaluation.shares import ENOUGH, SHARES, Curve, sized
 from adaptive_fusion.evaluation.statistics import bootstrap_mean, bootstrap_ratio
 from adaptive_fusion.features.detail import DETAIL_FEATURES, VERSION, detail_features
 from adaptive_fusion.features.image import IMAGE_FEATURES, image_features, take_sample
@@ -42,7 +43,6 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 Model = Callable[[Floats], Floats]
 
 STEPS = np.log2(SHARES)
-ENOUGH = 0.98
 GOAL = (0.986, 0.935)
 """Mean and 5th percentile of text kept that the intercept is set for: a little above .985 and .93."""
 QUANTILE = 0.85
@@ -127,7 +127,7 @@ def read(labels: Path, folders: dict[str, Path], quiet: bool = False) -> Table:
 
 def measure(image: Image.Image) -> Floats:
     """Features of an image, lengths in pixels of its native size."""
-    width, height = sized(image, 1.0)
+    width, height = sized(image.size, 1.0)
     scale = np.log2(width * height / (image.width * image.height)) / 2
     detail = [
         value + scale if name in LENGTHS else value
@@ -137,16 +137,8 @@ def measure(image: Image.Image) -> Floats:
 
 
 def curve(kept: dict[str, float]) -> Floats:
-    """Text kept at each step, not falling with the share; between those that were read linear in log2 of the share.
-
-    Below the smallest share that was read, it falls by .3 an octave: what it does on average there.
-    """
-    share = np.array(sorted(map(float, kept)))
-    value = np.maximum.accumulate([kept[str(s)] for s in share])
-    found = np.interp(STEPS, np.log2(share), value)
-    below = np.log2(share[0]) > STEPS
-    found[below] = np.maximum(0, value[0] - 0.3 * (np.log2(share[0]) - STEPS[below]))
-    return found
+    """Text kept at each step; see `Curve`."""
+    return Curve({float(share): part for share, part in kept.items()}).at(SHARES)
 
 
 def strokes(table: Table) -> Model:
@@ -316,7 +308,9 @@ def enlarged(table: Table, labels: Path, folders: dict[str, Path], chosen: Float
             if image.width * image.height * times**2 > 5e7:
                 continue
             large = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
-            planned = [np.exp2(min(model(measure(i)[None])[0], 0.0)) * np.prod(sized(i, 1.0)) for i in (image, large)]
+            planned = [
+                np.exp2(min(model(measure(i)[None])[0], 0.0)) * np.prod(sized(i.size, 1.0)) for i in (image, large)
+            ]
             ratios.append(planned[1] / planned[0])
         found[f"{times}x"] = {
             "images": len(ratios),

@@ -12,21 +12,16 @@ or content, so that a part of the labels is a fair sample of the whole.
 """
 
 import argparse
-import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.evaluation.folders import media_files
 from adaptive_fusion.evaluation.readers import (
     CachedReader,
     RapidReader,
@@ -37,34 +32,11 @@ from adaptive_fusion.evaluation.readers import (
     words,
     words_kept,
 )
+from adaptive_fusion.evaluation.shares import LEAST_CHARACTERS, SHARES, shares_to_read, shown, sized
+from adaptive_fusion.evaluation.truth import Item, read_sources
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.media.hashes import content_hash
 from adaptive_fusion.media.load import load_media
-from adaptive_fusion.models.base import Size
-from adaptive_fusion.models.resize import resized
-
-SHARES = (1.0, 0.71, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625)
-"""Steps of the general ladder, as shares of native pixels."""
-
-ENOUGH = 0.98
-"""Text kept from which on a share counts as sufficient."""
-
-LEAST_CHARACTERS = 21
-"""An image with fewer is left out: one word more or less would decide."""
-
-RELEASED = SimpleNamespace(
-    patch_size=16, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 65_536, "longest_edge": 16_777_216}
-)
-"""Limits of the released models' image processors."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """An image file of a source and its known questions, as (question, answer)."""
-
-    source: str
-    path: Path
-    qa: tuple[tuple[str, str], ...] = ()
 
 
 def main() -> None:
@@ -79,7 +51,10 @@ def main() -> None:
     options = parser.parse_args()
     reader = CachedReader(RapidReader(), options.cache)
     known = read_labels(options.out)
-    queues = {folder.name: iter(items(folder)) for folder in options.sources}
+    sources, failed = read_sources(options.sources)
+    for name, why in failed:
+        print(f"{name}: {why}", file=sys.stderr)
+    queues = {source.name: iter(source.items) for source in sources}
     done: Counter[str] = Counter()
     with tqdm(total=options.images * len(queues), unit="image", smoothing=0) as progress:
         while queues:
@@ -97,24 +72,6 @@ def main() -> None:
                     progress.set_postfix(done, refresh=False)
 
 
-def items(folder: Path) -> list[Item]:
-    """Images of a source, in an order that only their names decide.
-
-    Raises:
-        ConfigError: For a folder without images.
-    """
-    truth = folder / "truth.jsonl"
-    if truth.exists():
-        rows = [json.loads(line) for line in truth.read_text("utf-8").splitlines() if line]
-    else:
-        found, failed = media_files([folder])
-        if failed:
-            raise ConfigError("; ".join(why for _, why in failed))
-        rows = [{"file": str(path.relative_to(folder))} for path in found]
-    named = [Item(folder.name, folder / row["file"], tuple((q, a) for q, a in row.get("qa", ()))) for row in rows]
-    return sorted(named, key=lambda item: hashlib.sha256(item.path.name.encode()).digest())
-
-
 def read_labels(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Labels by source and file name, the newest of each; none where there is no file."""
     if not path.exists():
@@ -125,11 +82,12 @@ def read_labels(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def label(item: Item, reader: Reader, known: Mapping[str, Any] | None, shares: str) -> dict[str, Any]:
     """The record of one image: `known` and what it lacks. README.md says what is in it."""
-    if known and (known["characters"] < LEAST_CHARACTERS or next(missing(known["kept"], shares), None) is None):
+    kept = {float(share): value for share, value in known["kept"].items()} if known else {1.0: 1.0}
+    if known and (known["characters"] < LEAST_CHARACTERS or next(missing(kept, shares), None) is None):
         return dict(known)
     image = load_media(item.path)
-    native = sized(image, 1.0)
-    lines = reader.read(at_share(image, 1.0))
+    native = sized(image.size, 1.0)
+    lines = reader.read(shown(image, native))
     found = words(line.text for line in lines)
     legible = [answer for _, answer in item.qa if is_legible(answer, found)]
     record = {
@@ -143,49 +101,23 @@ def label(item: Item, reader: Reader, known: Mapping[str, Any] | None, shares: s
         "kept": {"1.0": 1.0},
         "words_kept": {"1.0": 1.0},
         "answers": {"1.0": len(legible)},
-        "pixels": {str(share): int(np.prod(sized(image, share))) for share in SHARES},
+        "pixels": {str(share): int(np.prod(sized(image.size, share))) for share in SHARES},
         **(known or {}),
     }
     if record["characters"] < LEAST_CHARACTERS:
         return record
     record |= {key: dict(record[key]) for key in ("kept", "words_kept", "answers")}
-    for share in missing(record["kept"], shares):
-        again = words(line.text for line in reader.read(at_share(image, share)))
-        record["kept"][str(share)] = round(text_kept(found, again), 4)
+    for share in missing(kept, shares):
+        again = words(line.text for line in reader.read(shown(image, sized(image.size, share))))
+        kept[share] = record["kept"][str(share)] = round(text_kept(found, again), 4)
         record["words_kept"][str(share)] = round(words_kept(found, again), 4)
         record["answers"][str(share)] = sum(is_legible(answer, again) for answer in legible)
     return record
 
 
-def missing(kept: Mapping[str, float], shares: str) -> Iterator[float]:
-    """Shares to read next, while `kept` grows: all that lack, or those of a bisection for the smallest sufficient one.
-
-    The bisection takes it that a larger share keeps no less.
-    """
-    if shares == "all":
-        yield from [share for share in SHARES if str(share) not in kept]
-        return
-    low, high = 0, len(SHARES)  # SHARES[low] is known to be sufficient, SHARES[high] not to be
-    while high - low > 1:
-        middle = (low + high) // 2
-        if str(SHARES[middle]) not in kept:
-            yield SHARES[middle]
-        low, high = (middle, high) if kept[str(SHARES[middle])] >= ENOUGH else (low, middle)
-
-
-def sized(image: Image.Image, share: float) -> tuple[int, int]:
-    """Width and height that the processor gives an image with a share of its native pixels."""
-    size = Size(1, image.height, image.width)
-    height, width = resized(RELEASED, size, None)
-    if share < 1:
-        height, width = resized(RELEASED, size, int(share * width * height))
-    return width, height
-
-
-def at_share(image: Image.Image, share: float) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(H, W, 3) uint8 RGB of native size that shows no more than a share of the pixels does."""
-    small = image.resize(sized(image, share), Image.Resampling.BICUBIC)
-    return np.asarray(small.resize(sized(image, 1.0), Image.Resampling.BICUBIC))
+def missing(kept: Mapping[float, float], shares: str) -> Iterator[float]:
+    """Shares to read next, while `kept` grows: all that lack, or those of a bisection for the smallest sufficient."""
+    return iter([share for share in SHARES if share not in kept]) if shares == "all" else shares_to_read(kept)
 
 
 if __name__ == "__main__":
