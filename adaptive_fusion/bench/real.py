@@ -258,24 +258,23 @@ class _Image:
             answered = sum(is_legible(answer, after) for answer in legible) / len(legible) if legible else None
             return text_kept(before, after), answered
 
-        kept, answers = {1.0: 1.0}, {1.0: 1.0}
-        for share in shares_to_read(kept):
-            kept[share], found = read(self._words(sized(self.image.size, share)))
-            answers[share] = found if found is not None else 1.0
+        steps = {1.0: 1.0}
+        for share in shares_to_read(steps):
+            steps[share], _ = read(self._words(sized(self.image.size, share)))
         seen, losses = {}, {}
         for policy, plan in self._plans(prompt).items():
             seen[policy] = self._read_seen(plan, read)
-            kept.setdefault(seen[policy].share, seen[policy].kept)
-            answers.setdefault(seen[policy].share, seen[policy].answers or 0.0)
             losses[policy] = self._loss(before, plan.seen)
         squeezed = self._squeezed(crop=True)
         if squeezed is not None:
             sent = _as_sent(squeezed)
             after = words(line.text for line in self._read(_scaled_up(squeezed, sent.seen, self.native)))
             seen[SQUEEZER] = self._seen(sent, lambda _: read(after)[0], read(after)[1])
-        curve = Curve(answers) if legible else None
-        more: dict[str, Any] = {"legible": len(legible), "answers": curve, "read": read}
-        return self._case(prompt, kept=Curve(kept), seen=seen, losses=losses, **more)
+        found = {share: read(after) for share, after in self._all_read().items()}
+        kept = Curve({share: part for share, (part, _) in found.items()})
+        answers = Curve({share: part or 0.0 for share, (_, part) in found.items()}) if legible else None
+        more: dict[str, Any] = {"legible": len(legible), "answers": answers, "read": read}
+        return self._case(prompt, kept=kept, seen=seen, losses=losses, **more)
 
     def _answers(self) -> list[Case]:
         """A case for each known question whose answer can be read natively: whether it still can."""
@@ -291,14 +290,15 @@ class _Image:
             found.append((question, read, seen))
         cases = []
         for question, read, seen in found:  # now that all sizes are read, each question's curve has them all
-            kept = {math.prod(s) / math.prod(self.native): read(self._words(s))[0] for s in list(self._lines)}
-            cases.append(self._case(question, kept=Curve(kept), seen=seen, read=read))
+            kept = Curve({share: read(after)[0] for share, after in self._all_read().items()})
+            cases.append(self._case(question, kept=kept, seen=seen, read=read))
         return cases
 
     def _case(self, question: str, **fields: Any) -> Case:
         item, entropy = self.item, self.complexity.features["grey_entropy"]
+        quarter = math.prod(sized(self.image.size, QUARTER)) / math.prod(self.native)
         expected = {
-            policy: self._planners.expected_loss(policy, self.image.size, self.complexity, question, QUARTER)
+            policy: self._planners.expected_loss(policy, self.image.size, self.complexity, question, quarter)
             for policy in self._policies
         }
         return Case(item.source, item.path, self.image.size, question, expected=expected, entropy=entropy, **fields)
@@ -325,6 +325,10 @@ class _Image:
             xs, ys = zip(*line.corners, strict=True)
             place = min(xs), min(ys), max(xs), max(ys)
         return Loss(tuple(lost.elements()), place)
+
+    def _all_read(self) -> dict[float, Words]:
+        """The words of all sizes that were read, by their share of the native pixels."""
+        return {math.prod(small) / math.prod(self.native): self._words(small) for small in self._lines}
 
     def _words(self, small: Sides) -> Words:
         if small not in self._lines:

@@ -44,7 +44,7 @@ def ranking(cases: Mapping[str, Sequence[Case]], policies: Sequence[str]) -> dic
         cases: By what is kept in them.
         policies: Whose expectations the cases have.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for what, of_kind in cases.items():
         for source in dict.fromkeys(case.source for case in of_kind):
             some = [case for case in of_kind if case.source == source]
@@ -55,7 +55,7 @@ def ranking(cases: Mapping[str, Sequence[Case]], policies: Sequence[str]) -> dic
                     "source": source,
                     "asks": what,
                     "n": len(some),
-                    "measured": 1 - float(np.average([float(case.kept.at(QUARTER)) for case in some], weights=weight)),
+                    "measured": 1 - float(np.average([case.at_share(QUARTER).kept for case in some], weights=weight)),
                     "expected": {policy: _mean([case.expected.get(policy) for case in some]) for policy in policies},
                     "published": None if published is None else 1 - published[2] / published[1],
                     "like": None if published is None else published[0],

@@ -33,9 +33,6 @@ class Kept(Protocol):
     def at(self, shares: float | Floats | tuple[float, ...], /) -> Floats:
         """Kept at each of `shares`, in [0, 1]."""
 
-    def smallest(self) -> float:
-        """The smallest step of the ladder that is sufficient."""
-
 
 class Objects:
     """Objects count as kept while the shorter side of their box spans a patch.
@@ -52,11 +49,6 @@ class Objects:
         scale = np.sqrt(np.asarray(shares, dtype=np.float64))
         found = (self._sides * scale[..., None] >= RELEASED.patch_size).mean(axis=-1)
         return np.asarray(np.where(np.asarray(shares) >= 1, 1.0, found))
-
-    def smallest(self) -> float:
-        """See `Kept`."""
-        kept = self.at(SHARES)
-        return min((share for share, part in zip(SHARES, kept, strict=True) if part >= ENOUGH), default=1.0)
 
 
 @dataclass(frozen=True)
@@ -125,12 +117,21 @@ class Case:
         return math.prod(within(self.file))
 
     def at(self, sides: Sides) -> Seen:
-        """What the image shows at `sides`, by its curve."""
+        """What the image shows at `sides`, by its curve, and what it takes."""
         pixels = math.prod(sides)
         share = min(1.0, pixels / self.native)
         answers = None if self.answers is None else float(self.answers.at(share))
         measured = self.read is None or share == 1.0
         return Seen(share, pixels, pixels // TOKEN_PIXELS, float(self.kept.at(share)), answers, measured)
+
+    def at_share(self, share: float) -> Seen:
+        """What the image shows with a share of its native pixels, in sides that the processor makes of it."""
+        return self.at(sized(self.file, share))
+
+    def oracle(self) -> Seen:
+        """The smallest step of the ladder that is sufficient; native where no smaller one is."""
+        steps = [self.at_share(share) for share in SHARES]
+        return min((step for step in steps if step.kept >= ENOUGH), key=lambda step: step.share)
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ def all_rows(cases: Sequence[Case], policies: Sequence[str]) -> list[Row]:
     rows.append(Row(ENTROPY, _at_shares(cases, shares), setting=f"{QUARTER:g} below {middle:.2f} bits"))
     if all(SQUEEZER in case.seen for case in cases):
         rows.append(Row(SQUEEZER, tuple(case.seen[SQUEEZER] for case in cases)))
-    oracle = [replace(seen, measured=True) for seen in _at_shares(cases, [case.kept.smallest() for case in cases])]
-    return [*rows, Row(ORACLE, tuple(oracle))]
+    # A bisection has read the step that it ends at.
+    return [*rows, Row(ORACLE, tuple(replace(case.oracle(), measured=True) for case in cases))]
 
 
 def fixed_rows(cases: Sequence[Case], policy: Row) -> list[Row]:
@@ -261,7 +262,7 @@ def versus(rows: Sequence[Row], cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _at_shares(cases: Sequence[Case], shares: Sequence[float]) -> tuple[Seen, ...]:
-    return tuple(case.at(sized(case.file, share)) for case, share in zip(cases, shares, strict=True))
+    return tuple(case.at_share(share) for case, share in zip(cases, shares, strict=True))
 
 
 def _score(cases: Sequence[Case], seen: Sequence[Seen]) -> tuple[float, float]:

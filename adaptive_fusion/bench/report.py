@@ -252,6 +252,7 @@ def empty_table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> T
 
 
 def with_interval(value: Mapping[str, float] | None, digits: int = 2, *, percent: bool = False) -> str:
+    """A value and its interval; a dash where there is none."""
     if value is None:
         return "-"
     scale, digits, unit = (100, 1, " %") if percent else (1, digits, "")

@@ -94,8 +94,3 @@ class Curve:
         found = np.interp(octaves, self._octaves, self._kept)
         below = np.maximum(0.0, self._kept[0] - BELOW * (self._octaves[0] - octaves))
         return np.asarray(np.where(octaves < self._octaves[0], below, found))
-
-    def smallest(self) -> float:
-        """The smallest step of `SHARES` that is sufficient; 1 where none is."""
-        kept = self.at(SHARES)
-        return min((share for share, part in zip(SHARES, kept, strict=True) if part >= ENOUGH), default=1.0)

@@ -151,6 +151,21 @@ def test_bench_quality_goes_on(what: str, good: list[Path], tmp_path: Path, no_m
     assert {record["row"] for record in found["slices"]["captions"]} >= {"native@1", "native@0.5", "shuffled", "chance"}
 
 
+@pytest.mark.parametrize("what", ["media", "name", "folder"])
+def test_bench_real_goes_on(what: str, good: list[Path], tmp_path: Path) -> None:
+    bad = BROKEN[what][0](tmp_path)
+    rows = [json.dumps({"file": path.name, "boxes": [{"name": "x", "box": [0, 0, 30, 30]}]}) for path in (*good, bad)]
+    (tmp_path / "truth.jsonl").write_text("\n".join([*rows[:2], '{"file": "[bold]', *rows[2:]]))
+    page = tmp_path / "page.html"
+    result = call("bench", "real", str(tmp_path), "--policy", "balanced", "--html", str(page), "--json")
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    (found,) = [json.loads(line) for line in result.stdout.splitlines()]
+    source = tmp_path.name
+    assert [one["input"] for one in found["failed"]] == [f"{source}/truth.jsonl, line 3", f"{source}/bad.png"]
+    assert {record["n"] for record in found["kinds"]["objects"]["rows"]} == {COUNT}
+    assert len(result.stderr.splitlines()) == 2 and f"{source}/bad.png" in page.read_text()
+
+
 @pytest.mark.parametrize("command", ["run", "label"])
 def test_a_fault_of_the_program_ends_the_run_with_what_was_done_on_disk(
     command: str, good: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
