@@ -108,9 +108,10 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         said.append("All rows were read at their own sizes.")
     elif "text" in result["kinds"]:
         said.append(
-            "~: taken off the curve of the shares that were read, not falling and linear in log share between them, "
-            "which favours these rows a little; --exact reads them. The oracle's bisection takes it that a larger "
-            "share keeps no less."
+            "~: taken off the curve of the shares that were read, not falling and linear in log share between them; "
+            "--exact reads them. A reader's slips at one size are in the policies' own rows and not in these; the "
+            "column beside them has both by the curve. The oracle's bisection takes it that a larger share keeps no "
+            "less."
         )
     return [*said, *_missing(result), *rank_notes(result)]
 

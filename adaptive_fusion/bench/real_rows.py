@@ -165,8 +165,12 @@ def all_rows(cases: Sequence[Case], policies: Sequence[str]) -> list[Row]:
 
 def fixed_rows(cases: Sequence[Case], policy: Row) -> list[Row]:
     """A fixed share and a fixed `max_pixels` beside a policy: the smallest that keep no less on average and at the 5th
-    percentile, and the largest that spend no more tokens."""
-    need, tokens = _score(cases, policy.seen), sum(seen.tokens for seen in policy.seen)
+    percentile, and the largest that spend no more tokens.
+
+    What both keep is taken off the curve: a reader's slips at one size must not decide.
+    """
+    by_curve = [_by_curve(case, seen) for case, seen in zip(cases, policy.seen, strict=True)]
+    need, tokens = _score(cases, by_curve), sum(seen.tokens for seen in policy.seen)
     ways: dict[str, tuple[Callable[[float], tuple[Seen, ...]], float, float]] = {
         "fixed share": (lambda share: _at_shares(cases, [share] * len(cases)), _LEAST_SHARE, 1.0),
         "fixed max_pixels": (
@@ -237,7 +241,10 @@ def summary(row: Row, cases: Sequence[Case], chosen: Sequence[int] | None = None
 
 
 def versus(rows: Sequence[Row], cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Each policy beside its fixed rows, paired: tokens as a ratio to theirs, kept as a difference, with intervals."""
+    """Each policy beside its fixed rows, paired: tokens as a ratio to theirs, kept as a difference, with intervals.
+
+    Kept is compared on the same terms: where the fixed row's is taken off the curve, the policy's is too.
+    """
     by_name = {row.name: row for row in rows if not row.beside}
     groups = [f"{case.source}/{case.path.name}" for case in cases]
     weight = np.array([case.weight for case in cases])
@@ -247,7 +254,8 @@ def versus(rows: Sequence[Row], cases: Sequence[Case]) -> list[dict[str, Any]]:
             continue
         own = by_name[row.beside].seen
         tokens = ([float(s.tokens) for s in own], [float(s.tokens) for s in row.seen])
-        gain = np.array([a.kept - b.kept for a, b in zip(own, row.seen, strict=True)])
+        pairs = zip(cases, own, row.seen, strict=True)
+        gain = np.array([(a if b.measured else _by_curve(case, a)).kept - b.kept for case, a, b in pairs])
         found.append(
             {
                 "policy": row.beside,
@@ -263,6 +271,10 @@ def versus(rows: Sequence[Row], cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 def _at_shares(cases: Sequence[Case], shares: Sequence[float]) -> tuple[Seen, ...]:
     return tuple(case.at_share(share) for case, share in zip(cases, shares, strict=True))
+
+
+def _by_curve(case: Case, seen: Seen) -> Seen:
+    return replace(seen, kept=float(case.kept.at(seen.share)))
 
 
 def _score(cases: Sequence[Case], seen: Sequence[Seen]) -> tuple[float, float]:

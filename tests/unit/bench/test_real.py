@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -187,6 +188,9 @@ def test_a_policy_beside_itself_is_even():
         if found["row"] == "fixed share":
             assert found["tokens_ratio"]["mean"] == pytest.approx(1, abs=0.02)
             assert found["kept_difference"]["mean"] == pytest.approx(0, abs=0.01)
+    slipped = [replace(one, seen={"p": replace(one.seen["p"], kept=0.3)}) for one in of]
+    again = versus(all_rows(slipped, ["p"]), slipped)
+    assert again == versus(rows, of), "a slip of the reader at one size decides nothing"
     values = summary(next(row for row in rows if row.name == "p"), of)
     assert values["tokens"]["low"] <= values["tokens"]["mean"] <= values["tokens"]["high"]
     assert values["tokens"]["mean"] == pytest.approx(0.5, abs=0.03) and not json.dumps(values).count("NaN")
