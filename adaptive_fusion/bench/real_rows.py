@@ -255,7 +255,8 @@ def versus(rows: Sequence[Row], cases: Sequence[Case]) -> list[dict[str, Any]]:
         own = by_name[row.beside].seen
         tokens = ([float(s.tokens) for s in own], [float(s.tokens) for s in row.seen])
         pairs = zip(cases, own, row.seen, strict=True)
-        gain = np.array([(a if b.measured else _by_curve(case, a)).kept - b.kept for case, a, b in pairs])
+        read = all(seen.measured for seen in row.seen)
+        gain = np.array([(a if read else _by_curve(case, a)).kept - b.kept for case, a, b in pairs])
         found.append(
             {
                 "policy": row.beside,
