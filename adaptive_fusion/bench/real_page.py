@@ -84,7 +84,6 @@ def page(result: Mapping[str, Any], bad: Sequence[Bad]) -> str:
     """The whole page."""
     policies = result["policies"]
     parts = ["<h1>Real images: what is kept, and what is spent</h1>"]
-    parts += [f"<p class='soft'>{_text(line)}</p>" for line in notes(result)]
     for what in result["kinds"]:
         parts.append(f"<h2>{_text(title(result, what))}</h2>")
         parts.append(_plot(points(result, what), policies, what))
@@ -99,6 +98,7 @@ def page(result: Mapping[str, Any], bad: Sequence[Bad]) -> str:
         parts.append(_table(("input", "why"), failed, policies, words=2))
     parts.append(f"<h2>Least kept by {_text(policies[0])}</h2>")
     parts += [_case(one) for one in bad] or ["<p>All of every image is kept.</p>"]
+    parts += ["<h2>How this was measured</h2>", *(f"<p class='soft'>{_text(line)}</p>" for line in notes(result))]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
