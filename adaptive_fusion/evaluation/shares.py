@@ -48,9 +48,9 @@ def within(file: Sides, max_pixels: int | None = None) -> Sides:
 
 
 def sized(file: Sides, share: float) -> Sides:
-    """Sides that the processor gives an image file with a share of its native pixels."""
+    """Sides that the processor gives an image file with a share of its native pixels, rounded as a rung's is."""
     native = within(file)
-    return within(file, int(share * math.prod(native))) if share < 1 else native
+    return within(file, round(share * math.prod(native))) if share < 1 else native
 
 
 def shown(image: Image.Image, small: Sides) -> Bytes:

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from adaptive_fusion.evaluation.shares import ENOUGH, SHARES, Curve, shares_to_read, shown, sized, within
+from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.rungs import Rung
 
 parts = st.floats(0, 1)
 files = st.tuples(st.integers(256, 3000), st.integers(256, 3000))  # smaller ones are enlarged
@@ -17,8 +19,9 @@ files = st.tuples(st.integers(256, 3000), st.integers(256, 3000))  # smaller one
 def test_a_share_never_takes_more_than_it_says_and_sides_are_whole_tokens(file, share):
     native, small = within(file), sized(file, share)
     assert all(side % 32 == 0 for side in (*native, *small))
-    assert math.prod(small) <= max(share * math.prod(native), 32 * 32)
+    assert math.prod(small) <= max(round(share * math.prod(native)), 32 * 32)
     assert sized(file, 1.0) == native == within(native)
+    assert small == within(file, Rung(NATIVE, pixel_share=share).resolve(math.prod(native)).max_pixels)
 
 
 def test_what_is_shown_has_native_size_and_less_detail_the_smaller_the_share():
