@@ -94,6 +94,7 @@ def _measured(
 ) -> "tuple[dict[str, Any], list[Bad]]":
     """The command's JSON, and the cases that are shown as pictures."""
     from adaptive_fusion.bench import real as bench
+    from adaptive_fusion.bench.real_cases import squeezer
     from adaptive_fusion.bench.real_plans import load_policies
     from adaptive_fusion.evaluation.truth import read_sources
 
@@ -104,7 +105,7 @@ def _measured(
         cases = bench.measure(sources, policies, reader, images=images, prompt=prompt, progress=shown)
         found = bench.judge(cases, names, exact=exact, reader=reader, progress=shown)
     bad = bench.worst(cases, names[0], worst)
-    squeezed = "absent" if bench.squeezer() is None else "; ".join(f"{n} ({w})" for n, w in cases.unsqueezed)
+    squeezed = "absent" if squeezer() is None else "; ".join(f"{n} ({w})" for n, w in cases.unsqueezed)
     about = {
         "policies": names,
         "images": images,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from adaptive_fusion.bench.real import ANSWERS, DESCRIBE, GENERAL, OBJECTS, READ, TEXT, judge, measure, worst
+from adaptive_fusion.bench.real import DESCRIBE, GENERAL, READ, judge, measure, worst
+from adaptive_fusion.bench.real_cases import ANSWERS, OBJECTS, TEXT
 from adaptive_fusion.bench.real_page import check_page, page
 from adaptive_fusion.bench.real_plans import Planners, load_policies
 from adaptive_fusion.bench.real_ranks import kind_by_name, rank_correlation
@@ -295,12 +296,15 @@ def test_text_without_a_reader_says_what_to_install_and_photographs_need_none(so
     assert found["sources"]["photos"] == {"images": 2, "prompt": DESCRIBE}
 
 
-def test_a_real_reader_loses_fine_text_first(sources):
+def test_a_real_reader_loses_text_with_the_pixels(tmp_path):
     try:
         reader = RapidReader()
     except MissingExtraError:
         pytest.skip("needs rapidocr and onnxruntime: pip install adaptive-fusion[readers]")
-    measured = measure(read_sources(sources[:1])[0], load_policies(["balanced"]), reader, images=2)
-    fine, large = sorted(measured.found[TEXT], key=lambda one: one.path.name)
-    assert fine.oracle().share > large.oracle().share
-    assert fine.seen["balanced"].kept > 0.9
+    page = np.full((160, 448, 3), 255, np.uint8)
+    for row, line in enumerate(("total amount 1250", "paid in cash 3400")):
+        cv2.putText(page, line, (20, 60 + 50 * row), cv2.FONT_HERSHEY_SIMPLEX, 0.8, (20, 20, 20), 1, cv2.LINE_AA)
+    Image.fromarray(page).save(tmp_path / "page.png")
+    measured = measure(read_sources([tmp_path])[0], load_policies(["balanced"]), reader, images=1)
+    (found,) = measured.found[TEXT]
+    assert found.seen["balanced"].kept > 0.9 > found.at_share(0.0625).kept
