@@ -19,7 +19,7 @@ PUBLISHED = {
 }
 """By kind of image a benchmark and its published scores at native size and at about a quarter of the tokens.
 
-Qwen2.5-VL-7B by plain resizing; DocVQA as in VisionThink (arXiv 2507.13348). Pages of DocVQA have several megapixels:
+Qwen2.5-VL-7B by plain resizing; DocVQA's are those of VisionThink. Pages of DocVQA have several megapixels:
 it is the size of text that decides, so smaller documents lose more.
 """
 

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from label import SHARES, sized
 from PIL import Image
 from rich.progress import track
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.folders import media_files
+from adaptive_fusion.evaluation.shares import SHARES, within
 from adaptive_fusion.evaluation.statistics import bootstrap_ratio
 from adaptive_fusion.features.complexity import VERSION, measure_complexity
 from adaptive_fusion.media.load import load_media
@@ -175,7 +175,7 @@ def read(folders: Sequence[Path], times: Sequence[int] = (1,), quiet: bool = Fal
 
 
 def native(image: Image.Image) -> float:
-    return float(np.prod(sized(image, 1.0)))
+    return float(np.prod(within(image.size)))
 
 
 def values(image: Image.Image) -> list[float]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from fit import STEPS, curve
-from label import ENOUGH, read_labels
+from label import read_labels
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
@@ -38,6 +38,7 @@ from scipy.optimize import minimize
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
+from adaptive_fusion.evaluation.shares import ENOUGH
 from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.media.load import load_media
 from adaptive_fusion.policy.calibration import Platt

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from fit import MARGIN, curve
-from label import ENOUGH, SHARES, read_labels
+from label import read_labels
 
+from adaptive_fusion.evaluation.shares import ENOUGH, SHARES
 from adaptive_fusion.learning.fitting.card import lane_lines
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.familiar import Familiar
