@@ -52,9 +52,9 @@ DETAIL_FEATURES = (
 """Names in the order of `detail_features`; all values are finite."""
 
 _CONTRAST = 32
-_FIRST_LINES, _FIRST_VARIATION = 16, 20_000  # of the first look
-_LINES = 96  # so many that a line of small print is not missed
-_VARIATION = 60_000  # of scan lines: grey levels, those of some hundred strokes
+_FIRST_LINES, _FIRST_VARIATION = 16, 8_000  # of the first look
+_LINES = 64  # so many that a line of small print is not missed
+_VARIATION = 30_000  # of scan lines: grey levels, those of some hundred strokes
 _LEAST = 64  # pixels of each
 _MOST_APART = 16.0
 _WINDOWS = 32
@@ -73,10 +73,10 @@ _LOW = 0.25  # of the heights
 _LOW_STROKES = (0.02, 0.25)
 _NOISE, _ROUNDS = 3, 12  # grey levels of a flank that is none; of merging, more than are ever needed but in noise
 _GOLDEN = 0.6180339887498949
-_SEGMENT, _SEGMENTS = 128, 128  # pixels; how many, those with most changes
+_SEGMENT, _SEGMENTS = 128, 48  # pixels; how many, those with most changes
 _HANN = np.hanning(_SEGMENT + 2)[1:-1].astype(np.float32)
 _DECIBELS = 16.0  # below the strongest frequencies: where the spectrum is taken to end
-_CUTOFF = 0.72  # cycles a pixel of the image before, where that of an enlarged one ends: above .5 as it falls slowly
+_CUTOFF = 0.73  # cycles a pixel of the image before, where that of an enlarged one ends: above .5 as it falls slowly
 _SHARP = 0.45  # cycles a pixel: images that reach this far are not enlarged
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -127,7 +127,7 @@ def _first_look(source: "_Source") -> tuple[float, float]:
     """How many pixels apart lines can be read without missing a flank; `enlarged`."""
     lines = source.lines(_FIRST_LINES, 1)[1]
     strokes = _Strokes(lines, 1, _FIRST_VARIATION)
-    repeated, cutoff = _repeated(strokes.changes), _cutoff(lines)
+    repeated, cutoff = _repeated(strokes.changes), _cutoff(lines[::2])
     enlarged = max(float(repeated), _CUTOFF / cutoff if cutoff < _SHARP else 1.0)
     apart = max(repeated, 2 * _quantile(strokes.spread, 10) if len(strokes.spread) else 1)
     return min(apart, _MOST_APART), float(np.log2(enlarged))
@@ -151,11 +151,12 @@ def _cutoff(lines: Bytes) -> float:
     segments = (lines.shape[1] - 1) // _SEGMENT
     if not segments:
         return 0.5
-    values = lines[:, : segments * _SEGMENT + 1].astype(np.float32)
-    steps = (values[:, 1:] - values[:, :-1]).reshape(-1, _SEGMENT)
-    if len(steps) > _SEGMENTS:
-        energy = np.abs(steps) @ np.ones(_SEGMENT, np.float32)
-        steps = steps[np.argpartition(energy, len(steps) - _SEGMENTS)[-_SEGMENTS:]]
+    here, after = (lines[:, at : at + segments * _SEGMENT].reshape(-1, _SEGMENT) for at in (0, 1))
+    if len(here) > _SEGMENTS:
+        energy = cv2.reduce(cv2.absdiff(here, after), 1, cv2.REDUCE_SUM, dtype=cv2.CV_32S).ravel()
+        most = np.argpartition(energy, len(here) - _SEGMENTS)[-_SEGMENTS:]
+        here, after = here[most], after[most]
+    steps = after.astype(np.float32) - here
     parts = np.asarray(cv2.dft(steps * _HANN, flags=cv2.DFT_ROWS))[:, 1:-1]  # without the mean and half a cycle a pixel
     power = (parts * parts).sum(axis=0, dtype=np.float64).reshape(-1, 2).sum(axis=1)
     power = np.convolve(np.pad(power, 1, mode="edge"), np.ones(3) / 3, "valid")

@@ -4,13 +4,15 @@
 
 DIR... are the folders that `label.py` read. What is fitted is
 
-    log2 share = intercept - 2 stroke_low + CAREFUL max(0, 1 - text_share / TEXT)
+    log2 share = finest + text (min(finest, intercept - 2 text_height_low) - finest)
+    finest     = -2 enlarged
+    text       = clip((text_share - TEXTURE) / (TEXT - TEXTURE), 0, 1)
 
-Pixels are planned so that the finest strokes come out at a width that can be read: to keep .98 of the text, it is the
-finest one in fifty that counts. The factor 2 is that of area over length: an image enlarged twice is planned a quarter
-of the share, the same pixels. Where fewer than half of the finer strokes lie in a band of text, what was measured may
-be texture and the text finer than it: the plan goes over to all pixels. A share is that of native pixels, so lengths
-are taken at native size.
+Pixels are planned so that the lower lines of text come out at a height that can be read. The factor 2 is that of area
+over length: an image enlarged twice is planned a quarter of the share, the same pixels. Where few of the finer strokes
+lie in a band of text, what was measured may be texture and the text finer than it: the plan goes over to `finest`, all
+the pixels that have something to show, which is all of those of an image that does not look enlarged. A share is that
+of native pixels, so lengths are taken at native size.
 
 Each source is left out in turn, and the intercept is the smallest with which the others keep `GOAL`, each of them
 counting the same: a quantile of what images need, set by what is lost beyond it. For forms with more coefficients,
@@ -28,33 +30,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from label import read_labels
+from label import RELEASED, SHARES, read_labels, sized
 from PIL import Image
 from rich.progress import track
 from scipy.optimize import minimize
 
-from adaptive_fusion.evaluation.shares import ENOUGH, SHARES, Curve, sized
 from adaptive_fusion.evaluation.statistics import bootstrap_mean, bootstrap_ratio
 from adaptive_fusion.features.detail import DETAIL_FEATURES, VERSION, detail_features
 from adaptive_fusion.features.image import IMAGE_FEATURES, image_features, take_sample
 from adaptive_fusion.media.load import load_media
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-Model = Callable[[Floats], Floats]
+Model = Callable[[Floats, float], Floats]
+"""log2 shares, not cut off at 1, of rows of features and an intercept, with which they do not fall."""
 
 STEPS = np.log2(SHARES)
-GOAL = (0.986, 0.935)
+ENOUGH = 0.98
+GOAL = (0.987, 0.945)
 """Mean and 5th percentile of text kept that the intercept is set for: a little above .985 and .93."""
 QUANTILE = 0.85
 MARGIN = 1.1
 """In linear scale, over what the reader needs; see the policy's field."""
 LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank")
-TEXT = 0.5  # text_share from which on the strokes are taken for those of text
-CAREFUL = 6.0  # octaves: 64 times the share, which is all pixels where strokes are up to 8 times as wide as needed
+ENLARGED = DETAIL_FEATURES.index("enlarged")
+TEXTURE, TEXT = 0.1, 0.8  # text_share up to which nothing is taken for text, and from which on all is
 FEATURES = (*DETAIL_FEATURES, *IMAGE_FEATURES)
 SMOOTH = 0.1  # of the corner of the pinball loss, in log2
 RIDGE = 0.02
 SEED = 0
+KINDS = (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.NEAREST)
+ENLARGEMENTS = tuple((kind, times) for kind in KINDS for times in (2, 4))
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     table = read(options.labels, {folder.name: folder for folder in options.sources}, quiet=options.json)
-    figures, left_out = judge(table)
-    figures["enlarged"] = enlarged(table, options.labels, {folder.name: folder for folder in options.sources}, left_out)
+    figures = judge(table)
+    figures["enlarged"] = enlarged(table, options.labels, {folder.name: folder for folder in options.sources})
     if options.out:
         options.out.write_text(json.dumps(artefact(table) | {"figures": figures}, indent=2) + "\n", "utf-8")
     print(json.dumps(figures) if options.json else in_words(figures))
@@ -127,40 +132,51 @@ def read(labels: Path, folders: dict[str, Path], quiet: bool = False) -> Table:
 
 def measure(image: Image.Image) -> Floats:
     """Features of an image, lengths in pixels of its native size."""
-    width, height = sized(image.size, 1.0)
+    width, height = sized(image, 1.0)
     scale = np.log2(width * height / (image.width * image.height)) / 2
     detail = [
         value + scale if name in LENGTHS else value
         for name, value in zip(DETAIL_FEATURES, detail_features(image), strict=True)
     ]
+    detail[ENLARGED] = max(0.0, detail[ENLARGED] + scale)  # what is shrunk to native size has no pixels to spare
     return np.array([*detail, *image_features(take_sample(image))])
 
 
 def curve(kept: dict[str, float]) -> Floats:
-    """Text kept at each step; see `Curve`."""
-    return Curve({float(share): part for share, part in kept.items()}).at(SHARES)
+    """Text kept at each step, not falling with the share; between those that were read linear in log2 of the share.
 
-
-def strokes(table: Table) -> Model:
-    """The form that is used, without its intercept."""
-    del table
-    return lambda x: predict(x)
-
-
-def predict(features: Floats, length: str = "stroke_low") -> Floats:
-    """log2 of the sufficient share, less the intercept and not cut off at 1."""
-    size, text = (features[:, FEATURES.index(name)] for name in (length, "text_share"))
-    return np.asarray(-2 * size + CAREFUL * np.maximum(0, 1 - text / TEXT))
+    Below the smallest share that was read, it falls by .3 an octave: what it does on average there.
+    """
+    share = np.array(sorted(map(float, kept)))
+    value = np.maximum.accumulate([kept[str(s)] for s in share])
+    found = np.interp(STEPS, np.log2(share), value)
+    below = np.log2(share[0]) > STEPS
+    found[below] = np.maximum(0, value[0] - 0.3 * (np.log2(share[0]) - STEPS[below]))
+    return found
 
 
 def heights(table: Table) -> Model:
+    """The form that is used."""
     del table
-    return lambda x: predict(x, "text_height_low")
+    return predict
 
 
-def strokes_alone(table: Table) -> Model:
+def predict(features: Floats, intercept: float, size: str = "text_height_low") -> Floats:
+    """log2 of the sufficient share, not cut off at 1."""
+    length, text_share, enlarged = (features[:, FEATURES.index(name)] for name in (size, "text_share", "enlarged"))
+    finest = -2 * enlarged
+    text = np.clip((text_share - TEXTURE) / (TEXT - TEXTURE), 0, 1)
+    return np.asarray(finest + text * (np.minimum(finest, intercept - 2 * length) - finest))
+
+
+def strokes(table: Table) -> Model:
     del table
-    return lambda x: -2 * x[:, FEATURES.index("stroke_low")]
+    return lambda x, intercept: predict(x, intercept, "stroke_low")
+
+
+def heights_alone(table: Table) -> Model:
+    del table
+    return lambda x, intercept: intercept - 2 * x[:, FEATURES.index("text_height_low")]
 
 
 def boosted(table: Table) -> Model:
@@ -173,7 +189,7 @@ def boosted(table: Table) -> Model:
         monotonic_cst=falling, random_state=SEED,
     )  # fmt: skip
     trees.fit(table.features, table.oracle, sample_weight=table.weight * len(table.source))
-    return lambda x: np.asarray(trees.predict(x))
+    return lambda x, intercept: np.asarray(intercept + trees.predict(x))
 
 
 def ridge_all(table: Table) -> Model:
@@ -188,13 +204,13 @@ def ridge_all(table: Table) -> Model:
 
     bounds = [(None, None), *((None, 0) if n in (*LENGTHS, "text_share") else (None, None) for n in FEATURES)]
     best = minimize(loss, np.zeros(1 + x.shape[1]), method="L-BFGS-B", bounds=bounds).x
-    return lambda f: np.asarray(best[0] + (f - mean) / spread @ best[1:])
+    return lambda f, intercept: np.asarray(intercept + best[0] + (f - mean) / spread @ best[1:])
 
 
 FORMS: dict[str, Callable[[Table], Model]] = {
-    "strokes, careful without text": strokes,
-    "strokes alone": strokes_alone,
     "height of text, careful without text": heights,
+    "height of text alone": heights_alone,
+    "strokes, careful without text": strokes,
     "all features, linear": ridge_all,
     "all features, boosted trees": boosted,
 }
@@ -205,28 +221,33 @@ def left_out_shares(table: Table, form: Callable[[Table], Model]) -> Floats:
     found = np.zeros(len(table.source))
     for name in np.unique(table.source):
         own = table.source == name
-        found[own] = calibrated(table.part(~own), form)(table.features[own])
+        others = table.part(~own)
+        found[own] = form(others)(table.features[own], intercept(others, form))
     return np.minimum(found, 0)
 
 
-def calibrated(table: Table, form: Callable[[Table], Model]) -> Model:
-    """A model whose intercept reaches `GOAL` on sources left out of its own data."""
-    outside = np.zeros(len(table.source))
-    for name in np.unique(table.source):
-        own = table.source == name
-        outside[own] = form(table.part(~own))(table.features[own])
-    shift = smallest_shift(table, outside)
-    model = form(table)
-    return lambda x: model(x) + shift
+def intercept(table: Table, form: Callable[[Table], Model]) -> float:
+    """The smallest with which `GOAL` is reached on sources left out of the table in turn."""
+    models = [(table.source == name, form(table.part(table.source != name))) for name in np.unique(table.source)]
+
+    def shares(value: float) -> Floats:
+        found = np.zeros(len(table.source))
+        for own, model in models:
+            found[own] = model(table.features[own], value)
+        return found
+
+    return smallest(table, shares)
 
 
-def smallest_shift(table: Table, log_share: Floats) -> float:
-    """What to add to log2 shares for `GOAL` to be reached, in steps of .02."""
-    for shift in np.arange(-12, 16, 0.02):
-        kept = table.text_kept(to_step(np.minimum(log_share + shift, 0)))
-        if np.average(kept, weights=table.weight) >= GOAL[0] and np.quantile(kept, 0.05) >= GOAL[1]:
-            return float(shift)
-    return 16.0
+def smallest(table: Table, shares: Callable[[float], Floats]) -> float:
+    """The smallest value whose log2 shares reach `GOAL`, in steps of .02; shares do not fall with it."""
+    low, high = -600, 800
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = table.text_kept(to_step(np.minimum(shares(middle / 50), 0)))
+        reached = np.average(kept, weights=table.weight) >= GOAL[0] and np.quantile(kept, 0.05) >= GOAL[1]
+        low, high = (low, middle) if reached else (middle, high)
+    return high / 50
 
 
 def to_step(log_share: Floats) -> Floats:
@@ -234,16 +255,16 @@ def to_step(log_share: Floats) -> Floats:
     return np.array([min(step for step in STEPS if step >= min(x, 0.0) - 1e-9) for x in log_share])
 
 
-def judge(table: Table) -> tuple[dict[str, Any], Floats]:
-    """Figures of all forms, and the log2 shares of the one that is used."""
+def judge(table: Table) -> dict[str, Any]:
+    """Figures of all forms, and of the one that is used by source and margin."""
     figures: dict[str, Any] = {"images": len(table.source), "forms": {}}
     for name, form in FORMS.items():
         shares = left_out_shares(table, form)
         figures["forms"][name] = summary(table, to_step(shares))
-        if form is strokes:
+        if form is heights:
             chosen = shares
     ceiling = -2 * table.heights
-    ceiling = np.minimum(ceiling + smallest_shift(table, ceiling), 0)
+    ceiling = np.minimum(ceiling + smallest(table, lambda value: ceiling + value), 0)
     figures["forms"]["the reader's own line heights (not known before reading)"] = summary(table, to_step(ceiling))
     figures["forms"]["oracle"] = summary(table, table.oracle)
     figures["sources"] = {
@@ -253,7 +274,7 @@ def judge(table: Table) -> tuple[dict[str, Any], Floats]:
     figures["margin 1, any share"] = against(table, chosen)
     figures["margin 1"] = against(table, to_step(chosen))
     figures[f"margin {MARGIN}"] = against(table, to_step(np.minimum(chosen + 2 * np.log2(MARGIN), 0)))
-    return figures, chosen
+    return figures
 
 
 def summary(table: Table, log_share: Floats) -> dict[str, float]:
@@ -296,40 +317,42 @@ def against(table: Table, log_share: Floats) -> dict[str, Any]:
     return found
 
 
-def enlarged(table: Table, labels: Path, folders: dict[str, Path], chosen: Floats) -> dict[str, Any]:
-    """Planned pixels of images enlarged (bicubic) over those of the images as they are; every fourth image."""
-    model = calibrated(table, strokes)
+def enlarged(table: Table, labels: Path, folders: dict[str, Path]) -> dict[str, Any]:
+    """Planned pixels of images enlarged over those of the images as they are; every fourth image."""
+    value = intercept(table, heights)
     records = [r for r in read_labels(labels).values() if len(r["kept"]) > 1 and r["source"] in folders][::4]
-    found: dict[str, Any] = {}
-    for times in (2, 4):
-        ratios = []
-        for record in records:
-            image = load_media(folders[record["source"]] / record["file"])
-            if image.width * image.height * times**2 > 5e7:
-                continue
-            large = image.resize((image.width * times, image.height * times), Image.Resampling.BICUBIC)
-            planned = [
-                np.exp2(min(model(measure(i)[None])[0], 0.0)) * np.prod(sized(i.size, 1.0)) for i in (image, large)
-            ]
-            ratios.append(planned[1] / planned[0])
-        found[f"{times}x"] = {
-            "images": len(ratios),
-            "median": float(np.median(ratios)),
-            "within_25_percent": float(np.mean([0.8 <= ratio <= 1.25 for ratio in ratios])),
-            "quantiles_5_95": np.quantile(ratios, [0.05, 0.95]).tolist(),
+    ratios: dict[str, list[float]] = {f"{kind.name.lower()} {times}x": [] for kind, times in ENLARGEMENTS}
+    for record in records:
+        image = load_media(folders[record["source"]] / record["file"]).convert("RGB")
+        planned = pixels(image, value)
+        for kind, times in ENLARGEMENTS:
+            if image.width * image.height * times**2 <= RELEASED.size["longest_edge"]:  # beyond it native is smaller
+                large = image.resize((image.width * times, image.height * times), kind)
+                ratios[f"{kind.name.lower()} {times}x"].append(pixels(large, value) / planned)
+    return {
+        name: {
+            "images": len(each),
+            "median": float(np.median(each)),
+            "within_25_percent": float(np.mean([0.8 <= ratio <= 1.25 for ratio in each])),
+            "quantiles_5_95": np.quantile(each, [0.05, 0.95]).tolist(),
         }
-    return found
+        for name, each in ratios.items()
+    }
+
+
+def pixels(image: Image.Image, value: float) -> float:
+    """Planned for an image, any share of its native pixels."""
+    return float(np.exp2(min(predict(measure(image)[None], value)[0], 0.0)) * np.prod(sized(image, 1.0)))
 
 
 def artefact(table: Table) -> dict[str, Any]:
     """What was fitted, on all sources."""
-    features = table.features[:1]
     return {
-        "schema": 1,
+        "schema": 2,
         "detail_version": VERSION,
-        "intercept": round(float((calibrated(table, strokes)(features) - predict(features))[0]), 4),
+        "intercept": round(intercept(table, heights), 4),
+        "texture": TEXTURE,
         "text": TEXT,
-        "careful": CAREFUL,
     }
 
 

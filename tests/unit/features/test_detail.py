@@ -63,9 +63,45 @@ def test_lengths_grow_with_the_image(times):
     image = page(1.0, thickness=2)
     large = cv2.resize(image, None, fx=times, fy=times, interpolation=cv2.INTER_CUBIC)
     before, after = measured(image), measured(large)
-    for name in LENGTHS:
-        assert after[name] - before[name] == pytest.approx(np.log2(times), abs=0.3), name
-    assert abs(after["text_share"] - before["text_share"]) < 0.3
+    for name in ("text_height_low", "text_height", "stroke"):
+        assert after[name] - before[name] == pytest.approx(np.log2(times), abs=0.25), name
+    assert abs(after["text_share"] - before["text_share"]) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["NEAREST", "BILINEAR", "BICUBIC", "LANCZOS"])
+@pytest.mark.parametrize("times", [2, 4])
+def test_an_enlarged_image_says_how_much(kind, times):
+    image = Image.fromarray(page(0.5))
+    assert measured(image)["enlarged"] == 0
+    large = image.resize((image.width * times, image.height * times), Image.Resampling[kind])
+    assert measured(large)["enlarged"] == pytest.approx(np.log2(times), abs=0.35)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: 255 - image,
+        lambda image: (image * np.array([0.7, 0.5, 0.9]) + [60, 20, 10]).astype(np.uint8),
+        lambda image: cv2.imdecode(cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 60))[1], cv2.IMREAD_COLOR),
+    ],
+    ids=["inverted", "coloured", "jpeg"],
+)
+def test_size_of_text_is_the_same_in_other_colours_and_with_noise(change):
+    image = page(0.8, thickness=2)
+    before, after = measured(image), measured(change(image))
+    assert after["text_height_low"] == pytest.approx(before["text_height_low"], abs=0.25)
+    assert after["text_share"] == pytest.approx(before["text_share"], abs=0.2)
+    assert after["enlarged"] == 0
+
+
+def test_small_print_is_found_on_a_page_with_little_else():
+    image = np.full((800, 1280, 3), 255, np.uint8)
+    cv2.putText(image, "LOGO", (380, 360), cv2.FONT_HERSHEY_SIMPLEX, 6.0, (200, 80, 40), 24, cv2.LINE_AA)
+    for y in (30, 500, 780):
+        cv2.putText(
+            image, "privacy terms settings " * 3, (100, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (90, 90, 90), 1, cv2.LINE_AA
+        )
+    assert measured(image)["text_height_low"] < 3.5
 
 
 def test_larger_text_never_measures_smaller():
