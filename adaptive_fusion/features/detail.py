@@ -162,9 +162,12 @@ def _cutoff(lines: Bytes) -> float:
     power = np.convolve(np.pad(power, 1, mode="edge"), np.ones(3) / 3, "valid")
     level = 10 * np.log10(power + 1e-9)
     above = level - (np.partition(level, -6)[-6] - _DECIBELS)
-    last = int(np.flatnonzero(above > 0)[-1])
-    if last == len(above) - 1:
+    # Where it falls below, not where it last is above: linear interpolation has side lobes.
+    fallen = np.flatnonzero((above[:-1] > 0) & (above[1:] <= 0))
+    fallen = fallen[fallen >= int(np.argmax(level))]
+    if not len(fallen):
         return 0.5
+    last = int(fallen[0])
     return float(last + 1 + above[last] / (above[last] - above[last + 1])) / _SEGMENT
 
 
