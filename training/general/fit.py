@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from label import RELEASED, SHARES, read_labels, sized
+from label import read_labels
 from PIL import Image
 from rich.progress import track
 from scipy.optimize import minimize
 
+from adaptive_fusion.evaluation.shares import ENOUGH, RELEASED, SHARES, Curve, sized
 from adaptive_fusion.evaluation.statistics import bootstrap_mean, bootstrap_ratio
 from adaptive_fusion.features.detail import DETAIL_FEATURES, VERSION, detail_features
 from adaptive_fusion.features.image import IMAGE_FEATURES, image_features, take_sample
@@ -45,7 +46,6 @@ Model = Callable[[Floats, float], Floats]
 """log2 shares, not cut off at 1, of rows of features and an intercept, with which they do not fall."""
 
 STEPS = np.log2(SHARES)
-ENOUGH = 0.98
 GOAL = (0.987, 0.945)
 """Mean and 5th percentile of text kept that the intercept is set for: a little above .985 and .93."""
 QUANTILE = 0.85
@@ -132,7 +132,7 @@ def read(labels: Path, folders: dict[str, Path], quiet: bool = False) -> Table:
 
 def measure(image: Image.Image) -> Floats:
     """Features of an image, lengths in pixels of its native size."""
-    width, height = sized(image, 1.0)
+    width, height = sized(image.size, 1.0)
     scale = np.log2(width * height / (image.width * image.height)) / 2
     detail = [
         value + scale if name in LENGTHS else value
@@ -143,16 +143,8 @@ def measure(image: Image.Image) -> Floats:
 
 
 def curve(kept: dict[str, float]) -> Floats:
-    """Text kept at each step, not falling with the share; between those that were read linear in log2 of the share.
-
-    Below the smallest share that was read, it falls by .3 an octave: what it does on average there.
-    """
-    share = np.array(sorted(map(float, kept)))
-    value = np.maximum.accumulate([kept[str(s)] for s in share])
-    found = np.interp(STEPS, np.log2(share), value)
-    below = np.log2(share[0]) > STEPS
-    found[below] = np.maximum(0, value[0] - 0.3 * (np.log2(share[0]) - STEPS[below]))
-    return found
+    """Text kept at each step; see `Curve`."""
+    return Curve({float(share): part for share, part in kept.items()}).at(SHARES)
 
 
 def heights(table: Table) -> Model:
@@ -342,7 +334,7 @@ def enlarged(table: Table, labels: Path, folders: dict[str, Path]) -> dict[str, 
 
 def pixels(image: Image.Image, value: float) -> float:
     """Planned for an image, any share of its native pixels."""
-    return float(np.exp2(min(predict(measure(image)[None], value)[0], 0.0)) * np.prod(sized(image, 1.0)))
+    return float(np.exp2(min(predict(measure(image)[None], value)[0], 0.0)) * np.prod(sized(image.size, 1.0)))
 
 
 def artefact(table: Table) -> dict[str, Any]:
