@@ -90,21 +90,26 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """The reader's need: ``log2 share = intercept - 2 stroke_low + careful max(0, 1 - text_share / text)``.
+    """The reader's need: ``log2 share = intercept - 2 text_height_low`` of the native pixels, where there is text.
 
-    The strokes' width, in native pixels, sets the scale at which they can be told apart; where the image shows no
-    lines of text, what looks like strokes may be anything, and the need rises to all pixels.
+    How sure that is goes from 0 at a `text_share` of `texture` to 1 at `text`; what is no text may be anything, and
+    needs all pixels but those that enlarging has added.
     """
 
     intercept: float
+    texture: float
     text: float
-    careful: float
     per_octave: float
 
-    def log2_share(self, detail: Mapping[str, float], enlarged: float, *, careful: bool = True) -> float:
-        """Of the native pixels, not cut off at 0; `enlarged` is log2 of native over own side lengths."""
-        share = self.intercept - 2 * (detail["stroke_low"] + enlarged)
-        return share + self.careful * max(0.0, 1 - detail["text_share"] / self.text) if careful else share
+    def sure(self, detail: Mapping[str, float]) -> float:
+        """How sure it is that the image shows text, 0 to 1."""
+        return min(1.0, max(0.0, (detail["text_share"] - self.texture) / (self.text - self.texture)))
+
+    def log2_share(self, detail: Mapping[str, float], scale: float) -> float:
+        """Of the native pixels, at most 0; `scale` is log2 of native over own side lengths."""
+        finest = -2 * max(0.0, detail["enlarged"] + scale)
+        text = min(finest, self.intercept - 2 * (detail["text_height_low"] + scale))
+        return finest + self.sure(detail) * (text - finest)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Sufficiency:
 
         Args:
             kind: Of the question, one of `PROMPT_KINDS`. To read needs the text; to describe needs the objects; what
-                no reader labels needs the objects, the floor, and the text where there are lines of it.
+                no reader labels needs the objects, the floor, and the text where there is some more likely than not.
             complexity: With its detail.
             own: Pixels of the image or frame as it was measured.
             native: Pixels that the processor gives it.
@@ -162,10 +167,8 @@ class Sufficiency:
         if not complexity.detail:
             return None
         found = [Need("objects", self.scene.pixels(complexity.features), self.scene.per_octave)]
-        share_of_text = complexity.detail["text_share"]
-        if kind == "read" or (kind != "describe" and share_of_text >= self.text.text / 2):
-            enlarged = math.log2(native / own) / 2
-            share = self.text.log2_share(complexity.detail, enlarged, careful=kind == "read")
+        if kind == "read" or (kind != "describe" and self.text.sure(complexity.detail) >= 0.5):
+            share = self.text.log2_share(complexity.detail, math.log2(native / own) / 2)
             found.append(Need("text", native * 2.0 ** min(0.0, share + 2 * math.log2(margin)), self.text.per_octave))
         if floor:
             found.append(Need("floor", floor, self.scene.per_octave))
@@ -214,7 +217,7 @@ class Sufficiency:
         )
 
 
-_TEXT = ("intercept", "text", "careful", "per_octave")
+_TEXT = ("intercept", "texture", "text", "per_octave")
 
 
 def together(needs: Sequence[Needs]) -> Needs | None:

@@ -106,7 +106,7 @@ def sufficiency(text: dict[str, Any], scene: dict[str, Any], labels: list[dict[s
         oracle = steps[int((kept >= ENOUGH).sum()) - 1]
         if oracle - 1 >= steps[-1]:
             lost.append(1 - float(np.interp(oracle - 1, steps[::-1], kept[::-1])))
-    reader = Text(text["intercept"], text["text"], text["careful"], round(float(np.mean(lost)), 3))
+    reader = Text(text["intercept"], text["texture"], text["text"], round(float(np.mean(lost)), 3))
     objects = Scene((scene["feature"],), (scene["slope"],), scene["intercepts"][OBJECTS], OBJECTS_PER_OCTAVE)
     return Sufficiency(reader, objects, detail=text["detail_version"])
 

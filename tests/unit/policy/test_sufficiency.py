@@ -17,8 +17,8 @@ from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import AT_NEED, Need, Needs, Scene, Sufficiency, Text, together
 
-ENOUGH = Sufficiency(Text(-0.5, 0.5, 6.0, 0.2), Scene(("edge_density",), (2.0,), 17.0, 0.1))
-LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank")
+ENOUGH = Sufficiency(Text(6.0, 0.1, 0.8, 0.2), Scene(("edge_density",), (2.0,), 17.0, 0.1))
+LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank", "enlarged")
 
 number = st.floats(-8, 8)
 complexities = st.builds(
@@ -119,7 +119,7 @@ def test_files_are_read_back_and_refused() -> None:
     for wrong, said in (
         ({"schema": 9}, "schema version 9; expected 1"),
         ({"text": {}}, "text has missing"),
-        ({"text": {**values["text"], "careful": "much"}}, "careful is 'much'"),
+        ({"text": {**values["text"], "texture": "much"}}, "texture is 'much'"),
         ({"scene": {**values["scene"], "weights": [1]}}, "weights of scene is"),
         ({"scene": {**values["scene"], "weights": {"magic": 1.0}}}, "magic"),
         ({"features": {"complexity": VERSION, "detail": "0"}}, "fit it again"),
