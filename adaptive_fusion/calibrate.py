@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from adaptive_fusion.budget import MAX_VRAM_GB, Budget
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.model import SIZES, CostModel, Profile
-from adaptive_fusion.cost.profiles import profile_key, save_profile, user_cache_dir
+from adaptive_fusion.cost.profiles import profile_key, save_profile
 from adaptive_fusion.models.base import Adapter
 from adaptive_fusion.point import MIN_PIXELS, NATIVE, OperatingPoint
 from adaptive_fusion.progress import Progress, Steps, silent
+from adaptive_fusion.user_cache import user_cache_dir
 
 if TYPE_CHECKING:
     from adaptive_fusion.runner import AdaptiveRunner
@@ -78,15 +79,17 @@ def calibrate(
     # In rounds, so that no request follows its like; the first brings everything to where later ones find it.
     rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
     rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
-    for requests, memory, kept in rounds:
-        for sides, point, tokens in order.sample(requests, len(requests)):
-            # A new image each time, as requests bring them: one that was there before takes less.
-            seed = next(images)
-            scene = make_scene("dense" if seed % 2 else "simple", seed, "train", (400, 400))
-            found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory)
-            if kept is not None:
-                kept.append(found)
-            steps.advance()
+    # What fusion takes is measured on every model: a profile outlives the policy that the runner has.
+    with runner.adapter.built(point for requests in (plan, unseen) for _, point, _ in requests):
+        for requests, memory, kept in rounds:
+            for sides, point, tokens in order.sample(requests, len(requests)):
+                # A new image each time, as requests bring them: one that was there before takes less.
+                seed = next(images)
+                scene = make_scene("dense" if seed % 2 else "simple", seed, "train", (400, 400))
+                found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory)
+                if kept is not None:
+                    kept.append(found)
+                steps.advance()
     profile = fit_profile(samples, profile_key(runner.adapter))
     if save:
         save_profile(user_cache_dir(os.environ), profile)

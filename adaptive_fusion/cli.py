@@ -4,6 +4,8 @@ Knows which commands there are, and that a library error ends the process with e
 commands do; nothing heavy is imported until one runs.
 """
 
+import warnings
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +26,7 @@ from adaptive_fusion.commands import (
     train,
 )
 from adaptive_fusion.commands.output import BAD_INPUT, complain
-from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.errors import AdaptiveFusionError, PolicyMismatchWarning
 
 SUB_APPS = (
     run.app,
@@ -44,14 +46,29 @@ SUB_APPS = (
 
 
 class _Root(TyperGroup):
-    """Turns the library's errors into one line and an exit code, whichever command raised them."""
+    """Turns the library's errors into one line and an exit code, whichever command raised them, and what it warns of
+    into one line."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except AdaptiveFusionError as error:
-            complain(f"{type(error).__name__}: {error}")
-            raise typer.Exit(BAD_INPUT) from error
+        with warnings.catch_warnings():
+            warnings.showwarning = _told_in_one_line(warnings.showwarning)
+            try:
+                return super().invoke(ctx)
+            except AdaptiveFusionError as error:
+                complain(f"{type(error).__name__}: {error}")
+                raise typer.Exit(BAD_INPUT) from error
+
+
+def _told_in_one_line(usual: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: the library's own without a place in its code, which says nothing to people."""
+
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, PolicyMismatchWarning):
+            complain(f"warning: {message}")
+        else:
+            usual(message, category, *place, **more)
+
+    return show
 
 
 app = typer.Typer(

@@ -8,6 +8,8 @@ import importlib
 import platform
 import re
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
@@ -51,8 +53,8 @@ class Check:
     advice: str = ""
 
 
-def examine() -> Iterator[Check]:
-    """Run every check, cheapest first."""
+def examine(model: str | None = None) -> Iterator[Check]:
+    """Run every check, cheapest first; those of a `model` (see `open_runner`) last, if one is named."""
     yield check_python(sys.version_info[:2])
     versions = installed_versions()
     yield from check_versions(versions)
@@ -71,6 +73,8 @@ def examine() -> Iterator[Check]:
     yield from check_optional()
     yield from check_policies()
     yield from check_reference()
+    if model is not None:
+        yield from check_model(model)
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -233,7 +237,8 @@ def check_reference() -> Iterator[Check]:
 
         from adaptive_fusion.loading import open_runner
 
-        runner = open_runner("reference", "balanced")
+        with warnings.catch_warnings(action="ignore"):  # what they say is a check of its own
+            runner = open_runner("reference", "auto")
         found.append(runner)
         reply = runner.chat(Image.new("RGB", (64, 64), "red"), "Describe the screen.", max_new_tokens=2)
         return (
@@ -243,16 +248,47 @@ def check_reference() -> Iterator[Check]:
 
     yield _try("reference model", ask, "mend what is broken above, else reinstall adaptive-fusion")
     for runner in found:
-        profile = runner.profile
-        if profile is not None and profile.samples:
-            yield Check("profile", "ok", runner.profile_note)
-        else:
-            yield Check(
-                "profile",
-                "note",
-                runner.profile_note,
-                "`adaptive-fusion calibrate` measures one; until then costs are estimated",
-            )
+        yield from check_policy(runner)
+        yield check_profile(runner)
+
+
+def check_model(model: str) -> Iterator[Check]:
+    """A model loads; which policy it gets, whether that fits, and whether its costs have been measured here."""
+    found: list[Any] = []
+
+    def load() -> str:
+        from adaptive_fusion.loading import open_runner
+
+        with warnings.catch_warnings(action="ignore"):
+            found.append(open_runner(model, "auto"))
+        return f"{found[0].fingerprint.in_words()} on {found[0].adapter.device}"
+
+    yield _try("model", load, "expected reference, a folder in Hugging Face format, or the id of a model on the Hub")
+    for runner in found:
+        yield from check_policy(runner)
+        yield check_profile(runner)
+
+
+def check_policy(runner: Any) -> Iterator[Check]:
+    """Which policy a runner has and why, what that was fitted to, and which of the user's own could not be read."""
+    chosen, policy = runner.chosen, runner.policy
+    age = "" if chosen.written_s is None else f", {(time.time() - chosen.written_s) / 86_400:.0f} days old"
+    found = f"{policy.name}: {chosen.note}{age}; fitted to {policy.fitted.in_words()}"
+    advice = "name a policy that was fitted to this model, or let `auto` find one" if chosen.warning else ""
+    yield Check("policy", "note" if chosen.remark else "ok", found, advice)
+    points = [rung.point for ladder in policy.lanes.values() for rung in ladder]
+    if untrained := sorted({point.fusion for point in points if runner.adapter.untrained(point)}):
+        yield Check("fusion", "ok", f"{', '.join(untrained)}: untrained for this model, the native computation")
+    for skipped in chosen.skipped:
+        yield Check("own policy", "note", skipped, "mend it or remove its folder")
+
+
+def check_profile(runner: Any) -> Check:
+    """Whether this machine has a measured profile of a runner's model."""
+    if runner.profile.samples:
+        return Check("profile", "ok", runner.profile_note)
+    advice = "`adaptive-fusion calibrate` measures one; until then costs are estimated"
+    return Check("profile", "note", runner.profile_note, advice)
 
 
 def _try(name: str, work: Callable[[], str], advice: str) -> Check:

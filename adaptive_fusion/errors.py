@@ -1,4 +1,4 @@
-"""Every error the library raises on purpose, grouped by cause under one root.
+"""Every error the library raises on purpose, grouped by cause under one root, and what it warns of.
 
 Knows nothing of models, media or budgets. Messages name the received value and the valid choices and carry no
 absolute path or network address, so they can be shown to a remote caller.
@@ -45,6 +45,10 @@ class MissingExtraError(AdaptiveFusionError, ImportError):
 
 class OutOfMemoryError(AdaptiveFusionError, MemoryError):
     """Every operating point that was tried ran out of memory."""
+
+
+class PolicyMismatchWarning(UserWarning):
+    """The policy in use was fitted to another model, or to none, or brings fusion weights that do not fit."""
 
 
 class Interrupted(AdaptiveFusionError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _EXPECTED = "expected reference, a folder in Hugging Face format, or the id of a
 
 
 def open_runner(model: str, policy: str, log: Path | None = None) -> "AdaptiveRunner":
-    """Load policy and model, on the accelerator if there is one.
+    """Load policy and model, on the accelerator if there is one. What `policy` is to be, ``auto`` leaves to the model.
 
     Raises:
         PolicyError: For a policy that cannot be loaded; checked before the model is.
@@ -27,7 +28,7 @@ def open_runner(model: str, policy: str, log: Path | None = None) -> "AdaptiveRu
             the form ``name`` or ``owner/name`` is refused without looking anywhere else.
         UnsupportedModelError: For a model that cannot be driven.
     """
-    loaded = Policy.load(policy)
+    loaded = policy if policy == AUTO else Policy.load(policy)
     folder = Path(model).expanduser()
     is_folder = bool(model) and _is_dir(folder)
     if model != "reference" and not is_folder and not _HUB_ID.fullmatch(model):

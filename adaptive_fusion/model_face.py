@@ -14,7 +14,7 @@ import torch
 from adaptive_fusion.errors import ConfigError, NotCopyableError
 from adaptive_fusion.models import Adapter
 
-_FIXED = frozenset({"model", "policy", "processor"})
+_FIXED = frozenset({"chosen", "model", "policy", "processor"})
 """Attributes that much else was made from, so that setting them anew would take no effect, or half of one."""
 
 

@@ -13,6 +13,7 @@ import os
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from adaptive_fusion.cost.model import CostModel, Profile, Work
 from adaptive_fusion.cost.profiles import find_profile
 from adaptive_fusion.decision_log import DecisionLog, text_hash
 from adaptive_fusion.decisions import Decision, Measurement, decision_record
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning
 from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
 from adaptive_fusion.execution.executor import Executor, Run, Task
 from adaptive_fusion.execution.full_prompt import with_full_prompt
@@ -50,11 +51,14 @@ from adaptive_fusion.execution.shift import shift
 from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.features.prompts import prompt_kind
-from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.model_face import ModelFace
 from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.fingerprint import fingerprint
+from adaptive_fusion.models.trained import add_trained
 from adaptive_fusion.models.unwrap import lock_of
 from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy.auto import choose
+from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.pretrained import load_pretrained
 from adaptive_fusion.reference import model_path
@@ -83,7 +87,9 @@ class AdaptiveRunner(ModelFace):
         model: A transformers vision-language model in eval mode on its device, also one that is wrapped by PEFT or
             ``torch.compile``, or offloaded by accelerate; see `adaptive_fusion.models`.
         processor: Its processor.
-        policy: A `Policy`, a shipped policy's name or a path.
+        policy: A `Policy`, a shipped policy's name or a path; ``auto`` takes the one that was fitted to this model and
+            else a general one, see `adaptive_fusion.policy.auto`. One that was fitted to another model runs, with a
+            `PolicyMismatchWarning` and the same in every decision's reason.
         budget: Limits for every request, the weakest source but one: the policy's defaults are put over it, then the
             environment's (``ADAPTIVE_FUSION_*``), then the request's own.
         profile: Measured costs of this model on this machine; None looks for one in the user's cache directory and else
@@ -103,7 +109,7 @@ class AdaptiveRunner(ModelFace):
         model: nn.Module,
         processor: Any,
         *,
-        policy: Policy | str | Path = "balanced",
+        policy: Policy | str | Path = AUTO,
         budget: Budget | None = None,
         profile: Profile | None = None,
         log: DecisionLog | str | Path | None = None,
@@ -114,11 +120,12 @@ class AdaptiveRunner(ModelFace):
         if isinstance(model, AdaptiveRunner):
             raise ConfigError("model is an AdaptiveRunner; expected the model in it, its .model")
         self.processor = processor
-        self.policy = policy if isinstance(policy, Policy) else Policy.load(policy)
         self.adapter = adapter_for(model, processor)
         self._where = self.device, self.dtype
-        for path in self.policy.fusion_weights:
-            self.adapter.add_fusion(DeepStackFusion.from_file(path))
+        self.fingerprint = fingerprint(self.adapter)
+        chosen = choose(policy, self.fingerprint, os.environ)
+        self.policy = chosen.policy
+        self.chosen = chosen.without_weights(add_trained(self.adapter, self.policy.fusion_weights))
         self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(os.environ))
         self.lengths = LengthModel()
         self.log = DecisionLog(log) if isinstance(log, str | Path) else log
@@ -133,19 +140,22 @@ class AdaptiveRunner(ModelFace):
         self._bypass = threading.local()
         self._warm = False
         self.model = model  # last: from here on names that the runner has not are the model's
+        if self.chosen.warning:
+            warnings.warn(self.chosen.warning, PolicyMismatchWarning, stacklevel=2)
 
     def use_profile(self, profile: Profile, note: str = "given") -> None:
         """Predict from `profile` from now on; the controller forgets what it learned about the former one."""
         self.profile, self.profile_note = profile, note
         self.controller = Controller(memory_margin=profile.memory_margin, clock=self._clock)
-        self._planner = Planner(self.adapter, self.policy, CostModel(profile), self.controller, self.lengths, self._rng)
+        cost, remark = CostModel(profile), self.chosen.remark
+        self._planner = Planner(self.adapter, self.policy, cost, self.controller, self.lengths, self._rng, remark)
 
     @classmethod
     def from_pretrained(
         cls,
         id_or_path: str | Path = "reference",
         *,
-        policy: Policy | str | Path = "balanced",
+        policy: Policy | str | Path = AUTO,
         budget: Budget | None = None,
         device: str | torch.device | None = None,
         profile: Profile | None = None,
@@ -167,7 +177,13 @@ class AdaptiveRunner(ModelFace):
         return cls(model, processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed)
 
     def __repr__(self) -> str:
-        return self._described(f"policy {self.policy.name!r}", str(self.budget), f"profile: {self.profile_note}")
+        policy = f"policy {self.policy.name!r} ({self.policy_note})"
+        return self._described(policy, str(self.budget), f"profile: {self.profile_note}")
+
+    @property
+    def policy_note(self) -> str:
+        """How the policy was chosen, and in what the model it was fitted to differs."""
+        return self.chosen.note
 
     # Asking
 
@@ -378,7 +394,7 @@ class AdaptiveRunner(ModelFace):
         with self._lock:
             self._warm = True
             self._executor.warm_up(
-                dict.fromkeys(self.adapter.restrict(point)[0] for point in points),
+                dict.fromkeys(self.adapter.computed(self.adapter.restrict(point)[0]) for point in points),
                 partial(self.adapter.prepare, request.messages),
             )
 

@@ -87,7 +87,7 @@ def use_weights(adapter: Adapter, rungs: Iterable[Rung], files: Sequence[Path]) 
     Raises:
         ConfigError: For a file that is no fusion module, or one that none of the rungs runs.
     """
-    specs = {fusion.spec for rung in rungs if (fusion := adapter.fusion(rung.point)) is not None}
+    specs = {adapter.spec(rung.point) for rung in rungs}
     for file in files:
         module = DeepStackFusion.from_file(file)
         if module.spec not in specs:
@@ -98,8 +98,8 @@ def use_weights(adapter: Adapter, rungs: Iterable[Rung], files: Sequence[Path]) 
 def trained_rows(adapter: Adapter, rows: Mapping[str, Rung], files: Sequence[Path]) -> dict[str, str]:
     """The file that each row's fusion comes from, the last of `files` that fits; untrained rows are left out."""
     names = {FusionSpec.read(file): Path(file).name for file in files}
-    fusions = {row: adapter.fusion(rung.point) for row, rung in rows.items()}
-    return {row: names[fusion.spec] for row, fusion in fusions.items() if fusion is not None and fusion.spec in names}
+    specs = {row: adapter.spec(rung.point) for row, rung in rows.items()}
+    return {row: names[spec] for row, spec in specs.items() if spec is not None and spec in names}
 
 
 def answer_all(

@@ -32,8 +32,9 @@ def calibrate(
 ) -> None:
     """Measure a model's costs on this machine and keep them in the user's cache, where they are found again."""
     from adaptive_fusion.calibrate import calibrate as measure
-    from adaptive_fusion.cost.profiles import profile_path, user_cache_dir
+    from adaptive_fusion.cost.profiles import profile_path
     from adaptive_fusion.loading import open_runner
+    from adaptive_fusion.user_cache import user_cache_dir
 
     runner = open_runner(model, "native")
     try:

@@ -29,7 +29,7 @@ def demo(
     latency_ms: Annotated[
         float | None, typer.Option(metavar="MS", help="Latency budget; 160 % of native's slowest answer if not set.")
     ] = None,
-    policy: options.PolicyName = "balanced",
+    policy: options.PolicyName = "auto",
     model: options.Model = "reference",
     seed: Annotated[int, typer.Option(help="Of the rendered screens.")] = 0,
     as_json: options.Json = False,

@@ -1,6 +1,7 @@
 """``adaptive-fusion doctor``: whether this set-up is sound, and what to do where it is not."""
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -10,18 +11,23 @@ from adaptive_fusion.commands.output import console, emit, printable
 
 app = typer.Typer()
 
+Model = Annotated[
+    str | None,
+    typer.Option(help="Load this model too: a folder in Hugging Face format, or the id of a model on the Hub."),
+]
 _MARKS = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 
 
 @app.command()
-def doctor(as_json: options.Json = False) -> None:
-    """Check versions, devices, attention backends, number formats and combinations known to be bad.
+def doctor(model: Model = None, as_json: options.Json = False) -> None:
+    """Check versions, devices, attention backends, number formats and combinations known to be bad; with a model also
+    which policy it gets, what that was fitted to, and what does not fit.
 
     Exit code 1 if something is broken.
     """
     from adaptive_fusion.doctor import examine
 
-    checks = list(examine())
+    checks = list(examine(model))
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
         emit({"ok": not broken, "checks": [asdict(check) for check in checks]})

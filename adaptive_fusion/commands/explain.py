@@ -26,7 +26,7 @@ def explain(
     ttft_ms: options.TtftMs = None,
     vram_gb: options.VramGb = None,
     attainment: options.Attainment = None,
-    policy: options.PolicyName = "balanced",
+    policy: options.PolicyName = "auto",
     model: options.Model = "reference",
     save_plot: Annotated[
         Path | None,

@@ -8,10 +8,12 @@ import typer
 from adaptive_fusion.commands.options import Json, Model, PolicyName
 from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, progress, refusing
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.policy.files import AUTO
 
 if TYPE_CHECKING:
     from adaptive_fusion.evaluation.questions import Question
     from adaptive_fusion.learning.labelling.scoring import ModelScorer
+    from adaptive_fusion.policy.policy import Policy
     from adaptive_fusion.policy.rungs import Rung
 
 app = typer.Typer()
@@ -75,7 +77,7 @@ def label(
         list[str] | None,
         typer.Option(metavar="POINT", help="Instead of the policy's ladders: native@0.5, weighted6r4@0.5/25%..."),
     ] = None,
-    policy: PolicyName = "balanced",
+    policy: PolicyName = "auto",
     model: Model = "reference",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
@@ -97,12 +99,12 @@ def label(
         notes: list[str] = []
         result, failed = _said_by_people(human, rater, feedback, out, notes)
         if inputs:
-            rungs = _rungs(points, policy)
+            named = _rungs(points, policy)
             questions, unknown = _questions(inputs, prompt, references, metric)
             failed += unknown
             if questions:
                 # One process loads the model before anything else, so that a wrong name ends the command at once.
-                scorer = _scorer(model, policy, max_new_tokens, loaded=jobs == 1)
+                scorer, rungs = _scorer(model, policy, max_new_tokens, named, loaded=jobs == 1)
                 found, refused = _scored(scorer, questions, rungs, out, jobs, Path(model).name, as_json)
                 result, failed = {**result, **found}, [*failed, *refused]
     _print(out, result, notes, failed, as_json)
@@ -137,13 +139,20 @@ def _human(table: Path, rater: str | None, out: Path, failed: Failed, notes: lis
     return append_records(labels, out)
 
 
-def _rungs(points: list[str] | None, policy: str) -> "list[Rung]":
+def _rungs(points: list[str] | None, policy: str) -> "list[Rung] | None":
+    """The points that were named, or those of the policy; None where it is the model that decides which policy."""
     from adaptive_fusion.policy.policy import Policy
     from adaptive_fusion.policy.rungs import Rung
 
-    ladders = Policy.load(policy).lanes.values()
-    chosen = [Rung.parse(text) for text in points] if points else [rung for ladder in ladders for rung in ladder]
-    return list({rung.name: rung for rung in chosen}.values())
+    loaded = None if policy == AUTO else Policy.load(policy)
+    if points:
+        return list({rung.name: rung for rung in map(Rung.parse, points)}.values())
+    return None if loaded is None else _ladders(loaded)
+
+
+def _ladders(policy: "Policy") -> "list[Rung]":
+    """The rungs of a policy's lanes, each once."""
+    return list({rung.name: rung for ladder in policy.lanes.values() for rung in ladder}.values())
 
 
 def _questions(inputs: list[str], prompt: str, references: Path | None, metric: str) -> "tuple[list[Question], Failed]":
@@ -160,14 +169,18 @@ def _questions(inputs: list[str], prompt: str, references: Path | None, metric: 
     return found, [*failed, *unknown]
 
 
-def _scorer(model: str, policy: str, max_new_tokens: int, *, loaded: bool) -> "ModelScorer":
-    """What scores rungs, with the model loaded now or by each process that it is sent to."""
+def _scorer(
+    model: str, policy: str, max_new_tokens: int, rungs: "list[Rung] | None", *, loaded: bool
+) -> "tuple[ModelScorer, list[Rung]]":
+    """What scores rungs, with the model loaded now or by each process that it is sent to; and the rungs, if none are
+    given those of the policy that the model gets."""
     from adaptive_fusion.learning.labelling.labeller import RunnerModel
     from adaptive_fusion.learning.labelling.scoring import ModelScorer
     from adaptive_fusion.loading import open_runner
 
-    source = (open_runner(model, policy),) if loaded else (open_runner, model, policy)
-    return ModelScorer(RunnerModel(*source, max_new_tokens=max_new_tokens))
+    source: Any = (open_runner(model, policy),) if loaded else (open_runner, model, policy)
+    runs = RunnerModel(*source, max_new_tokens=max_new_tokens)
+    return ModelScorer(runs), rungs if rungs is not None else _ladders(runs.runner.policy)
 
 
 def _scored(

@@ -26,7 +26,12 @@ Model = Annotated[
     typer.Option(help="'reference' (embedded), a folder in Hugging Face format, or the id of a model on the Hub."),
 ]
 PolicyName = Annotated[
-    str, typer.Option("--policy", help="A shipped policy (see `adaptive-fusion policies`) or a path.")
+    str,
+    typer.Option(
+        "--policy",
+        help="A shipped policy (see `adaptive-fusion policies`) or a path; auto takes what was fitted to the model,"
+        " else the general one.",
+    ),
 ]
 LatencyMs = Annotated[
     float | None,

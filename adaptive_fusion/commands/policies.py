@@ -11,7 +11,7 @@ app = typer.Typer()
 
 @app.command()
 def policies(as_json: options.Json = False) -> None:
-    """List the shipped policies with their lanes."""
+    """List the shipped policies with their lanes and the model that each was fitted to."""
     from adaptive_fusion.policy.policy import Policy
 
     loaded = [Policy.load(name) for name in Policy.shipped()]
@@ -22,9 +22,12 @@ def policies(as_json: options.Json = False) -> None:
         lanes = {lane: [rung.name for rung in ladder] for lane, ladder in policy.lanes.items()}
         if as_json:
             fields = {"name": policy.name, "description": policy.description, "threshold": policy.threshold}
-            emit({**fields, "budget": policy.budget.to_dict(), "lanes": lanes})
+            fitted = policy.fitted.to_dict()
+            emit({**fields, "fitted": fitted, "budget": policy.budget.to_dict(), "lanes": lanes})
         table.add_row(
-            policy.name, policy.description, *("\n".join(lanes[lane]) for lane in ("weighted", "gated", "video"))
+            policy.name,
+            f"{policy.description}\nFitted to {policy.fitted.in_words()}.",
+            *("\n".join(lanes[lane]) for lane in ("weighted", "gated", "video")),
         )
     if not as_json:
         console().print(table)

@@ -24,7 +24,7 @@ def run(
     ttft_ms: options.TtftMs = None,
     vram_gb: options.VramGb = None,
     attainment: options.Attainment = None,
-    policy: options.PolicyName = "balanced",
+    policy: options.PolicyName = "auto",
     model: options.Model = "reference",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of the answer.")] = 256,
     point: Annotated[

@@ -36,7 +36,12 @@ Objective = Annotated[
 def train(
     logs: Logs,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new policy.", show_default=False)],
-    base: Annotated[str, typer.Option(help="Policy whose ladders and budget are kept.")] = "balanced",
+    base: Annotated[
+        str,
+        typer.Option(
+            help="Policy whose ladders and budget are kept; auto takes the shipped one whose rungs are labelled."
+        ),
+    ] = "auto",
     name: Annotated[str, typer.Option(help="Name of the new policy, as logs will show it.")] = "trained",
     objective: Objective = "quality",
     tolerance: Annotated[float, typer.Option(help="Loss of quality that is accepted, 0 to 1.")] = 0.02,

@@ -14,7 +14,7 @@ from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Work
-from adaptive_fusion.decisions import Decision
+from adaptive_fusion.decisions import Decision, Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import Complexity, is_still
 from adaptive_fusion.features.prompts import prompt_features, prompt_kind
@@ -226,7 +226,10 @@ class Planner:
         self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
     ) -> Candidate:
         """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
-        return Candidate(point, quality, self.cost.predict(point, self.work(point, info, new_tokens)), key)
+        return Candidate(point, quality, self._predicted(point, info, new_tokens), key)
+
+    def _predicted(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None) -> Prediction:
+        return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens))
 
     def work(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None) -> Work:
         """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected)."""
@@ -279,7 +282,10 @@ class Planner:
 
     def _remarks(self, choice: Choice, needs: Needs | None) -> list[str]:
         """What the reason says beside the controller's own."""
-        return [needs.in_words() if needs is not None else "", self.remark]
+        untrained = ""
+        if self.adapter.untrained(choice.point):
+            untrained = f"{choice.point.fusion} is untrained for this model: the native computation"
+        return [needs.in_words() if needs is not None else "", untrained, self.remark]
 
 
 def _require_in_time(point: OperatingPoint, info: RequestInfo) -> None:

@@ -17,16 +17,9 @@ from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.models.base import Adapter
+from adaptive_fusion.user_cache import user_cache_dir
 
 MAX_BYTES = 1 << 20
-
-
-def user_cache_dir(environ: Mapping[str, str]) -> Path:
-    """The folder for this library's caches: ``XDG_CACHE_HOME``, ``LOCALAPPDATA`` or ``~/.cache``, as set
-    in `environ`.
-    """
-    base = environ.get("XDG_CACHE_HOME") or environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "adaptive_fusion"
 
 
 def profile_path(cache_dir: Path, key: Mapping[str, str]) -> Path:

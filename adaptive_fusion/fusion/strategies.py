@@ -49,6 +49,8 @@ class TapFusion(nn.Module, ABC):
 
     #: How merged tokens are pooled: by plain averages, by one learned law, or by content.
     pooling: Literal["average", "fixed", "content"] = "average"
+    #: Whether it leaves the model as it is until it is trained, so that without weights it need not run at all.
+    starts_native: bool = False
 
     def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
         super().__init__()
@@ -113,6 +115,7 @@ class Weighted(Mixed):
     """One learned weight per level and one learned gate per tap, the same for every image."""
 
     pooling = "fixed"
+    starts_native = True
 
     def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
         super().__init__(tap, profile, width, rank, FixedWeights(profile))
@@ -127,6 +130,7 @@ class Gated(Mixed):
     """Weights and gate computed per image from its globally pooled features."""
 
     pooling = "content"
+    starts_native = True
 
     def __init__(self, tap: int, profile: Sequence[float], width: int, rank: int) -> None:
         super().__init__(tap, profile, width, rank, GatedWeights(profile, width))

@@ -5,7 +5,8 @@ before any work is done. It decides nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
-from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
+from adaptive_fusion.fusion import STRATEGIES, DeepStackFusion, FusionSpec, select_levels
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models.chat_template import ChatTemplate
 from adaptive_fusion.models.recorded import Recorded
@@ -110,7 +111,7 @@ class Adapter(ABC):
         self.model: Any = unwrap(model)
         self.processor = processor
         self._fusions: dict[FusionSpec, DeepStackFusion] = {}
-        self._levels: dict[int, tuple[int, ...]] = {}
+        self._specs: dict[tuple[str, int, int], FusionSpec] = {}
         self._template = ChatTemplate(processor)
 
     @classmethod
@@ -232,34 +233,63 @@ class Adapter(ABC):
                 f"knobs that apply: {', '.join(sorted(self.knobs))}"
             )
 
-    def levels(self, point: OperatingPoint) -> tuple[int, ...]:
-        """ViT blocks whose outputs take part at `point`."""
-        if not point.fuses:
-            return self.taps if point.fusion == "native" else ()
-        if not self.taps:
-            return ()
-        if point.layers not in self._levels:
-            self._levels[point.layers] = select_levels(self.depth, self.taps, point.layers)
-        return self._levels[point.layers]
-
-    def fusion(self, point: OperatingPoint) -> DeepStackFusion | None:
-        """The module that a point runs: loaded weights if there are any, else the untrained identity.
-
-        None where nothing is fused: ``native``, ``top`` and models without taps.
-        """
+    def spec(self, point: OperatingPoint) -> FusionSpec | None:
+        """What a fusion module for `point` is built for; None where nothing is fused: ``native``, ``top`` and models
+        without taps."""
         if not point.fuses or not self.taps:
             return None
-        spec = FusionSpec(
-            point.fusion,
-            self.taps,
-            self.levels(point),
-            self.model.config.vision_config.hidden_size,
-            point.adapter_rank,
-            self.model.config.vision_config.out_hidden_size,
-        )
+        key = point.fusion, point.layers, point.adapter_rank
+        if key not in self._specs:
+            vision = self.model.config.vision_config
+            levels = select_levels(self.depth, self.taps, point.layers)
+            self._specs[key] = FusionSpec(
+                point.fusion, self.taps, levels, vision.hidden_size, point.adapter_rank, vision.out_hidden_size
+            )
+        return self._specs[key]
+
+    def untrained(self, point: OperatingPoint) -> bool:
+        """Whether `point` fuses by a module that was never added, and that starts as the model's own taps."""
+        spec = self.spec(point)
+        return spec is not None and spec not in self._fusions and STRATEGIES.get(spec.strategy).starts_native
+
+    def computed(self, point: OperatingPoint) -> OperatingPoint:
+        """What is run, and what a prediction is for, at `point`: an untrained fusion is the native computation."""
+        return point.without(("fusion", "layers", "adapter_rank")) if self.untrained(point) else point
+
+    def levels(self, point: OperatingPoint) -> tuple[int, ...]:
+        """ViT blocks whose outputs take part at `point`."""
+        point = self.computed(point)
+        spec = self.spec(point)
+        if spec is not None:
+            return spec.levels
+        return self.taps if point.fusion == "native" else ()
+
+    def fusion(self, point: OperatingPoint) -> DeepStackFusion | None:
+        """The module that a point runs: one that was added, or one that nothing has to be learned for.
+
+        None where none runs: ``native``, ``top``, models without taps, and what is `untrained`.
+        """
+        return None if self.untrained(point) else self.build(point)
+
+    def build(self, point: OperatingPoint) -> DeepStackFusion | None:
+        """As `fusion`, but an untrained module is added, and run from then on: to train it, or to see what it takes."""
+        spec = self.spec(point)
+        if spec is None:
+            return None
         if spec not in self._fusions:
             self.add_fusion(DeepStackFusion(spec))
         return self._fusions[spec]
+
+    @contextmanager
+    def built(self, points: Iterable[OperatingPoint]) -> Iterator[None]:
+        """Inside this context the modules of `points` run even if they are untrained, as trained ones would."""
+        before = dict(self._fusions)
+        try:
+            for point in points:
+                self.build(point)
+            yield
+        finally:
+            self._fusions = before
 
     def follow(self) -> None:
         """Bring the fusion modules to where the model computes now. Their parameters stay float32."""

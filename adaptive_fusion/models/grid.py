@@ -195,6 +195,7 @@ class GridAdapter(Adapter):
 
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
         """See `Adapter.encode`. Gradient reaches the fusion module's parameters unless it is switched off."""
+        point = self.computed(point)
         reduced: dict[str, Any] = dict(inputs)
         outputs: dict[str, Any] = {}
         segments: dict[int, list[Segment]] = {}

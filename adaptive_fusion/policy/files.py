@@ -14,6 +14,8 @@ from typing import Any
 from adaptive_fusion.errors import PolicyError
 
 POLICY_FILE = "policy.toml"
+AUTO = "auto"
+"""In place of a policy's name: the one that was fitted to the model at hand."""
 MAX_FILE_BYTES = 64 << 20
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -43,6 +45,11 @@ def find_policy(name_or_path: str | Path) -> Path:
     Raises:
         PolicyError: If there is none; names the choices.
     """
+    if name_or_path == AUTO:
+        raise PolicyError(
+            f"policy is {AUTO!r}, which a model decides: AdaptiveRunner(model, processor) chooses by it; expected a "
+            f"path or one of {', '.join(shipped_names())}"
+        )
     if isinstance(name_or_path, str) and name_or_path in shipped_names():
         return shipped_root() / name_or_path / POLICY_FILE
     if not isinstance(name_or_path, str | Path):

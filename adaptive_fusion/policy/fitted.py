@@ -22,9 +22,10 @@ class Fingerprint:
         architecture: Class of the model, such as ``Qwen3VLForConditionalGeneration``.
         vision: Shape of the vision encoder: numbers by name.
         text: Shape of the language model.
-        digest: Of sampled weights, hexadecimal: tells fine-tunes of one shape apart.
+        digest: Of sampled weights, hexadecimal: tells fine-tunes of one shape apart. Empty where they cannot be read.
         processor: What the processor does to sizes: ``min_pixels``, ``max_pixels``... Compared, not part of what the
             model is.
+        unread: Why there is no digest, in words; not kept in files.
     """
 
     architecture: str
@@ -32,6 +33,18 @@ class Fingerprint:
     text: Mapping[str, Any]
     digest: str
     processor: Mapping[str, int] = field(default_factory=dict)
+    unread: str = field(default="", compare=False)
+
+    def same_weights(self, other: "Fingerprint") -> bool | None:
+        """Whether the digests agree; None where one of them is not known."""
+        return self.digest == other.digest if self.digest and other.digest else None
+
+    def in_words(self) -> str:
+        """One line for people."""
+        sizes = {part: [str(getattr(self, part).get(key, "?")) for key in ("depth", "width")] for part in _SHAPES}
+        parts = [f"{part} {'x'.join(found)}" for part, found in sizes.items()]
+        parts.append(f"weights {self.digest[:8]}" if self.digest else self.unread or "weights unknown")
+        return f"{self.architecture} ({', '.join(parts)})"
 
     def to_dict(self) -> dict[str, Any]:
         """TOML-able values."""
@@ -49,14 +62,22 @@ class Fingerprint:
             if not isinstance(table.get(name, {}), Mapping):
                 raise PolicyError(f"{name} of model is {table[name]!r}; expected a table of numbers")
         shapes = {name: dict(table.get(name, {})) for name in (*_SHAPES, "processor")}
-        return cls(table["architecture"], digest=table["digest"], **shapes)
+        return cls(table["architecture"], shapes["vision"], shapes["text"], table["digest"], shapes["processor"])
 
 
 class Difference(NamedTuple):
-    """One thing in which the model at hand differs from the one fitted to: a ``warning`` or a ``note``, in words."""
+    """One thing in which the model at hand differs from the one fitted to: a ``warning`` or a ``note``, in words.
+
+    `what` is short, `detail` has the values.
+    """
 
     weight: Literal["warning", "note"]
     what: str
+    detail: str = ""
+
+    def in_words(self) -> str:
+        """All of it."""
+        return f"{self.what} ({self.detail})" if self.detail else self.what
 
 
 @dataclass(frozen=True)
@@ -78,32 +99,45 @@ class Fitted:
         """Whether it was fitted to no model in particular."""
         return self.model is None
 
+    def in_words(self) -> str:
+        """To which model, and to which kinds of data."""
+        model = "no model: general" if self.model is None else self.model.in_words()
+        return f"{model}; {', '.join(self.kinds)}" if self.kinds else model
+
+    def fits(self, model: Fingerprint) -> bool:
+        """Whether it was fitted to a model of this architecture and shape; weights may be others."""
+        return self.model is not None and all(each.weight != "warning" for each in self.differences(model))
+
     def differences(self, model: Fingerprint) -> tuple[Difference, ...]:
         """In what `model` differs, the gravest first; nothing for a general policy.
 
         Another architecture or shape is a warning: what was learned need not hold. Other weights of the same shape are
-        a note, as are other limits of the processor.
+        a note, as are weights that cannot be compared and other limits of the processor.
         """
         own = self.model
         if own is None:
             return ()
         found: list[Difference] = []
         if own.architecture != model.architecture:
-            found.append(Difference("warning", f"fitted to {own.architecture}, this is {model.architecture}"))
+            found.append(
+                Difference("warning", "another architecture", f"{own.architecture}, here {model.architecture}")
+            )
         for part in _SHAPES:
             said, here = getattr(own, part), getattr(model, part)
             other = [f"{k} {said.get(k)}, here {here.get(k)}" for k in {**said, **here} if said.get(k) != here.get(k)]
             if other:
-                found.append(Difference("warning", f"fitted to another {part} shape ({'; '.join(other)})"))
-        if not found and own.digest != model.digest:
-            found.append(Difference("note", "fitted to other weights of this shape"))
+                found.append(Difference("warning", f"another {part} shape", "; ".join(other)))
+        if not found and own.same_weights(model) is None:
+            found.append(Difference("note", "weights not compared", model.unread or own.unread or "no digest"))
+        elif not found and not own.same_weights(model):
+            found.append(Difference("note", "other weights of this shape"))
         limits = [
             f"{k} {own.processor[k]}, here {model.processor.get(k)}"
             for k in own.processor
             if own.processor[k] != model.processor.get(k)
         ]
         if limits:
-            found.append(Difference("note", f"fitted with other limits of the processor ({'; '.join(limits)})"))
+            found.append(Difference("note", "other limits of the processor", "; ".join(limits)))
         return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:

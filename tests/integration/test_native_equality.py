@@ -119,6 +119,7 @@ def test_every_point_runs_and_leaves_the_model_as_it_was(
     inputs = adapter.prepare(messages, NATIVE)
     any_model(**inputs)  # transformers leaves capture hooks of its own at the first call
     before, ids = snapshot(any_model), inputs["input_ids"].clone()
+    adapter.build(point)
     encoded = adapter.encode(inputs, point)
     plan = adapter.plan(adapter.sizes(inputs), point)
     assert (encoded.visual_tokens, encoded.patches) == (plan.tokens, plan.patches)
@@ -139,6 +140,7 @@ def test_untrained_fusion_is_native(tiny_dense: Any, processor: Any, messages: l
         native = tiny_dense(**adapter.encode(inputs, NATIVE).inputs).logits
         for fusion, layers, rank in product(("weighted", "gated"), LAYERS, RANKS):
             point = OperatingPoint(fusion, layers, adapter_rank=rank)
+            adapter.build(point)
             # Levels taken as the tower runs, or from a recording: once each way.
             held = recorded if rank else None
             fused = tiny_dense(**adapter.encode(inputs, point, held).inputs).logits
@@ -149,7 +151,7 @@ def test_untrained_fusion_is_native(tiny_dense: Any, processor: Any, messages: l
 def test_one_training_step_changes_the_output(tiny_dense: Any, processor: Any, noise_image: Any, fusion: str) -> None:
     adapter = adapter_for(tiny_dense, processor)
     point = OperatingPoint(fusion, 6, adapter_rank=4)
-    module = adapter.fusion(point)
+    module = adapter.build(point)
     assert module is not None
     inputs = adapter.prepare([{"role": "user", "content": [image(noise_image(64, 64)), text("?")]}], NATIVE)
     before = tiny_dense(**adapter.encode(inputs, point).inputs).logits
@@ -185,6 +187,7 @@ def test_mergers_run_once_or_not_at_all(tiny_dense: Any, processor: Any, noise_i
     calls: list[int] = []
     mergers = tiny_dense.model.visual.deepstack_merger_list
     handles = [m.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, m in enumerate(mergers)]
+    adapter.build(OperatingPoint("gated", 12))
     try:
         for point, wanted in ((OperatingPoint("top"), []), (OperatingPoint("gated", 12), [0, 1, 2])):
             calls.clear()
@@ -197,7 +200,7 @@ def test_mergers_run_once_or_not_at_all(tiny_dense: Any, processor: Any, noise_i
 
 def test_a_tower_that_shows_no_blocks_is_refused(tiny_dense: Any, processor: Any) -> None:
     """Zeros in place of its taps would pass for a plan, and be answered from."""
-    visual, fusion = tiny_dense.model.visual, adapter_for(tiny_dense, processor).fusion(OperatingPoint("gated", 12))
+    visual, fusion = tiny_dense.model.visual, adapter_for(tiny_dense, processor).build(OperatingPoint("gated", 12))
     before = list(visual.deepstack_visual_indexes)
     with pytest.raises(UnsupportedModelError, match=r"0 of 3 taps' blocks"), fused_taps(visual, fusion, [16]):
         pass  # as a tower that is replayed from a captured graph: no hook is called

@@ -70,6 +70,7 @@ def test_levels_hold_the_taps_and_the_lower_half(planned: tuple[str, Any]) -> No
     _, adapter = planned
     assert adapter.levels(OperatingPoint("top")) == ()
     for layers in (3, 6, 9, 12):
-        levels = adapter.levels(OperatingPoint("gated", layers))
+        assert adapter.levels(OperatingPoint("gated", layers)) == adapter.taps  # untrained
+        levels = adapter.spec(OperatingPoint("gated", layers)).levels
         assert len(levels) == layers and set(adapter.taps) <= set(levels) <= set(range(adapter.depth))
         assert layers == 3 or sum(level < adapter.depth / 2 for level in levels) >= 3

@@ -42,6 +42,7 @@ FLOORS = (
         "plots",
         "progress",
         "file_lock",
+        "user_cache",
         "times",
         "log_schema",
         "checks",

@@ -41,10 +41,15 @@ from adaptive_fusion.learning.fitting.gate import gate
 from adaptive_fusion.learning.fitting.ladders import choose_lanes, labelled, prune
 from adaptive_fusion.learning.judging.arms import judges
 from adaptive_fusion.learning.judging.evaluate import PolicyReport, evaluate
+from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.fingerprint import fingerprint
 from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.policy.policy import COMPLEX, LANES, SIMPLE, Policy
 from adaptive_fusion.policy.router import constant_router
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.reference import model_path
+from adaptive_fusion.reference.screens import KINDS
 
 LEFT_OUT = ("log_pixels", "log_aspect")
 """A large image can be simple, so size must not decide."""
@@ -151,6 +156,14 @@ def base_policy(name: str, recipe: Recipe, data: Dataset, seed: int) -> tuple[Po
     return replace(policy, budget=shipped.budget, fusion_weights=shipped.fusion_weights), tried
 
 
+def fitted_to(model: str | Path) -> Fitted:
+    """The model that answered for the labels, and the kinds of scenes that they are of."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    loaded = AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
+    return Fitted(fingerprint(adapter_for(*loaded)), KINDS)
+
+
 def incumbent(name: str, data: Dataset, base: Policy) -> Policy:
     """The policy shipped under that name, if its lanes begin with labelled rungs; else `base`."""
     try:
@@ -179,7 +192,8 @@ def fit(
         jobs=options.jobs,
         n=options.resamples,
     )
-    policy = prune(fitted.policy)
+    policy = replace(prune(fitted.policy), tolerance=recipe.tolerance, fitted=fitted_to(options.model))
+    policy = replace(policy, cheap=policy.lanes[SIMPLE][0].name)
     fitted = FittedPolicy(policy, {**fitted.report, "lanes": tried})
     against = incumbent(name, data, base)
     verdict = gate(policy, against, data.take(data.split("test", options.seed)), seed=options.seed, n=options.resamples)
@@ -252,6 +266,7 @@ def main() -> None:
     parser.add_argument("labels", type=Path, nargs="+", help="label files of scenes of the training split")
     parser.add_argument("--held-out", type=Path, nargs="+", default=[], help="label files that only judge")
     parser.add_argument("--human", type=Path, help="CSV of file, category, score; images beside it")
+    parser.add_argument("--model", type=Path, default=model_path(), help="the model that the labels are of")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "policies")
     parser.add_argument("--reports", type=Path, default=Path("runs/policies"), help="folder of the full reports")
     parser.add_argument("--only", choices=sorted(RECIPES), nargs="+", default=list(RECIPES))

@@ -23,7 +23,7 @@ def budget(
     as_json: Json = False,
     plot: Plot = None,
     model: Model = "reference",
-    policy: PolicyName = "balanced",
+    policy: PolicyName = "auto",
     attainment: Annotated[
         list[float] | None,
         typer.Option(help="Share of the feasible requests that must be in time, 0.95; once or more."),
@@ -67,7 +67,7 @@ def budget(
         measured = _measure(model, policy, scenes, repeats, background, ttft_ms, as_json)
         for target in targets:
             found = _replay(measured, target, requests, real, seed, drawn, as_json)
-            _show({"model": model, "policy": policy, **found}, plot, as_json)
+            _show({"model": model, "policy": measured.runner.policy.name, **found}, plot, as_json)
 
 
 def _check(targets: list[float], ttft_ms: float | None, plot: Path | None) -> None:

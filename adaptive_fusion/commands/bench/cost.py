@@ -1,5 +1,6 @@
 """``adaptive-fusion bench cost``: what every row takes at a model's true shape."""
 
+import os
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ def cost(
         str, typer.Option(help="2b, 4b, 8b, 32b, 30b-a3b, 235b-a22b (random weights) or reference.")
     ] = "2b",
     image: Annotated[int, typer.Option(min=32, max=4096, help="Side of the image in pixels.")] = 512,
-    policy: PolicyName = "balanced",
+    policy: PolicyName = "auto",
     points: Points = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds over all rows.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 3,
@@ -45,7 +46,7 @@ def cost(
 
         quieten()
         check_plot(plot)
-        asked = {"image": image, "policy": policy, "repeats": repeats, "new_tokens": new_tokens}
+        asked = {"image": image, "repeats": repeats, "new_tokens": new_tokens}
         measured = _measured(size, device, dtype, policy, points, Workload(image, new_tokens), repeats, as_json)
         result = {"size": size, "dtype": measured.pop("dtype"), **asked, **measured}
         if plot is not None:
@@ -78,18 +79,25 @@ def _measured(
         summarise_costs,
     )
     from adaptive_fusion.bench.shapes import SHAPES
+    from adaptive_fusion.models.fingerprint import fingerprint
+    from adaptive_fusion.policy.auto import choose
+    from adaptive_fusion.policy.files import AUTO
     from adaptive_fusion.policy.policy import SIMPLE, Policy
 
-    loaded = Policy.load(policy)
-    rows = cost_rows(loaded, rungs_of(points, ROWS))
+    # A wrong name is told before a model is built.
+    named: str | Policy = policy if policy == AUTO else Policy.load(policy)
+    usual = rungs_of(points, ROWS)
     began = time.perf_counter()
     adapter = adapter_of_size(size, device, dtype)
     build_s = time.perf_counter() - began
+    loaded = choose(named, fingerprint(adapter), os.environ).policy
+    rows = cost_rows(loaded, usual)
     with progress(as_json) as shown:
         found = measure_costs(adapter, rows, workload, repeats=repeats, progress=shown)
     records = summarise_costs(found, {rung.name for rung in loaded.lanes[SIMPLE]})
     return {
         "dtype": str(adapter.dtype).removeprefix("torch."),
+        "policy": loaded.name,
         "build_s": build_s,
         "machine": machine(),
         "rows": records,

@@ -20,7 +20,7 @@ def quality(
     as_json: Json = False,
     plot: Plot = None,
     model: Model = "reference",
-    policy: PolicyName = "balanced",
+    policy: PolicyName = "auto",
     scenes: Annotated[
         int, typer.Option(help="Scenes of each slice (three times as many simple ones); images with --data.")
     ] = 12,
@@ -50,7 +50,7 @@ def quality(
         questions = _questions(scenes, data, captions, prompt)
         runner, rows, cheap = _open(model, policy, points, knobs, weights or [])
         found = _evaluated(runner, questions, rows, cheap, knobs, max_new_tokens, as_json)
-        result = {"model": model, "policy": policy, **_made_of(runner, rows, weights or []), **found}
+        result = {"model": model, "policy": runner.policy.name, **_made_of(runner, rows, weights or []), **found}
         if plot is not None:
             from adaptive_fusion.bench.report import plot_quality
 

@@ -75,6 +75,17 @@ def build_dataset(
     return replace(data, weight=cap_weights(data, source_cap))
 
 
+def rungs_named(logs: Iterable[str | Path], *, threads: int = 2) -> list[str]:
+    """Rungs that labels of trusted sources have a quality of, the most frequent first, at most `MAX_RUNGS`.
+
+    Raises:
+        ConfigError: As `open_logs`.
+    """
+    with open_logs(logs, threads=threads) as table:
+        join_labels(table)
+        return _other_rungs(table, ())
+
+
 def _other_rungs(table: LogTable, rungs: Sequence[str]) -> list[str]:
     """Rungs that trusted labels have a quality of, without `rungs`; of very many the most frequent. Of names that
     differ in case only, which are one column to DuckDB, the first."""

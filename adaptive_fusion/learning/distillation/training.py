@@ -57,11 +57,11 @@ class Training:
         self.note = note
         self.adapter, self.point, self.settings, self.outputs = adapter, point, settings, outputs
         self.train, self.held = list(train), sorted(held, key=self._length)
-        fresh = adapter.fusion(point)
-        assert fresh is not None  # the point was required to fuse
+        spec = adapter.spec(point)
+        assert spec is not None  # the point was required to fuse
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.module = DeepStackFusion(fresh.spec)
+            self.module = DeepStackFusion(spec)
         adapter.add_fusion(self.module)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0)
         self.levels = LevelCache(adapter, self.module.spec.levels, settings.cache_gb)

@@ -15,12 +15,13 @@ from typing import Any
 from adaptive_fusion.errors import ConfigError, GateRefused
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset
 from adaptive_fusion.learning.data.labels import TRUSTED
-from adaptive_fusion.learning.data.matrix import build_dataset
+from adaptive_fusion.learning.data.matrix import build_dataset, rungs_named
 from adaptive_fusion.learning.fitting.card import card, finite
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.fitting.gate import Verdict, gate
 from adaptive_fusion.learning.fitting.search import ESTIMATORS, Classifier
-from adaptive_fusion.policy.files import POLICY_FILE
+from adaptive_fusion.policy.auto import GENERAL
+from adaptive_fusion.policy.files import AUTO, POLICY_FILE
 from adaptive_fusion.policy.policy import SIMPLE, Policy
 
 ESTIMATOR_NAMES = tuple(ESTIMATORS)
@@ -43,7 +44,7 @@ def train(
     logs: Iterable[str | Path],
     out: str | Path,
     *,
-    base: str | Path | Policy = "balanced",
+    base: str | Path | Policy = AUTO,
     incumbent: str | Path | Policy | None = None,
     name: str = "trained",
     objective: str = "quality",
@@ -64,7 +65,8 @@ def train(
     Args:
         logs: Decision logs and labels, see `log_files`.
         out: Folder to write: a new one, one of a policy, or one without files of a policy's names.
-        base: Policy whose ladders are kept; a name, path or policy.
+        base: Policy whose ladders are kept; a name, path or policy. ``auto`` takes the shipped one of whose rungs the
+            logs have most labelled.
         incumbent: What the new policy must not be worse than on the hold-out, the part of the data that
             neither fit nor threshold saw; `base` if None.
         name: Of the new policy.
@@ -86,9 +88,9 @@ def train(
         PolicyError: For a base or incumbent that cannot be loaded.
     """
     _check_target(out := Path(out))
-    start = _loaded(base)
-    against = start if incumbent is None else _loaded(incumbent)
     paths = [Path(path) for path in logs]
+    start = _labelled_policy(paths, jobs) if base == AUTO else _loaded(base)
+    against = start if incumbent is None else _loaded(incumbent)
     data = _read(paths, start, against, tolerance=tolerance, source_cap=source_cap, threads=jobs)
     options: dict[str, Any] = {"objective": objective, "estimators": estimators, "leave_out": leave_out}
     fitted = fit_policy(data, start, name=name, seed=seed, jobs=jobs, n=n, **options)
@@ -105,6 +107,20 @@ def _loaded(policy: str | Path | Policy) -> Policy:
     return policy if isinstance(policy, Policy) else Policy.load(policy)
 
 
+def _labelled_policy(logs: Sequence[Path], threads: int) -> Policy:
+    """The shipped policy that labels were made for: the first rung of its cheap lane is among them, and most of its
+    others. Of equals ``*-balanced`` is taken; of labels that are for none of them the general policy, which says so."""
+    named = set(rungs_named(logs, threads=threads))
+
+    def share(policy: Policy) -> float:
+        rungs = {rung.name for ladder in policy.lanes.values() for rung in ladder} - {NATIVE_NAME}
+        return len(rungs & named) / len(rungs) if policy.lanes[SIMPLE][0].name in named and rungs else 0.0
+
+    shipped = [Policy.load(name) for name in Policy.shipped()]
+    best = min(shipped, key=lambda each: (-share(each), not each.name.endswith(GENERAL), each.name))
+    return best if share(best) else Policy.load(GENERAL)
+
+
 def _read(logs: Sequence[Path], start: Policy, against: Policy, **options: Any) -> Dataset:
     """The labels of all rungs that either policy may take, and of the native point."""
     ladders = [ladder for policy in (start, against) for ladder in policy.lanes.values()]
@@ -116,7 +132,7 @@ def _command(logs: Sequence[Path], given: Mapping[str, Any]) -> str:
     """The command line that trains the same, for the card; what is as usual is left out."""
     estimators = tuple(given["estimators"])
     flags = [
-        ("base", given["base"], given["base"] == "balanced"),
+        ("base", given["base"], False),
         ("name", given["name"], given["name"] == "trained"),
         ("objective", given["objective"], False),
         ("tolerance", given["tolerance"], False),

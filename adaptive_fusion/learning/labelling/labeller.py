@@ -182,7 +182,7 @@ class RunnerModel:
         still = not any(size.clip for size in request.sizes)
         points: dict[OperatingPoint, list[str]] = {}
         for rung in rungs:
-            point = self.runner.adapter.resolve(rung, request.sizes)
+            point = self.runner.adapter.computed(self.runner.adapter.resolve(rung, request.sizes))
             points.setdefault(replace(point, max_fps=None) if still else point, []).append(rung.name)
         return points
 

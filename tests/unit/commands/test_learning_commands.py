@@ -144,7 +144,10 @@ def test_bad_input_ends_with_exit_code_2(folder: Path, tmp_path: Path) -> None:
     votes.write_text("request_id,rating\na,up\n")
     for arguments, said in (
         (("train", tmp_path / "nothing", "--out", tmp_path / "x"), "no logs at 'nothing'"),
-        (("train", labels, "--out", tmp_path / "x"), f"the labels have {STRONG}, {CHEAP}, {RUNGS[1]}"),
+        (
+            ("train", labels, "--base", "reference-latency", "--out", tmp_path / "x"),
+            f"the labels have {STRONG}, {CHEAP}, {RUNGS[1]}",
+        ),
         (("train", labels, "--base", base, "--out", tmp_path / "x", "--objective", "speed"), "'speed'"),
         (("train", labels, "--base", base, "--out", tmp_path / "x", "--estimator", "forest"), "'forest'"),
         (("evaluate", "nosuch", "--logs", labels), "'nosuch'"),

@@ -13,10 +13,11 @@ from adaptive_fusion.cost.estimate import ModelShape, analytic_profile
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.lengths import MAX_KINDS, LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile, Work
-from adaptive_fusion.cost.profiles import load_profile, profile_path, read_profile, save_profile, user_cache_dir
+from adaptive_fusion.cost.profiles import load_profile, profile_path, read_profile, save_profile
 from adaptive_fusion.decisions import Measurement, Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.user_cache import user_cache_dir
 
 KEY = {"model": "abc", "device": "cpu", "dtype": "float32", "attention": "sdpa", "torch": "2.14.1"}
 TRUE = Profile(
