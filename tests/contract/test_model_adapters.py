@@ -22,7 +22,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from adaptive_fusion.errors import ConfigError, UnsupportedModelError
+from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning, UnsupportedModelError
 from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.models import GridAdapter, Size, adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
@@ -206,7 +206,8 @@ def test_tensors_that_lost_their_other_half_are_refused(family: Any, noise_image
 
 def test_the_runner_drives_every_family_with_a_shipped_policy(family: Any, noise_image: Any) -> None:
     _, model, processor = family
-    runner = AdaptiveRunner(model, processor, policy=Policy.load("reference-balanced"))
+    with pytest.warns(PolicyMismatchWarning, match="another architecture"):
+        runner = AdaptiveRunner(model, processor, policy=Policy.load("reference-balanced"))
     reply = runner.chat(noise_image(96, 64), "Describe the screen.", max_new_tokens=4)
     assert reply.decision.lane in ("weighted", "gated") and reply.measurement.new_tokens >= 1
     inputs = runner.adapter.prepare(ask(noise_image(96, 64)), NATIVE)

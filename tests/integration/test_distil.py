@@ -114,7 +114,7 @@ def test_recorded_levels_give_what_the_pixels_give(
     adapter: GridAdapter, asked: list[Question], clip: Any, ratio: float
 ) -> None:
     point = OperatingPoint("gated", 6, ratio, adapter_rank=4)
-    module = adapter.fusion(point)
+    module = adapter.build(point)
     assert module is not None
     torch.manual_seed(0)
     for parameter in module.parameters():

@@ -48,7 +48,7 @@ def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
     found = AdaptiveRunner(reference_model, processor, policy="reference-balanced", seed=0)
     generator = torch.Generator().manual_seed(0)
     for rung in RUNGS:
-        if (fusion := found.adapter.fusion(rung.point)) is not None:
+        if (fusion := found.adapter.build(rung.point)) is not None:
             with torch.no_grad():
                 for parameter in fusion.parameters():
                     parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
