@@ -274,7 +274,7 @@ def check_policy(runner: Any) -> Iterator[Check]:
     chosen, policy = runner.chosen, runner.policy
     age = "" if chosen.written_s is None else f", {(time.time() - chosen.written_s) / 86_400:.0f} days old"
     found = f"{policy.name}: {chosen.note}{age}; fitted to {policy.fitted.in_words()}"
-    advice = "name a policy that was fitted to this model, or let `auto` find one" if chosen.warning else ""
+    advice = "docs/tutorial-policy.md: from your own logs to a policy of this model" if chosen.warning else ""
     yield Check("policy", "note" if chosen.remark else "ok", found, advice)
     points = [rung.point for ladder in policy.lanes.values() for rung in ladder]
     if untrained := sorted({point.fusion for point in points if runner.adapter.untrained(point)}):

@@ -3,6 +3,8 @@
 Real classes of transformers with tiny random weights; the processors are the families' own.
 """
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +27,10 @@ from transformers import (
 from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning, UnsupportedModelError
 from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.models import GridAdapter, Size, adapter_for
+from adaptive_fusion.models.fingerprint import fingerprint
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
+from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.runner import AdaptiveRunner
 from tests.conftest import _random, tiny_text, tiny_vision, token_ids
@@ -113,6 +117,17 @@ FAMILIES = {"Qwen2.5-VL": qwen25, "Qwen3.5": qwen35, "Gemma 3": gemma3}
 def family(request: pytest.FixtureRequest, processor: Any) -> tuple[str, Any, Any]:
     model, its_processor = FAMILIES[request.param](processor)
     return request.param, _random(model), its_processor
+
+
+def test_every_family_has_a_fingerprint_that_policies_can_keep(family: tuple[str, Any, Any], tmp_path: Path) -> None:
+    _, model, processor = family
+    found = fingerprint(adapter_for(model, processor))
+    assert found.architecture == type(model).__name__ and found.digest
+    for part in (found.vision, found.text):
+        assert {"depth", "width", "heads", "mlp"} <= set(part)
+    assert {"min_pixels", "max_pixels"} <= set(found.processor)
+    saved = replace(Policy.load("native"), name="own", fitted=Fitted(found)).save(tmp_path / "own")
+    assert Policy.load(saved).fitted.differences(found) == ()
 
 
 def ask(*images: Any) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def test_every_command_of_the_page_works(tmp_path: Path, monkeypatch: pytest.Mon
                 assert len(rows) == IMAGES and all(cheap in row["quality"] for row in rows)
                 append_records(made_up_labels(240), "logs/labels.jsonl")
     assert said["logs"].startswith("2 records of 1 files")
-    assert "## Gate" in said["train"] and "accepted" in said["train"]
+    assert "## Gate" in said["train"] and "accepted" in said["train"] and "--base reference-" in said["train"]
     assert "APGR" in said["evaluate"] and "balanced" in said["evaluate"]
     assert Policy.load("./my-policy").name == "trained" and Path("curve.png").stat().st_size > 0
     assert '"policy":"trained"' in Path("logs/decisions.jsonl").read_text().splitlines()[-1]

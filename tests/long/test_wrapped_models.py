@@ -17,6 +17,7 @@ from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
 from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.fingerprint import fingerprint
 from adaptive_fusion.models.unwrap import lock_of
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.runner import AdaptiveRunner
@@ -78,6 +79,14 @@ def test_a_model_with_lora_answers_as_merged_and_switched_off_as_without(
         assert ask(model) == bare
     assert ask(model) == answers
     assert ask(copy.deepcopy(model).merge_and_unload()) == answers
+
+
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["merger"]}], ids=repr)
+def test_a_fingerprint_is_of_the_model_without_its_adapters(more: dict[str, Any], fresh: Any, processor: Any) -> None:
+    before = fingerprint(adapter_for(fresh, processor))
+    wrapped = with_lora(fresh, **more)
+    assert before.digest and fingerprint(adapter_for(wrapped, processor)) == before
+    assert AdaptiveRunner(wrapped, processor).policy.name == "reference-balanced"
 
 
 def test_the_adapter_in_use_is_the_one_that_answers(fresh: Any, ask: Ask, processor: Any) -> None:
@@ -159,6 +168,8 @@ def test_an_offloaded_model_answers_where_it_computes(
     model = OFFLOADED[name](fresh, tmp_path)
     assert ask(model) == bare
     runner = AdaptiveRunner(model, processor)
+    assert runner.policy.name == "reference-balanced"  # also where the weights cannot be read
+    assert bool(runner.fingerprint.digest) != bool(runner.fingerprint.unread)
     assert runner.device == torch.device("cpu") and runner.profile.key["device"].startswith("cpu:")
     reply = runner.chat(noise_image(64, 64), "Describe.", max_new_tokens=2)
     assert reply.measurement.new_tokens == 2
