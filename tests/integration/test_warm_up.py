@@ -40,6 +40,9 @@ def test_a_memory_budget_warms_up_once_and_no_other_does(
     tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = AdaptiveRunner(tiny_dense, processor, policy="reference-balanced")
+    for ladder in runner.policy.lanes.values():
+        for rung in ladder:
+            runner.adapter.build(rung.point)  # untrained, they would be the native computation
     image, prepared = Image.new("RGB", (40, 40)), []
     prepare, encode = runner.adapter.prepare, runner.adapter.encode
 

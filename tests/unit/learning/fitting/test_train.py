@@ -58,6 +58,16 @@ def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path
     assert (other / "router.json").read_bytes() != (trained.folder / "router.json").read_bytes()
 
 
+def test_the_base_is_the_shipped_policy_that_the_labels_are_for(logs: Path, tmp_path: Path) -> None:
+    assert train_module._labelled_policy([logs], 1).name == "balanced"  # the first rung of its cheap lane is labelled
+    for name in ("reference-latency", "reference-quality"):
+        quality = {rung.name: 0.5 for ladder in Policy.load(name).lanes.values() for rung in ladder}
+        labels = [label_record(subject(np.zeros(4), i, reads=False), "oracle", quality=quality) for i in range(3)]
+        assert train_module._labelled_policy([write_jsonl(tmp_path / f"{name}.jsonl", labels)], 1).name == name
+    unknown = [label_record(subject(np.zeros(4), 0, reads=False), "oracle", quality={"top@1": 1.0})]
+    assert train_module._labelled_policy([write_jsonl(tmp_path / "top.jsonl", unknown)], 1).name == "balanced"
+
+
 def test_the_folder_loads_and_its_card_has_figures_data_slices_and_limits(trained: Trained) -> None:
     policy = Policy.load(trained.folder)
     assert policy == trained.fitted.policy
