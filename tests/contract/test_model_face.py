@@ -134,7 +134,7 @@ def test_a_runner_says_what_it_is(runner: AdaptiveRunner) -> None:
     face = AdaptiveRunner(runner.model, runner.processor, budget=Budget(latency_ms=400), profile=runner.profile)
     text = repr(face.bfloat16())
     for fact in (
-        "AdaptiveRunner(Qwen3VLForConditionalGeneration in bfloat16 on cpu, GridAdapter, policy 'balanced' (no policy was ",
+        "AdaptiveRunner(Qwen3VLForConditionalGeneration in bfloat16 on cpu, GridAdapter, policy 'balanced' (no policy ",
         "latency_ms=400.0",
         "profile: given",
     ):

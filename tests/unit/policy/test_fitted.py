@@ -28,11 +28,12 @@ def test_a_file_says_the_same_again() -> None:
     ("other", "weights", "said"),
     [
         ({}, [], ""),
-        ({"architecture": "Gemma3ForConditionalGeneration"}, ["warning"], "this is Gemma3"),
+        ({"architecture": "Gemma3ForConditionalGeneration"}, ["warning"], "here Gemma3"),
         ({"vision": {**MODEL.vision, "depth": 27}}, ["warning"], "vision shape (depth 24, here 27)"),
         ({"vision": {"depth": 24, "hidden_size": 1024}}, ["warning"], r"taps [5, 11, 17], here None"),
         ({"text": {**MODEL.text, "hidden_size": 4096}}, ["warning"], "text shape (hidden_size 2560, here 4096)"),
         ({"digest": "fedcba9876543210"}, ["note"], "other weights of this shape"),
+        ({"digest": "", "unread": "offloaded"}, ["note"], "weights not compared (offloaded)"),
         ({"processor": {**MODEL.processor, "max_pixels": 9}}, ["note"], "max_pixels 16777216, here 9"),
         ({"digest": "0", "text": {}, "processor": {}}, ["warning", "note"], "other limits of the processor"),
     ],
@@ -42,7 +43,7 @@ def test_shapes_are_warnings_and_weights_and_limits_are_notes(
 ) -> None:
     found = FITTED.differences(replace(MODEL, **other))
     assert [difference.weight for difference in found] == weights
-    assert said in "; ".join(difference.what for difference in found)
+    assert said in "; ".join(difference.in_words() for difference in found)
     assert Fitted(kinds=("a",)).differences(replace(MODEL, **other)) == ()
 
 
