@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptive_fusion.checks import is_integer
 from adaptive_fusion.models.base import Adapter
@@ -93,8 +93,9 @@ def _digest(model: Any) -> tuple[str, str]:
     if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
         return "", "the weights are quantised"
     parameters = _own_parameters(model)
-    if not parameters:
-        return "", "the model has no weights in float"
+    plain = (nn.Parameter, Tensor)
+    if any(type(each) not in plain or not each.is_floating_point() for each in parameters.values()):
+        return "", "weights are quantised, or of a kind that cannot be sampled"
     names = sorted(parameters)
     count = min(PARAMETERS, len(names))
     chosen = [parameters[names[place]] for place in _places(len(names), count)]
@@ -110,7 +111,7 @@ def _digest(model: Any) -> tuple[str, str]:
 
 
 def _own_parameters(model: Any) -> dict[str, Tensor]:
-    """Parameters in float by the names that they have without wrappers; those of PEFT's adapters are left out."""
+    """Parameters by the names that they have without wrappers; those of PEFT's adapters are left out."""
     found = {name.replace("._orig_mod", ""): parameter for name, parameter in model.named_parameters()}
     inner = (".base_layer.", ".original_module.")
     wrapped = tuple({name.partition(mark)[0] + "." for name in found for mark in inner if mark in name})
@@ -120,7 +121,7 @@ def _own_parameters(model: Any) -> dict[str, Tensor]:
             continue
         for mark in inner:
             name = name.replace(mark, ".")
-        if parameter.is_floating_point() and parameter.numel():
+        if parameter.numel():
             own[name] = parameter
     return own
 

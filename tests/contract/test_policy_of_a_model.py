@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, Qwen3VLForConditionalGeneration
 from typer.testing import CliRunner
 
@@ -67,8 +68,11 @@ def test_other_weights_of_a_shape_have_another_digest_and_unread_ones_none(
     quantised = copy.copy(same_shape)
     quantised.config = copy.deepcopy(same_shape.config)
     quantised.config.quantization_config = {"quant_method": "bitsandbytes"}
+    by_hand = copy.deepcopy(same_shape)
+    layer = by_hand.model.language_model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter((layer.weight * 64).to(torch.int8), requires_grad=False)
     away = copy.deepcopy(same_shape).to("meta")
-    for model, why in ((quantised, "quantised"), (away, "offloaded")):
+    for model, why in ((quantised, "quantised"), (by_hand, "quantised"), (away, "offloaded")):
         found = fingerprint(adapter_for(model, processor))
         assert found.digest == "" and why in found.unread and found.vision == own.vision
 
@@ -170,6 +174,12 @@ def test_the_users_own_policy_is_taken_unless_the_environment_says_no(
     assert any("'torn' cannot be read" in check["found"] for check in checks)
     monkeypatch.setenv(NO_USER_POLICY, "1")
     assert told(tiny_dense, processor)[0].policy.name == "balanced"
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    shown = CliRunner().invoke(app, ["explain", str(tmp_path / "a.png"), "--model", str(tmp_path / "model"), "--json"])
+    (line,) = shown.stderr.splitlines()  # not a place in the code
+    assert line.startswith("warning: no policy was fitted to this model, Qwen3VL")
+    assert json.loads(shown.stdout)["reason"].endswith(NONE)
 
 
 # Untrained fusion
