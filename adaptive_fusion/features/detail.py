@@ -28,9 +28,8 @@ import numpy as np
 from PIL import Image
 
 from adaptive_fusion.errors import MediaError
-from adaptive_fusion.features.image import Bytes, Pixels, _nearest, _thin_array, _thin_pil
-from adaptive_fusion.media.pixels import DEFAULT, check_size, decoding, to_rgb
-from adaptive_fusion.media.scans import can_be_thinned
+from adaptive_fusion.features.image import Bytes, Pixels, _nearest, _thin_array, _thin_pil, ready_to_sample
+from adaptive_fusion.media.pixels import DEFAULT, check_size, to_rgb
 
 VERSION = "2"
 """Version of these features: numbers of different versions must not be compared."""
@@ -48,6 +47,9 @@ DETAIL_FEATURES = (
     "octave_1",  # log2 of the mean difference of pixels 2 apart over that of neighbours: 1 on smooth ground, 0 at noise
     "octave_2",  # the same of 4 and 2
     "octave_4",  # the same of 8 and 4
+    "sparsity_1",  # mean difference of neighbours, squared, over the mean square: low where few of them are large
+    "sparsity_4",  # the same of pixels 4 apart
+    "busy_spread",  # standard deviation of ln mean difference of neighbours, from block to block of a line
 )
 """Names in the order of `detail_features`; all values are finite."""
 
@@ -63,8 +65,7 @@ _FINER = 0.5  # share of the strokes, the finer ones, that windows are laid arou
 _FALL = 0.3  # of the activity within a band: where it ends
 _QUIET = 0.2  # of the activity within a band: at most between two
 _BAND = (3.0, 14.0)  # height over stroke width of a band that may be text
-_MODES_READ_WHOLE = ("I", "F")  # their scale to 8 bits needs all pixels
-_ORIENTATION_TAG = 0x0112
+_BLOCK, _FLOOR = 32, 0.25  # pixels of a line; grey levels added to mean differences, for what has none
 _NO_STROKE = 6.0  # log2 pixels: what is said of an image without any stroke
 _USUAL = 2.6  # log2 of the height of a small x over the width of its strokes, where no band shows it
 _FEW = 20  # changes that say nothing about repeated pixels
@@ -97,9 +98,9 @@ def detail_features(image: Pixels) -> list[float]:
     apart, enlarged = _first_look(source)
     rows, lines = source.lines(_LINES, max(1.0, apart))
     strokes = _Strokes(lines, source.width / lines.shape[1], _VARIATION)
-    octaves = _octaves(lines[::4])
+    texture = _texture(lines[::4])
     if not len(strokes.width):
-        return [_NO_STROKE, _NO_STROKE, 0.0, _NO_STROKE, _NO_STROKE, 0.0, 0.0, _NO_STROKE, enlarged, *octaves]
+        return [_NO_STROKE, _NO_STROKE, 0.0, _NO_STROKE, _NO_STROKE, 0.0, 0.0, _NO_STROKE, enlarged, *texture]
     order = np.argsort((strokes.width * 16).astype(np.uint16), kind="stable")  # sorts whole numbers ten times as fast
     heights, text_share = _bands(source, rows, strokes, order)
     low, quarter = (float(np.log2(strokes.width[order[int(share * len(order))]])) for share in _LOW_STROKES)
@@ -115,7 +116,7 @@ def detail_features(image: Pixels) -> list[float]:
         float(np.partition(strokes.contrast, len(order) // 2)[len(order) // 2]) / 255,
         float(np.log2(_quantile(strokes.spread, 10))),
         enlarged,
-        *octaves,
+        *texture,
     ]
 
 
@@ -180,11 +181,7 @@ class _Source:
 
     def __init__(self, image: Pixels) -> None:
         if isinstance(image, Image.Image):
-            with decoding("PIL image"):
-                check_size("PIL image", *image.size, DEFAULT)
-                in_whole = image.mode in _MODES_READ_WHOLE or not can_be_thinned(image)
-                if in_whole or image.mode != "RGB" or image.getexif().get(_ORIENTATION_TAG, 1) != 1:
-                    image = to_rgb(image)
+            image = ready_to_sample(image)
             self.width, self.height = image.size
         elif isinstance(image, np.ndarray):
             if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
@@ -207,6 +204,9 @@ class _Source:
     def windows(self, x: Floats, y: Floats, step: Floats) -> Bytes:
         """(windows, _ROWS, _COLUMNS) uint8 around points, sampled `step` pixels apart; black outside the image."""
         left, top = x - step * _COLUMNS / 2, y - step * _ROWS / 2
+        down = np.floor(top[:, None] + step[:, None] * (np.arange(_ROWS) + 0.5)).astype(np.int64)
+        across = np.floor(left[:, None] + step[:, None] * (np.arange(_COLUMNS) + 0.5)).astype(np.int64)
+        inside = ((down >= 0) & (down < self.height))[:, :, None] & ((across >= 0) & (across < self.width))[:, None, :]
         if isinstance(self._image, Image.Image):
             # One call for all: each would cost more than the reading.
             ends = np.stack([left, top, left + step * _COLUMNS, top + step * _ROWS], axis=1).tolist()
@@ -215,10 +215,9 @@ class _Source:
                 for i, (x0, y0, x1, y1) in enumerate(ends)
             ]
             stacked = self._image.transform((_COLUMNS, _ROWS * len(mesh)), Image.Transform.MESH, mesh)
-            return np.asarray(stacked)[:, :, 1].reshape(len(mesh), _ROWS, _COLUMNS)
-        down = np.floor(top[:, None] + step[:, None] * (np.arange(_ROWS) + 0.5)).astype(np.int64)
-        across = np.floor(left[:, None] + step[:, None] * (np.arange(_COLUMNS) + 0.5)).astype(np.int64)
-        inside = ((down >= 0) & (down < self.height))[:, :, None] & ((across >= 0) & (across < self.width))[:, None, :]
+            if stacked.mode != "RGB" or stacked.has_transparency_data:
+                stacked = to_rgb(stacked)
+            return np.where(inside, np.asarray(stacked)[:, :, 1].reshape(inside.shape), 0).astype(np.uint8)
         down, across = down.clip(0, self.height - 1), across.clip(0, self.width - 1)
         if self._image.dtype == np.uint8 and self._image.shape[2:] == (3,):
             green = self._image[:, :, 1][down[:, :, None], across[:, None, :]]
@@ -321,9 +320,21 @@ def _bands(source: _Source, rows: Ints, strokes: _Strokes, order: Ints) -> tuple
     return np.sort(np.log2(height[text])).tolist(), float(np.count_nonzero(text)) / len(text)
 
 
-def _octaves(lines: Bytes) -> list[float]:
-    means = [
-        float(cv2.mean(cv2.absdiff(lines[:, apart:], lines[:, :-apart]))[0]) if lines.shape[1] > apart else 0.0
-        for apart in (1, 2, 4, 8)
-    ]
-    return [float(np.log2((far + 0.25) / (near + 0.25))) for near, far in pairwise(means)]
+def _texture(lines: Bytes) -> list[float]:
+    """The octaves, both sparsities and `busy_spread`."""
+    means, sparsity, busy = [], [], 0.0
+    for apart in (1, 2, 4, 8):
+        if lines.shape[1] <= apart:
+            means.append(0.0)
+            continue
+        change = cv2.absdiff(lines[:, apart:], lines[:, :-apart])
+        means.append(cv2.norm(change, cv2.NORM_L1) / change.size)
+        if apart in (1, 4):
+            square = cv2.norm(change, cv2.NORM_L2SQR) / change.size
+            sparsity.append((means[-1] + _FLOOR) ** 2 / (square + _FLOOR**2))
+        if apart == 1 and change.shape[1] >= _BLOCK:
+            blocks = change[:, : change.shape[1] // _BLOCK * _BLOCK].reshape(-1, _BLOCK)
+            sums = cv2.reduce(blocks, 1, cv2.REDUCE_SUM, dtype=cv2.CV_32F)
+            busy = float(np.log(sums / _BLOCK + _FLOOR).std())
+    octaves = [float(np.log2((far + _FLOOR) / (near + _FLOOR))) for near, far in pairwise(means)]
+    return [*octaves, *[*sparsity, 1.0, 1.0][:2], busy]

@@ -27,7 +27,7 @@ complexities = st.builds(
         dict(zip(FEATURE_NAMES, features, strict=True)),
         VERSION,
         "image",
-        {**dict(zip(DETAIL_FEATURES, detail, strict=True)), "text_share": share},
+        {**dict(zip(DETAIL_FEATURES, detail, strict=True)), "text_share": share, "enlarged": abs(detail[0])},
         DETAIL_VERSION,
     ),
     st.lists(st.floats(0, 4), min_size=len(FEATURE_NAMES), max_size=len(FEATURE_NAMES)),
