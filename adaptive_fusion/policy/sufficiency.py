@@ -90,13 +90,15 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """The reader's need: ``log2 share = intercept - 2 text_height_low`` of the native pixels, where there is text.
+    """The reader's need: ``log2 share = intercept - 2 size`` of the native pixels, where there is text.
 
-    How sure that is goes from 0 at a `text_share` of `texture` to 1 at `text`; what is no text may be anything, and
+    The size is the height of the lower lines, or what the thinnest strokes stand for (`strokes` octaves more than their
+    width), whichever is less. How sure that is goes from 0 at a `text_share` of `texture` to 1 at `text`; what is no text may be anything, and
     needs all pixels but those that enlarging has added.
     """
 
     intercept: float
+    strokes: float
     texture: float
     text: float
     per_octave: float
@@ -108,7 +110,8 @@ class Text:
     def log2_share(self, detail: Mapping[str, float], scale: float) -> float:
         """Of the native pixels, at most 0; `scale` is log2 of native over own side lengths."""
         finest = -2 * max(0.0, detail["enlarged"] + scale)
-        text = min(finest, self.intercept - 2 * (detail["text_height_low"] + scale))
+        size = min(detail["text_height_low"], detail["stroke_low"] + self.strokes)
+        text = min(finest, self.intercept - 2 * (size + scale))
         return finest + self.sure(detail) * (text - finest)
 
 
@@ -217,7 +220,7 @@ class Sufficiency:
         )
 
 
-_TEXT = ("intercept", "texture", "text", "per_octave")
+_TEXT = ("intercept", "strokes", "texture", "text", "per_octave")
 
 
 def together(needs: Sequence[Needs]) -> Needs | None:

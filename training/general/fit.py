@@ -4,11 +4,13 @@
 
 DIR... are the folders that `label.py` read. What is fitted is
 
-    log2 share = finest + text (min(finest, intercept - 2 text_height_low) - finest)
+    log2 share = finest + text (min(finest, intercept - 2 size) - finest)
+    size       = min(text_height_low, stroke_low + STROKES)
     finest     = -2 enlarged
     text       = clip((text_share - TEXTURE) / (TEXT - TEXTURE), 0, 1)
 
-Pixels are planned so that the lower lines of text come out at a height that can be read. The factor 2 is that of area
+Pixels are planned so that the lower lines of text, or those of the thinnest strokes, come out at a height that can be
+read. The factor 2 is that of area
 over length: an image enlarged twice is planned a quarter of the share, the same pixels. Where few of the finer strokes
 lie in a band of text, what was measured may be texture and the text finer than it: the plan goes over to `finest`, all
 the pixels that have something to show, which is all of those of an image that does not look enlarged. A share is that
@@ -24,7 +26,7 @@ Longer than other modules: a recipe is read from top to bottom, forms, fit, judg
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,18 +44,30 @@ from adaptive_fusion.features.image import IMAGE_FEATURES, image_features, take_
 from adaptive_fusion.media.load import load_media
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Record = dict[str, Any]
+"""A label of label.py."""
 Model = Callable[[Floats, float], Floats]
 """log2 shares, not cut off at 1, of rows of features and an intercept, with which they do not fall."""
 
 STEPS = np.log2(SHARES)
-GOAL = (0.987, 0.945)
-"""Mean and 5th percentile of text kept that the intercept is set for: a little above .985 and .93."""
+"""Of the labels and of the oracle."""
+LADDER = (
+    1.0, 0.84, 0.71, 0.59, 0.5, 0.42, 0.35, 0.3, 0.25, 0.21, 0.18, 0.15, 0.125, 0.105, 0.09, 0.074, 0.0625,
+    0.053, 0.044, 0.037, 0.031, 0.026, 0.022, 0.0186, 0.0156,
+)  # fmt: skip
+"""Shares of the general policies' steps: four to an octave, so that an image and its enlargement, of which not quite the
+same is measured, are planned pixels within 25 %; and down to a 64th, which of an enlarged image is not little."""
+RUNGS = np.log2(LADDER)
+GOAL = (0.993, 0.975)
+"""Mean and 5th percentile of text kept that the intercept is set for: above .985 and .93, which other sources must
+keep."""
 QUANTILE = 0.85
 MARGIN = 1.1
 """In linear scale, over what the reader needs; see the policy's field."""
 LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank")
 ENLARGED = DETAIL_FEATURES.index("enlarged")
-TEXTURE, TEXT = 0.1, 0.8  # text_share up to which nothing is taken for text, and from which on all is
+STROKES = 3.2  # octaves between the thinnest strokes and the height of the lower lines, where both are text's
+TEXTURE, TEXT = 0.2, 0.8  # text_share up to which nothing is taken for text, and from which on all is
 FEATURES = (*DETAIL_FEATURES, *IMAGE_FEATURES)
 SMOOTH = 0.1  # of the corner of the pinball loss, in log2
 RIDGE = 0.02
@@ -105,21 +119,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("sources", type=Path, nargs="+", metavar="DIR", help="folders of images")
     parser.add_argument("--labels", type=Path, required=True, help="from label.py")
+    parser.add_argument("--judge", type=Path, help="labels whose images that are not in --labels are judged instead")
     parser.add_argument("--out", type=Path, help="coefficients and figures as JSON")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
-    table = read(options.labels, {folder.name: folder for folder in options.sources}, quiet=options.json)
-    figures = judge(table)
-    figures["enlarged"] = enlarged(table, options.labels, {folder.name: folder for folder in options.sources})
+    folders = {folder.name: folder for folder in options.sources}
+    fitted = list(read_labels(options.labels).values())
+    judged = fitted if options.judge is None else unseen(options.judge, fitted)
+    table = read(fitted, folders, quiet=options.json)
+    figures = judge(table, table if options.judge is None else read(judged, folders, quiet=options.json))
+    figures["enlarged"] = enlarged(table, judged, folders)
     if options.out:
         options.out.write_text(json.dumps(artefact(table) | {"figures": figures}, indent=2) + "\n", "utf-8")
     print(json.dumps(figures) if options.json else in_words(figures))
 
 
-def read(labels: Path, folders: dict[str, Path], quiet: bool = False) -> Table:
+def unseen(labels: Path, fitted: list[Record]) -> list[Record]:
+    """Labels of images that are not among those fitted, by their content."""
+    known = {record["content_hash"] for record in fitted}
+    return [record for record in read_labels(labels).values() if record["content_hash"] not in known]
+
+
+def with_text(labels: list[Record], folders: dict[str, Path]) -> list[Record]:
+    return [record for record in labels if len(record["kept"]) > 1 and record["source"] in folders]
+
+
+def read(labels: list[Record], folders: dict[str, Path], quiet: bool = False) -> Table:
     """Labels of the folders' images with text, and their features."""
-    records = [r for r in read_labels(labels).values() if len(r["kept"]) > 1 and r["source"] in folders]
-    rows = []
+    records, rows = with_text(labels, folders), []
     for record in track(records, "features", disable=quiet):
         image = load_media(folders[record["source"]] / record["file"])
         sizes = sorted(height for count, height in record["lines"] for _ in range(count))
@@ -147,15 +174,17 @@ def curve(kept: dict[str, float]) -> Floats:
     return Curve({float(share): part for share, part in kept.items()}).at(SHARES)
 
 
-def heights(table: Table) -> Model:
+def finer(table: Table) -> Model:
     """The form that is used."""
     del table
     return predict
 
 
-def predict(features: Floats, intercept: float, size: str = "text_height_low") -> Floats:
+def predict(features: Floats, intercept: float, sizes: Sequence[str] = ("text_height_low", "stroke_low")) -> Floats:
     """log2 of the sufficient share, not cut off at 1."""
-    length, text_share, enlarged = (features[:, FEATURES.index(name)] for name in (size, "text_share", "enlarged"))
+    text_share, enlarged = (features[:, FEATURES.index(name)] for name in ("text_share", "enlarged"))
+    octaves = {"text_height_low": 0.0, "stroke_low": STROKES}
+    length = np.min([features[:, FEATURES.index(name)] + octaves[name] for name in sizes], axis=0)
     finest = -2 * enlarged
     text = np.clip((text_share - TEXTURE) / (TEXT - TEXTURE), 0, 1)
     return np.asarray(finest + text * (np.minimum(finest, intercept - 2 * length) - finest))
@@ -163,7 +192,12 @@ def predict(features: Floats, intercept: float, size: str = "text_height_low") -
 
 def strokes(table: Table) -> Model:
     del table
-    return lambda x, intercept: predict(x, intercept, "stroke_low")
+    return lambda x, intercept: predict(x, intercept, ("stroke_low",))
+
+
+def heights(table: Table) -> Model:
+    del table
+    return lambda x, intercept: predict(x, intercept, ("text_height_low",))
 
 
 def heights_alone(table: Table) -> Model:
@@ -200,6 +234,7 @@ def ridge_all(table: Table) -> Model:
 
 
 FORMS: dict[str, Callable[[Table], Model]] = {
+    "height of text or strokes, careful without text": finer,
     "height of text, careful without text": heights,
     "height of text alone": heights_alone,
     "strokes, careful without text": strokes,
@@ -208,13 +243,12 @@ FORMS: dict[str, Callable[[Table], Model]] = {
 }
 
 
-def left_out_shares(table: Table, form: Callable[[Table], Model]) -> Floats:
-    """log2 shares, each source's by a model of the others."""
-    found = np.zeros(len(table.source))
-    for name in np.unique(table.source):
-        own = table.source == name
-        others = table.part(~own)
-        found[own] = form(others)(table.features[own], intercept(others, form))
+def left_out_shares(table: Table, form: Callable[[Table], Model], judged: Table) -> Floats:
+    """log2 shares of what is judged, each source's by a model of the table's others."""
+    found = np.zeros(len(judged.source))
+    for name in np.unique(judged.source):
+        own, others = judged.source == name, table.part(table.source != name)
+        found[own] = form(others)(judged.features[own], intercept(others, form))
     return np.minimum(found, 0)
 
 
@@ -244,16 +278,16 @@ def smallest(table: Table, shares: Callable[[float], Floats]) -> float:
 
 def to_step(log_share: Floats) -> Floats:
     """The next step of the ladder up."""
-    return np.array([min(step for step in STEPS if step >= min(x, 0.0) - 1e-9) for x in log_share])
+    return np.array([min(step for step in RUNGS if step >= min(x, 0.0) - 1e-9) for x in log_share])
 
 
-def judge(table: Table) -> dict[str, Any]:
-    """Figures of all forms, and of the one that is used by source and margin."""
+def judge(fitted: Table, table: Table) -> dict[str, Any]:
+    """Figures of all forms on a table, and of the one that is used by source and margin."""
     figures: dict[str, Any] = {"images": len(table.source), "forms": {}}
     for name, form in FORMS.items():
-        shares = left_out_shares(table, form)
+        shares = left_out_shares(fitted, form, table)
         figures["forms"][name] = summary(table, to_step(shares))
-        if form is heights:
+        if form is finer:
             chosen = shares
     ceiling = -2 * table.heights
     ceiling = np.minimum(ceiling + smallest(table, lambda value: ceiling + value), 0)
@@ -309,10 +343,10 @@ def against(table: Table, log_share: Floats) -> dict[str, Any]:
     return found
 
 
-def enlarged(table: Table, labels: Path, folders: dict[str, Path]) -> dict[str, Any]:
-    """Planned pixels of images enlarged over those of the images as they are; every fourth image."""
-    value = intercept(table, heights)
-    records = [r for r in read_labels(labels).values() if len(r["kept"]) > 1 and r["source"] in folders][::4]
+def enlarged(table: Table, labels: list[Record], folders: dict[str, Path]) -> dict[str, Any]:
+    """Pixels planned for images enlarged over those for the images as they are, on the ladder; every fourth image."""
+    value = intercept(table, finer)
+    records = with_text(labels, folders)[::4]
     ratios: dict[str, list[float]] = {f"{kind.name.lower()} {times}x": [] for kind, times in ENLARGEMENTS}
     for record in records:
         image = load_media(folders[record["source"]] / record["file"]).convert("RGB")
@@ -333,16 +367,18 @@ def enlarged(table: Table, labels: Path, folders: dict[str, Path]) -> dict[str, 
 
 
 def pixels(image: Image.Image, value: float) -> float:
-    """Planned for an image, any share of its native pixels."""
-    return float(np.exp2(min(predict(measure(image)[None], value)[0], 0.0)) * np.prod(sized(image.size, 1.0)))
+    """Planned for an image by the ladder, at the margin."""
+    share = min(predict(measure(image)[None], value)[0] + 2 * np.log2(MARGIN), 0.0)
+    return float(np.exp2(to_step(np.array([share]))[0]) * np.prod(sized(image.size, 1.0)))
 
 
 def artefact(table: Table) -> dict[str, Any]:
     """What was fitted, on all sources."""
     return {
-        "schema": 2,
+        "schema": 3,
         "detail_version": VERSION,
-        "intercept": round(intercept(table, heights), 4),
+        "intercept": round(intercept(table, finer), 4),
+        "strokes": STROKES,
         "texture": TEXTURE,
         "text": TEXT,
     }

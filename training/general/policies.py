@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fit import MARGIN, curve
+from fit import LADDER, MARGIN, curve
 from label import read_labels
 
-from adaptive_fusion.evaluation.shares import ENOUGH, SHARES
+from adaptive_fusion.evaluation.shares import ENOUGH, SHARES, Curve
 from adaptive_fusion.learning.fitting.card import lane_lines
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.familiar import Familiar
@@ -106,7 +106,7 @@ def sufficiency(text: dict[str, Any], scene: dict[str, Any], labels: list[dict[s
         oracle = steps[int((kept >= ENOUGH).sum()) - 1]
         if oracle - 1 >= steps[-1]:
             lost.append(1 - float(np.interp(oracle - 1, steps[::-1], kept[::-1])))
-    reader = Text(text["intercept"], text["texture"], text["text"], round(float(np.mean(lost)), 3))
+    reader = Text(text["intercept"], text["strokes"], text["texture"], text["text"], round(float(np.mean(lost)), 3))
     objects = Scene((scene["feature"],), (scene["slope"],), scene["intercepts"][OBJECTS], OBJECTS_PER_OCTAVE)
     return Sufficiency(reader, objects, detail=text["detail_version"])
 
@@ -115,8 +115,9 @@ def ladders(labels: list[dict[str, Any]]) -> dict[str, tuple[Rung, ...]]:
     """Each lane's steps; their qualities are the text kept on average, each source counting the same."""
     names = np.array([record["source"] for record in labels])
     _, index, count = np.unique(names, return_inverse=True, return_counts=True)
-    kept = np.average([curve(record["kept"]) for record in labels], axis=0, weights=1 / count[index])
-    quality = {share: round(float(each), 4) for share, each in zip(SHARES, kept, strict=True)}
+    curves = [Curve({float(share): part for share, part in record["kept"].items()}).at(LADDER) for record in labels]
+    kept = np.average(curves, axis=0, weights=1 / count[index])
+    quality = {share: round(float(each), 4) for share, each in zip(LADDER, kept, strict=True)}
     weighted, gated = (OperatingPoint(fusion=fusion) for fusion in ("weighted", "gated"))
     clips = tuple(
         Rung(
@@ -127,8 +128,8 @@ def ladders(labels: list[dict[str, Any]]) -> dict[str, tuple[Rung, ...]]:
         for share, fps in CLIPS
     )
     return {
-        SIMPLE: tuple(Rung(weighted, quality[share], share) for share in SHARES),
-        COMPLEX: tuple(Rung(gated, quality[share], share) for share in SHARES),
+        SIMPLE: tuple(Rung(weighted, quality[share], share) for share in LADDER),
+        COMPLEX: tuple(Rung(gated, quality[share], share) for share in LADDER),
         VIDEO: clips,
     }
 

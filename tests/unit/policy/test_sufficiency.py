@@ -17,7 +17,7 @@ from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import AT_NEED, Need, Needs, Scene, Sufficiency, Text, together
 
-ENOUGH = Sufficiency(Text(6.0, 0.1, 0.8, 0.2), Scene(("edge_density",), (2.0,), 17.0, 0.1))
+ENOUGH = Sufficiency(Text(6.0, 3.2, 0.1, 0.8, 0.2), Scene(("edge_density",), (2.0,), 17.0, 0.1))
 LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank", "enlarged")
 
 number = st.floats(-8, 8)
