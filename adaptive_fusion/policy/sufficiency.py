@@ -93,8 +93,8 @@ class Text:
     """The reader's need: ``log2 share = intercept - 2 size`` of the native pixels, where there is text.
 
     The size is the height of the lower lines, or what the thinnest strokes stand for (`strokes` octaves more than their
-    width), whichever is less. How sure that is goes from 0 at a `text_share` of `texture` to 1 at `text`; what is no text may be anything, and
-    needs all pixels but those that enlarging has added.
+    width), whichever is less. How sure it is that there is text goes from 0 at a `text_share` of `texture` to 1 at
+    `text`; what is no text may be anything, and needs all pixels but those that enlarging has added.
     """
 
     intercept: float

@@ -55,8 +55,8 @@ LADDER = (
     1.0, 0.84, 0.71, 0.59, 0.5, 0.42, 0.35, 0.3, 0.25, 0.21, 0.18, 0.15, 0.125, 0.105, 0.09, 0.074, 0.0625,
     0.053, 0.044, 0.037, 0.031, 0.026, 0.022, 0.0186, 0.0156,
 )  # fmt: skip
-"""Shares of the general policies' steps: four to an octave, so that an image and its enlargement, of which not quite the
-same is measured, are planned pixels within 25 %; and down to a 64th, which of an enlarged image is not little."""
+"""Shares of the general policies' steps: four to an octave, so that an image and its enlargement, of which not quite
+the same is measured, are planned pixels within 25 %; and down to a 64th, which of an enlarged image is not little."""
 RUNGS = np.log2(LADDER)
 GOAL = (0.993, 0.975)
 """Mean and 5th percentile of text kept that the intercept is set for: above .985 and .93, which other sources must
