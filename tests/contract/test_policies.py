@@ -2,9 +2,14 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+from unfamiliar import FAMILIES, blurred
 
 from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.point import NATIVE
@@ -113,3 +118,68 @@ def test_the_policies_differ_as_their_names_say() -> None:
     for lane in LANES:
         first = [cost(policy.ladder(lane)[0]) for policy in (latency, balanced, quality)]
         assert first == sorted(first)
+
+
+# General policies: fitted to no model, for what people send.
+
+
+def drawn(words: str, size: tuple[int, int], scale: float) -> np.ndarray[Any, Any]:
+    """Lines of the same words, dark on white."""
+    image = np.full((size[1], size[0], 3), 255, np.uint8)
+    step = round(44 * scale)
+    for y in range(step, size[1] - 5, step) if words else ():
+        cv2.putText(image, words, (12, y), cv2.FONT_HERSHEY_SIMPLEX, scale, (20, 20, 20), max(1, round(2 * scale)))
+    return image
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_general_policies_know_no_model_and_only_what_released_models_know(name: str) -> None:
+    policy = Policy.load(name)
+    assert policy.fitted.is_general and policy.fitted.kinds and not policy.fusion_weights
+    assert policy.sufficiency is not None and policy.familiar is not None and policy.margin >= 1
+    assert not policy.router.inputs.reads_prompt  # the lane comes from the image alone
+    assert policy.floors == {"count": 1024, "event": 256, "other": 1024, "yesno": 1024}
+    assert Rung.parse(policy.cheap) == Rung(NATIVE, pixel_share=0.25)
+    for lane in LANES:
+        for rung in policy.ladder(lane):
+            assert rung.point.downsample == 1 and rung.point.fusion in ("weighted", "gated")
+            assert rung.point.adapter_rank == 0 and rung.point.max_pixels is None
+    shares = [rung.pixel_share for rung in policy.ladder("gated")]
+    assert shares[0] == 1 and set(shares) >= {1, 0.71, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625}
+    # An image of which a little else is measured is planned pixels within 25 %.
+    assert max(high / low for high, low in pairwise(shares)) <= 1.25
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_empty_images_are_simple_and_pages_are_not(name: str) -> None:
+    policy = Policy.load(name)
+    ramp = np.tile(np.linspace(40, 220, 640).astype(np.uint8)[None, :, None], (480, 1, 3))
+    dialog = drawn("", (640, 480), 1.0)
+    cv2.putText(dialog, "Cancelled", (240, 240), cv2.FONT_HERSHEY_SIMPLEX, 1.0, (20, 20, 20), 2)
+    for image in (drawn("", (640, 480), 1.0), ramp, dialog):
+        assert policy.route(measure_complexity(image)).lane == "weighted"
+    words = "Total amount due 1,284.50 for the delivery of 17 July, net of tax, to be paid"
+    assert policy.route(measure_complexity(drawn(words, (900, 1100), 0.5))).lane == "gated"
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_strange_images_are_noticed_and_plain_ones_are_not(name: str) -> None:
+    policy = Policy.load(name)
+    for family, makers in FAMILIES.items():
+        found = [
+            bool(policy.unlike(measure_complexity(maker(np.random.default_rng(seed)))))
+            for maker in makers
+            for seed in range(4)
+        ]
+        assert np.mean(found) >= 0.9, f"{family}: {np.mean(found):.2f} noticed"
+    page = drawn("Total amount due 1,284.50 for the delivery of 17 July", (900, 1100), 0.7)
+    assert "fitted on" in policy.unlike(measure_complexity(blurred(np.random.default_rng(0), page)))
+    plain = [page, drawn("", (640, 480), 1.0), drawn("Yes", (300, 200), 1.0)]
+    scenes = [make_scene(kind, seed, "eval").image for kind in ("simple", "dense") for seed in range(6)]
+    assert sum(bool(policy.unlike(measure_complexity(image))) for image in (*plain, *scenes)) <= 1
+
+
+def test_general_policies_differ_as_their_names_say() -> None:
+    latency, balanced, quality = (Policy.load(name) for name in ("latency", "balanced", "quality"))
+    assert latency.tolerance > balanced.tolerance > quality.tolerance
+    assert latency.margin < balanced.margin < quality.margin
