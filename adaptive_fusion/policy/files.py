@@ -108,9 +108,9 @@ def read_json(path: Path) -> Any:
         raise PolicyError(f"{path.name} is not JSON: {error}") from error
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON that `read_json` reads back to the same numbers."""
-    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, values: Mapping[str, Any], *, indent: int | None = 1) -> None:
+    """Write JSON that `read_json` reads back to the same numbers; without `indent` on one line, for many of them."""
+    path.write_text(json.dumps(values, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load_pickled(path: Path, allow_pickle: bool) -> Any:

@@ -229,7 +229,7 @@ class Policy:
         if self.sufficiency is not None:
             write_json(folder / "sufficiency.json", self.sufficiency.to_dict())
         if self.familiar is not None:
-            write_json(folder / "familiar.json", self.familiar.to_dict())
+            write_json(folder / "familiar.json", self.familiar.to_dict(), indent=None)
         for path in self.fusion_weights:
             target = folder / path.name
             if not (target.exists() and target.samefile(path)):

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoProcessor
 
 from adaptive_fusion.budget import Budget
@@ -23,15 +22,18 @@ READ, DESCRIBE, OTHER = "Read all the text in the image.", "Describe the image."
 WORDS = ("invoice", "total", "amount", "due", "payment", "received", "customer", "order", "delivery", "address", "tax")
 
 
-def page(scale: float, size: tuple[int, int] = (1000, 1200), seed: int = 0) -> Image.Image:
-    """Lines of text of a letter height of about 20 x scale pixels."""
-    rng = np.random.default_rng(seed)
-    array = np.full((size[1], size[0], 3), 255, np.uint8)
-    step = round(44 * scale)
-    for y in range(step, size[1] - 10, step):
-        words = " ".join(rng.choice(WORDS, 12))
-        cv2.putText(array, words, (20, y), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), max(1, round(2 * scale)))
-    return Image.fromarray(array)
+def page(letters: int, size: tuple[int, int] = (1000, 1200), seed: int = 0) -> Image.Image:
+    """Paragraphs of words, in letters of so many pixels."""
+    rng, image = np.random.default_rng(seed), Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(letters)
+    y = 40
+    while y < size[1] - 2 * letters:
+        line = " ".join(rng.choice(WORDS, int(rng.integers(3, 14))))
+        while draw.textlength(line, font=font) > size[0] - 80:
+            line = line.rpartition(" ")[0]
+        draw.text((40, y), line, fill=(20, 20, 20), font=font)
+        y += round(letters * (1.5 if rng.random() < 0.8 else 3.5))
+    return image
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,8 @@ def test_the_question_moves_the_plan_and_no_question_more_than_reading(
 ) -> None:
     runner = runner_of("balanced")
     more = 0
-    for scale in (0.5, 0.8, 1.3, 2.0):
-        image = page(scale)
+    for letters in (14, 24, 32, 48):
+        image = page(letters)
         decisions = [runner.decide(image, prompt) for prompt in (READ, DESCRIBE, OTHER)]
         read, described, other = (pixels(decision) for decision in decisions)
         assert described <= read and other >= decisions[2].needs["floor"]
@@ -73,7 +75,7 @@ def test_it_is_the_size_of_the_text_that_decides_and_an_enlarged_image_gets_the_
     runner_of: Callable[..., AdaptiveRunner],
 ) -> None:
     runner = runner_of("balanced")
-    small, large = page(0.5), page(2.0)
+    small, large = page(14), page(48)
     assert pixels(runner.decide(large, READ)) < pixels(runner.decide(small, READ)) / 3
     twice = small.resize((2 * small.width, 2 * small.height), Image.Resampling.BICUBIC)
     planned = [pixels(runner.decide(image, READ)) for image in (small, twice)]
@@ -83,7 +85,7 @@ def test_it_is_the_size_of_the_text_that_decides_and_an_enlarged_image_gets_the_
 def test_points_within_the_tolerance_count_as_equal_and_the_cheapest_is_taken(
     runner_of: Callable[..., AdaptiveRunner],
 ) -> None:
-    image, taken = page(1.3), {}
+    image, taken = page(32), {}
     for name in ("latency", "balanced", "quality"):
         runner = runner_of(name)
         lane, offers = runner.offers(image, READ)
@@ -98,7 +100,7 @@ def test_points_within_the_tolerance_count_as_equal_and_the_cheapest_is_taken(
 
 
 def test_a_budget_goes_down_the_ladder(runner_of: Callable[..., AdaptiveRunner]) -> None:
-    runner, image = runner_of("balanced"), page(0.5)
+    runner, image = runner_of("balanced"), page(14)
     free = runner.decide(image, READ)
     assert free.predicted is not None
     tight = runner.decide(image, READ, budget=Budget(ttft_ms=0.3 * free.predicted.ttft_ms))
@@ -111,7 +113,7 @@ def test_a_clip_in_which_nothing_changes_gets_few_frames_and_one_that_moves_keep
 ) -> None:
     runner = runner_of("balanced")
     rng = np.random.default_rng(0)
-    still = np.repeat(np.asarray(page(1.0, (480, 320)))[None], 8, axis=0)
+    still = np.repeat(np.asarray(page(24, (480, 320)))[None], 8, axis=0)
     moving = rng.integers(0, 256, (8, 320, 480, 3), np.uint8)
     times = tuple(0.5 * i for i in range(8))
     for frames, expected in ((still, STILL_FPS), (moving, None)):
@@ -122,7 +124,7 @@ def test_a_clip_in_which_nothing_changes_gets_few_frames_and_one_that_moves_keep
 def test_after_preprocessing_nothing_is_taken_away(runner_of: Callable[..., AdaptiveRunner], released: Any) -> None:
     runner = runner_of("latency")
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
-    inputs = released(text=[text], images=[page(2.0, (320, 320))], return_tensors="pt")
+    inputs = released(text=[text], images=[page(48, (320, 320))], return_tensors="pt")
     found = runner.generate(**inputs, max_new_tokens=1, do_sample=False)
     expected = runner.model.generate(**inputs, max_new_tokens=1, do_sample=False)
     assert runner.last is not None and runner.last[0].point.is_full and found.tolist() == expected.tolist()
@@ -130,6 +132,6 @@ def test_after_preprocessing_nothing_is_taken_away(runner_of: Callable[..., Adap
 
 def test_the_log_says_what_was_needed(runner_of: Callable[..., AdaptiveRunner], tmp_path: Path) -> None:
     runner = runner_of("balanced", log=tmp_path / "log.jsonl")
-    runner.chat(page(2.0, (320, 320)), READ, max_new_tokens=1)
+    runner.chat(page(48, (320, 320)), READ, max_new_tokens=1)
     row = json.loads((tmp_path / "log.jsonl").read_text())
     assert row["needs"]["text"] <= row["needs"]["native"] and row["detail_version"] and "stroke_low" in row["features"]

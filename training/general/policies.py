@@ -50,6 +50,10 @@ class Kind:
     margin: float
 
 
+TEXT_FIGURES = ("images", "margin 1", f"margin {MARGIN}", "enlarged")
+SCENE_FIGURES = ("images", "objects", "kept 0.97, in folds", "photos, left out")
+LANE_FIGURES = ("images", "left out", "fitted on all", "folders, gated")
+"""What the cards show of the recipes' figures."""
 OBJECTS = "kept 0.95"
 """The intercept of boxes.py that is taken: rounded up to a step of the ladder it keeps .977 of the objects."""
 OBJECTS_PER_OCTAVE = 0.14
@@ -159,15 +163,15 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             "- Objects, for questions that describe: what keeps the shorter side of their boxes at a patch or more.",
             f"- Floors in tokens for kinds of question that nothing labels (event: of each frame): {floors}.",
             "",
-            *figures("Text kept, each source left out in turn", fitted["text"].get("figures")),
-            *figures("Objects kept on photographs", fitted["scene"].get("figures")),
+            *figures("Text kept, each source left out in turn", fitted["text"]["figures"], *TEXT_FIGURES),
+            *figures("Objects kept on photographs", fitted["scene"]["figures"], *SCENE_FIGURES),
             "## Router",
             "",
             "P(complex) is the probability that people judge the image to be in the more complex half of its kind, or"
             f" that `{policy.cheap}` keeps less than {ENOUGH:g} of the text that a reader finds. From the image alone;"
             f" from {policy.threshold:.4f} on the lane is gated.",
             "",
-            *figures("Lanes, each category or source left out in turn", fitted["lanes"].get("figures")),
+            *figures("Lanes, each category or source left out in turn", fitted["lanes"]["figures"], *LANE_FIGURES),
             "## Training data",
             "",
             f"SHA-256 of the labels of text: `{digest}`. Kinds: {', '.join(policy.fitted.kinds)}. No image is part of"
@@ -189,8 +193,8 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
     )
 
 
-def figures(title: str, found: dict[str, Any] | None) -> list[str]:
-    """Figures as a list, the nested ones by their path; nothing where there are none."""
+def figures(title: str, found: dict[str, Any], *names: str) -> list[str]:
+    """The named figures as a list, nested ones by their path."""
 
     def flat(values: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
         rows: list[tuple[str, Any]] = []
@@ -203,9 +207,8 @@ def figures(title: str, found: dict[str, Any] | None) -> list[str]:
             return " to ".join(map(said, value))
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
-    if not found:
-        return []
-    return [f"{title}:", "", *(f"- {name}: {said(value)}" for name, value in flat(found)), ""]
+    rows = flat({name: found[name] for name in names})
+    return [f"{title}:", "", *(f"- {name}: {said(value)}" for name, value in rows), ""]
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def measure(image: Image.Image) -> list[float]:
 
 def test_fitted_on_screens_it_knows_screens_and_nothing_else() -> None:
     kinds: tuple[Any, ...] = ("simple", "dense", "reading")
-    tables = {kind: np.array([measure(make_scene(kind, seed, "train").image) for seed in range(24)]) for kind in kinds}
+    tables = {kind: np.array([measure(make_scene(kind, seed, "train").image) for seed in range(60)]) for kind in kinds}
     fitted = fit_familiar(MEASURED, tables, alpha=0.1)
 
     def share(images: list[Image.Image]) -> float:
