@@ -61,7 +61,7 @@ SIGNS = np.array([-1.0 if name == "text_height_low" else 1.0 for name in NAMES])
 """Of each feature's weight: -1 where less of it means finer detail."""
 CHEAP = 0.25
 RIDGE_LOOKS, LEVELS, RIDGE_TEXT = 0.2, 0.05, 0.003
-KEEPS, PLAIN = 0.1, 0.3
+KEEPS, PLAIN = 0.1, 1.0
 """Weight of the images that keep their text, and of those with next to none, to those that lose it."""
 GOALS = (0.87, 0.25, 0.86)
 """Gated of the most complex third, at least; of the simplest, at most; of images that lose text, at least.
