@@ -15,6 +15,14 @@ class MediaError(AdaptiveFusionError, ValueError):
     """An image or video that cannot be used: missing, empty, broken, too large or of a refused format."""
 
 
+class MediaRefused(MediaError):
+    """An image or video that a server does not take; `reason` says why in one word, for counting."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class ConfigError(AdaptiveFusionError, ValueError):
     """A setting that is out of range or unknown."""
 

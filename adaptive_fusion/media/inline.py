@@ -19,7 +19,6 @@ _LINE_BREAKS = str.maketrans("", "", " \t\r\n")
 _IN_BASE64 = re.compile(r"; *base64$", re.IGNORECASE)
 _ESCAPES = {"%2B": "+", "%2F": "/", "%3D": "="}
 _ESCAPED = re.compile("|".join(_ESCAPES), re.IGNORECASE)
-_MOST_CHARACTERS = -(-MAX_INLINE_BYTES // 3) * 4
 
 
 def is_data_url(text: str) -> bool:
@@ -27,34 +26,40 @@ def is_data_url(text: str) -> bool:
     return text[:_SHOWN].lstrip()[:5].lower() == "data:"
 
 
-def data_url_bytes(text: str) -> bytes:
+def characters_for(size: int) -> int:
+    """How many characters of base64 stand for `size` bytes."""
+    return -(-size // 3) * 4
+
+
+def data_url_bytes(text: str, most: int = MAX_INLINE_BYTES) -> bytes:
     """The bytes of ``data:[<media type>];base64,<data>``.
 
     Raises:
-        MediaError: For another encoding than base64, broken base64 or more than `MAX_INLINE_BYTES`.
+        MediaError: For another encoding than base64, broken base64 or more than `most` bytes.
     """
     found = _DATA_URL.match(text)
     if found is None or not _IN_BASE64.search(found["label"]):
         raise MediaError(f"{text[:_SHOWN]!r} is not a data URL in base64; expected data:image/png;base64,...")
     data = text[found.end() :]
-    if "%" in data[:_MOST_CHARACTERS]:
+    if "%" in data[: characters_for(most)]:
         data = _ESCAPED.sub(lambda escape: _ESCAPES[escape.group().upper()], data)
-    return base64_bytes(data, "a data URL")
+    return base64_bytes(data, "a data URL", most)
 
 
-def base64_bytes(text: str, what: str = "base64") -> bytes:
+def base64_bytes(text: str, what: str = "base64", most: int = MAX_INLINE_BYTES) -> bytes:
     """The bytes that `text` stands for in the standard alphabet with padding; line breaks and spaces mean nothing.
 
     Args:
         text: The characters.
         what: Names the text in messages.
+        most: Bytes that it may stand for.
 
     Raises:
-        MediaError: For other characters, wrong padding, nothing, or more than `MAX_INLINE_BYTES`.
+        MediaError: For other characters, wrong padding, nothing, or more than `most` bytes.
     """
-    if len(text) > _MOST_CHARACTERS:
+    if len(text) > characters_for(most):
         raise MediaError(
-            f"{what} has {len(text)} characters; at most {_MOST_CHARACTERS} ({MAX_INLINE_BYTES >> 20} MiB) are read"
+            f"{what} has {len(text)} characters; at most {characters_for(most)} ({most / (1 << 20):g} MiB) are read"
         )
     try:
         data = base64.b64decode(text.translate(_LINE_BREAKS), validate=True)

@@ -38,7 +38,7 @@ from adaptive_fusion.media.clips import Video, from_animation, from_frames
 from adaptive_fusion.media.inline import data_url_bytes, is_data_url
 from adaptive_fusion.media.pixels import DEFAULT, Array, Limits, check_size, decoding, from_array, to_rgb
 from adaptive_fusion.media.scans import black_is_zero, mark_white_is_zero
-from adaptive_fusion.media.video import decode_video
+from adaptive_fusion.media.video import decode_video, video_size
 
 Media = Image.Image | Video
 MediaSource = str | os.PathLike[str] | bytes | Image.Image | Array | Sequence[Image.Image | Array] | Video
@@ -98,6 +98,30 @@ def load_media(source: MediaSource, *, limits: Limits = DEFAULT) -> Media:
             if form in _ANIMATED and getattr(image, "is_animated", False):
                 return from_animation(file.name, image, limits)
             return to_rgb(image)
+
+
+class Header(NamedTuple):
+    """What encoded media say of themselves; sides in pixels, of a clip those of a frame."""
+
+    kind: Literal["image", "video"]
+    width: int
+    height: int
+
+
+def read_header(data: bytes, *, limits: Limits = DEFAULT) -> Header:
+    """Kind and size of encoded media, within limits, without decoding their pixels.
+
+    Raises:
+        MediaError: Empty, of an unknown format, with a broken header, or larger or narrower than the limits.
+    """
+    file = _open_source(bytes(data))
+    form = _checked_format(file, limits)
+    with decoding(file.name), file.open() as stream:
+        if form in _DEMUXERS:
+            return Header("video", *video_size(file.name, stream, _DEMUXERS[form], limits))
+        with _open_pillow(file.name, stream, form, limits) as image:
+            moves = form in _ANIMATED and getattr(image, "is_animated", False)
+            return Header("video" if moves else "image", *image.size)
 
 
 def kind(media: Media) -> Literal["image", "video"]:

@@ -7,6 +7,7 @@ decoded. Must not know of models.
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -36,19 +37,9 @@ def decode_video(name: str, file: IO[bytes], demuxer: str, limits: Limits) -> Vi
         MediaError: PyAV is missing, no frames, a size beyond the limits, too much to decode, fewer frames
             than the header promises. Other exceptions come from FFmpeg: call within `decoding`.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise MediaError(f"{name} is a video; to decode it: pip install adaptive-fusion[video]") from error
     pictures: list[Array] = []
     shown_s: list[float] = []
-    with av.open(
-        file, "r", format=demuxer, io_open=_refuse_reference, metadata_errors="replace", buffer_size=1 << 18
-    ) as container:
-        stream = container.streams.best("video")
-        if not isinstance(stream, av.VideoStream):
-            raise MediaError(f"{name} has no video stream")
-        check_size(name, stream.width, stream.height, limits)
+    with _opened(name, file, demuxer, limits) as (container, stream):
         # The codec's own header may claim another size than the container: refuse it before it allocates.
         stream.codec_context.options = {"max_pixels": str(int(limits.max_megapixels * 1e6))}
         stream.thread_type = "AUTO"
@@ -62,6 +53,29 @@ def decode_video(name: str, file: IO[bytes], demuxer: str, limits: Limits) -> Vi
     if len(pictures) == 1:
         return Image.fromarray(pictures[0])
     return Video(np.stack(pictures), tuple(shown_s), max(index.duration_s, shown_s[-1]), len(index.times))
+
+
+def video_size(name: str, file: IO[bytes], demuxer: str, limits: Limits) -> tuple[int, int]:
+    """(width, height) of a video's frames as its header has them; arguments and errors as of `decode_video`."""
+    with _opened(name, file, demuxer, limits) as (_, stream):
+        return stream.width, stream.height
+
+
+@contextmanager
+def _opened(name: str, file: IO[bytes], demuxer: str, limits: Limits) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream, of a size within the limits."""
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError(f"{name} is a video; to decode it: pip install adaptive-fusion[video]") from error
+    with av.open(
+        file, "r", format=demuxer, io_open=_refuse_reference, metadata_errors="replace", buffer_size=1 << 18
+    ) as container:
+        stream = container.streams.best("video")
+        if not isinstance(stream, av.VideoStream):
+            raise MediaError(f"{name} has no video stream")
+        check_size(name, stream.width, stream.height, limits)
+        yield container, stream
 
 
 class _Index(NamedTuple):

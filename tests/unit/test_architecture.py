@@ -17,6 +17,7 @@ PACKAGE = ROOT / "adaptive_fusion"
 FLOORS = (
     # From the roof down. A folder, or a module beside the folders, may import what stands after it and nothing else.
     *("cli", "commands/bench", "commands"),
+    "serving",
     "rollout",
     "bench",
     *("learning", "learning/distillation", "learning/labelling", "learning/fitting", "learning/judging"),
@@ -53,7 +54,7 @@ FLOORS = (
 BEYOND_RUNTIME = ("learning", "bench", "rollout")
 """Never imported by the runtime; commands import them when they run."""
 HEAVY = {"sklearn", "joblib", "matplotlib", "duckdb", "pandas", "sacrebleu", "pickle", "dill", "cloudpickle"}
-NETWORK = {"requests", "urllib", "httpx", "aiohttp", "http", "socket", "urllib3"}
+NETWORK = {"requests", "urllib", "httpx", "httpx2", "httpcore2", "aiohttp", "http", "socket", "urllib3"}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,1 @@
+"""The server: HTTP in front of a runner."""
