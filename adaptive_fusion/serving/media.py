@@ -168,7 +168,7 @@ def _message(where: str, message: Any, request: _Request) -> dict[str, Any]:
         return rest
     if isinstance(content, str):
         return {**rest, "content": content}
-    if not isinstance(content, list | tuple):
+    if not isinstance(content, list):
         raise ConfigError(f"{where}.content is {type(content).__name__}; expected a string or a list of parts")
     request.parts += len(content)
     if request.parts > request.limits.max_parts:
