@@ -114,7 +114,7 @@ def _message(value: Any) -> Message:
     role, content = values.pop("role", None), values.pop("content", None)
     given = {key: entry for key, entry in values.items() if not says_nothing(entry)}
     if role not in ROLES:
-        raise ConfigError(f"message role is {role!r}; expected {', '.join(ROLES)}")
+        raise ConfigError(f"message role is {role!r:.80}; expected {', '.join(ROLES)}")
     accepted = _KEPT.get(role, ())
     for key, entry in given.items():
         if key not in accepted:
