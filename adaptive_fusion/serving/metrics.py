@@ -1,0 +1,260 @@
+"""What the server has done, as Prometheus metrics: vLLM's names under this package's prefix, and what only we have.
+
+Dashboards made for vLLM work once ``vllm:`` is replaced by ``adaptive_fusion:``. Labels come from closed sets (lanes,
+rungs of the policy, words of this package); what is in none of them counts as ``other``, so no request can make new
+series. A value that is no time or count is left out: metrics never fail a request.
+
+Knows numbers and records. Must not know of HTTP, queues or how a decision is made.
+"""
+
+import math
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from adaptive_fusion.checks import is_number
+from adaptive_fusion.control.planner import FIXED
+from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.policy import LANES, TEXT
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.serving.media import REASONS
+
+PREFIX = "adaptive_fusion:"
+OTHER = "other"
+FINISHED = ("stop", "length", "deadline", "cancelled")
+REJECTED = ("queue_full", "too_late", "expired", "draining", "cancelled", "infeasible", "too_long", "unauthorized")
+FAILED = ("bad_request", "media", "infeasible", "out_of_memory", "timeout", "cancelled", "internal")
+STAGES = ("preprocess", "encode", "prefill", "decode")
+EVENTS = ("decisions", "infeasible", "refused", "updates", "misses", "ooms", "cancelled", "ignored")
+"""What a controller counts, by the names in its state."""
+_FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_FIRST_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+_WHOLE_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
+
+
+class Stateful(Protocol):
+    """A controller, as far as metrics look at it."""
+
+    def state(self) -> Mapping[str, Any]: ...
+
+
+class Metrics:
+    """The server's counters, gauges and histograms, in a registry of their own; thread-safe.
+
+    Args:
+        rungs: Names of the rungs of the policy, the values of the label ``plan``.
+        rejected: Reasons that `rejected` may give, beside the common ones.
+        failed: Kinds that `failed` may give, beside the common ones.
+    """
+
+    def __init__(self, rungs: Iterable[str], rejected: Iterable[str] = (), failed: Iterable[str] = ()) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._known = {
+            "plan": frozenset((*rungs, NATIVE.name)),
+            "lane": frozenset((*LANES, TEXT, FIXED)),
+            "finished_reason": frozenset(FINISHED),
+            "rejected": frozenset((*REJECTED, *rejected)),
+            "kind": frozenset((*FAILED, *failed)),
+            "media": frozenset(REASONS),
+        }
+        self._lock = threading.Lock()
+        self._seen = dict.fromkeys(EVENTS, 0)
+        self._requests()
+        self._times()
+        self._tokens()
+        self._decisions()
+        self._controller()
+
+    # What there is.
+
+    def _requests(self) -> None:
+        self._arrived = self._counter("requests", "Requests that arrived.")
+        self._running = self._gauge("num_requests_running", "Requests that the model is at.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests in the queue.")
+        self._success = self._counter(
+            "request_success", "Requests answered, by why the answer ended.", "finished_reason"
+        )
+        self._rejects = self._counter("requests_rejected", "Requests turned away before they ran, by reason.", "reason")
+        self._errors = self._counter("request_errors", "Requests that ended in an error, by kind.", "kind")
+        self._media = self._counter("media_refused", "Images and clips that were not let in, by reason.", "reason")
+
+    def _times(self) -> None:
+        self._first = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _FIRST_S)
+        self._token = self._histogram(
+            "request_time_per_output_token_seconds", "Decoding of a request over its tokens after the first.", _TOKEN_S
+        )
+        self._whole = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _WHOLE_S)
+        self._queued = self._histogram("request_queue_time_seconds", "Time in the queue.", _WHOLE_S)
+        self._stages = {
+            stage: self._histogram(f"request_{stage}_time_seconds", f"Time of a request's {stage}.", _FIRST_S)
+            for stage in STAGES
+        }
+        self._deciding = self._histogram("decision_seconds", "Time that a decision took.", _FAST_S)
+
+    def _tokens(self) -> None:
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts, as the model saw them.")
+        self._new = self._counter("generation_tokens", "Tokens generated.")
+        self._prompt_sizes = self._histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
+        self._new_sizes = self._histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
+        self._visual = self._counter("visual_tokens", "Visual tokens that the model saw.")
+        self._native = self._counter(
+            "visual_tokens_native",
+            "Visual tokens that the same media have natively; those it saw, where that is not known.",
+        )
+
+    def _decisions(self) -> None:
+        self._decided = self._counter("decisions", "Requests run, by lane and rung.", "lane", "plan")
+        self._escalated = self._counter("escalations", "Requests that were run again at a better point.")
+        self._budgets = self._counter("budget_requests", "Requests with limits, by whether all were kept.", "met")
+        self._infeasible = self._counter("infeasible_decisions", "Requests run though nothing fitted their limits.")
+        for met in ("true", "false"):
+            self._budgets.labels(met)
+
+    def _controller(self) -> None:
+        self._price = self._gauge("miss_price", "Highest price of a miss, in answers of quality 1.")
+        self._drift = self._gauge("controller_drift_ratio", "Measured over predicted time, all points.", "time")
+        self._envelope = self._gauge("controller_memory_envelope_ratio", "Factor on predicted peaks of memory.")
+        self._events = self._counter("controller_events", "What the controller counted.", "event")
+
+    # What happens.
+
+    def arrived(self) -> None:
+        """A request came in."""
+        self._arrived.inc()
+
+    def queued(self, depth: int) -> None:
+        """How many requests wait now."""
+        self._waiting.set(_valid(depth))
+
+    def rejected(self, reason: str) -> None:
+        """A request was turned away before it ran."""
+        self._rejects.labels(self._one_of("rejected", reason)).inc()
+
+    def media_refused(self, reason: str) -> None:
+        """An image or clip was not let in: the `reason` of a `MediaRefused`."""
+        self._media.labels(self._one_of("media", reason)).inc()
+
+    def decided(self, seconds: float) -> None:
+        """A decision took this long."""
+        _observe(self._deciding, seconds)
+
+    def started(self, wait_s: float) -> None:
+        """A request left the queue and runs; `finished` or `failed` follows."""
+        self._running.inc()
+        _observe(self._queued, wait_s)
+
+    def finished(
+        self,
+        reply: Reply,
+        finish_reason: str,
+        wait_s: float,
+        e2e_s: float,
+        *,
+        native_visual_tokens: int | None = None,
+        escalated: bool = False,
+    ) -> None:
+        """A request that was `started` is answered.
+
+        Args:
+            reply: What came of it.
+            finish_reason: Why the answer ended.
+            wait_s: Seconds in the queue; they count as a part of `e2e_s`.
+            e2e_s: Seconds from arrival to the last token.
+            native_visual_tokens: What its media have natively; None where nobody counted.
+            escalated: Whether a better point was run after a first one.
+        """
+        self._running.dec()
+        self._success.labels(self._one_of("finished_reason", finish_reason)).inc()
+        took, decision = reply.measurement, reply.decision
+        _observe(self._whole, e2e_s)
+        # The runner may count from when it was asked; what follows the first token is the same for both.
+        _observe(self._first, max(e2e_s - (took.latency_ms - took.ttft_ms) / 1e3, wait_s))
+        if took.new_tokens > 1:
+            _observe(self._token, took.decode_ms / 1e3 / (took.new_tokens - 1))
+        for stage in STAGES:
+            _observe(self._stages[stage], getattr(took, f"{stage}_ms") / 1e3)
+        self._prompt.inc(_valid(took.prompt_tokens))
+        self._new.inc(_valid(took.new_tokens))
+        _observe(self._prompt_sizes, took.prompt_tokens)
+        _observe(self._new_sizes, took.new_tokens)
+        self._visual.inc(_valid(took.visual_tokens))
+        self._native.inc(_valid(took.visual_tokens if native_visual_tokens is None else native_visual_tokens))
+        plan = decision.rung or (NATIVE.name if decision.point == NATIVE else OTHER)
+        self._decided.labels(self._one_of("lane", decision.lane), self._one_of("plan", plan)).inc()
+        self._escalated.inc(bool(escalated))
+        self._infeasible.inc(not decision.feasible)
+        if (met := reply.met) is not None:
+            self._budgets.labels(str(met).lower()).inc()
+
+    def failed(self, kind: str, *, running: bool = True) -> None:
+        """A request ended in an error; `running` says whether it was `started`."""
+        if running:
+            self._running.dec()
+        self._errors.labels(self._one_of("kind", kind)).inc()
+
+    def observe_controller(self, controller: Stateful) -> None:
+        """Take over what the controller has learned and counted."""
+        state = controller.state()
+        self._price.set(max((_valid(row["value"]) for row in state["prices"]), default=0.0))
+        for time in ("ttft", "latency"):
+            self._drift.labels(time).set(math.exp(state[time]["common"]))
+        self._envelope.set(math.exp(state["memory"]))
+        with self._lock:  # two scrapes at once must not count the same twice
+            for event in EVENTS:
+                count = int(state["counts"][event])
+                self._events.labels(event).inc(max(0, count - self._seen[event]))
+                self._seen[event] = count
+
+    def render(self) -> tuple[bytes, str]:
+        """All of it in Prometheus' text format, and the content type of that."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    # How it is made.
+
+    def _one_of(self, label: str, value: str) -> str:
+        return value if value in self._known[label] else OTHER
+
+    def _counter(self, name: str, says: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, says, labels, registry=self.registry)
+
+    def _gauge(self, name: str, says: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, says, labels, registry=self.registry)
+
+    def _histogram(self, name: str, says: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(PREFIX + name, says, buckets=buckets, registry=self.registry)
+
+
+def _valid(value: float) -> float:
+    """A finite value of at least 0; else 0."""
+    return float(value) if is_number(value) and value >= 0 else 0.0
+
+
+def _observe(histogram: Histogram, value: float) -> None:
+    if is_number(value) and value >= 0:
+        histogram.observe(value)
