@@ -25,8 +25,13 @@ from adaptive_fusion.serving.media import REASONS
 PREFIX = "adaptive_fusion:"
 OTHER = "other"
 FINISHED = ("stop", "length", "deadline", "cancelled")
-REJECTED = ("queue_full", "too_late", "expired", "draining", "cancelled", "infeasible", "too_long", "unauthorized")
-FAILED = ("bad_request", "media", "infeasible", "out_of_memory", "timeout", "cancelled", "internal")
+CODES = (
+    *("body_too_large", "budget_infeasible", "cancelled", "context_length_exceeded", "deadline_passed"),
+    *("deadline_unreachable", "draining", "internal_error", "invalid_api_key", "invalid_json", "invalid_media"),
+    *("invalid_request", "invalid_value", "model_not_found", "not_ready", "out_of_memory", "queue_full"),
+    *("unsupported_media_type", "unsupported_parameter", "unsupported_point", "wrong_host"),
+)
+"""Why requests are rejected or fail: the codes that clients are told."""
 STAGES = ("preprocess", "encode", "prefill", "decode")
 EVENTS = ("decisions", "infeasible", "refused", "updates", "misses", "ooms", "cancelled", "ignored")
 """What a controller counts, by the names in its state."""
@@ -68,22 +73,21 @@ class Metrics:
 
     Args:
         rungs: Names of the rungs of the policy, the values of the label ``plan``.
-        rejected: Reasons that `rejected` may give, beside the common ones.
-        failed: Kinds that `failed` may give, beside the common ones.
+        codes: What `rejected` and `failed` may say, beside `CODES`.
     """
 
-    def __init__(self, rungs: Iterable[str], rejected: Iterable[str] = (), failed: Iterable[str] = ()) -> None:
+    def __init__(self, rungs: Iterable[str] = (), codes: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._known = {
             "plan": frozenset((*rungs, NATIVE.name)),
             "lane": frozenset((*LANES, TEXT, FIXED)),
             "finished_reason": frozenset(FINISHED),
-            "rejected": frozenset((*REJECTED, *rejected)),
-            "kind": frozenset((*FAILED, *failed)),
+            "code": frozenset((*CODES, *codes)),
             "media": frozenset(REASONS),
         }
         self._lock = threading.Lock()
+        self._admitted = self._at_work = 0
         self._seen = dict.fromkeys(EVENTS, 0)
         self._requests()
         self._times()
@@ -96,7 +100,7 @@ class Metrics:
     def _requests(self) -> None:
         self._arrived = self._counter("requests", "Requests that arrived.")
         self._running = self._gauge("num_requests_running", "Requests that the model is at.")
-        self._waiting = self._gauge("num_requests_waiting", "Requests in the queue.")
+        self._waiting = self._gauge("num_requests_waiting", "Requests that were let in and do not run yet.")
         self._success = self._counter(
             "request_success", "Requests answered, by why the answer ended.", "finished_reason"
         )
@@ -149,12 +153,12 @@ class Metrics:
         self._arrived.inc()
 
     def queued(self, depth: int) -> None:
-        """How many requests wait now."""
-        self._waiting.set(_valid(depth))
+        """How many requests are let in and not answered, those that run among them."""
+        self._show(admitted=int(_valid(depth)))
 
     def rejected(self, reason: str) -> None:
         """A request was turned away before it ran."""
-        self._rejects.labels(self._one_of("rejected", reason)).inc()
+        self._rejects.labels(self._one_of("code", reason)).inc()
 
     def media_refused(self, reason: str) -> None:
         """An image or clip was not let in: the `reason` of a `MediaRefused`."""
@@ -165,9 +169,13 @@ class Metrics:
         _observe(self._deciding, seconds)
 
     def started(self, wait_s: float) -> None:
-        """A request left the queue and runs; `finished` or `failed` follows."""
-        self._running.inc()
+        """A request's turn has come; `ended` follows, whatever becomes of it."""
+        self._show(more=1)
         _observe(self._queued, wait_s)
+
+    def ended(self) -> None:
+        """A request that was `started` has left the model."""
+        self._show(more=-1)
 
     def finished(
         self,
@@ -179,7 +187,7 @@ class Metrics:
         native_visual_tokens: int | None = None,
         escalated: bool = False,
     ) -> None:
-        """A request that was `started` is answered.
+        """A request is answered.
 
         Args:
             reply: What came of it.
@@ -189,7 +197,6 @@ class Metrics:
             native_visual_tokens: What its media have natively; None where nobody counted.
             escalated: Whether a better point was run after a first one.
         """
-        self._running.dec()
         self._success.labels(self._one_of("finished_reason", finish_reason)).inc()
         took, decision = reply.measurement, reply.decision
         _observe(self._whole, e2e_s)
@@ -212,11 +219,9 @@ class Metrics:
         if (met := reply.met) is not None:
             self._budgets.labels(str(met).lower()).inc()
 
-    def failed(self, kind: str, *, running: bool = True) -> None:
-        """A request ended in an error; `running` says whether it was `started`."""
-        if running:
-            self._running.dec()
-        self._errors.labels(self._one_of("kind", kind)).inc()
+    def failed(self, kind: str) -> None:
+        """A request ended in an error."""
+        self._errors.labels(self._one_of("code", kind)).inc()
 
     def observe_controller(self, controller: Stateful) -> None:
         """Take over what the controller has learned and counted."""
@@ -236,6 +241,13 @@ class Metrics:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     # How it is made.
+
+    def _show(self, *, admitted: int | None = None, more: int = 0) -> None:
+        with self._lock:
+            self._admitted = self._admitted if admitted is None else admitted
+            self._at_work = max(0, self._at_work + more)
+            self._running.set(self._at_work)
+            self._waiting.set(max(0, self._admitted - self._at_work))
 
     def _one_of(self, label: str, value: str) -> str:
         return value if value in self._known[label] else OTHER

@@ -17,6 +17,12 @@ BROUGHT_IN_BY_OTHERS = {
     "torchvision": "the image and video processors of transformers import it",
 }
 """Declared without being imported here, and why."""
+NAMESPACES = {
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.semconv": "opentelemetry-semantic-conventions",
+    "opentelemetry": "opentelemetry-api",
+}
+"""Distributions that share a top-level name, the longest names first."""
 SCRIPTS = ("tests", "training", "benchmarks", "examples")
 TOOLS = {"basedpyright", "build", "mypy", "pytest-xdist", "ruff"}
 """Run as commands by the Makefile and the tests."""
@@ -43,7 +49,12 @@ def imported(folder: str) -> Iterator[str]:
                 modules = [node.module]
             for module in modules:
                 top = module.partition(".")[0]
-                if top not in sys.stdlib_module_names and top not in local:
+                shared = next(
+                    (owner for name, owner in NAMESPACES.items() if f"{module}.".startswith(f"{name}.")), None
+                )
+                if shared is not None:
+                    yield shared
+                elif top not in sys.stdlib_module_names and top not in local:
                     yield owners.get(top, [top])[0].lower().replace("_", "-")
 
 

@@ -1,7 +1,10 @@
-"""Replies as a runner gives them, for the tests of what the server says about them."""
+"""Replies as a runner gives them and a controller that saw some, for the tests of what the server says about them."""
 
 from typing import Any
 
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Candidate
+from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.decisions import Decision, Measurement, Prediction
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.reply import Reply
@@ -21,3 +24,15 @@ def reply(rung: str = "half", lane: str = "weighted", latency_ms: float = 120.0,
         budget={"latency_ms": 150.0},
     )  # fmt: skip
     return Reply(SECRET, "stop", decision, Measurement(**took))
+
+
+OFFERED = [Candidate(NATIVE, 0.9, Prediction(20, 20, 60, 0.5), "half")]
+
+
+def settled(requests: int = 300) -> Controller:
+    """A controller whose every request took twice what was predicted and was late."""
+    controller = Controller(clock=lambda: 0.0)
+    for _ in range(requests):
+        choice = controller.choose(OFFERED, Budget(latency_ms=150))
+        controller.update(choice, reply(latency_ms=200.0, ttft_ms=80.0).measurement)
+    return controller

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control.controlled import LADDER, LOOSE, settled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from records import SECRET, reply
+from records import OFFERED, SECRET, reply, settled
 
+from adaptive_fusion.budget import Budget
 from adaptive_fusion.serving.metrics import EVENTS, OTHER, PREFIX, STAGES, Metrics
 
 DASHBOARD = Path(__file__).parents[3] / "deploy/grafana/adaptive-fusion.json"
-SETTLED = settled(load=2.0)
+SETTLED = settled()
 NOT_SHOWN: dict[str, str] = {}
 """Our metrics that no panel shows, and why."""
 
@@ -45,14 +45,16 @@ def served() -> Metrics:
     metrics.queued(3)
     metrics.rejected("queue_full")
     metrics.media_refused("address")
-    metrics.failed("bad_request", running=False)
+    metrics.failed("invalid_json")
     for one, native, escalated in ((reply(), 400, False), (reply("full", "gated", 200.0), None, True)):
         metrics.decided(0.002)
         metrics.started(0.05)
         metrics.finished(one, one.finish_reason, 0.05, 0.05 + one.measurement.latency_ms / 1e3,
                          native_visual_tokens=native, escalated=escalated)  # fmt: skip
+        metrics.ended()
     metrics.started(0.01)
     metrics.failed("out_of_memory")
+    metrics.ended()
     metrics.started(0.02)
     metrics.observe_controller(SETTLED)
     return metrics
@@ -61,7 +63,7 @@ def served() -> Metrics:
 def test_counts_are_those_of_what_happened() -> None:
     metrics = served()
     assert value(metrics, "requests_total") == 6
-    assert value(metrics, "num_requests_running") == 1 and value(metrics, "num_requests_waiting") == 3
+    assert value(metrics, "num_requests_running") == 1 and value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "request_success_total", finished_reason="stop") == 2
     assert value(metrics, "requests_rejected_total", reason="queue_full") == 1
     assert value(metrics, "request_errors_total", kind="out_of_memory") == 1
@@ -86,13 +88,13 @@ def test_times_are_those_of_the_request_with_its_wait() -> None:
 
 
 def test_the_controller_is_read_and_its_counts_only_grow() -> None:
-    metrics, controller = served(), settled(load=2.0)
+    metrics, controller = served(), settled()
     assert value(metrics, "controller_drift_ratio", time="latency") == pytest.approx(2.0, rel=0.05)
     assert value(metrics, "miss_price") > 0 and value(metrics, "controller_memory_envelope_ratio") > 0
     for _ in range(3):
         metrics.observe_controller(controller)
     assert value(metrics, "controller_events_total", event="decisions") == 300
-    controller.choose(LADDER, LOOSE)
+    controller.choose(OFFERED, Budget())
     metrics.observe_controller(controller)
     assert value(metrics, "controller_events_total", event="decisions") == 301
     assert {dict(labels)["event"] for name, labels in samples(metrics) if name == "controller_events_total"} == {
