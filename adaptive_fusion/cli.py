@@ -23,6 +23,7 @@ from adaptive_fusion.commands import (
     logs,
     policies,
     run,
+    serve,
     train,
 )
 from adaptive_fusion.commands.output import BAD_INPUT, complain
@@ -30,6 +31,7 @@ from adaptive_fusion.errors import AdaptiveFusionError, PolicyMismatchWarning
 
 SUB_APPS = (
     run.app,
+    serve.app,
     explain.app,
     demo.app,
     doctor.app,

@@ -78,7 +78,8 @@ class Decision:
     ladder's step, the same for every size of input, where `point` holds the pixels of this one. `p_late` is the risk
     taken that a limit is missed; the predicted times x `margin` are kept with the probability that the budget asks for
     (`attainment`). `needs` are the native pixels that the media have and that each thing in them needs for the
-    question, by the policy; empty where it cannot say.
+    question, by the policy; empty where it cannot say. `audit` is what would have been run, and saved by prediction,
+    where a request ran natively to find out; empty else.
     """
 
     request_id: str
@@ -100,6 +101,7 @@ class Decision:
     prompt_features: Mapping[str, float] = field(default_factory=dict)
     needs: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
+    audit: Mapping[str, Any] = field(default_factory=dict)
 
     def explain(self, took: Measurement | None = None) -> str:
         """Budget, prediction, margin, what it `took` and the rejected points with their reasons, as readable lines."""
@@ -165,5 +167,6 @@ def decision_record(
         reason=decision.reason,
         measurement=asdict(measurement) if measurement else None,
         finish_reason=finish_reason,
+        audit=dict(decision.audit) or None,
         error=error,
     )

@@ -35,6 +35,10 @@ class PolicyError(ConfigError):
     """A policy that cannot be found, read or trusted."""
 
 
+class ContextLengthError(ConfigError):
+    """A prompt and the answer asked for that together are longer than the model's context."""
+
+
 class UnsupportedModelError(AdaptiveFusionError):
     """The model cannot be driven by an adapter of this library, or a knob does not apply to it."""
 

@@ -1,4 +1,5 @@
-"""One writer at a time to a file that is appended to and renamed: among threads, processes and forks of them.
+"""One writer at a time to a file that is appended to and renamed, among threads, processes and forks of them; and files
+that are written whole or not at all.
 
 Knows files and locks. Must not know what is written.
 
@@ -9,6 +10,7 @@ Nobody waits for ever: who does not get the lock in time is told so.
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +49,27 @@ class Appending:
         if self.claim is not None:
             os.close(self.handle)
             self.handle = -1
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Replace a file's text and return its path; its folder is made if need be. A reader sees the old file or the new
+    one, never half of one, whenever the process dies.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path
 
 
 @contextmanager

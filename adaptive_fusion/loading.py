@@ -4,8 +4,9 @@ Knows the runner and the noise that model loading makes on a terminal. Must not 
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
@@ -19,8 +20,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _EXPECTED = "expected reference, a folder in Hugging Face format, or the id of a model on the Hub"
 
 
-def open_runner(model: str, policy: str, log: Path | None = None) -> "AdaptiveRunner":
-    """Load policy and model, on the accelerator if there is one. What `policy` is to be, ``auto`` leaves to the model.
+def open_runner(
+    model: str, policy: str, log: Path | None = None, options: Mapping[str, Any] | None = None
+) -> "AdaptiveRunner":
+    """Load policy and model, on the accelerator if there is one, or where the `options` of ``from_pretrained`` say. What
+    `policy` is to be, ``auto`` leaves to the model.
 
     Raises:
         PolicyError: For a policy that cannot be loaded; checked before the model is.
@@ -45,14 +49,55 @@ def open_runner(model: str, policy: str, log: Path | None = None) -> "AdaptiveRu
         ) from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     source = str(folder) if is_folder and model != "reference" else model
+    given = dict(options or {})
+    # Loaders that place the weights themselves do not let them be moved.
+    device = None if "device_map" in given or "quantization_config" in given else accelerator
     try:
         return AdaptiveRunner.from_pretrained(
-            source, policy=loaded, device=accelerator, log=DecisionLog(log) if log is not None else None
+            source, policy=loaded, device=device, log=DecisionLog(log) if log is not None else None, **given
         )
     except AdaptiveFusionError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"model {model[:200]!r} cannot be loaded: {_first_line(error)}; {_EXPECTED}") from error
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def model_options(
+    dtype: str | None = None,
+    attention: str | None = None,
+    quantization: str | None = None,
+    device_map: str | None = None,
+) -> dict[str, Any]:
+    """Options of ``from_pretrained`` from the words of the command line.
+
+    Args:
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        attention: A kernel, by transformers' name.
+        quantization: ``8bit`` or ``4bit``.
+        device_map: As accelerate takes it.
+
+    Raises:
+        ConfigError: For another word.
+    """
+    found: dict[str, Any] = {}
+    if dtype is not None:
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+        found["dtype"] = _DTYPES[dtype]
+    if attention is not None:
+        found["attn_implementation"] = attention
+    if quantization is not None:
+        if quantization not in ("8bit", "4bit"):
+            raise ConfigError(f"quantization is {quantization!r}; expected 8bit or 4bit")
+        from transformers import BitsAndBytesConfig
+
+        found["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{quantization}": True})
+    if device_map is not None:
+        found["device_map"] = device_map
+    return found
 
 
 def quieten() -> None:

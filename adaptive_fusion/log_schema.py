@@ -62,6 +62,7 @@ FIELDS = (
     Field("reason", "text", _DECISION),
     Field("measurement", "json", _SUBJECT),
     Field("finish_reason", "text", _DECISION),
+    Field("audit", "json", _DECISION),
     Field("error", "text", _DECISION),
     Field("source", "text", _LABEL),
     Field("source_id", "text", _SAID),

@@ -9,14 +9,15 @@ step is somebody else's: `execution` runs, `control` decides, `model_face` stand
 """
 
 import asyncio
+import json
 import os
 import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, overload
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.control.candidates import Candidate
+from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.cost.lengths import LengthModel
@@ -34,7 +35,7 @@ from adaptive_fusion.cost.model import CostModel, Profile, Work
 from adaptive_fusion.cost.profiles import find_profile
 from adaptive_fusion.decision_log import DecisionLog, text_hash
 from adaptive_fusion.decisions import Decision, Measurement, decision_record
-from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning
+from adaptive_fusion.errors import ConfigError, ContextLengthError, PolicyMismatchWarning
 from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
 from adaptive_fusion.execution.executor import Executor, Run, Task
 from adaptive_fusion.execution.full_prompt import with_full_prompt
@@ -70,7 +71,7 @@ WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
 
 @dataclass(frozen=True)
 class _Call:
-    """The arguments of `chat` and `stream`."""
+    """The arguments of `chat` and `stream`; see `AdaptiveRunner.prepared` for those that they lack."""
 
     media: Any
     prompt: str | None
@@ -78,6 +79,70 @@ class _Call:
     point: OperatingPoint | None
     arguments: Arguments
     of_prompt: dict[str, Any]
+    arrived_s: float | None = None
+    seed: int | None = None
+    audit: bool = False
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its media loaded and measured, whose turn on the model may come later.
+
+    Attributes:
+        runner: Whose request it is.
+        request: Messages and media.
+        arrived_s: When it arrived, on the runner's clock: deadlines count from here.
+        native_tokens: Visual tokens that it has natively.
+        text_tokens: Tokens of what is said, roughly: the chat template's own are estimated.
+    """
+
+    runner: "AdaptiveRunner"
+    request: ChatRequest
+    arrived_s: float
+    native_tokens: int
+    text_tokens: int
+    _call: _Call
+
+    def decide(self, *, wait_ms: float = 0.0, refuse: bool = True) -> Decision:
+        """The decision that would be taken in `wait_ms` from now; nothing is run.
+
+        Args:
+            wait_ms: How long it will still wait for the model.
+            refuse: Whether a budget that asks for it may refuse; else the decision says that it is not feasible.
+
+        Raises:
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        limits = self.runner.budget.merge(self._call.budget)
+        if not refuse:
+            limits = replace(limits, on_infeasible="cheapest")
+        return self.runner._decide(self, limits, wait_ms)
+
+    def offers(self) -> tuple[str, list[Candidate]]:
+        """See `AdaptiveRunner.offers`."""
+        return self.runner._offers(self.runner._chat_info(self.request, self._call.arguments, self.arrived_s))
+
+    def chat(
+        self, *, cancelled: threading.Event | None = None, decided: Callable[[Decision], None] | None = None
+    ) -> Reply:
+        """Answer it; see `AdaptiveRunner.chat`.
+
+        Args:
+            cancelled: Ends the generation at its next token once it is set.
+            decided: Called with the decision before the model runs, in this thread.
+        """
+        return self.runner._answer_prepared(self, None, cancelled, decided)
+
+    def stream(
+        self, *, cancelled: threading.Event | None = None, decided: Callable[[Decision], None] | None = None
+    ) -> Stream[Reply]:
+        """The answer in pieces; see `AdaptiveRunner.stream`, and `chat` for the arguments."""
+
+        def work(streamer: Any, ended: threading.Event) -> Reply:
+            return self.runner._answer_prepared(self, streamer, ended, decided)
+
+        return Stream(work, getattr(self.runner.processor, "tokenizer", self.runner.processor), cancelled)
 
 
 class AdaptiveRunner(ModelFace):
@@ -126,7 +191,8 @@ class AdaptiveRunner(ModelFace):
         chosen = choose(policy, self.fingerprint, os.environ)
         self.policy = chosen.policy
         self.chosen = chosen.without_weights(add_trained(self.adapter, self.policy.fusion_weights))
-        self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(os.environ))
+        self._own_budget = budget or Budget()
+        self.budget = self._own_budget.merge(self.policy.budget, Budget.from_env(os.environ))
         self.lengths = LengthModel()
         self.log = DecisionLog(log) if isinstance(log, str | Path) else log
         self.last: tuple[Decision, Measurement] | None = None
@@ -146,9 +212,55 @@ class AdaptiveRunner(ModelFace):
     def use_profile(self, profile: Profile, note: str = "given") -> None:
         """Predict from `profile` from now on; the controller forgets what it learned about the former one."""
         self.profile, self.profile_note = profile, note
-        self.controller = Controller(memory_margin=profile.memory_margin, clock=self._clock)
-        cost, remark = CostModel(profile), self.chosen.remark
-        self._planner = Planner(self.adapter, self.policy, cost, self.controller, self.lengths, self._rng, remark)
+        self._learn_with(Controller(memory_margin=profile.memory_margin, clock=self._clock), self.lengths)
+
+    def _learn_with(self, controller: Controller, lengths: LengthModel) -> None:
+        self.controller, self.lengths = controller, lengths
+        cost, remark = CostModel(self.profile), self.chosen.remark
+        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, self._rng, remark)
+
+    def state(self) -> dict[str, Any]:
+        """What was learned from requests, as plain values for JSON; `restore` reads it."""
+        return {
+            "profile": self.profile.to_dict(),
+            "controller": self.controller.state(),
+            "lengths": self.lengths.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state` learned.
+
+        Raises:
+            ConfigError: For a state that belongs to another model or profile, or is malformed.
+        """
+        if not isinstance(state, Mapping) or not {"profile", "controller", "lengths"} <= set(state):
+            raise ConfigError("the state is incomplete; expected profile, controller and lengths")
+        if state["profile"] != json.loads(json.dumps(self.profile.to_dict())):
+            raise ConfigError("the state was learned with another model, machine or profile; expected this one's")
+        if not all(isinstance(state[name], Mapping) for name in ("controller", "lengths")):
+            raise ConfigError("the state is malformed; expected tables of controller and lengths")
+        controller = Controller.from_state(state["controller"], clock=self._clock)
+        self._learn_with(controller, LengthModel.from_state(state["lengths"]))
+
+    def with_policy(self, policy: Policy | str | Path) -> "AdaptiveRunner":
+        """A runner of the same model with another policy, which learns together with this one.
+
+        Raises:
+            PolicyError: If the policy cannot be loaded.
+        """
+        other = AdaptiveRunner(
+            self.model,
+            self.processor,
+            policy=policy,
+            budget=self._own_budget,
+            profile=self.profile,
+            log=self.log,
+            meter=self.meter,
+            clock=self._clock,
+        )
+        other.profile_note, other._warm = self.profile_note, self._warm
+        other._learn_with(self.controller, self.lengths)
+        return other
 
     @classmethod
     def from_pretrained(
@@ -184,6 +296,11 @@ class AdaptiveRunner(ModelFace):
     def policy_note(self) -> str:
         """How the policy was chosen, and in what the model it was fitted to differs."""
         return self.chosen.note
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds, monotonic: what `prepared` takes as time of arrival is read from it."""
+        return self._clock
 
     # Asking
 
@@ -294,6 +411,36 @@ class AdaptiveRunner(ModelFace):
         call = self._call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
         return Stream(partial(self._answer, call), getattr(self.processor, "tokenizer", self.processor))
 
+    def prepared(
+        self,
+        media: Any,
+        prompt: str | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int | None = None,
+        point: OperatingPoint | None = None,
+        arrived_s: float | None = None,
+        seed: int | None = None,
+        audit: bool = False,
+        context: int | None = None,
+        **generate_kwargs: Any,
+    ) -> Prepared:
+        """Load and measure one request, without waiting for the model; what is returned runs it.
+
+        Arguments are those of `chat`, and:
+
+        Args:
+            arrived_s: When it arrived, on the runner's clock, if that was before now.
+            seed: Of its sampling; the random numbers of everybody else are left as they are.
+            audit: Run it natively; the decision's `audit` has what would have been run, and saved by prediction.
+            context: Tokens that prompt and answer may have together; what is longer is refused before the model runs.
+
+        Raises:
+            See `chat`; of the context a ContextLengthError comes when it is run and its plan is known.
+        """
+        call = self._call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
+        return self._prepare(replace(call, arrived_s=arrived_s, seed=seed, audit=audit, context=context))
+
     def decide(
         self,
         media: Any,
@@ -316,7 +463,9 @@ class AdaptiveRunner(ModelFace):
     ) -> tuple[str, list[Candidate]]:
         """The lane that a request takes, and what it offers with expected quality and predicted cost, best first."""
         arguments = for_chat(self.model, {}, max_new_tokens)
-        info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
+        return self._offers(self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock()))
+
+    def _offers(self, info: RequestInfo) -> tuple[str, list[Candidate]]:
         hardest, route = self._planner.route(info)
         found = self._planner.candidates(info, route.lane, hardest, self._planner.needs(info))
         return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
@@ -463,10 +612,15 @@ class AdaptiveRunner(ModelFace):
         elapsed_ms, free = (self._clock() - arrived) * 1e3, self.meter.free_gb()
         return RequestInfo(**known, elapsed_ms=elapsed_ms, free_memory_gb=free)
 
-    def _chat_info(self, request: ChatRequest, arguments: Arguments, arrived: float) -> RequestInfo:
+    def _text_tokens(self, request: ChatRequest) -> int:
         tokenizer = getattr(self.processor, "tokenizer", None)
         said = "\n".join(request.texts)
-        text = (len(tokenizer(said).input_ids) if tokenizer and said else 0) + TEMPLATE_TOKENS
+        return (len(tokenizer(said).input_ids) if tokenizer and said else 0) + TEMPLATE_TOKENS
+
+    def _chat_info(
+        self, request: ChatRequest, arguments: Arguments, arrived: float, text_tokens: int | None = None
+    ) -> RequestInfo:
+        text = self._text_tokens(request) if text_tokens is None else text_tokens
         visual = self.adapter.plan(request.sizes, NATIVE).tokens if "max_length" in arguments.lengths else 0
         return self._info(
             arrived,
@@ -481,27 +635,96 @@ class AdaptiveRunner(ModelFace):
             full_detail=request.full_detail,
         )
 
-    def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
-        arrived, arguments = self._clock(), call.arguments
-        point, because = settled(arguments, call.point)
+    def _prepare(self, call: _Call) -> Prepared:
+        arrived = self._clock() if call.arrived_s is None else call.arrived_s
         request = build_request(call.media, call.prompt, hashed=self.log is not None, **call.of_prompt)
+        native_tokens = self.adapter.plan(request.sizes, NATIVE).tokens if request.sizes else 0
+        return Prepared(self, request, arrived, native_tokens, self._text_tokens(request), call)
+
+    def _decide(self, prepared: Prepared, limits: Budget, wait_ms: float) -> Decision:
+        point, because = settled(prepared._call.arguments, prepared._call.point)
+        info = self._chat_info(prepared.request, prepared._call.arguments, prepared.arrived_s, prepared.text_tokens)
+        info = replace(info, elapsed_ms=info.elapsed_ms + wait_ms)
+        return self._planner.decide(info, limits, point, because)[0]
+
+    def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
+        return self._answer_prepared(self._prepare(call), streamer, cancelled)
+
+    def _answer_prepared(
+        self,
+        prepared: Prepared,
+        streamer: Any = None,
+        cancelled: threading.Event | None = None,
+        decided: Callable[[Decision], None] | None = None,
+    ) -> Reply:
+        call, request, arguments = prepared._call, prepared.request, prepared._call.arguments
 
         def prepare(at: OperatingPoint) -> dict[str, Any]:
             return self.adapter.prepare(request.messages, at, **request.of_prompt)
 
         # Nobody holds the full prompt: it is the one that the media would have had natively.
         prompt = cache(lambda: prepare(NATIVE)["input_ids"])
-        options = partial(_with_streamer, arguments, prompt, streamer)
+
+        def options(reduced: Tensor) -> dict[str, Any]:
+            self._require_context(call, reduced.shape[-1])
+            return _with_streamer(arguments, prompt, streamer, reduced)
+
         limits = self.budget.merge(call.budget)
         with self._lock:
             self._warm_up_for(limits)
             # Decided once the model is free, so that waiting for it counts as elapsed.
             if arguments.see_prompt:
                 prompt()
-            info = self._chat_info(request, arguments, arrived)
-            decision, choice = self._planner.decide(info, limits, point, because)
-            task = Task(decision, choice, arrived, prepare, options, arguments.whole is not None, cancelled)
-            run = self._run(info, task)
+            info = self._chat_info(request, arguments, prepared.arrived_s, prepared.text_tokens)
+            decision, choice = self._planned(info, limits, call)
+            # By estimate, before anything is encoded for it; the exact length follows.
+            self._require_context(call, self._planner.work(decision.point, info).prompt_tokens - 2 * TEMPLATE_TOKENS)
+            if decided is not None:
+                decided(decision)
+            task = Task(decision, choice, prepared.arrived_s, prepare, options, arguments.whole is not None, cancelled)
+            with _seeded(call.seed, self.device):
+                run = self._run(info, task)
+        return self._reply(prepared, run, prompt)
+
+    def _require_context(self, call: _Call, prompt_tokens: int) -> None:
+        """Raise ContextLengthError where a prompt of that length and its answer do not fit into the call's context."""
+        if call.context is None:
+            return
+        answer = call.arguments.most_new_tokens(prompt_tokens)
+        if prompt_tokens + answer > call.context:
+            raise ContextLengthError(
+                f"the prompt has {prompt_tokens} tokens and its answer may have {answer}, but the model's context is "
+                f"{call.context} tokens for both; expected a shorter prompt, fewer or smaller images, or fewer "
+                "new tokens"
+            )
+
+    def _planned(self, info: RequestInfo, limits: Budget, call: _Call) -> tuple[Decision, Choice]:
+        """The decision; of an audit the native one, which says what would have been done."""
+        point, because = settled(call.arguments, call.point)
+        if not call.audit:
+            return self._planner.decide(info, limits, point, because)
+        would = self._planner.decide(info, replace(limits, on_infeasible="cheapest"), point, because)[0]
+        decision, choice = self._planner.decide(info, limits, NATIVE)
+        used, full = (self._planner.work(p, info).prompt_tokens for p in (would.point, NATIVE))
+        saved: dict[str, Any] = {"tokens": full - used}
+        if would.predicted is not None and decision.predicted is not None:
+            saved["ttft_ms"] = decision.predicted.ttft_ms - would.predicted.ttft_ms
+            saved["latency_ms"] = decision.predicted.latency_ms - would.predicted.latency_ms
+        audit = {
+            "point": would.point.to_dict(),
+            "plan": would.point.name,
+            "rung": would.rung,
+            "lane": would.lane,
+            "reason": would.reason,
+            "feasible": would.feasible,
+            "predicted": asdict(would.predicted) if would.predicted else None,
+            "saved": saved,
+        }
+        return replace(decision, reason=f"audit: {decision.reason}", audit=audit), choice
+
+    def _reply(self, prepared: Prepared, run: Run, prompt: Callable[[], Tensor]) -> Reply:
+        """What goes out; lengths learn from it and it is logged."""
+        request, arguments = prepared.request, prepared._call.arguments
         new = run.new_tokens
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
@@ -543,6 +766,17 @@ class AdaptiveRunner(ModelFace):
                     finish_reason=finish,
                 )
             )
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed` inside, those of everybody else as if nothing had been drawn; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def _with_streamer(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.file_lock import write_whole
 from adaptive_fusion.models.base import Adapter
 from adaptive_fusion.user_cache import user_cache_dir
 
@@ -35,19 +35,7 @@ def save_profile(cache_dir: Path, profile: Profile) -> Path:
     Raises:
         OSError: If the folder cannot be written.
     """
-    path = profile_path(cache_dir, profile.key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".json")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(profile.to_dict(), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
+    return write_whole(profile_path(cache_dir, profile.key), json.dumps(profile.to_dict(), indent=1, allow_nan=False))
 
 
 def read_profile(path: Path, key: Mapping[str, str]) -> tuple[Profile | None, str]:

@@ -30,13 +30,16 @@ class Stream(Generic[T]):
     Args:
         work: Called in a thread with a streamer and a cancel event; generates and returns its result.
         tokenizer: Decodes the pieces.
+        cancelled: The event that ends the generation, if others are to set it too.
 
     Raises (while iterating): whatever `work` raised.
     """
 
-    def __init__(self, work: Callable[[Any, threading.Event], T], tokenizer: Any) -> None:
+    def __init__(
+        self, work: Callable[[Any, threading.Event], T], tokenizer: Any, cancelled: threading.Event | None = None
+    ) -> None:
         self._streamer = _Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._cancelled = threading.Event()
+        self._cancelled = cancelled if cancelled is not None else threading.Event()
         self._result: Future[T] = Future()
         # The thread must not hold the stream: one that nobody holds is abandoned, read or not.
         args = (work, self._streamer, self._cancelled, self._result)

@@ -1,0 +1,192 @@
+"""``adaptive-fusion serve``: an OpenAI-compatible server around one model."""
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaptive_fusion.commands import options
+from adaptive_fusion.commands.output import complain, refusing
+
+app = typer.Typer()
+_MODEL, _SERVER = "Model", "Server"
+
+
+class Dtype(StrEnum):
+    """Number formats of weights."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Attention(StrEnum):
+    """Attention kernels of transformers."""
+
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+    eager = "eager"
+
+
+class Cache(StrEnum):
+    """Caches of transformers."""
+
+    dynamic = "dynamic"
+    static = "static"
+    quantized = "quantized"
+
+
+class Quantization(StrEnum):
+    """Of weights, by bitsandbytes."""
+
+    eight = "8bit"
+    four = "4bit"
+
+
+class Mode(StrEnum):
+    """Whether decisions are carried out or only logged."""
+
+    adaptive = "adaptive"
+    audit = "audit"
+
+
+@app.command()
+def serve(
+    model: options.Model = "reference",
+    policy: options.PolicyName = "balanced",
+    latency_ms: options.LatencyMs = None,
+    ttft_ms: options.TtftMs = None,
+    vram_gb: options.VramGb = None,
+    attainment: options.Attainment = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Format of the weights; as stored without it.", rich_help_panel=_MODEL)
+    ] = None,
+    attn: Annotated[
+        Attention | None,
+        typer.Option(help="Attention kernel; transformers' choice without it.", rich_help_panel=_MODEL),
+    ] = None,
+    cache: Annotated[
+        Cache, typer.Option(help="Cache of keys and values during an answer.", rich_help_panel=_MODEL)
+    ] = Cache.dynamic,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Of the weights, by bitsandbytes.", rich_help_panel=_MODEL)
+    ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP", help="Where parts of the model go, such as auto or cuda:0.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one that others reach needs a key.", rich_help_panel=_SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="ADAPTIVE_FUSION_API_KEY",
+            help="What clients must send as bearer token. The variable keeps it out of the list of processes.",
+            show_default=False,
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Host from which media are fetched by https; may be given several times or with commas. "
+            "Without it only data: URLs are taken.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name for clients; else its own.", rich_help_panel=_SERVER),
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="audit runs every request natively and logs what would have been done and saved; it needs --log.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = Mode.adaptive,
+    max_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Most tokens of an answer where the request does not say.", rich_help_panel=_SERVER),
+    ] = 256,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Most requests that wait; more are told to come back.", rich_help_panel=_SERVER)
+    ] = 64,
+    log: options.LogFile = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep what was learned here over a restart.", rich_help_panel=_SERVER),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate", help="Measure this machine first, unless its profile is there.", rich_help_panel=_SERVER
+        ),
+    ] = False,
+) -> None:
+    """Serve a model over HTTP as OpenAI's API has it, within deadlines.
+
+    A line says when the first request can come. SIGTERM answers what was admitted, then ends.
+    """
+    with refusing((), False):
+        budget = options.budget_of(latency_ms, ttft_ms, vram_gb, attainment)
+        settings = _settings(
+            model=served_name or name_of(model),
+            mode=mode.value,
+            budget=budget,
+            host=host,
+            port=port,
+            api_key=api_key,
+            allowed_media_domains=tuple(
+                part for text in allowed_media_domains or () for part in re.split(r"[,\s]+", text) if part
+            ),
+            max_new_tokens=max_tokens,
+            queue=queue,
+            state=state,
+            calibrate=calibrate,
+            generate={} if cache is Cache.dynamic else {"cache_implementation": cache.value},
+        )
+        from adaptive_fusion.loading import model_options, open_runner
+        from adaptive_fusion.serving.run import server_for
+
+        given = model_options(
+            dtype.value if dtype else None,
+            attn.value if attn else None,
+            quantization.value if quantization else None,
+            device_map,
+        )
+        runner = open_runner(model, policy, log, given)
+        server = server_for(runner, settings, complain)
+    server.run()
+    if not server.started:
+        raise typer.Exit(1)
+
+
+def name_of(model: str) -> str:
+    """The model's name for clients: of a folder its last part, which tells no more of this machine."""
+    return Path(model).expanduser().name if Path(model).expanduser().is_dir() else model
+
+
+def _settings(**values: Any) -> Any:
+    from adaptive_fusion.errors import MissingExtraError
+
+    try:
+        import fastapi  # noqa: F401
+        import openai  # noqa: F401
+        import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[serve]'") from error
+    from adaptive_fusion.serving.settings import Settings
+
+    return Settings(**values)

@@ -1,0 +1,131 @@
+"""The application: which path leads where, and what the OpenAPI document says of it.
+
+Knows routes and the service's life. Must not know what routes do.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving import answers, chat, own
+from adaptive_fusion.serving.document import DESCRIPTIONS
+from adaptive_fusion.serving.http import Guard, answering
+from adaptive_fusion.serving.refusals import Refusal, error_response, json_response
+from adaptive_fusion.serving.service import Service
+from adaptive_fusion.serving.settings import Settings
+
+Handler = Callable[[Request], Awaitable[Response]]
+OWN = "/v1/adaptive_fusion"
+
+
+def create_app(
+    runner: AdaptiveRunner, settings: Settings | None = None, on_ready: Callable[[list[str]], None] = lambda notes: None
+) -> FastAPI:
+    """An ASGI application that answers with `runner`.
+
+    Args:
+        runner: Its model is this application's alone.
+        settings: How; None takes the defaults.
+        on_ready: Called once the first request can come, with sentences that say what was found.
+
+    Raises:
+        ConfigError: For settings that do not go with the runner.
+    """
+    settings = settings if settings is not None else Settings()
+    service = Service(runner, settings)
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        async def begin() -> None:
+            try:
+                on_ready(await service.warm_up())
+            except BaseException as error:
+                service.failure = type(error).__name__
+                raise
+            await service.keep_saving()
+
+        task = asyncio.create_task(begin())
+        app.state.life = task
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(BaseException):
+                await task
+            await service.close()
+
+    app = FastAPI(title="adaptive-fusion", lifespan=life, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Guard, key=settings.api_key, local=settings.is_local)
+    app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    for method, path, handler in _routes():
+        app.add_api_route(
+            path,
+            answering(handler),
+            methods=[method],
+            response_class=Response,
+            summary=(handler.__doc__ or "").strip().splitlines()[0],
+            openapi_extra=dict(DESCRIPTIONS.get(path, {})),
+        )
+    return app
+
+
+def _routes() -> tuple[tuple[str, str, Handler], ...]:
+    return (
+        ("POST", "/v1/chat/completions", chat.chat_completions),
+        ("GET", "/v1/models", _models),
+        ("POST", f"{OWN}/decide", own.decide),
+        ("POST", f"{OWN}/points", own.points),
+        ("GET", f"{OWN}/decisions", own.decisions),
+        ("POST", f"{OWN}/feedback", own.feedback),
+        ("GET", "/health", _health),
+        ("GET", "/ready", _ready),
+        ("GET", "/metrics", _metrics),
+    )
+
+
+async def _models(request: Request) -> Response:
+    """The models there are."""
+    service: Service = request.app.state.service
+    return json_response(answers.model_list([service.settings.model], 0))
+
+
+async def _health(request: Request) -> Response:
+    """Whether the process answers."""
+    return json_response({"status": "ok"})
+
+
+async def _ready(request: Request) -> Response:
+    """Whether a request would be answered now."""
+    request.app.state.service.require_ready()
+    return json_response({"status": "ready"})
+
+
+async def _metrics(request: Request) -> Response:
+    """Counters, for Prometheus."""
+    service: Service = request.app.state.service
+    text, kind = service.metrics.render()
+    return Response(text, media_type=kind)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """Paths and methods that there are not."""
+    codes: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed"}
+    message = {404: "there is no such path here", 405: "the path does not take this method"}
+    refusal = Refusal(
+        message.get(error.status_code, "the request cannot be read"),
+        error.status_code,
+        code=codes.get(error.status_code, "invalid_request"),
+    )
+    response: Any = error_response(refusal)
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    found: Response = response
+    return found

@@ -1,0 +1,303 @@
+"""``/v1/chat/completions``: a request's way from its body to an answer, whole or in pieces.
+
+Knows the parts of the service and calls them in order. Must not know how any of them does its work.
+"""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.runner import AdaptiveRunner, Prepared
+from adaptive_fusion.serving import answers
+from adaptive_fusion.serving.answers import Asked
+from adaptive_fusion.serving.http import as_json, place_of, read_body, while_connected
+from adaptive_fusion.serving.http import log as server_log
+from adaptive_fusion.serving.media import check_media
+from adaptive_fusion.serving.pieces import StopFilter
+from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_body, json_response
+from adaptive_fusion.serving.scheduler import Place
+from adaptive_fusion.serving.schema import ChatCall, read_chat
+from adaptive_fusion.serving.service import Service
+from adaptive_fusion.serving.tracing import span
+
+PING_S = 15
+"""Seconds without a piece after which a comment is sent, so that nobody between takes the connection for dead."""
+
+
+@dataclass
+class _Job:
+    """A request on its way.
+
+    Attributes:
+        service: Of which server.
+        place: In the queue.
+        arrived_s: On the runner's clock.
+        call: What is asked.
+        wait_s: How long it waited for the model, once it has it.
+    """
+
+    service: Service
+    place: Place
+    arrived_s: float
+    call: ChatCall
+    wait_s: float = 0.0
+
+    @property
+    def limits(self) -> Budget:
+        """The limits that hold for it."""
+        return self.service.runner.budget.merge(own_budget(self.service, self.call))
+
+    @property
+    def latest_s(self) -> float | None:
+        """When it is too late to begin."""
+        limits = self.limits
+        given = [limit for limit in (limits.latency_ms, limits.ttft_ms) if limit is not None]
+        return self.arrived_s + min(given) / 1e3 if given else None
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    service: Service = request.app.state.service
+    metrics, arrived_s = service.metrics, service.runner.clock()
+    metrics.arrived()
+    try:
+        body = await read_body(request, service.settings.max_body_mib)
+        service.require_ready()
+        place = service.scheduler.admit()
+        try:
+            return await while_connected(request, _respond(service, place, arrived_s, body))
+        except BaseException:
+            place.release()
+            raise
+    except (ClientDisconnect, asyncio.CancelledError):
+        metrics.failed("cancelled")
+        raise
+    except Exception as error:
+        refusal = as_refusal(error)
+        (metrics.failed if refusal.status >= 500 and refusal.code != "draining" else metrics.rejected)(refusal.code)
+        raise
+
+
+def own_budget(service: Service, call: ChatCall) -> Budget:
+    """The server's limits with the request's put over them."""
+    return service.settings.budget.merge(call.budget)
+
+
+async def prepared_call(service: Service, call: ChatCall, arrived_s: float | None = None) -> Prepared:
+    """A request with its media loaded and measured, outside the event loop."""
+    if call.model != service.settings.model:
+        raise Refusal(
+            f"model {call.model[:80]!r} does not exist here; expected {service.settings.model}",
+            404,
+            code="model_not_found",
+            param="model",
+        )
+    messages = await check_media(call.messages, service.media_limits)
+    return await service.in_thread(_prepare, service, call, messages, arrived_s)
+
+
+def _prepare(service: Service, call: ChatCall, messages: list[dict[str, Any]], arrived_s: float | None) -> Prepared:
+    settings, runner = service.settings, service.runner_for(call.policy)
+    return runner.prepared(
+        messages,
+        budget=own_budget(service, call),
+        max_new_tokens=call.max_new_tokens or settings.max_new_tokens,
+        point=call.point,
+        arrived_s=arrived_s,
+        seed=call.seed,
+        audit=settings.mode == "audit",
+        context=service.context,
+        continue_final_message=call.continues,
+        **settings.generate,
+        **_sampling(runner, call),
+    )
+
+
+def _sampling(runner: AdaptiveRunner, call: ChatCall) -> dict[str, Any]:
+    """Options of ``generate``; transformers' own top-k of 50 holds only if the model's configuration has it."""
+    options = dict(call.options)
+    if options.get("do_sample") and "top_k" not in options:
+        options["top_k"] = getattr(runner.generation_config, "top_k", None) or 0
+    return options
+
+
+async def _respond(service: Service, place: Place, arrived_s: float, body: bytes) -> Response:
+    call = read_chat(await as_json(body))
+    job = _Job(service, place, arrived_s, call)
+    attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": call.model}
+    with span(f"chat {service.settings.model}", attributes):
+        _refuse_if_queue_is_too_long(job, 0.0)
+        prepared = await prepared_call(service, call, arrived_s)
+        if job.latest_s is not None and service.scheduler.expected_wait_s(place) > 0:
+            await service.in_thread(_refuse_if_late, job, prepared, service.scheduler.expected_wait_s(place))
+        asked = Asked(
+            model=service.settings.model,
+            created=int(time.time()),
+            native_tokens=prepared.native_tokens,
+            stops=call.stops,
+            ignored=call.ignored,
+            top_logprobs=call.top_logprobs if call.logprobs else None,
+        )
+        return await (_stream if call.stream else _whole)(job, prepared, asked)
+
+
+def _refuse_if_queue_is_too_long(job: _Job, least_s: float) -> None:
+    """Refuse a request whose turn is expected to come when its deadline, less what it takes at least, has passed."""
+    wait_s, latest_s = job.service.scheduler.expected_wait_s(job.place), job.latest_s
+    if latest_s is not None and wait_s > 0 and job.service.runner.clock() + wait_s + least_s >= latest_s:
+        raise _unreachable(wait_s)
+
+
+def _refuse_if_late(job: _Job, prepared: Prepared, wait_s: float) -> None:
+    """Refuse a request that would have kept its deadline but for those before it."""
+    if not _in_time(prepared.decide(wait_ms=wait_s * 1e3, refuse=False), job.limits) and _in_time(
+        prepared.decide(refuse=False), job.limits
+    ):
+        raise _unreachable(wait_s)
+
+
+def _in_time(decision: Decision, limits: Budget) -> bool:
+    return decision.feasible and decision.p_late <= 1.0 - limits.attainment
+
+
+def _unreachable(wait_s: float) -> Refusal:
+    return Refusal(
+        f"the deadline cannot be met: those before it are expected to take {wait_s * 1e3:.0f} ms",
+        429,
+        code="deadline_unreachable",
+        retry_s=wait_s,
+    )
+
+
+def _begin(job: _Job, queued_s: float) -> None:
+    """In the model's thread, when the turn has come."""
+    job.wait_s = job.service.runner.clock() - queued_s
+    job.service.metrics.started(job.wait_s)
+
+
+def _done(job: _Job, reply: Reply, fields: dict[str, Any]) -> None:
+    """Count and keep what came of a request."""
+    service = job.service
+    e2e_s = service.runner.clock() - job.arrived_s
+    service.metrics.finished(reply, reply.finish_reason, job.wait_s, e2e_s)
+    service.records.add(reply.decision.request_id, {"created": int(time.time()), **fields})
+
+
+def _tokenizer(prepared: Prepared) -> Any:
+    return getattr(prepared.runner.processor, "tokenizer", prepared.runner.processor)
+
+
+async def _whole(job: _Job, prepared: Prepared, asked: Asked) -> Response:
+    queued_s = job.service.runner.clock()
+
+    def work(cancelled: threading.Event) -> tuple[Reply, dict[str, Any]]:
+        _begin(job, queued_s)
+        reply = prepared.chat(cancelled=cancelled)
+        return reply, answers.completion(asked, reply, _tokenizer(prepared), job.wait_s)
+
+    with job.place:
+        reply, values = await job.service.scheduler.run(work, latest_s=job.latest_s)
+    _done(job, reply, values["adaptive_fusion"])
+    return json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))
+
+
+async def _stream(job: _Job, prepared: Prepared, asked: Asked) -> Response:
+    """The response begins with the first piece: what goes wrong before it still has its status."""
+    loop = asyncio.get_running_loop()
+    pieces: asyncio.Queue[str | None] = asyncio.Queue()
+    decisions: list[Decision] = []
+    queued_s = job.service.runner.clock()
+
+    def work(cancelled: threading.Event) -> Reply:
+        _begin(job, queued_s)
+        with prepared.stream(cancelled=cancelled, decided=decisions.append) as stream:
+            for piece in stream:
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            return stream.reply
+
+    task = asyncio.create_task(job.service.scheduler.run(work, latest_s=job.latest_s))
+
+    def ended(done: asyncio.Task[Reply]) -> None:
+        job.place.release()
+        pieces.put_nowait(None)
+        if not done.cancelled():
+            done.exception()  # looked at, whoever reads the pieces
+
+    task.add_done_callback(ended)
+    try:
+        first = await pieces.get()
+        if first is None:
+            task.result()
+    except BaseException:
+        task.cancel()
+        raise
+    return EventSourceResponse(
+        _events(job, asked, decisions[0], first, pieces, task, _tokenizer(prepared)),
+        headers=answers.headers(decisions[0], asked.native_tokens),
+        ping=PING_S,
+        sep="\n",
+    )
+
+
+async def _events(
+    job: _Job,
+    asked: Asked,
+    decision: Decision,
+    first: str | None,
+    pieces: "asyncio.Queue[str | None]",
+    task: "asyncio.Task[Reply]",
+    tokenizer: Any,
+) -> AsyncIterator[ServerSentEvent]:
+    usage, shown = job.call.include_usage, StopFilter(asked.stops)
+    try:
+        yield _event(answers.chunk(asked, decision, {"role": "assistant", "content": ""}, include_usage=usage))
+        piece = first
+        while piece is not None:
+            if text := shown.feed(piece):
+                yield _event(answers.chunk(asked, decision, {"content": text}, include_usage=usage))
+            piece = await pieces.get()
+        reply = task.result()
+        if text := shown.flush():
+            yield _event(answers.chunk(asked, decision, {"content": text}, include_usage=usage))
+        for event in await job.service.in_thread(_last_events, job, asked, reply, tokenizer):
+            yield event
+    except Exception as error:
+        server_log.error("a stream failed: %s", place_of(error))
+        refusal = as_refusal(error)
+        job.service.metrics.failed(refusal.code)
+        yield _event(error_body(refusal))
+    finally:
+        if not task.done():
+            task.cancel()
+            job.service.metrics.failed("cancelled")
+    yield ServerSentEvent(data="[DONE]", sep="\n")
+
+
+def _last_events(job: _Job, asked: Asked, reply: Reply, tokenizer: Any) -> list[ServerSentEvent]:
+    """What is known only at the end: log-probabilities, the reason to end, what was measured, the usage."""
+    fields = answers.outcome(asked, reply, job.wait_s)
+    _done(job, reply, fields)
+    usage = job.call.include_usage
+    rows = answers.token_rows(reply, tokenizer, asked) if asked.top_logprobs is not None else None
+    last = answers.chunk(
+        asked, reply.decision, {}, reply=reply, logprobs=rows, include_usage=usage, adaptive_fusion=fields
+    )
+    found = [_event(last)]
+    if usage:
+        found.append(_event({**answers.usage_chunk(asked, reply), "adaptive_fusion": fields}))
+    return found
+
+
+def _event(values: dict[str, Any]) -> ServerSentEvent:
+    return ServerSentEvent(data=json.dumps(values, separators=(",", ":"), allow_nan=False), sep="\n")

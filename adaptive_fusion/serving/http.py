@@ -1,0 +1,156 @@
+"""Bodies, keys and clients that went away: what every route needs of HTTP.
+
+Knows requests and responses. Must not know what is asked.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.serving.refusals import Refusal, error_response
+from adaptive_fusion.serving.schema import read_json
+
+OPEN_PATHS = ("/health", "/ready")
+"""Asked by whoever looks after the process, who has no key."""
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_SMALL = 64 << 10
+"""Bytes of JSON that are read at once; more are read in a thread."""
+_GONE = 499
+log = logging.getLogger("adaptive_fusion.serving")
+
+
+class Guard:
+    """Lets in who has the key, before anything is read.
+
+    Args:
+        app: What is guarded.
+        key: What clients present as bearer token; None asks for none.
+        local: Whether only this machine can connect. Without a key, requests must then name it as host, so that no web
+            page can have its own name point here.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, local: bool) -> None:
+        self.app, self._local = app, local
+        self._expected = None if key is None else f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        refused = self._refused(dict(scope["headers"]))
+        if refused is not None:
+            await error_response(refused)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _refused(self, headers: dict[bytes, bytes]) -> Refusal | None:
+        if self._expected is not None:
+            given = headers.get(b"authorization", b"")
+            scheme, _, token = given.partition(b" ")
+            if not secrets.compare_digest(scheme.title() + b" " + token.strip(), self._expected):
+                return Refusal(
+                    "the key is missing or wrong; expected Authorization: Bearer KEY", 401, code="invalid_api_key"
+                )
+        elif self._local:
+            host = headers.get(b"host", b"localhost").decode("latin-1").lower()
+            name = host if host.endswith("]") else host.rpartition(":")[0] or host
+            if name not in _LOCAL_NAMES:
+                return Refusal("the request names another host; expected localhost", 403, code="wrong_host")
+        return None
+
+
+async def read_body(request: Request, max_mib: int) -> bytes:
+    """The body, as it is.
+
+    Raises:
+        Refusal: 413 if it is larger, 415 if it is called something else than JSON (a form of a web page is sent without
+            asking, JSON is not).
+    """
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise Refusal(f"content-type is {kind[:80]!r}; expected application/json", 415, code="unsupported_media_type")
+    most = max_mib << 20
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared[:20]) > most:
+        raise _too_large(max_mib)
+    blocks, size = [], 0
+    async for block in request.stream():
+        size += len(block)
+        if size > most:
+            raise _too_large(max_mib)
+        blocks.append(block)
+    return b"".join(blocks)
+
+
+def _too_large(max_mib: int) -> Refusal:
+    return Refusal(f"the body is larger than {max_mib} MiB; expected less", 413, code="body_too_large")
+
+
+async def as_json(body: bytes) -> Any:
+    """A body's JSON; a large one is read outside the event loop.
+
+    Raises:
+        Refusal: 400 if it is none.
+    """
+    return read_json(body) if len(body) <= _SMALL else await asyncio.to_thread(read_json, body)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What `work` gives; it is cancelled once the client has gone. The body must have been read."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+    finally:
+        for each in (task, gone):
+            if not each.done():
+                each.cancel()
+                with contextlib.suppress(BaseException):
+                    await each
+    raise ClientDisconnect
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def answering(
+    handle: Callable[[Request], Awaitable[Response]],
+) -> Callable[[Request], Awaitable[Response]]:
+    """`handle` as a route whose errors become responses. Of an error that is not the library's own the log has the
+    place, without values that may be a client's."""
+
+    async def route(request: Request) -> Response:
+        try:
+            return await handle(request)
+        except ClientDisconnect:
+            return Response(status_code=_GONE)
+        except AdaptiveFusionError as error:
+            return error_response(error)
+        except Exception as error:
+            log.error("a request failed: %s", place_of(error))
+            return error_response(error)
+
+    route.__name__ = getattr(handle, "__name__", "route")
+    route.__doc__ = handle.__doc__
+    return route
+
+
+def place_of(error: BaseException) -> str:
+    """An error's type and where it was raised, without its text."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {trace.tb_frame.f_globals.get('__name__')}:{trace.tb_lineno}" if trace is not None else ""
+    return f"{type(error).__name__}{where}"

@@ -1,0 +1,99 @@
+"""The server's own endpoints: decisions without answers, what is on offer, the last decisions, ratings.
+
+Knows the parts of the service. Must not know how requests are run.
+"""
+
+from dataclasses import asdict
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from adaptive_fusion.decision_log import feedback_record
+from adaptive_fusion.runner import Prepared
+from adaptive_fusion.serving import answers
+from adaptive_fusion.serving.chat import prepared_call
+from adaptive_fusion.serving.http import as_json, read_body
+from adaptive_fusion.serving.refusals import Refusal, json_response
+from adaptive_fusion.serving.schema import checked, read_chat, read_object
+from adaptive_fusion.serving.service import Service
+
+FEEDBACK_KEYS = ("request_id", "rating", "source_id")
+
+
+async def decide(request: Request) -> Response:
+    """The decision that a chat request would get; nothing is generated."""
+    service, prepared, ignored = await _measured(request)
+    decision = await service.in_thread(prepared.decide)
+    return json_response({**answers.outlook(decision, prepared.native_tokens), "ignored": ignored})
+
+
+async def points(request: Request) -> Response:
+    """What a chat request is offered, best first, with predictions, and what would be taken within its budget."""
+    service, prepared, ignored = await _measured(request)
+    lane, candidates = await service.in_thread(prepared.offers)
+    decision = await service.in_thread(prepared.decide)
+    rejected = {row.point.name: row.reason for row in decision.rejected}
+    rows = [
+        {
+            "plan": candidate.point.name,
+            "point": candidate.point.to_dict(),
+            "rung": candidate.key,
+            "quality": candidate.quality,
+            "predicted": {
+                **asdict(candidate.predicted),
+                "ttft_ms": candidate.predicted.ttft_ms,
+                "latency_ms": candidate.predicted.latency_ms,
+            },
+            "taken": candidate.point == decision.point,
+            "why_not": rejected.get(candidate.point.name),
+        }
+        for candidate in candidates
+    ]
+    taken = answers.outlook(decision, prepared.native_tokens)
+    return json_response({"lane": lane, "points": rows, "decision": taken, "ignored": ignored})
+
+
+async def decisions(request: Request) -> Response:
+    """The last decisions, newest first, without what was asked or answered."""
+    service: Service = request.app.state.service
+    text = request.query_params.get("n", "20")
+    count = int(text) if text.isascii() and text.isdigit() and len(text) < 8 else None
+    if count is None or not 1 <= count <= service.settings.keep_decisions:
+        raise Refusal(f"n is {text[:80]!r}; expected a number from 1 to {service.settings.keep_decisions}", param="n")
+    return json_response({"decisions": service.records.last(count)})
+
+
+async def feedback(request: Request) -> Response:
+    """Rate an answer; the same rating again changes nothing."""
+    service: Service = request.app.state.service
+    body = read_object(await as_json(await read_body(request, 1)))
+    unknown = sorted(str(key) for key in body if key not in FEEDBACK_KEYS)
+    if unknown:
+        raise Refusal(f"the body has {unknown[0][:80]!r}; expected {', '.join(FEEDBACK_KEYS)}", param=unknown[0][:80])
+    named, source = body.get("request_id"), body.get("source_id")
+    if not isinstance(named, str):
+        raise Refusal(f"request_id is {type(named).__name__}; expected the id of an answer", param="request_id")
+    if source is not None and (not isinstance(source, str) or not 0 < len(source) <= 200):
+        raise Refusal("source_id is no string of 1 to 200 characters; expected one, or none", param="source_id")
+    rating = checked(
+        "rating", lambda: feedback_record(named, body.get("rating", "nothing"), source_id=source)["rating"]
+    )
+    log = service.runner.log
+    if log is None:
+        raise Refusal("the server keeps no log; start it with --log FILE to rate answers", 400, code="no_log")
+    request_id = answers.request_id(named)
+    service.records.require(request_id)
+    new = service.records.rated(request_id, source, rating)
+    if new:
+        await service.in_thread(lambda: log.feedback(request_id, rating, source_id=source))
+    return json_response({"request_id": request_id, "rating": rating, "recorded": new})
+
+
+async def _measured(request: Request) -> tuple[Service, Prepared, list[str]]:
+    """A chat request, loaded and measured, and the fields of it that change nothing."""
+    service: Service = request.app.state.service
+    body = await read_body(request, service.settings.max_body_mib)
+    service.require_ready()
+    with service.side.admit():
+        call = read_chat(await as_json(body))
+        return service, await prepared_call(service, call), list(call.ignored)

@@ -1,0 +1,98 @@
+"""The process: listen, say when it is ready, and on a signal answer who was admitted before it ends.
+
+Knows uvicorn and signals. Must not know what is served.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from sse_starlette.sse import AppStatus
+
+from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving.app import create_app
+from adaptive_fusion.serving.service import Service
+from adaptive_fusion.serving.settings import Settings
+
+KEEP_ALIVE_S = 30
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends after those who were admitted are answered; a second Ctrl-C ends at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        # Left on, streams would be cut off at the signal.
+        AppStatus.enable_automatic_graceful_drain = False
+        self.service = service
+        self._drain: asyncio.Task[None] | None = None
+        self._signalled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)  # type: ignore[arg-type]
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.servers[0].sockets[0].getsockname()[1])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came; called by the interpreter, between any two instructions."""
+        if self._loop is None:
+            self.should_exit = True
+        elif self._signalled and sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.stop)
+        self._signalled = True
+
+    def stop(self) -> None:
+        """Begin to drain; on the event loop."""
+        if self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._end())
+
+    async def _end(self) -> None:
+        await self.service.drain()
+        self.should_exit = True
+
+
+def server_for(
+    runner: AdaptiveRunner, settings: Settings, announce: Callable[[str], None] = lambda line: None
+) -> DrainingServer:
+    """A server that is not listening yet; ``run()`` listens until a signal comes.
+
+    Args:
+        runner: Answers.
+        settings: How.
+        announce: Called with one line once the first request can come.
+    """
+    found: list[DrainingServer] = []
+
+    def ready(notes: list[str]) -> None:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        announce(
+            f"ready: {settings.model} at http://{host}:{found[0].port}/v1 ({settings.mode}, "
+            f"policy {runner.policy.name}, {'; '.join(notes)})"
+        )
+
+    app: FastAPI = create_app(runner, settings, ready)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_level=logging.WARNING,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        # What still runs when draining ended is cut off.
+        timeout_graceful_shutdown=5,
+    )
+    found.append(DrainingServer(config, app.state.service))
+    return found[0]
