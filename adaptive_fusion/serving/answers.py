@@ -72,7 +72,7 @@ def completion(asked: Asked, reply: Reply, tokenizer: Any, wait_s: float) -> dic
         choices=[
             Choice(
                 index=0,
-                message=ChatCompletionMessage(role="assistant", content=text, refusal=None),
+                message=ChatCompletionMessage(role="assistant", content=text, refusal=None, annotations=[]),
                 finish_reason=_ENDS[reply.finish_reason],  # type: ignore[arg-type]
                 logprobs=logprobs,
             )

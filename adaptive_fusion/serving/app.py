@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving import answers, chat, own
-from adaptive_fusion.serving.document import DESCRIPTIONS
+from adaptive_fusion.serving.document import descriptions
 from adaptive_fusion.serving.http import Guard, answering
 from adaptive_fusion.serving.refusals import Refusal, error_response, json_response
 from adaptive_fusion.serving.service import Service
@@ -65,6 +65,7 @@ def create_app(
     app.state.service = service
     app.add_middleware(Guard, key=settings.api_key, local=settings.is_local)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    described = descriptions(settings.model)
     for method, path, handler in _routes():
         app.add_api_route(
             path,
@@ -72,7 +73,7 @@ def create_app(
             methods=[method],
             response_class=Response,
             summary=(handler.__doc__ or "").strip().splitlines()[0],
-            openapi_extra=dict(DESCRIPTIONS.get(path, {})),
+            openapi_extra=dict(described.get(path, {})),
         )
     return app
 

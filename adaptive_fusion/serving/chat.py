@@ -7,9 +7,9 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect, Request
@@ -31,6 +31,7 @@ from adaptive_fusion.serving.schema import ChatCall, read_chat
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.tracing import span
 
+T = TypeVar("T")
 PING_S = 15
 """Seconds without a piece after which a comment is sent, so that nobody between takes the connection for dead."""
 
@@ -201,15 +202,22 @@ def _tokenizer(prepared: Prepared) -> Any:
 async def _whole(job: _Job, prepared: Prepared, asked: Asked) -> Response:
     queued_s = job.service.runner.clock()
 
-    def work(cancelled: threading.Event) -> tuple[Reply, dict[str, Any]]:
+    def work(cancelled: threading.Event) -> Reply:
         _begin(job, queued_s)
-        reply = prepared.chat(cancelled=cancelled)
-        return reply, answers.completion(asked, reply, _tokenizer(prepared), job.wait_s)
+        return prepared.chat(cancelled=cancelled)
 
     with job.place:
-        reply, values = await job.service.scheduler.run(work, latest_s=job.latest_s)
+        reply = await job.service.scheduler.run(work, latest_s=job.latest_s)
+    values = await _made(answers.completion, asked, reply, _tokenizer(prepared), job.wait_s)
     _done(job, reply, values["adaptive_fusion"])
     return json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))
+
+
+async def _made(make: Callable[..., T], asked: Asked, *arguments: Any) -> T:
+    """What is to be sent; outside the event loop where it takes long, and not behind those who decode media."""
+    if asked.top_logprobs is None:
+        return make(asked, *arguments)
+    return await asyncio.to_thread(make, asked, *arguments)
 
 
 async def _stream(job: _Job, prepared: Prepared, asked: Asked) -> Response:
@@ -270,7 +278,7 @@ async def _events(
         reply = task.result()
         if text := shown.flush():
             yield _event(answers.chunk(asked, decision, {"content": text}, include_usage=usage))
-        for event in await job.service.in_thread(_last_events, job, asked, reply, tokenizer):
+        for event in await _made(_last_events, asked, job, reply, tokenizer):
             yield event
     except Exception as error:
         server_log.error("a stream failed: %s", place_of(error))
@@ -284,7 +292,7 @@ async def _events(
     yield ServerSentEvent(data="[DONE]", sep="\n")
 
 
-def _last_events(job: _Job, asked: Asked, reply: Reply, tokenizer: Any) -> list[ServerSentEvent]:
+def _last_events(asked: Asked, job: _Job, reply: Reply, tokenizer: Any) -> list[ServerSentEvent]:
     """What is known only at the end: log-probabilities, the reason to end, what was measured, the usage."""
     fields = answers.outcome(asked, reply, job.wait_s)
     _done(job, reply, fields)

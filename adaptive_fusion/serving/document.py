@@ -98,13 +98,17 @@ HONOURED: Mapping[str, Schema] = {
 }
 
 
-def _chat() -> Schema:
+def _chat(model: str) -> Schema:
     others = {
         name: {"description": field.use.value + (f" ({field.neutral})" if field.neutral else "")}
         for name, field in FIELDS.items()
         if field.use is not Use.HONOURED
     }
-    return {"type": "object", "required": ["model", "messages"], "properties": {**HONOURED, **others}}
+    return {
+        "type": "object",
+        "required": ["model", "messages"],
+        "properties": {**HONOURED, "model": {"const": model}, **others},
+    }
 
 
 def _body(schema: Schema) -> Schema:
@@ -147,15 +151,16 @@ _FEEDBACK: Schema = {
 }
 _OWN = "/v1/adaptive_fusion"
 
-DESCRIPTIONS: Mapping[str, Schema] = {
-    "/v1/chat/completions": {"requestBody": _body(_chat()), "responses": _RESPONSES},
-    f"{_OWN}/decide": {"requestBody": _body(_chat()), "responses": _RESPONSES},
-    f"{_OWN}/points": {"requestBody": _body(_chat()), "responses": _RESPONSES},
-    f"{_OWN}/feedback": {"requestBody": _body(_FEEDBACK), "responses": _RESPONSES},
-    f"{_OWN}/decisions": {
-        "parameters": [{"name": "n", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1}}],
-        "responses": _RESPONSES,
-    },
-    "/ready": {"responses": _RESPONSES},
-}
-"""By path, what is put over what FastAPI finds out by itself."""
+
+def descriptions(model: str) -> Mapping[str, Schema]:
+    """By path, what is put over what FastAPI finds out by itself; `model` is the name of the one that there is."""
+    chat = {"requestBody": _body(_chat(model)), "responses": _RESPONSES}
+    n = {"name": "n", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1}}
+    return {
+        "/v1/chat/completions": chat,
+        f"{_OWN}/decide": chat,
+        f"{_OWN}/points": chat,
+        f"{_OWN}/feedback": {"requestBody": _body(_FEEDBACK), "responses": _RESPONSES},
+        f"{_OWN}/decisions": {"parameters": [n], "responses": _RESPONSES},
+        "/ready": {"responses": _RESPONSES},
+    }

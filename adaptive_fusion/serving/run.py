@@ -31,11 +31,11 @@ class DrainingServer(uvicorn.Server):
         self.service = service
         self._drain: asyncio.Task[None] | None = None
         self._signalled = False
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Listen."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         await super().startup(sockets)  # type: ignore[arg-type]
 
     @property
@@ -45,12 +45,12 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came; called by the interpreter, between any two instructions."""
-        if self._loop is None:
+        if self.loop is None:
             self.should_exit = True
         elif self._signalled and sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
         else:
-            self._loop.call_soon_threadsafe(self.stop)
+            self.loop.call_soon_threadsafe(self.stop)
         self._signalled = True
 
     def stop(self) -> None:

@@ -131,8 +131,8 @@ class Scheduler:
 
         Args:
             work: Called in the worker's thread.
-            latest_s: When, on the clock, it is too late to begin for one that had to wait. One that need not wait is the
-                job's own business.
+            latest_s: When, on the clock, it is too late to begin for a job that had to wait. Of one that need not wait it
+                is the job's own business.
 
         Raises:
             Refusal: 429 if it is too late.

@@ -1,0 +1,345 @@
+"""The official client, unmodified, against a real server on the reference model."""
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from serving import asking, client_of, data_url, image, mp4, png, serving, text
+
+from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving.run import DrainingServer
+
+MODEL = "reference"
+KEY = "k-123"
+
+
+@pytest.fixture(scope="module")
+def log_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve") / "log.jsonl"
+
+
+@pytest.fixture(scope="module")
+def runner(reference_model: Any, processor: Any, log_file: Path) -> AdaptiveRunner:
+    return AdaptiveRunner(reference_model, processor, policy="reference-balanced", log=log_file)
+
+
+@pytest.fixture(scope="module")
+def server(runner: AdaptiveRunner) -> Iterator[DrainingServer]:
+    with serving(runner, api_key=KEY, max_new_tokens=8) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: DrainingServer) -> OpenAI:
+    return client_of(server, KEY)
+
+
+def ask(client: OpenAI, messages: Any, **options: Any) -> Any:
+    return client.chat.completions.create(model=MODEL, messages=messages, **{"max_tokens": 4, **options})
+
+
+def test_an_image_is_answered_as_the_runner_does(client: OpenAI, runner: AdaptiveRunner) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL, messages=asking(image(), text("Describe the image.")), max_tokens=6, extra_body={"flavour": 1}
+    )
+    reply = raw.parse()
+    own = runner.chat(png(64, 48), "Describe the image.", max_new_tokens=6)
+    choice, fusion = reply.choices[0], reply.model_extra["adaptive_fusion"]
+    assert (choice.message.content, choice.finish_reason) == (own.text, own.finish_reason)
+    assert choice.logprobs is None and reply.object == "chat.completion" and reply.model == MODEL
+    took = own.measurement
+    assert reply.usage.prompt_tokens == took.prompt_tokens and reply.usage.completion_tokens == took.new_tokens
+    assert reply.usage.prompt_tokens_details.image_tokens == took.visual_tokens
+    assert fusion["plan"] == own.decision.point.name and fusion["policy"] == "reference-balanced"
+    tokens = fusion["tokens"]
+    assert tokens["visual_saved"] == tokens["visual_native"] - tokens["visual_used"] >= 0
+    assert fusion["ignored"] == ["flavour"] and fusion["escalated"] is False
+    assert fusion["actual"]["latency_ms"] >= fusion["actual"]["ttft_ms"] > 0
+    headers = raw.headers
+    assert reply.id == f"chatcmpl-{headers['x-request-id']}" == f"chatcmpl-{fusion['request_id']}"
+    assert headers["x-adaptive-fusion-plan"] == fusion["plan"] and headers["x-adaptive-fusion-escalated"] == "false"
+    assert float(headers["x-adaptive-fusion-latency-ms"]) == pytest.approx(fusion["actual"]["latency_ms"], abs=0.1)
+    assert float(headers["x-adaptive-fusion-predicted-latency-ms"]) > 0
+
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"role": "user", "content": "hi"}],
+    "system": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}],
+    "developer": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"}],
+    "images": asking(text("first"), image(), text("second"), image(80, 40), image(40, 80), text("Which is red?")),
+    "video": asking({"type": "video_url", "video_url": {"url": data_url(mp4(6), "video/mp4")}}, text("What moves?")),
+    "turns": [
+        *asking(image(), text("What is it?")),
+        {"role": "assistant", "content": "red"},
+        *asking(image(48, 48), text("And this?")),
+    ],
+    "answered": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, name: str) -> None:
+    whole = ask(client, CONVERSATIONS[name])
+    chunks = list(ask(client, CONVERSATIONS[name], stream=True, stream_options={"include_usage": True}))
+    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert said.strip() == whole.choices[0].message.content.strip()
+    assert chunks[0].choices[0].delta.role == "assistant" and {c.id for c in chunks} == {chunks[0].id}
+    assert [c.choices[0].finish_reason for c in chunks[:-1]][-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage and all(c.usage is None for c in chunks[:-1])
+    for last in chunks[-2:]:
+        assert last.model_extra["adaptive_fusion"]["actual"]["latency_ms"] > 0
+
+
+def test_a_stream_ends_with_done_and_its_headers_have_the_plan(server: DrainingServer) -> None:
+    body = {"model": MODEL, "messages": asking(image(), text("?")), "stream": True, "max_tokens": 2}
+    url, auth = f"http://127.0.0.1:{server.port}/v1/chat/completions", {"authorization": f"bearer {KEY}"}
+    with httpx.stream("POST", url, json=body, headers=auth) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-adaptive-fusion-plan"] and "x-adaptive-fusion-latency-ms" not in response.headers
+    assert lines[-1] == "data: [DONE]" and all("usage" not in json.loads(line[6:]) for line in lines[:-1])
+
+
+def test_logprobs_are_those_of_the_tokens_said(client: OpenAI) -> None:
+    reply = ask(client, asking(image(), text("?")), logprobs=True, top_logprobs=3)
+    rows = reply.choices[0].logprobs.content
+    assert "".join(row.token for row in rows).strip() == reply.choices[0].message.content
+    for row in rows:
+        tops = [top.logprob for top in row.top_logprobs]
+        assert len(tops) == 3 and tops == sorted(tops, reverse=True) and tops[0] == row.logprob <= 0
+        assert bytes(row.bytes).decode() == row.token
+    chunks = list(ask(client, asking(image(), text("?")), logprobs=True, top_logprobs=3, stream=True))
+    streamed = [row for c in chunks if c.choices[0].logprobs for row in c.choices[0].logprobs.content]
+    assert [row.token for row in streamed] == [row.token for row in rows]
+
+
+def test_the_answer_ends_before_a_stop_string(client: OpenAI) -> None:
+    messages = asking(image(), text("Describe."))
+    whole = ask(client, messages, max_tokens=8).choices[0].message.content
+    stop = whole.split()[1]
+    cut = ask(client, messages, max_tokens=8, stop=[stop])
+    assert cut.choices[0].message.content.strip() == whole[: whole.index(stop)].strip()
+    assert cut.choices[0].finish_reason == "stop"
+    chunks = list(ask(client, messages, max_tokens=8, stop=stop, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks).strip() == whole[: whole.index(stop)].strip()
+
+
+def test_the_same_seed_gives_the_same_answer(client: OpenAI) -> None:
+    def drawn(seed: int) -> str:
+        options = {"temperature": 2.0, "seed": seed, "max_tokens": 8}
+        return str(ask(client, asking(image(), text("?")), **options).choices[0].message.content)
+
+    first = [drawn(seed) for seed in range(4)]
+    assert first == [drawn(seed) for seed in range(4)] and len(set(first)) > 1
+    assert len({ask(client, asking(image(), text("?")), temperature=0).choices[0].message.content for _ in "ab"}) == 1
+
+
+def test_high_detail_keeps_every_token(client: OpenAI) -> None:
+    def saved(detail: str) -> Any:
+        messages = asking(image(300, 200, detail=detail), text("?"))
+        own = {"adaptive_fusion": {"policy": "reference-latency"}}
+        return ask(client, messages, extra_body=own).model_extra["adaptive_fusion"]["tokens"]["visual_saved"]
+
+    assert saved("auto") > 0 == saved("high")
+    with pytest.raises(openai.BadRequestError, match="detail is 'medium'"):
+        saved("medium")
+
+
+def test_budget_policy_and_point_of_a_request(client: OpenAI) -> None:
+    def fusion(**own: Any) -> Any:
+        reply = ask(client, asking(image(200, 160), text("?")), extra_body={"adaptive_fusion": own})
+        return reply.model_extra["adaptive_fusion"]
+
+    assert fusion(point="native@0.5")["plan"] == "native@0.5"
+    found = fusion(policy="native", latency_ms=60_000)
+    assert (found["policy"], found["plan"], found["met"]) == ("native", "native@1", True)
+    assert found["budget"] == {"latency_ms": 60_000.0}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], int, str | None]] = {
+    "model": ({"model": "gpt-4o"}, 404, "model"),
+    "n": ({"n": 2}, 400, "n"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
+    "own key": ({"extra_body": {"adaptive_fusion": {"latency": 1}}}, 400, "adaptive_fusion.latency"),
+    "policy": ({"extra_body": {"adaptive_fusion": {"policy": "/etc"}}}, 400, "adaptive_fusion.policy"),
+    "context": ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, None),
+    "answer": ({"max_tokens": 5000}, 400, None),
+    "address": ({"messages": asking({"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}})}, 400, None),
+    "file": ({"messages": asking({"type": "image_url", "image_url": {"url": "/etc/hostname"}})}, 400, None),
+    "bytes": ({"messages": asking({"type": "image_url", "image_url": {"url": data_url(b"junk")}})}, 400, None),
+    "tool answer": ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, 400, None),
+    "continue": ({"extra_body": {"continue_final_message": True}}, 400, None),
+    "late": (
+        {"extra_body": {"adaptive_fusion": {"latency_ms": 0.01, "on_infeasible": "refuse", "on_deadline": "stop"}}},
+        400,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_answered_has_its_status(client: OpenAI, name: str, stream: bool) -> None:
+    options, status, param = REFUSED[name]
+    given = {"model": MODEL, "messages": asking(text("hi")), "max_tokens": 4, "stream": stream, **options}
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.chat.completions.create(**given)
+    error = raised.value
+    assert error.status_code == status and isinstance(error.body, dict)
+    assert error.body["param"] == param and error.body["code"] and error.body["type"]
+    assert "/etc" not in str(error.body) or name in ("policy", "file")
+
+
+def test_both_numbers_of_the_context_are_said(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"prompt has \d{4} tokens .* context is 4096 tokens"):
+        ask(client, [{"role": "user", "content": "word " * 3000}])
+
+
+def test_without_the_key_nothing_is_told(server: DrainingServer) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        client_of(server, "wrong").models.list()
+    base = f"http://127.0.0.1:{server.port}"
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/adaptive_fusion/decisions", "/nowhere"):
+        assert httpx.get(base + path).status_code == 401
+    assert httpx.get(f"{base}/health").status_code == httpx.get(f"{base}/ready").status_code == 200
+
+
+def test_paths_methods_and_bodies_that_there_are_not(server: DrainingServer) -> None:
+    base, auth = f"http://127.0.0.1:{server.port}", {"authorization": f"Bearer {KEY}"}
+    chat = f"{base}/v1/chat/completions"
+    found = [
+        httpx.get(f"{base}/v1/nothing", headers=auth),
+        httpx.get(chat, headers=auth),
+        httpx.post(chat, headers=auth, content=b"{"),
+        httpx.post(chat, headers=auth, json=[]),
+        httpx.post(chat, headers={**auth, "content-type": "text/plain"}, content=b"{}"),
+        httpx.post(f"{base}/v1/adaptive_fusion/feedback", headers=auth, content=b"x" * (2 << 20)),
+    ]
+    assert [response.status_code for response in found] == [404, 405, 400, 400, 415, 413]
+    assert all(response.json()["error"]["message"] for response in found)
+
+
+def test_decisions_without_answers(client: OpenAI) -> None:
+    body = {"model": MODEL, "messages": asking(image(200, 160), text("?")), "adaptive_fusion": {"latency_ms": 9e5}}
+    decided: Any = client.post("/adaptive_fusion/decide", body=body, cast_to=object)
+    offered: Any = client.post("/adaptive_fusion/points", body=body, cast_to=object)
+    assert decided["plan"] == offered["decision"]["plan"] and decided["budget"] == {"latency_ms": 9e5}
+    assert [row["plan"] for row in offered["points"] if row["taken"]] == [decided["plan"]]
+    qualities = [row["quality"] for row in offered["points"]]
+    assert qualities == sorted(qualities, reverse=True) and all(
+        r["predicted"]["latency_ms"] > 0 for r in offered["points"]
+    )
+
+
+def test_the_last_decisions_can_be_asked_for_and_rated_once(client: OpenAI, log_file: Path) -> None:
+    reply = ask(client, asking(image(), text("a secret question")))
+    rows: Any = client.get("/adaptive_fusion/decisions?n=1", cast_to=object)
+    assert rows["decisions"][0]["request_id"] == reply.id.removeprefix("chatcmpl-")
+    assert "secret" not in json.dumps(rows)
+
+    def rate(request_id: str, rating: Any) -> Any:
+        body = {"request_id": request_id, "rating": rating}
+        return client.post("/adaptive_fusion/feedback", body=body, cast_to=object)
+
+    assert [rate(reply.id, "up")["recorded"] for _ in range(2)] == [True, False]
+    with pytest.raises(openai.NotFoundError, match="not known"):
+        rate("chatcmpl-0", "up")
+    with pytest.raises(openai.BadRequestError, match="rating is 7"):
+        rate(reply.id, 7)
+    records = [json.loads(line) for line in log_file.read_text().splitlines()]
+    rated = [record for record in records if record.get("event") == "feedback"]
+    assert [(row["request_id"], row["rating"]) for row in rated] == [(reply.id.removeprefix("chatcmpl-"), 1.0)]
+    assert sum(record["request_id"] == rated[0]["request_id"] for record in records) == 2
+
+
+def test_a_client_that_goes_away_frees_the_model(
+    server: DrainingServer, client: OpenAI, runner: AdaptiveRunner
+) -> None:
+    with runner.exclusive():  # nobody is answered meanwhile
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, asking(text("hi")), timeout=0.3)
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, asking(text("hi")), timeout=0.3)
+        late = {"adaptive_fusion": {"latency_ms": 100}}
+        with pytest.raises(openai.RateLimitError, match="deadline"):
+            ask(client, asking(text("hi")), extra_body=late)
+    assert ask(client, asking(text("hi"))).choices[0].finish_reason
+    stream = ask(client, asking(text("hi")), stream=True, max_tokens=2000)
+    next(iter(stream))
+    stream.close()
+    assert ask(client, asking(text("hi"))).choices[0].finish_reason
+    assert server.service.scheduler.admitted == 0
+
+
+def test_audit_runs_natively_and_says_what_would_have_been(
+    reference_model: Any, processor: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "audit.jsonl"
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-latency", log=log)
+    with serving(runner, mode="audit") as server:
+        fusion = ask(client_of(server), asking(image(300, 200), text("?"))).model_extra["adaptive_fusion"]
+    row = json.loads(log.read_text().splitlines()[0])
+    assert fusion["plan"] == "native@1" and row["point"]["fusion"] == "native"
+    assert fusion["audit"] == row["audit"] and row["audit"]["rung"] != "native@1"
+    assert row["audit"]["saved"]["tokens"] > 0 and row["audit"]["saved"]["latency_ms"] > 0
+
+
+def test_what_was_learned_is_kept_over_a_restart(reference_model: Any, processor: Any, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+
+    def fresh() -> AdaptiveRunner:
+        return AdaptiveRunner(reference_model, processor, policy="reference-balanced")
+
+    first, second, third = fresh(), fresh(), fresh()
+    with serving(first, state=state) as server:
+        ask(client_of(server), asking(image(), text("?")))
+    with serving(second, state=state):
+        assert second.state() == first.state() and second.controller.informed
+    values = json.loads(state.read_text())
+    values["profile"]["decode"][0] += 1
+    state.write_text(json.dumps(values))
+    with serving(third, state=state) as server:
+        assert not third.controller.informed
+        assert "another model" in server.service.state.restore()
+
+
+def test_who_was_admitted_is_answered_at_the_end(reference_model: Any, processor: Any) -> None:
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-balanced")
+    answers: list[str] = []
+    with serving(runner) as server:
+        client = client_of(server)
+
+        def request() -> None:
+            chunks = ask(client, asking(text("hi")), stream=True)
+            answers.append("".join(chunk.choices[0].finish_reason or "" for chunk in chunks))
+
+        with runner.exclusive():
+            threads = [threading.Thread(target=request) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            while server.service.scheduler.admitted < 3:
+                threading.Event().wait(0.005)
+            assert server.loop is not None
+            server.loop.call_soon_threadsafe(server.stop)
+            while not server.service.scheduler.draining:
+                threading.Event().wait(0.005)
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                ask(client, asking(text("hi")))
+        for thread in threads:
+            thread.join()
+    assert answers == ["stop" if answer == "stop" else "length" for answer in answers] and len(answers) == 3
+
+
+def test_a_web_page_cannot_have_its_name_point_here(reference_model: Any, processor: Any) -> None:
+    runner = AdaptiveRunner(reference_model, processor, policy="native")
+    with serving(runner) as server:
+        url = f"http://127.0.0.1:{server.port}/v1/models"
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"host": f"localhost:{server.port}"}).status_code == 200
+        assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
