@@ -32,6 +32,8 @@ from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.tracing import span
 
 T = TypeVar("T")
+RESERVE = 0.05
+"""Share of a deadline that an admitted request should have left, for what no prediction has: the way to the client."""
 PING_S = 15
 """Seconds without a piece after which a comment is sent, so that nobody between takes the connection for dead."""
 
@@ -45,14 +47,14 @@ class _Job:
         place: In the queue.
         arrived_s: On the runner's clock.
         call: What is asked.
-        wait_s: How long it waited for the model, once it has it.
+        waited_s: How long it waited for the model, once it has it.
     """
 
     service: Service
     place: Place
     arrived_s: float
     call: ChatCall
-    wait_s: float = 0.0
+    waited_s: float = 0.0
 
     @property
     def limits(self) -> Budget:
@@ -62,9 +64,21 @@ class _Job:
     @property
     def latest_s(self) -> float | None:
         """When it is too late to begin."""
+        return None if self.limit_s is None else self.arrived_s + self.limit_s
+
+    @property
+    def limit_s(self) -> float | None:
+        """From its arrival to its first deadline; None without one."""
         limits = self.limits
         given = [limit for limit in (limits.latency_ms, limits.ttft_ms) if limit is not None]
-        return self.arrived_s + min(given) / 1e3 if given else None
+        return min(given) / 1e3 if given else None
+
+    @property
+    def wait_s(self) -> float:
+        """How long it is expected to wait for the model from now on, and what is kept in reserve; 0 if nobody is before
+        it."""
+        wait_s = self.service.scheduler.expected_wait_s(self.place)
+        return wait_s + RESERVE * (self.limit_s or 0.0) if wait_s else 0.0
 
 
 async def chat_completions(request: Request) -> Response:
@@ -138,10 +152,10 @@ async def _respond(service: Service, place: Place, arrived_s: float, body: bytes
     job = _Job(service, place, arrived_s, call)
     attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": call.model}
     with span(f"chat {service.settings.model}", attributes):
-        _refuse_if_queue_is_too_long(job, 0.0)
+        _refuse_if_queue_is_too_long(job)
         prepared = await prepared_call(service, call, arrived_s)
-        if job.latest_s is not None and service.scheduler.expected_wait_s(place) > 0:
-            await service.in_thread(_refuse_if_late, job, prepared, service.scheduler.expected_wait_s(place))
+        if job.limit_s is not None and (wait_s := job.wait_s):
+            await service.in_thread(_refuse_if_late, job, prepared, wait_s)
         asked = Asked(
             model=service.settings.model,
             created=int(time.time()),
@@ -153,10 +167,10 @@ async def _respond(service: Service, place: Place, arrived_s: float, body: bytes
         return await (_stream if call.stream else _whole)(job, prepared, asked)
 
 
-def _refuse_if_queue_is_too_long(job: _Job, least_s: float) -> None:
-    """Refuse a request whose turn is expected to come when its deadline, less what it takes at least, has passed."""
-    wait_s, latest_s = job.service.scheduler.expected_wait_s(job.place), job.latest_s
-    if latest_s is not None and wait_s > 0 and job.service.runner.clock() + wait_s + least_s >= latest_s:
+def _refuse_if_queue_is_too_long(job: _Job) -> None:
+    """Refuse, before anything costs time, a request whose turn is expected to come too late for any job of late."""
+    now, least_s = job.service.runner.clock(), job.service.scheduler.least_s
+    if job.latest_s is not None and (wait_s := job.wait_s) and now + wait_s + least_s >= job.latest_s:
         raise _unreachable(wait_s)
 
 
@@ -183,15 +197,15 @@ def _unreachable(wait_s: float) -> Refusal:
 
 def _begin(job: _Job, queued_s: float) -> None:
     """In the model's thread, when the turn has come."""
-    job.wait_s = job.service.runner.clock() - queued_s
-    job.service.metrics.started(job.wait_s)
+    job.waited_s = job.service.runner.clock() - queued_s
+    job.service.metrics.started(job.waited_s)
 
 
 def _done(job: _Job, reply: Reply, fields: dict[str, Any]) -> None:
     """Count and keep what came of a request."""
     service = job.service
     e2e_s = service.runner.clock() - job.arrived_s
-    service.metrics.finished(reply, reply.finish_reason, job.wait_s, e2e_s)
+    service.metrics.finished(reply, reply.finish_reason, job.waited_s, e2e_s)
     service.records.add(reply.decision.request_id, {"created": int(time.time()), **fields})
 
 
@@ -208,7 +222,7 @@ async def _whole(job: _Job, prepared: Prepared, asked: Asked) -> Response:
 
     with job.place:
         reply = await job.service.scheduler.run(work, latest_s=job.latest_s)
-    values = await _made(answers.completion, asked, reply, _tokenizer(prepared), job.wait_s)
+    values = await _made(answers.completion, asked, reply, _tokenizer(prepared), job.waited_s)
     _done(job, reply, values["adaptive_fusion"])
     return json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))
 
@@ -294,7 +308,7 @@ async def _events(
 
 def _last_events(asked: Asked, job: _Job, reply: Reply, tokenizer: Any) -> list[ServerSentEvent]:
     """What is known only at the end: log-probabilities, the reason to end, what was measured, the usage."""
-    fields = answers.outcome(asked, reply, job.wait_s)
+    fields = answers.outcome(asked, reply, job.waited_s)
     _done(job, reply, fields)
     usage = job.call.include_usage
     rows = answers.token_rows(reply, tokenizer, asked) if asked.top_logprobs is not None else None

@@ -4,8 +4,10 @@ Knows uvicorn and signals. Must not know what is served.
 """
 
 import asyncio
+import gc
 import logging
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -19,6 +21,9 @@ from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.settings import Settings
 
 KEEP_ALIVE_S = 30
+SWITCH_S = 0.0005
+"""How long a thread of this process may keep others from running Python. At the interpreter's 5 ms a refusal waits that
+long for the model's thread at each of its steps."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -32,6 +37,15 @@ class DrainingServer(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
         self._signalled = False
         self.loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Serve until a signal comes; sets how long threads of this process keep others waiting."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            super().run(sockets)  # type: ignore[arg-type]
+        finally:
+            sys.setswitchinterval(before)
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Listen."""
@@ -76,6 +90,9 @@ def server_for(
     found: list[DrainingServer] = []
 
     def ready(notes: list[str]) -> None:
+        # What is there now stays: looking through it for garbage again would hold everybody up for half a second.
+        gc.collect()
+        gc.freeze()
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         announce(
             f"ready: {settings.model} at http://{host}:{found[0].port}/v1 ({settings.mode}, "

@@ -19,6 +19,10 @@ from adaptive_fusion.serving.refusals import Refusal
 T = TypeVar("T")
 _MEMORY = 0.2
 """Weight of the newest job in the mean time of jobs."""
+_SURE = 2.0
+"""Mean deviations on top of the mean wait: what it is to exceed in one case of twenty."""
+_RECENT = 32
+"""Jobs of which the shortest says what one takes at least."""
 _RETRY_S = 1.0
 """When to try again while nothing is known."""
 
@@ -66,6 +70,7 @@ class Scheduler:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._busy_since: float | None = None
         self._mean_s, self._spread_s = 0.0, 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -111,6 +116,11 @@ class Scheduler:
             self._idle.set()
         self._changed(self.admitted)
 
+    @property
+    def least_s(self) -> float:
+        """What the shortest of the last jobs took; 0 before there was one."""
+        return min(self._recent, default=0.0)
+
     def expected_wait_s(self, place: Place) -> float:
         """How long those before `place` will keep the worker, by what jobs took lately and how much that varied."""
         ahead = 0
@@ -121,7 +131,7 @@ class Scheduler:
         if not ahead:
             return 0.0
         done = self._clock() - self._busy_since if self._busy_since is not None else 0.0
-        return max(ahead * self._mean_s + math.sqrt(ahead) * self._spread_s - min(done, self._mean_s), 0.0)
+        return max(ahead * self._mean_s + _SURE * math.sqrt(ahead) * self._spread_s - min(done, self._mean_s), 0.0)
 
     async def run(self, work: Callable[[threading.Event], T], *, latest_s: float | None = None) -> T:
         """Wait for the worker, do `work` in it, and return its result.
@@ -131,8 +141,8 @@ class Scheduler:
 
         Args:
             work: Called in the worker's thread.
-            latest_s: When, on the clock, it is too late to begin for a job that had to wait. Of one that need not wait it
-                is the job's own business.
+            latest_s: When, on the clock, it is too late to begin for a job that had to wait; of one that need not wait
+                that is its own business.
 
         Raises:
             Refusal: 429 if it is too late.
@@ -188,6 +198,7 @@ class Scheduler:
         if not done.cancelled() and done.exception() is None:
             weight = _MEMORY if self._mean_s else 1.0
             off = abs(took - self._mean_s) if self._mean_s else 0.0
+            self._recent.append(took)
             self._mean_s += weight * (took - self._mean_s)
             self._spread_s += weight * (off - self._spread_s)
         self._next_turn()
