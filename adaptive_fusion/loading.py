@@ -23,8 +23,8 @@ _EXPECTED = "expected reference, a folder in Hugging Face format, or the id of a
 def open_runner(
     model: str, policy: str, log: Path | None = None, options: Mapping[str, Any] | None = None
 ) -> "AdaptiveRunner":
-    """Load policy and model, on the accelerator if there is one, or where the `options` of ``from_pretrained`` say. What
-    `policy` is to be, ``auto`` leaves to the model.
+    """Load policy and model, on the accelerator if there is one, or where the `options` of ``from_pretrained`` say.
+    What `policy` is to be, ``auto`` leaves to the model.
 
     Raises:
         PolicyError: For a policy that cannot be loaded; checked before the model is.

@@ -55,7 +55,7 @@ class Mode(StrEnum):
 @app.command()
 def serve(
     model: options.Model = "reference",
-    policy: options.PolicyName = "balanced",
+    policy: options.PolicyName = "auto",
     latency_ms: options.LatencyMs = None,
     ttft_ms: options.TtftMs = None,
     vram_gb: options.VramGb = None,

@@ -63,7 +63,7 @@ def create_app(
 
     app = FastAPI(title="adaptive-fusion", lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Guard, key=settings.api_key, local=settings.is_local)
+    app.add_middleware(Guard, key=settings.api_key, local=settings.is_local, refused=service.metrics.rejected)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     described = descriptions(settings.model)
     for method, path, handler in _routes():
@@ -112,8 +112,9 @@ async def _ready(request: Request) -> Response:
 async def _metrics(request: Request) -> Response:
     """Counters, for Prometheus."""
     service: Service = request.app.state.service
+    service.metrics.observe_controller(service.runner.controller)
     text, kind = service.metrics.render()
-    return Response(text, media_type=kind)
+    return Response(text, headers={"content-type": kind})
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

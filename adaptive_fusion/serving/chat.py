@@ -7,16 +7,19 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.decisions import Decision
+from adaptive_fusion.errors import MediaRefused
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner, Prepared
 from adaptive_fusion.serving import answers
@@ -29,7 +32,7 @@ from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_body, js
 from adaptive_fusion.serving.scheduler import Place
 from adaptive_fusion.serving.schema import ChatCall, read_chat
 from adaptive_fusion.serving.service import Service
-from adaptive_fusion.serving.tracing import span
+from adaptive_fusion.serving.tracing import caller_context, reply_attributes, request_attributes, say, span
 
 T = TypeVar("T")
 RESERVE = 0.05
@@ -47,6 +50,7 @@ class _Job:
         place: In the queue.
         arrived_s: On the runner's clock.
         call: What is asked.
+        trace: The caller's trace.
         waited_s: How long it waited for the model, once it has it.
     """
 
@@ -54,6 +58,7 @@ class _Job:
     place: Place
     arrived_s: float
     call: ChatCall
+    trace: Context | None = None
     waited_s: float = 0.0
 
     @property
@@ -91,7 +96,8 @@ async def chat_completions(request: Request) -> Response:
         service.require_ready()
         place = service.scheduler.admit()
         try:
-            return await while_connected(request, _respond(service, place, arrived_s, body))
+            trace = caller_context(request.headers)
+            return await while_connected(request, _respond(service, place, arrived_s, body, trace))
         except BaseException:
             place.release()
             raise
@@ -99,6 +105,8 @@ async def chat_completions(request: Request) -> Response:
         metrics.failed("cancelled")
         raise
     except Exception as error:
+        if isinstance(error, MediaRefused):
+            metrics.media_refused(error.reason)
         refusal = as_refusal(error)
         (metrics.failed if refusal.status >= 500 and refusal.code != "draining" else metrics.rejected)(refusal.code)
         raise
@@ -147,24 +155,23 @@ def _sampling(runner: AdaptiveRunner, call: ChatCall) -> dict[str, Any]:
     return options
 
 
-async def _respond(service: Service, place: Place, arrived_s: float, body: bytes) -> Response:
+async def _respond(service: Service, place: Place, arrived_s: float, body: bytes, trace: Context) -> Response:
     call = read_chat(await as_json(body))
-    job = _Job(service, place, arrived_s, call)
-    attributes = {"gen_ai.operation.name": "chat", "gen_ai.request.model": call.model}
-    with span(f"chat {service.settings.model}", attributes):
+    job = _Job(service, place, arrived_s, call, trace)
+    with span("prepare", request_attributes(service.settings.model), context=trace):
         _refuse_if_queue_is_too_long(job)
         prepared = await prepared_call(service, call, arrived_s)
         if job.limit_s is not None and (wait_s := job.wait_s):
             await service.in_thread(_refuse_if_late, job, prepared, wait_s)
-        asked = Asked(
-            model=service.settings.model,
-            created=int(time.time()),
-            native_tokens=prepared.native_tokens,
-            stops=call.stops,
-            ignored=call.ignored,
-            top_logprobs=call.top_logprobs if call.logprobs else None,
-        )
-        return await (_stream if call.stream else _whole)(job, prepared, asked)
+    asked = Asked(
+        model=service.settings.model,
+        created=int(time.time()),
+        native_tokens=prepared.native_tokens,
+        stops=call.stops,
+        ignored=call.ignored,
+        top_logprobs=call.top_logprobs if call.logprobs else None,
+    )
+    return await (_stream if call.stream else _whole)(job, prepared, asked)
 
 
 def _refuse_if_queue_is_too_long(job: _Job) -> None:
@@ -195,18 +202,71 @@ def _unreachable(wait_s: float) -> Refusal:
     )
 
 
-def _begin(job: _Job, queued_s: float) -> None:
-    """In the model's thread, when the turn has come."""
-    job.waited_s = job.service.runner.clock() - queued_s
-    job.service.metrics.started(job.waited_s)
+async def _run(
+    job: _Job, prepared: Prepared, answer: Callable[[threading.Event, Callable[[Decision], None]], Reply]
+) -> Reply:
+    """Wait for the model and let it `answer`, under a span of its own."""
+    service, queued_s = job.service, job.service.runner.clock()
+    metrics, clock = service.metrics, service.runner.clock
+
+    def work(cancelled: threading.Event) -> Reply:
+        began = clock()
+        job.waited_s = began - queued_s
+        metrics.started(job.waited_s)
+        try:
+            return answer(cancelled, lambda decision: metrics.decided(clock() - began))
+        finally:
+            metrics.ended()
+
+    options = {**job.call.options, "stream": job.call.stream, "seed": job.call.seed}
+    attributes = request_attributes(service.settings.model, {**options, "max_tokens": job.call.max_new_tokens})
+    name = f"chat {service.settings.model}"
+    with span(name, attributes, context=job.trace, kind=SpanKind.SERVER) as current:
+        reply = await service.scheduler.run(work, latest_s=job.latest_s)
+        say(current, reply_attributes(reply))
+        say(
+            current,
+            {
+                "adaptive_fusion.queue_ms": job.waited_s * 1e3,
+                "adaptive_fusion.media": len(prepared.request.media),
+                "adaptive_fusion.visual_tokens_native": prepared.native_tokens,
+                "adaptive_fusion.escalated": False,
+            },
+        )
+    return reply
 
 
-def _done(job: _Job, reply: Reply, fields: dict[str, Any]) -> None:
-    """Count and keep what came of a request."""
-    service = job.service
+def _done(job: _Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> None:
+    """Count, log and keep what came of a request."""
+    service, decision, took = job.service, reply.decision, reply.measurement
     e2e_s = service.runner.clock() - job.arrived_s
-    service.metrics.finished(reply, reply.finish_reason, job.waited_s, e2e_s)
-    service.records.add(reply.decision.request_id, {"created": int(time.time()), **fields})
+    service.metrics.finished(
+        reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=False
+    )
+    service.records.add(decision.request_id, {"created": asked.created, **fields})
+    service.access_log.write(
+        "answer",
+        request_id=decision.request_id,
+        finish_reason=reply.finish_reason,
+        stream=job.call.stream,
+        ms=e2e_s * 1e3,
+        queue_ms=job.waited_s * 1e3,
+        ttft_ms=took.ttft_ms,
+        latency_ms=took.latency_ms,
+        predicted_ms=decision.predicted.latency_ms if decision.predicted else None,
+        lane=decision.lane,
+        plan=decision.point.name,
+        policy=decision.policy,
+        feasible=decision.feasible,
+        met=reply.met,
+        escalated=False,
+        prompt_tokens=took.prompt_tokens,
+        new_tokens=took.new_tokens,
+        visual_tokens=took.visual_tokens,
+        visual_tokens_native=asked.native_tokens,
+        would_plan=decision.audit.get("plan"),
+        would_save_tokens=decision.audit.get("saved", {}).get("tokens"),
+    )
 
 
 def _tokenizer(prepared: Prepared) -> Any:
@@ -214,16 +274,12 @@ def _tokenizer(prepared: Prepared) -> Any:
 
 
 async def _whole(job: _Job, prepared: Prepared, asked: Asked) -> Response:
-    queued_s = job.service.runner.clock()
-
-    def work(cancelled: threading.Event) -> Reply:
-        _begin(job, queued_s)
-        return prepared.chat(cancelled=cancelled)
-
     with job.place:
-        reply = await job.service.scheduler.run(work, latest_s=job.latest_s)
+        reply = await _run(
+            job, prepared, lambda cancelled, decided: prepared.chat(cancelled=cancelled, decided=decided)
+        )
     values = await _made(answers.completion, asked, reply, _tokenizer(prepared), job.waited_s)
-    _done(job, reply, values["adaptive_fusion"])
+    _done(job, asked, reply, values["adaptive_fusion"])
     return json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))
 
 
@@ -239,16 +295,18 @@ async def _stream(job: _Job, prepared: Prepared, asked: Asked) -> Response:
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
     decisions: list[Decision] = []
-    queued_s = job.service.runner.clock()
 
-    def work(cancelled: threading.Event) -> Reply:
-        _begin(job, queued_s)
-        with prepared.stream(cancelled=cancelled, decided=decisions.append) as stream:
+    def answer(cancelled: threading.Event, decided: Callable[[Decision], None]) -> Reply:
+        def note(decision: Decision) -> None:
+            decided(decision)
+            decisions.append(decision)
+
+        with prepared.stream(cancelled=cancelled, decided=note) as stream:
             for piece in stream:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
             return stream.reply
 
-    task = asyncio.create_task(job.service.scheduler.run(work, latest_s=job.latest_s))
+    task = asyncio.create_task(_run(job, prepared, answer))
 
     def ended(done: asyncio.Task[Reply]) -> None:
         job.place.release()
@@ -309,7 +367,7 @@ async def _events(
 def _last_events(asked: Asked, job: _Job, reply: Reply, tokenizer: Any) -> list[ServerSentEvent]:
     """What is known only at the end: log-probabilities, the reason to end, what was measured, the usage."""
     fields = answers.outcome(asked, reply, job.waited_s)
-    _done(job, reply, fields)
+    _done(job, asked, reply, fields)
     usage = job.call.include_usage
     rows = answers.token_rows(reply, tokenizer, asked) if asked.top_logprobs is not None else None
     last = answers.chunk(

@@ -15,11 +15,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adaptive_fusion.errors import AdaptiveFusionError
-from adaptive_fusion.serving.refusals import Refusal, error_response
+from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_response
 from adaptive_fusion.serving.schema import read_json
 
 OPEN_PATHS = ("/health", "/ready")
 """Asked by whoever looks after the process, who has no key."""
+QUIET_PATHS = (*OPEN_PATHS, "/metrics")
+"""Asked every few seconds; the log says nothing of them."""
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _SMALL = 64 << 10
 """Bytes of JSON that are read at once; more are read in a thread."""
@@ -35,10 +37,11 @@ class Guard:
         key: What clients present as bearer token; None asks for none.
         local: Whether only this machine can connect. Without a key, requests must then name it as host, so that no web
             page can have its own name point here.
+        refused: Called with the code of each refusal.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, local: bool) -> None:
-        self.app, self._local = app, local
+    def __init__(self, app: ASGIApp, key: str | None, local: bool, refused: Callable[[str], None]) -> None:
+        self.app, self._local, self._count = app, local, refused
         self._expected = None if key is None else f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +51,7 @@ class Guard:
             return
         refused = self._refused(dict(scope["headers"]))
         if refused is not None:
+            self._count(refused.code)
             await error_response(refused)(scope, receive, send)
             return
         await self.app(scope, receive, send)
@@ -132,15 +136,23 @@ def answering(
     place, without values that may be a client's."""
 
     async def route(request: Request) -> Response:
+        service, code = request.app.state.service, None
+        began = service.runner.clock()
         try:
-            return await handle(request)
+            response = await handle(request)
         except ClientDisconnect:
-            return Response(status_code=_GONE)
-        except AdaptiveFusionError as error:
-            return error_response(error)
+            response, code = Response(status_code=_GONE), "cancelled"
         except Exception as error:
-            log.error("a request failed: %s", place_of(error))
-            return error_response(error)
+            if not isinstance(error, AdaptiveFusionError):
+                log.error("a request failed: %s", place_of(error))
+            response, code = error_response(error), as_refusal(error).code
+        if request.url.path not in QUIET_PATHS:
+            ms = (service.runner.clock() - began) * 1e3
+            route_path = getattr(request.scope.get("route"), "path", None)
+            service.access_log.write(
+                "request", route=route_path, method=request.method, status=response.status_code, error=code, ms=ms
+            )
+        return response
 
     route.__name__ = getattr(handle, "__name__", "route")
     route.__doc__ = handle.__doc__

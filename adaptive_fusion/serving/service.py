@@ -15,6 +15,7 @@ from adaptive_fusion.calibrate import calibrate
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.media import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
@@ -46,7 +47,9 @@ class Service:
         if settings.mode == "audit" and runner.log is None:
             raise ConfigError("mode is 'audit' and the runner keeps no log; expected a log to write the audit to")
         self.runner, self.settings = runner, settings
-        self.metrics = Metrics()
+        rungs = [rung.name for ladder in runner.policy.lanes.values() for rung in ladder]
+        self.metrics = Metrics(rungs)
+        self.access_log = AccessLog()
         self.scheduler = Scheduler(settings.queue, runner.clock, self.metrics.queued)
         self.side = Scheduler(settings.queue, runner.clock)  # of requests that do not want the model
         self.records = Records(settings.keep_decisions)

@@ -1,6 +1,7 @@
 """The official client, unmodified, against a real server on the reference model."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
-from serving import asking, client_of, data_url, image, mp4, png, serving, text
+from server import asking, client_of, data_url, image, mp4, png, serving, text
 
 from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.run import DrainingServer
 
 MODEL = "reference"
@@ -256,6 +258,32 @@ def test_the_last_decisions_can_be_asked_for_and_rated_once(client: OpenAI, log_
     rated = [record for record in records if record.get("event") == "feedback"]
     assert [(row["request_id"], row["rating"]) for row in rated] == [(reply.id.removeprefix("chatcmpl-"), 1.0)]
     assert sum(record["request_id"] == rated[0]["request_id"] for record in records) == 2
+
+
+def test_metrics_and_log_tell_what_happened_and_nothing_that_was_said(
+    server: DrainingServer, client: OpenAI, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def count(name: str) -> float:
+        text = httpx.get(f"http://127.0.0.1:{server.port}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"adaptive_fusion:{name}"))
+
+    names = ("requests_total", "request_success_total", "requests_rejected_total", "media_refused_total")
+    before = {name: count(name) for name in names}
+    server.service.access_log = AccessLog(sys.stderr)  # the stream that is captured now
+    reply = ask(client, asking(image(), text("a secret question")))
+    list(ask(client, asking(text("a secret question")), stream=True))
+    for messages in (asking(text("a secret question")), asking(image(7, 5, detail="secret"))):
+        with pytest.raises(openai.BadRequestError):
+            ask(client, messages, n=2 if messages[0]["content"][0]["type"] == "text" else 1)
+    with pytest.raises(openai.BadRequestError):
+        ask(client, asking({"type": "image_url", "image_url": {"url": "https://secret.example/a.png"}}))
+    assert {name: count(name) - before[name] for name in names} == dict(zip(names, (5, 2, 3, 1), strict=True))
+    said = capsys.readouterr().err
+    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert "secret" not in said and "base64" not in said
+    assert [row["status"] for row in rows if row["event"] == "request"] == [200, 200, 400, 400, 400]
+    told = [row for row in rows if row["event"] == "answer"]
+    assert told[0]["request_id"] == reply.id.removeprefix("chatcmpl-") and [r["stream"] for r in told] == [False, True]
 
 
 def test_a_client_that_goes_away_frees_the_model(

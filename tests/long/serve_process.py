@@ -22,7 +22,7 @@ _ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "
 class ServerProcess:
     """A running server."""
 
-    process: "subprocess.Popen[str]"
+    process: "subprocess.Popen[bytes]"
     port: int
 
     @property
@@ -38,18 +38,17 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*arguments: str) -> Iterator[ServerProcess]:
-    """A server that is ready; it is killed at the end if it still runs."""
+def server_process(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
+    """A server that is ready; it is killed at the end if it still runs. What it says is in ``stderr.txt``."""
     command = [sys.executable, "-m", "adaptive_fusion.cli", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **_ENV})
+    said = folder / "stderr.txt"
+    with said.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **_ENV})
     try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if found := re.search(r"ready: .*:(\d+)/v1", line):
-                yield ServerProcess(process, int(found[1]))
-                break
-        else:
-            raise AssertionError(f"the server ended with {process.wait()}")
+        while (found := re.search(r"ready: .*:(\d+)/v1", said.read_text())) is None:
+            assert process.poll() is None, said.read_text()[-2000:]
+            time.sleep(0.1)
+        yield ServerProcess(process, int(found[1]))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
