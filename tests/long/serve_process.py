@@ -1,19 +1,18 @@
 """``adaptive-fusion serve`` as a process of its own, and a load generator with a clock of its own."""
 
 import asyncio
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 _ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -57,7 +56,7 @@ def server_process(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
 
 @dataclass
 class Outcome:
-    """What came of one request: status (0 without a response), seconds, the response's JSON."""
+    """What came of one request: status, seconds, the response's JSON and headers."""
 
     status: int
     took_s: float
@@ -65,23 +64,46 @@ class Outcome:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-async def offer(
-    url: str, body: Callable[[int], dict[str, Any]], rate: float, seconds: float, timeout_s: float = 60.0
-) -> list[Outcome]:
-    """Send `rate` requests a second, whatever becomes of those before; the outcomes in order of sending."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    async with httpx.AsyncClient(limits=limits, timeout=timeout_s) as client:
+class Offering:
+    """A load generator that takes little of the machine: bodies made beforehand, connections kept open.
+
+    Args:
+        port: Of the server.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def run(self, body: dict[str, Any], rate: float, seconds: float) -> list[Outcome]:
+        """Send `rate` requests a second, whatever becomes of those before; the outcomes in order of sending."""
+        text = json.dumps(body).encode()
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(text)}\r\n\r\n"
+        )
         tasks, began = [], time.perf_counter()
         for number in range(round(rate * seconds)):
             await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            tasks.append(asyncio.create_task(_send(client, url, body(number))))
-        return await asyncio.gather(*tasks)
+            tasks.append(asyncio.create_task(self._send(head.encode() + text)))
+        outcomes = await asyncio.gather(*tasks)
+        for _, writer in self._free:
+            writer.close()
+        return outcomes
+
+    async def _send(self, request: bytes) -> Outcome:
+        began = time.perf_counter()
+        reader, writer = self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        lines = [line.partition(": ") for line in head.splitlines()[1:] if line]
+        headers = {name.lower(): value for name, _, value in lines}
+        body = await reader.readexactly(int(headers["content-length"]))
+        took_s = time.perf_counter() - began
+        self._free.append((reader, writer))
+        return Outcome(int(head.split()[1]), took_s, json.loads(body), headers)
 
 
-async def _send(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> Outcome:
-    began = time.perf_counter()
-    try:
-        response = await client.post(url, json=body)
-    except httpx.HTTPError:
-        return Outcome(0, time.perf_counter() - began)
-    return Outcome(response.status_code, time.perf_counter() - began, response.json(), response.headers)
+def offer(port: int, body: dict[str, Any], rate: float, seconds: float) -> list[Outcome]:
+    """See `Offering.run`."""
+    return asyncio.run(Offering(port).run(body, rate, seconds))
