@@ -22,6 +22,7 @@ class ServerProcess:
     """A running server."""
 
     process: "subprocess.Popen[bytes]"
+    said: Path
     port: int
 
     @property
@@ -47,7 +48,7 @@ def server_process(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
         while (found := re.search(r"ready: .*:(\d+)/v1", said.read_text())) is None:
             assert process.poll() is None, said.read_text()[-2000:]
             time.sleep(0.1)
-        yield ServerProcess(process, int(found[1]))
+        yield ServerProcess(process, said, int(found[1]))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
