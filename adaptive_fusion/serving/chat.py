@@ -35,8 +35,6 @@ from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.tracing import caller_context, reply_attributes, request_attributes, say, span
 
 T = TypeVar("T")
-RESERVE = 0.05
-"""Share of a deadline that an admitted request should have left, for what no prediction has: the way to the client."""
 PING_S = 15
 """Seconds without a piece after which a comment is sent, so that nobody between takes the connection for dead."""
 
@@ -52,6 +50,7 @@ class _Job:
         call: What is asked.
         trace: The caller's trace.
         waited_s: How long it waited for the model, once it has it.
+        had_to_wait: Whether others were before it.
     """
 
     service: Service
@@ -60,6 +59,7 @@ class _Job:
     call: ChatCall
     trace: Context | None = None
     waited_s: float = 0.0
+    had_to_wait: bool = False
 
     @property
     def limits(self) -> Budget:
@@ -83,7 +83,7 @@ class _Job:
         """How long it is expected to wait for the model from now on, and what is kept in reserve; 0 if nobody is before
         it."""
         wait_s = self.service.scheduler.expected_wait_s(self.place)
-        return wait_s + RESERVE * (self.limit_s or 0.0) if wait_s else 0.0
+        return wait_s + self.service.reserve.share * (self.limit_s or 0.0) if wait_s else 0.0
 
 
 async def chat_completions(request: Request) -> Response:
@@ -162,6 +162,7 @@ async def _respond(service: Service, place: Place, arrived_s: float, body: bytes
         _refuse_if_queue_is_too_long(job)
         prepared = await prepared_call(service, call, arrived_s)
         if job.limit_s is not None and (wait_s := job.wait_s):
+            job.had_to_wait = True
             await service.in_thread(_refuse_if_late, job, prepared, wait_s)
     asked = Asked(
         model=service.settings.model,
@@ -222,7 +223,11 @@ async def _run(
     attributes = request_attributes(service.settings.model, {**options, "max_tokens": job.call.max_new_tokens})
     name = f"chat {service.settings.model}"
     with span(name, attributes, context=job.trace, kind=SpanKind.SERVER) as current:
-        reply = await service.scheduler.run(work, latest_s=job.latest_s)
+        try:
+            reply = await service.scheduler.run(work, latest_s=job.latest_s)
+        except Refusal:
+            service.reserve.observe(False)
+            raise
         say(current, reply_attributes(reply))
         say(
             current,
@@ -243,6 +248,9 @@ def _done(job: _Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> N
     service.metrics.finished(
         reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=False
     )
+    if job.had_to_wait and job.limit_s is not None:
+        limit_ms = decision.budget.get("latency_ms")
+        service.reserve.observe(reply.met is not False and (limit_ms is None or e2e_s * 1e3 <= limit_ms))
     service.records.add(decision.request_id, {"created": asked.created, **fields})
     service.access_log.write(
         "answer",

@@ -20,6 +20,7 @@ from adaptive_fusion.serving.media import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
 from adaptive_fusion.serving.refusals import Refusal
+from adaptive_fusion.serving.reserve import Reserve
 from adaptive_fusion.serving.scheduler import Scheduler
 from adaptive_fusion.serving.settings import Settings
 from adaptive_fusion.serving.state import StateFile
@@ -52,6 +53,7 @@ class Service:
         self.access_log = AccessLog()
         self.scheduler = Scheduler(settings.queue, runner.clock, self.metrics.queued)
         self.side = Scheduler(settings.queue, runner.clock)  # of requests that do not want the model
+        self.reserve = Reserve()
         self.records = Records(settings.keep_decisions)
         self.state = StateFile(settings.state, runner)
         self.media_limits = MediaLimits(allowed_domains=settings.allowed_media_domains)
