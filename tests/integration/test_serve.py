@@ -1,6 +1,7 @@
 """The official client, unmodified, against a real server on the reference model."""
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -371,3 +372,12 @@ def test_a_web_page_cannot_have_its_name_point_here(reference_model: Any, proces
         assert httpx.get(url).status_code == 200
         assert httpx.get(url, headers={"host": f"localhost:{server.port}"}).status_code == 200
         assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
+
+
+def test_the_example_of_the_docs_runs(reference_model: Any, processor: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    docs = Path(__file__).parents[2] / "docs" / "serving.md"
+    (snippet,) = re.findall(r"```python\n(.*?)```", docs.read_text(encoding="utf-8"), re.DOTALL)
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-balanced")
+    with serving(runner) as server:
+        exec(compile(snippet.replace(":8000/", f":{server.port}/"), str(docs), "exec"), {})
+    assert "visual_saved" in capsys.readouterr().out
