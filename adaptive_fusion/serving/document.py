@@ -73,6 +73,7 @@ HONOURED: Mapping[str, Schema] = {
     "min_p": _number(0, 1),
     "repetition_penalty": _number(0.01, 10),
     "min_tokens": _integer(0, 1_000_000),
+    "ignore_eos": _FLAG,
     "seed": _integer(-MAX_SEED - 1, MAX_SEED),
     "stop": {
         "anyOf": [

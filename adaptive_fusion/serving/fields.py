@@ -40,8 +40,8 @@ def _only(neutral: str, is_neutral: Callable[[Any], bool]) -> Field:
 
 _HONOURED = (
     "messages model stream stream_options max_tokens max_completion_tokens temperature top_p top_k min_p "
-    "repetition_penalty min_tokens seed stop logprobs top_logprobs continue_final_message add_generation_prompt "
-    "adaptive_fusion"
+    "repetition_penalty min_tokens ignore_eos seed stop logprobs top_logprobs continue_final_message "
+    "add_generation_prompt adaptive_fusion"
 )
 _LISTED = "user metadata safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options"
 _UNSET = (
@@ -78,7 +78,6 @@ FIELDS: Mapping[str, Field] = {
     "num_beams": _ONE,
     "length_penalty": _ONE,
     "echo": _FALSE,
-    "ignore_eos": _FALSE,
     "include_stop_str_in_output": _FALSE,
     "skip_special_tokens": _only("true", _equal(True)),
     "spaces_between_special_tokens": _only("true", _equal(True)),

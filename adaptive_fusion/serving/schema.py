@@ -103,23 +103,27 @@ def read_chat(body: Any) -> ChatCall:
     top = checked("top_logprobs", lambda: integer(given.get("top_logprobs", 0), "top_logprobs", 0, MAX_TOP_LOGPROBS))
     if top and not logprobs:
         raise _refused("top_logprobs", f"top_logprobs is {top} without logprobs; expected logprobs true beside it")
+    include_usage, options_ignored = _stream_options(given, stream)
     budget, policy, point = _own(given.get("adaptive_fusion", {}))
     return ChatCall(
         model=_model(given),
         messages=_messages(given.get("messages")),
-        options=_sampling(given) | ({"output_logits": True} if logprobs else {}) | _stop_option(given),
+        options=_sampling(given)
+        | _at_least(given)
+        | ({"output_logits": True} if logprobs else {})
+        | _stop_option(given),
         max_new_tokens=_most_tokens(given),
         seed=None if "seed" not in given else checked("seed", lambda: _seed(given["seed"])),
         stops=_stops(given.get("stop")),
         continues=_continues(given),
         stream=stream,
-        include_usage=_include_usage(given, stream),
+        include_usage=include_usage,
         logprobs=logprobs,
         top_logprobs=top,
         budget=budget,
         policy=policy,
         point=point,
-        ignored=ignored,
+        ignored=(*ignored, *options_ignored),
     )
 
 
@@ -210,11 +214,17 @@ def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
         options["repetition_penalty"] = checked(
             "repetition_penalty", lambda: number(given["repetition_penalty"], "repetition_penalty", 0.01, 10.0)
         )
-    if "min_tokens" in given and (
-        least := checked("min_tokens", lambda: integer(given["min_tokens"], "min_tokens", 0, 1_000_000))
-    ):
-        options["min_new_tokens"] = least
     return options
+
+
+def _at_least(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that keeps an answer from ending early; ``ignore_eos`` lets it end at its limit alone."""
+    least = checked("min_tokens", lambda: integer(given.get("min_tokens", 0), "min_tokens", 0, 1_000_000))
+    if _flag(given, "ignore_eos"):
+        least = _most_tokens(given) or 0
+        if not least:
+            raise _refused("ignore_eos", "ignore_eos is true without max_tokens; expected max_tokens beside it")
+    return {"min_new_tokens": least} if least else {}
 
 
 def _most_tokens(given: Mapping[str, Any]) -> int | None:
@@ -262,18 +272,16 @@ def _continues(given: Mapping[str, Any]) -> bool:
     return continues
 
 
-def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
+def _stream_options(given: Mapping[str, Any], stream: bool) -> tuple[bool, tuple[str, ...]]:
+    """Whether a stream ends with the usage, and the names of options that change nothing."""
     wanted = given.get("stream_options", {})
     if not isinstance(wanted, dict):
         raise _refused("stream_options", f"stream_options is {type(wanted).__name__}; expected an object")
     if wanted and not stream:
         raise _refused("stream_options", "stream_options is given without stream; expected stream true beside it")
-    unknown = sorted(set(wanted) - {"include_usage", "include_obfuscation"})
-    if unknown:
-        raise _refused("stream_options", f"stream_options has {unknown[0][:80]!r}; expected include_usage")
-    if wanted.get("include_obfuscation"):
-        raise _refused("stream_options", "include_obfuscation is not supported; expected false")
-    return _flag({k: v for k, v in wanted.items() if v is not None}, "include_usage")
+    said = {name: value for name, value in wanted.items() if value is not None}
+    ignored = tuple(f"stream_options.{name[:80]}" for name in sorted(said) if name != "include_usage")
+    return _flag(said, "include_usage"), ignored
 
 
 def _own(values: Any) -> tuple[Budget, str | None, OperatingPoint | None]:

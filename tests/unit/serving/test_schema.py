@@ -35,6 +35,11 @@ def test_fields_without_meaning_are_listed() -> None:
     assert call.ignored == ("metadata", "nonsense", "user")
 
 
+def test_options_of_streams_without_meaning_are_listed() -> None:
+    call = read(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    assert call.include_usage and call.ignored == ("stream_options.continuous_usage_stats",)
+
+
 DEFAULTS: dict[str, list[Any]] = {
     "n": [1],
     "presence_penalty": [0, 0.0],
@@ -65,7 +70,6 @@ OTHERS: dict[str, list[Any]] = {
     "reasoning_effort": ["high"],
     "guided_json": [{}],
     "stop_token_ids": [[1]],
-    "ignore_eos": [True],
 }
 
 
@@ -109,6 +113,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("stop", [1], "stop"),
     ("stop", ["a"] * 17, "stop"),
     ("stop", "\ud800", "stop"),
+    ("ignore_eos", True, "ignore_eos"),
     ("top_logprobs", 3, "top_logprobs"),
     ("logprobs", 5, "logprobs"),
     ("adaptive_fusion", {"latncy_ms": 5}, "adaptive_fusion.latncy_ms"),
@@ -134,6 +139,13 @@ def test_two_lengths_must_agree() -> None:
     with pytest.raises(Refusal, match="max_completion_tokens 6 and max_tokens 5"):
         read(max_tokens=5, max_completion_tokens=6)
     assert read().max_new_tokens is None
+
+
+def test_answers_are_kept_from_ending_early() -> None:
+    assert read(min_tokens=3, max_tokens=5).options == {"min_new_tokens": 3}
+    assert read(ignore_eos=True, max_tokens=5).options == {"min_new_tokens": 5}
+    with pytest.raises(Refusal, match="min_tokens is 6; expected at most the 5"):
+        read(min_tokens=6, max_tokens=5)
 
 
 def test_sampling_is_what_was_asked_for() -> None:
@@ -182,7 +194,8 @@ def test_any_object_is_read_or_refused_and_nothing_else(fields: dict[str, Any]) 
     else:
         given = {name for name, value in fields.items() if value is not None}
         used = {name for name in given if name in FIELDS and FIELDS[name].use is not Use.LISTED}
-        assert set(call.ignored) == given - used
+        of_fields = {name for name in call.ignored if not name.startswith("stream_options.")}
+        assert of_fields == {name for name in given if not name.startswith("stream_options.")} - used
 
 
 @settings(max_examples=100, deadline=None)
