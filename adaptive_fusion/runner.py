@@ -528,7 +528,7 @@ class AdaptiveRunner(ModelFace):
             return run.sequences
         return with_full_prompt(run.sequences, run.reduced_length, ids)
 
-    def warm_up(self) -> None:
+    def warm_up(self, **generate_kwargs: Any) -> None:
         """Run a small image through the model once at every kind of point that the policy has.
 
         The first request of a process brings libraries, kernels and fusion modules into memory (30 MiB on the CPU,
@@ -536,6 +536,9 @@ class AdaptiveRunner(ModelFace):
         that has one does this before it is decided; the time, about that of a short request for each of the policy's
         points, counts in its latency. Whoever serves calls this at start instead. Nothing is learned or logged, and
         later outputs are what they would have been.
+
+        Args:
+            generate_kwargs: Options of ``generate`` that every request will have, such as a kind of cache.
         """
         request = build_request(Image.new("RGB", WARM_UP_SIDES), "?")
         rungs = [rung for ladder in self.policy.lanes.values() for rung in ladder]
@@ -545,6 +548,7 @@ class AdaptiveRunner(ModelFace):
             self._executor.warm_up(
                 dict.fromkeys(self.adapter.computed(self.adapter.restrict(point)[0]) for point in points),
                 partial(self.adapter.prepare, request.messages),
+                **generate_kwargs,
             )
 
     @contextmanager

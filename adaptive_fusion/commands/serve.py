@@ -168,7 +168,7 @@ def serve(
         runner = open_runner(model, policy, log, given)
         server = server_for(runner, settings, complain)
     server.run()
-    if not server.started:
+    if not server.started or server.failed:
         raise typer.Exit(1)
 
 

@@ -139,8 +139,9 @@ class Executor:
         measurement = done.measurement(arrived, peak)
         return Run(decision, measurement, done.result, done.encoding.length, done.timer.stopped_by)
 
-    def warm_up(self, points: Iterable[OperatingPoint], prepare: Prepare) -> None:
+    def warm_up(self, points: Iterable[OperatingPoint], prepare: Prepare, **options: Any) -> None:
         """Prepare, encode and generate two tokens at each point, with the meter running as in a measured request.
+        `options` are of ``generate``, and such as every request will have.
 
         Nothing learns from it, and random numbers come as if it had not been. A point that runs out of memory is
         passed over: a request that takes it finds out for itself.
@@ -148,7 +149,7 @@ class Executor:
 
         def attempt(point: OperatingPoint) -> None:
             encoding = self.timed.encode(partial(prepare, point), point)
-            self.timed.generate(encoding, {"min_new_tokens": 2, "max_new_tokens": 2})
+            self.timed.generate(encoding, {**options, "min_new_tokens": 2, "max_new_tokens": 2})
 
         device = self.adapter.device
         self.meter.start()

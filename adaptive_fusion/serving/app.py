@@ -26,7 +26,10 @@ OWN = "/v1/adaptive_fusion"
 
 
 def create_app(
-    runner: AdaptiveRunner, settings: Settings | None = None, on_ready: Callable[[list[str]], None] = lambda notes: None
+    runner: AdaptiveRunner,
+    settings: Settings | None = None,
+    on_ready: Callable[[list[str]], None] = lambda notes: None,
+    on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> FastAPI:
     """An ASGI application that answers with `runner`.
 
@@ -34,6 +37,7 @@ def create_app(
         runner: Its model is this application's alone.
         settings: How; None takes the defaults.
         on_ready: Called once the first request can come, with sentences that say what was found.
+        on_failure: Called if the model cannot be made ready.
 
     Raises:
         ConfigError: For settings that do not go with the runner.
@@ -46,9 +50,9 @@ def create_app(
         async def begin() -> None:
             try:
                 on_ready(await service.warm_up())
-            except BaseException as error:
-                service.failure = type(error).__name__
-                raise
+            except Exception as error:
+                on_failure(error)
+                return
             await service.keep_saving()
 
         task = asyncio.create_task(begin())

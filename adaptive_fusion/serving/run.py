@@ -33,7 +33,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         # Left on, streams would be cut off at the signal.
         AppStatus.enable_automatic_graceful_drain = False
-        self.service = service
+        self.service, self.failed = service, False
         self._drain: asyncio.Task[None] | None = None
         self._signalled = False
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -99,7 +99,11 @@ def server_for(
             f"policy {runner.policy.name}, {'; '.join(notes)})"
         )
 
-    app: FastAPI = create_app(runner, settings, ready)
+    def failed(error: Exception) -> None:
+        announce(f"the model cannot be made ready: {type(error).__name__}: {error}")
+        found[0].failed = found[0].should_exit = True
+
+    app: FastAPI = create_app(runner, settings, ready, failed)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -59,7 +59,6 @@ class Service:
         self.media_limits = MediaLimits(allowed_domains=settings.allowed_media_domains)
         self.context = context_of(runner)
         self.ready = False
-        self.failure: str | None = None
         self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
         self._policies: dict[str, AdaptiveRunner] = {runner.policy.name: runner}
         self._policies_lock = threading.Lock()
@@ -93,7 +92,7 @@ class Service:
         return notes
 
     def _warm_up(self) -> list[str]:
-        self.runner.warm_up()
+        self.runner.warm_up(**self.settings.generate)
         if self.settings.calibrate and not self.runner.profile.samples:
             calibrate(self.runner)
         return [f"profile: {self.runner.profile_note}", self.state.restore()]
