@@ -141,7 +141,7 @@ def serve(
     with refusing((), False):
         budget = options.budget_of(latency_ms, ttft_ms, vram_gb, attainment)
         settings = _settings(
-            model=served_name or name_of(model),
+            model=served_name if served_name is not None else name_of(model),
             mode=mode.value,
             budget=budget,
             host=host,

@@ -79,7 +79,10 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(runner: Adapti
                 exact.chat()
 
 
-def test_an_audit_runs_native_and_says_what_would_have_been(runner: AdaptiveRunner, noise_image: Any) -> None:
+def test_an_audit_runs_native_and_says_what_would_have_been(
+    reference_model: Any, processor: Any, noise_image: Any
+) -> None:
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-latency")
     decided = runner.prepared(noise_image(200, 160), "?", max_new_tokens=2).decide()
     reply = runner.prepared(noise_image(200, 160), "?", max_new_tokens=2, audit=True).chat()
     audit = reply.decision.audit
