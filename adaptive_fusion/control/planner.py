@@ -27,6 +27,10 @@ from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
 
 FIXED = "fixed"
 """The lane of requests whose point was not decided here."""
+SPARE = 4
+"""Of the steps that a request without limits will hardly need, every so many are predicted."""
+Rated = tuple[Rung, float]
+"""A step and the quality expected of it for a request."""
 TEMPLATE_TOKENS = 16
 """What a chat template adds around a question, roughly; the prefill's share of it does not matter."""
 
@@ -98,7 +102,8 @@ class Planner:
             choice = replace(choice, reason=because or "the point was given", rejected=())
         else:
             lane = route.lane
-            candidates = self.candidates(info, lane, hardest, needs)
+            all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0
+            candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             choice, propensity = self._choose_or_explore(candidates, limits, info, unlike)
         decision = Decision(
             request_id=uuid.uuid4().hex,
@@ -189,34 +194,55 @@ class Planner:
         return next(filter(None, map(self.policy.unlike, info.complexities)), "")
 
     def candidates(
-        self, info: RequestInfo, lane: str, complexity: Complexity | None, needs: Needs | None = None
+        self,
+        info: RequestInfo,
+        lane: str,
+        complexity: Complexity | None,
+        needs: Needs | None = None,
+        budget: Budget | None = None,
     ) -> list[Candidate]:
         """The lane's ladder on this model and these media, each point once, with predicted cost.
 
-        What the media need says what quality to expect, where it is known.
+        What the media need says what quality to expect, where it is known. With a `budget`, steps that could not be
+        chosen under it are left out, since every prediction takes time.
         """
         best: dict[OperatingPoint, tuple[float, str]] = {}
-        for rung in self._rungs(info, lane, complexity, needs):
-            point = self.adapter.resolve(rung, info.sizes)
+        native = self.adapter.most_native_pixels(info.sizes)
+        rungs = self._rungs(info, lane, complexity)
+        rated = [(rung, rung.quality if needs is None else needs.quality_of(rung)) for rung in rungs]
+        for rung, quality in rated if budget is None else self._worth_costing(rated, budget):
+            point = self.adapter.resolve(rung, info.sizes, native)
             if info.pixels_fixed and point.before_encoder:
                 point = point.without(point.before_encoder)
-            if point not in best or rung.quality > best[point][0]:
-                best[point] = rung.quality, rung.name
+            if point not in best or quality > best[point][0]:
+                best[point] = quality, rung.name
         # The rung's name is the same for every size of image, so drift is learned per rung.
         new_tokens = self.expected_tokens(info)
         return [self.candidate(point, quality, info, new_tokens, name) for point, (quality, name) in best.items()]
 
-    def _rungs(
-        self, info: RequestInfo, lane: str, complexity: Complexity | None, needs: Needs | None
-    ) -> tuple[Rung, ...]:
+    def _worth_costing(self, rated: Sequence[Rated], budget: Budget) -> list[Rated]:
+        """Without steps that another one beats whatever they cost: of those within the tolerance that differ in pixels
+        alone, all but the fewest pixels. Where no time and no memory is asked for, of the steps below only some, for
+        want of memory.
+        """
+        enough = max(quality for _, quality in rated) - self.policy.tolerance
+        fewest: dict[OperatingPoint, Rated] = {}
+        below: list[Rated] = []
+        for rung, quality in rated:
+            if quality < enough:
+                below.append((rung, quality))
+            elif rung.point not in fewest or rung.pixel_share < fewest[rung.point][0].pixel_share:
+                fewest[rung.point] = rung, quality
+        asked = budget.latency_ms is not None or budget.ttft_ms is not None or budget.vram_gb is not None
+        return [*fewest.values(), *(below if asked else below[SPARE - 1 :: SPARE])]
+
+    def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
         """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
         rungs = self.policy.ladder(lane, complexity, info.prompt)
         if lane == VIDEO and complexity is not None and is_still(complexity):
             few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
             rungs = (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
-        if needs is None:
-            return rungs
-        return tuple(replace(rung, quality=needs.quality_of(rung)) for rung in rungs)
+        return rungs
 
     def expected_tokens(self, info: RequestInfo) -> float:
         """How long an answer to this kind of prompt has been."""

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -212,13 +213,17 @@ class Adapter(ABC):
                 reasons.append(f"{knob}: {self.refusals.get(knob, 'the model has no such knob')}")
         return point, tuple(reasons)
 
-    def resolve(self, rung: Rung, sizes: Sequence[Size]) -> OperatingPoint:
+    def most_native_pixels(self, sizes: Sequence[Size]) -> int:
+        """Pixels (per frame) that the processor itself would give the largest of these inputs; 1 without any."""
+        return max((self.native_pixels(size) for size in sizes), default=1)
+
+    def resolve(self, rung: Rung, sizes: Sequence[Size], native: int | None = None) -> OperatingPoint:
         """The rung's point for media of these sizes, with the knobs that this model has.
 
-        A share of the native pixels is taken of the largest medium: one budget holds for all of a request.
+        A share of the native pixels is taken of the largest medium: one budget holds for all of a request. `native` are
+        `most_native_pixels`, where they are known already.
         """
-        native = max((self.native_pixels(size) for size in sizes), default=1)
-        return self.restrict(rung.resolve(native))[0]
+        return self.restrict(rung.resolve(self.most_native_pixels(sizes) if native is None else native))[0]
 
     def require(self, point: OperatingPoint) -> None:
         """Refuse a point that the user asked for by name but this model cannot run.
@@ -254,7 +259,7 @@ class Adapter(ABC):
 
     def computed(self, point: OperatingPoint) -> OperatingPoint:
         """What is run, and what a prediction is for, at `point`: an untrained fusion is the native computation."""
-        return point.without(("fusion", "layers", "adapter_rank")) if self.untrained(point) else point
+        return _as_native(point) if self.untrained(point) else point
 
     def levels(self, point: OperatingPoint) -> tuple[int, ...]:
         """ViT blocks whose outputs take part at `point`."""
@@ -299,6 +304,12 @@ class Adapter(ABC):
     def add_fusion(self, fusion: DeepStackFusion) -> None:
         """Use `fusion` for every point with its spec, on the model's device; the model itself is not touched."""
         self._fusions[fusion.spec] = fusion.to(self.device).eval()
+
+
+@lru_cache(maxsize=4096)
+def _as_native(point: OperatingPoint) -> OperatingPoint:
+    """A point with the model's own fusion; kept, as every step of a ladder is asked for it in every request."""
+    return point.without(("fusion", "layers", "adapter_rank"))
 
 
 def takes_outputs(model: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Knows one step of a ladder. Must not know of lanes, policies, models or costs.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from adaptive_fusion.checks import integer, number
@@ -77,7 +78,7 @@ class Rung:
         if self.pixel_share == 1 and self.point.max_fps is None:
             return self.point
         pixels = min(MAX_PIXELS, max(MIN_PIXELS, round(native_pixels * self.pixel_share)))
-        return replace(self.point, max_pixels=min(pixels, self.point.max_pixels or pixels))
+        return _within(self.point, min(pixels, self.point.max_pixels or pixels))
 
     def to_dict(self) -> dict[str, Any]:
         """TOML-able values."""
@@ -93,3 +94,9 @@ class Rung:
             raise PolicyError(f"a rung has {sorted(values)} and no quality; expected its expected quality, 0 to 1")
         point = {key: value for key, value in values.items() if key not in ("quality", "pixel_share")}
         return cls(OperatingPoint.from_dict(point), values["quality"], values.get("pixel_share", 1.0))
+
+
+@lru_cache(maxsize=4096)
+def _within(point: OperatingPoint, pixels: int) -> OperatingPoint:
+    """A point with a pixel budget; kept, as images come in few sizes and to check a point takes longer than to look."""
+    return replace(point, max_pixels=pixels)
