@@ -80,6 +80,12 @@ class Decision:
     (`attainment`). `needs` are the native pixels that the media have and that each thing in them needs for the
     question, by the policy; empty where it cannot say. `audit` is what would have been run, and saved by prediction,
     where a request ran natively to find out; empty else.
+
+    `escalated` says whether the better plan ran after the first pass, because the model was not sure of what it would
+    answer; None where no verdict was taken. `point`, `rung` and `predicted` are those of the pass that answered.
+    `escalation` has the rest: ``to``, ``k``, ``threshold`` and ``share`` as planned, ``entropy`` as seen,
+    ``first_rung`` and ``first_ms`` of the pass that was given up, and ``why`` where there was no verdict. It is empty
+    where asking is switched off.
     """
 
     request_id: str
@@ -102,6 +108,8 @@ class Decision:
     needs: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[Rejected, ...] = ()
     audit: Mapping[str, Any] = field(default_factory=dict)
+    escalated: bool | None = None
+    escalation: Mapping[str, Any] = field(default_factory=dict)
 
     def explain(self, took: Measurement | None = None) -> str:
         """Budget, prediction, margin, what it `took` and the rejected points with their reasons, as readable lines."""
@@ -121,10 +129,15 @@ class Decision:
             )
         if took is not None:
             memory = f", {took.peak_memory_gb:.3f} GiB" if took.peak_memory_gb else ""
+            before_ms = took.ttft_ms - took.prefill_ms - self.escalation.get("first_ms", 0.0)
             lines.append(
-                f"  took encode {took.ttft_ms - took.prefill_ms:.1f} + prefill {took.prefill_ms:.1f} + decode "
+                f"  took encode {before_ms:.1f} + prefill {took.prefill_ms:.1f} + decode "
                 f"{took.decode_ms:.1f} = {took.latency_ms:.1f} ms{memory}, {took.new_tokens} tokens"
             )
+        if self.escalated is not None:
+            e, what = self.escalation, "went on" if self.escalated else "kept"
+            cost = f" after {e['first_ms']:.1f} ms at {e['first_rung']}" if self.escalated else ""
+            lines.append(f"  {what}{cost}: entropy {e['entropy']:.3f}, threshold {e['threshold']:.3f}")
         lines += [f"  not {r.point.name}: {r.reason}" for r in self.rejected]
         return "\n".join(lines)
 
@@ -165,6 +178,8 @@ def decision_record(
         predicted=asdict(decision.predicted) if decision.predicted else None,
         p_late=decision.p_late,
         reason=decision.reason,
+        escalated=decision.escalated,
+        escalation=dict(decision.escalation),
         measurement=asdict(measurement) if measurement else None,
         finish_reason=finish_reason,
         audit=dict(decision.audit) or None,

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.escalating import Asking
 from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile, Work
@@ -37,6 +38,7 @@ from adaptive_fusion.decision_log import DecisionLog, text_hash
 from adaptive_fusion.decisions import Decision, Measurement, decision_record
 from adaptive_fusion.errors import ConfigError, ContextLengthError, PolicyMismatchWarning
 from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
+from adaptive_fusion.execution.escalation import why_never
 from adaptive_fusion.execution.executor import Executor, Run, Task
 from adaptive_fusion.execution.full_prompt import with_full_prompt
 from adaptive_fusion.execution.logprobs import token_logprobs
@@ -59,6 +61,7 @@ from adaptive_fusion.models.trained import add_trained
 from adaptive_fusion.models.unwrap import lock_of
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.auto import choose
+from adaptive_fusion.policy.escalation import Escalation
 from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.pretrained import load_pretrained
@@ -163,6 +166,8 @@ class AdaptiveRunner(ModelFace):
         meter: Measures the memory of requests; None takes the one of the model's device.
         clock: Seconds, monotonic.
         seed: Of the exploring policies' choices.
+        escalate: Whether a request goes on to the better plan where the model is not sure of what it would answer at
+            the cheap one; None does as the policy says, which may have learned when.
 
     Raises:
         UnsupportedModelError: If the model cannot be driven.
@@ -181,6 +186,7 @@ class AdaptiveRunner(ModelFace):
         meter: Meter | None = None,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
+        escalate: bool | None = None,
     ) -> None:
         if isinstance(model, AdaptiveRunner):
             raise ConfigError("model is an AdaptiveRunner; expected the model in it, its .model")
@@ -201,6 +207,7 @@ class AdaptiveRunner(ModelFace):
         self.meter = meter if meter is not None else meter_for(str(self.device))
         self._executor = Executor(self.adapter, self.meter, clock)
         self._rng = random.Random(seed)
+        self._escalate = escalate
         self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
         self._lock = lock_of(model)
         self._bypass = threading.local()
@@ -273,6 +280,7 @@ class AdaptiveRunner(ModelFace):
         profile: Profile | None = None,
         log: DecisionLog | str | Path | None = None,
         seed: int | None = None,
+        escalate: bool | None = None,
         **options: Any,
     ) -> "AdaptiveRunner":
         """Load a model and its processor with transformers and wrap them.
@@ -286,7 +294,9 @@ class AdaptiveRunner(ModelFace):
         """
         source = str(model_path()) if str(id_or_path) == "reference" else str(id_or_path)
         model, processor = load_pretrained(source, device, options)
-        return cls(model, processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed)
+        return cls(
+            model, processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed, escalate=escalate
+        )
 
     def __repr__(self) -> str:
         policy = f"policy {self.policy.name!r} ({self.policy_note})"
@@ -516,6 +526,7 @@ class AdaptiveRunner(ModelFace):
             text_tokens=max(1, ids.shape[1] - visual // ids.shape[0]),
             batch=ids.shape[0],
             pixels_fixed=True,
+            asking=self._asking(arguments, "", ids.shape[0]),
         )
         with self._lock:
             decision, choice = self._planner.decide(info, limits, point, because)
@@ -637,7 +648,16 @@ class AdaptiveRunner(ModelFace):
             max_new_tokens=arguments.most_new_tokens(text + visual),
             text_tokens=text,
             full_detail=request.full_detail,
+            asking=self._asking(arguments, request.prompt),
         )
+
+    def _asking(self, arguments: Arguments, prompt: str, rows: int = 1) -> Asking | None:
+        """Whether and how the model may be asked if it is sure of a cheap answer; None where that is switched off."""
+        rules = self.policy.escalation or (Escalation() if self._escalate else None)
+        if rules is None or self._escalate is False:
+            return None
+        kind = prompt_kind(prompt) if prompt else ""  # nobody knows the text of a prompt that is given as tokens
+        return Asking(rules, kind, why_never(arguments, rules.k, rows, self.model))
 
     def _prepare(self, call: _Call) -> Prepared:
         arrived = self._clock() if call.arrived_s is None else call.arrived_s
@@ -680,7 +700,7 @@ class AdaptiveRunner(ModelFace):
             if arguments.see_prompt:
                 prompt()
             info = self._chat_info(request, arguments, prepared.arrived_s, prepared.text_tokens)
-            decision, choice = self._planned(info, limits, call)
+            decision, choice = self._planned(self._within_context(info, call), limits, call)
             # By estimate, before anything is encoded for it; the exact length follows.
             self._require_context(call, self._planner.work(decision.point, info).prompt_tokens - 2 * TEMPLATE_TOKENS)
             if decided is not None:
@@ -701,6 +721,15 @@ class AdaptiveRunner(ModelFace):
                 f"{call.context} tokens for both; expected a shorter prompt, fewer or smaller images, or fewer "
                 "new tokens"
             )
+
+    def _within_context(self, info: RequestInfo, call: _Call) -> RequestInfo:
+        """`info`, without a second pass where its prompt might not fit into the call's context."""
+        if call.context is None or info.asking is None:
+            return info
+        full = self._planner.work(NATIVE, info).prompt_tokens + 2 * TEMPLATE_TOKENS
+        if full + call.arguments.most_new_tokens(full) <= call.context:
+            return info
+        return replace(info, asking=replace(info.asking, never="full compute might not fit into the model's context"))
 
     def _planned(self, info: RequestInfo, limits: Budget, call: _Call) -> tuple[Decision, Choice]:
         """The decision; of an audit the native one, which says what would have been done."""

@@ -22,7 +22,7 @@ from adaptive_fusion.control.weighing import Row, Weighed, why
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError, InfeasibleBudgetError
 
-SCHEMA = 3
+SCHEMA = 4
 MISS_KINDS = ("cancelled", "oom", "overload", "timeout")
 
 
@@ -145,6 +145,29 @@ class Controller:
         with self._lock:
             return self._learned.ttft.factor(key)
 
+    def share(self, key: str, before: float) -> float:
+        """P(the better plan runs after a first pass), by the `key` of its `Second`; `before` was expected at first."""
+        with self._lock:
+            return self._learned.shares.expect(key, before)
+
+    def too_late_for(self, candidate: Candidate, budget: Budget, elapsed_ms: float) -> str:
+        """Why `candidate` would not be in time any more with the probability that the budget asks for; empty if it
+        would. `elapsed_ms` counts from the request's arrival."""
+        predicted = candidate.predicted
+        with self._lock:
+            limits = weighing.times_left(budget, elapsed_ms, self._learned)
+            risk = weighing.risk_of(candidate.key, predicted.ttft_ms, predicted.latency_ms, limits)
+        return why((candidate, *risk)) if risk[0] > 1.0 - budget.attainment else ""
+
+    def looked_at(self, choice: Choice, ttft_ms: float, *, escalated: bool) -> None:
+        """Learn from a verdict on the first pass of `choice`, whose first token came `ttft_ms` after that pass began,
+        waiting before it not counted. `update` or `miss` follows."""
+        candidate, second = choice.candidate, choice.candidate.second
+        with self._lock:
+            if second is not None and self._clock() - choice.decided_s <= law.STALE_S:
+                share = second.key or candidate.key
+                self._learned.looked_at(candidate.key, share, candidate.predicted, ttft_ms, escalated=escalated)
+
     @property
     def informed(self) -> bool:
         """Whether any request was learned from."""
@@ -152,7 +175,13 @@ class Controller:
             return self._learned.counts["updates"] + self._learned.counts["misses"] > 0
 
     def update(
-        self, choice: Choice, measurement: Measurement, *, ran: Candidate | None = None, lost_ms: float = 0.0
+        self,
+        choice: Choice,
+        measurement: Measurement,
+        *,
+        ran: Candidate | None = None,
+        lost_ms: float = 0.0,
+        held_ms: float = 0.0,
     ) -> None:
         """Learn from a finished request.
 
@@ -161,8 +190,10 @@ class Controller:
                 ignored and counted.
             measurement: What it took, `ttft_ms` and `latency_ms` counted from arrival as `elapsed_ms` was;
                 values that are negative or not finite are ignored and counted, each by itself.
-            ran: The candidate that really ran, if not the chosen one (after out of memory, or exploring).
-            lost_ms: The part of the measured times that failed tries took.
+            ran: The candidate that really ran, if not the chosen one (after out of memory, exploring, or going on to
+                the better plan).
+            lost_ms: The part of the measured times that failed tries, or a first pass, took.
+            held_ms: The part of the time to the first token for which that token was held back.
         """
         now = self._clock()
         candidate = choice.candidate if ran is None else ran
@@ -178,6 +209,7 @@ class Controller:
                 measurement,
                 choice.budget,
                 before_ms=choice.elapsed_ms + lost_ms,
+                held_ms=held_ms,
                 feasible=choice.feasible,
             )
 

@@ -199,3 +199,35 @@ class Ceiling:
         self.wait = int(number(state["wait"], "wait", 1, law.CEILING_WAIT_MAX))
         self.clean = int(number(state["clean"], "clean", 0, law.CEILING_WAIT_MAX))
         self.on_trial = bool(state["on_trial"])
+
+
+class Shares:
+    """How often a plan's answers were not trusted, by the plan's key: running means that begin at what is expected."""
+
+    __slots__ = ("points",)
+
+    def __init__(self) -> None:
+        self.points: dict[str, tuple[float, int]] = {}
+
+    def expect(self, key: str, before: float) -> float:
+        """P(the second pass runs), where `before` was expected before anything was seen."""
+        mean, seen = self.points.get(key, (0.0, 0))
+        return (seen * mean + law.SHARE_WEIGHT * before) / (seen + law.SHARE_WEIGHT)
+
+    def learn(self, key: str, *, escalated: bool) -> None:
+        """Take in one verdict."""
+        if key not in self.points and len(self.points) >= law.MAX_POINTS:
+            del self.points[next(iter(self.points))]
+        mean, seen = self.points.get(key, (0.0, 0))
+        seen = min(seen + 1, law.SHARE_MEMORY)
+        self.points[key] = mean + (float(escalated) - mean) / seen, seen
+
+    def state(self) -> dict[str, Any]:
+        """Finite plain values that JSON can hold."""
+        return {key: {"mean": mean, "seen": seen} for key, (mean, seen) in self.points.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take on `state`'s values; raises as reading it does (KeyError, TypeError, ConfigError...)."""
+        for key, row in list(state.items())[: law.MAX_POINTS]:
+            seen = int(number(row["seen"], "seen", 0, law.SHARE_MEMORY))
+            self.points[str(key)[:_MAX_KEY]] = number(row["mean"], "mean", 0.0, 1.0), seen

@@ -38,6 +38,13 @@ milliseconds of operating point o on request x:
 - ceilings, only after out of memory (on predicted memory) and overload (on predicted time): points
   predicted to need as much as the one that failed are out at once; after 25 clean requests the ceiling
   rises by one step (x 1.25), until it is gone; a failure within the trial doubles the wait, up to 1,600;
+- two passes: where the model is not sure of a cheap plan's answer the better plan runs after its prefill. With c1 and
+  c2 the times of both and p the share that goes on, the mean cost is c1 + p c2 (of c1 given up, the prefill only), the
+  risk (1 - p) P(c1 late) + p P(c1 + c2 late), c1 taken off what is left at its expected time. p is a running mean of
+  the last 200 verdicts of the plan's rung and kind of question, together with 10 at the share expected beforehand.
+  Without a learned threshold the worth is that of going on at random, with one what its rows still lost. No verdict is
+  taken unless the better plan is by then in time with the probability that the budget asks for. Each pass teaches its
+  own rung, with its own time;
 - bounds: m stays within +-8, the margin that is told is at most e^3 times what is expected; own drifts are kept for
   256 points and prices for 16 attainment levels, the oldest makes room; a choice older than 600 s teaches nothing.
 """
@@ -71,6 +78,9 @@ MEMORY_HEADROOM, MEMORY_FORGET = 1.05, 0.0002
 # Ceilings: a factor, and clean requests
 CEILING_STEP = 1.25
 CEILING_WAIT, CEILING_WAIT_MAX = 25, 1600
+
+# Two passes, in verdicts
+SHARE_WEIGHT, SHARE_MEMORY = 10, 200
 
 # Bounds
 DRIFT_MAX = 8.0

@@ -11,7 +11,7 @@ from typing import Any
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.checks import number
 from adaptive_fusion.control import law
-from adaptive_fusion.control.estimators import Ceiling, Drift, Price
+from adaptive_fusion.control.estimators import Ceiling, Drift, Price, Shares
 from adaptive_fusion.decisions import Measurement, Prediction
 
 _LOG_HEADROOM = math.log(law.MEMORY_HEADROOM)
@@ -29,6 +29,7 @@ class Corrections:
         self.prices: dict[float, Price] = {}
         self.log_envelope = math.log(number(memory_margin, "memory_margin", 1.0, 4.0))
         self.memory_ceiling, self.time_ceiling = Ceiling(), Ceiling()
+        self.shares = Shares()
         self.counts = dict.fromkeys(("updates", "misses", "ooms", "cancelled", "ignored"), 0)
 
     @property
@@ -53,6 +54,7 @@ class Corrections:
         budget: Budget,
         *,
         before_ms: float,
+        held_ms: float = 0.0,
         feasible: bool,
     ) -> None:
         """Learn from a request that ran to its end.
@@ -64,14 +66,15 @@ class Corrections:
                 counted, each by itself.
             budget: The limits it had.
             before_ms: The part of the measured times that passed before it was run.
+            held_ms: The part of the time to the first token for which that token was held back.
             feasible: Whether it was thought to fit.
         """
         late: list[bool] = []
-        for drift, limit, taken, expected in (
-            (self.latency, budget.latency_ms, measured.latency_ms, predicted.latency_ms),
-            (self.ttft, budget.ttft_ms, measured.ttft_ms, predicted.ttft_ms),
+        for drift, limit, taken, beside, expected in (
+            (self.latency, budget.latency_ms, measured.latency_ms, before_ms, predicted.latency_ms),
+            (self.ttft, budget.ttft_ms, measured.ttft_ms, before_ms + held_ms, predicted.ttft_ms),
         ):
-            ratio = self._log_ratio(taken - before_ms, expected)
+            ratio = self._log_ratio(taken - beside, expected)
             if ratio is None:
                 continue
             drift.learn(key, ratio)
@@ -83,6 +86,14 @@ class Corrections:
         self.time_ceiling.passed()
         if measured.peak_memory_gb != 0.0:
             self._peaked(measured.peak_memory_gb, predicted.peak_memory_gb)
+
+    def looked_at(self, key: str, share: str, predicted: Prediction, ttft_ms: float, *, escalated: bool) -> None:
+        """Learn from a first pass of `key` on which a verdict was taken, its first token after `ttft_ms`; `share` is
+        the name under which verdicts are counted. Of one that went on this is all its time that is known; of others
+        `finished` has it."""
+        self.shares.learn(share, escalated=escalated)
+        if escalated and (ratio := self._log_ratio(ttft_ms, predicted.ttft_ms)) is not None:
+            self.ttft.learn(key, ratio)
 
     def _peaked(self, measured_gb: float, predicted_gb: float) -> None:
         """Keep the envelope above this peak, and forget a little of earlier ones."""
@@ -134,6 +145,7 @@ class Corrections:
             "memory": self.log_envelope,
             "memory_ceiling": self.memory_ceiling.state(),
             "time_ceiling": self.time_ceiling.state(),
+            "shares": self.shares.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -146,3 +158,4 @@ class Corrections:
         self.log_envelope = number(state["memory"], "memory", -1.0, 2.0)
         self.memory_ceiling.restore(state["memory_ceiling"])
         self.time_ceiling.restore(state["time_ceiling"])
+        self.shares.restore(state["shares"])

@@ -5,13 +5,14 @@ Wires policy, cost model and controller for one adapter. Runs nothing, loads not
 
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.escalating import NO_SECOND, Asking, level, plans, told
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Work
 from adaptive_fusion.decisions import Decision, Prediction
@@ -52,6 +53,7 @@ class RequestInfo:
     free_memory_gb: float | None = None
     pixels_fixed: bool = False  # preprocessing is over: the knobs before the encoder no longer apply
     full_detail: bool = False  # the caller wants all pixels and tokens while the budget allows
+    asking: Asking | None = None  # whether the model may be asked if it is sure of a cheap plan's answer
 
 
 class Planner:
@@ -90,6 +92,7 @@ class Planner:
         given = point is not None and because is None
         if given or not (self.cost.profile.samples or self.controller.informed):
             limits = replace(budget, on_infeasible="cheapest")
+        second: dict[str, Any]
         hardest, route = self.route(info)
         needs, unlike = self.needs(info), self.unlike(info)
         features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
@@ -98,13 +101,15 @@ class Planner:
             _require_in_time(point, info)
             candidates = [self.candidate(point, 1.0, info)]
             lane, propensity = FIXED, 1.0
+            second = {"why": because or "the point was given"} if info.asking is not None else {}
             choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
             choice = replace(choice, reason=because or "the point was given", rejected=())
         else:
             lane = route.lane
-            all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0
+            all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0 or info.asking is not None
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
-            choice, propensity = self._choose_or_explore(candidates, limits, info, unlike)
+            choice, propensity, second = self._choose_or_explore(candidates, limits, info, unlike)
+        remarks = self._remarks(choice, second if lane != FIXED else {}, needs)
         decision = Decision(
             request_id=uuid.uuid4().hex,
             kind=info.kind,
@@ -113,7 +118,7 @@ class Planner:
             lane=lane,
             point=choice.point,
             predicted=choice.candidate.predicted,
-            reason="; ".join(filter(None, (choice.reason, *self._remarks(choice, needs)))),
+            reason="; ".join(filter(None, (choice.reason, *remarks))),
             policy=self.policy.name,
             rung=choice.candidate.key,
             feasible=choice.feasible,
@@ -125,6 +130,7 @@ class Planner:
             prompt_features=features,
             needs=needs.to_dict() if needs is not None else {},
             rejected=choice.rejected,
+            escalation=second,
         )
         return decision, choice
 
@@ -276,9 +282,9 @@ class Planner:
 
     def _choose_or_explore(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str
-    ) -> tuple[Choice, float]:
-        """The controller's choice, or now and then a random point that fits, with the propensity of either."""
-        candidates = self._as_good_as_the_best(candidates)
+    ) -> tuple[Choice, float, dict[str, Any]]:
+        """The controller's choice, or now and then a random point that fits, with the propensity of either and what is
+        said of a second pass."""
         so_far: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
         lenient = replace(budget, on_infeasible="cheapest")
         if info.full_detail or unlike:
@@ -286,32 +292,51 @@ class Planner:
             choice = self.controller.choose(full, lenient, **so_far)
             if choice.feasible:
                 why = "full detail was asked for" if info.full_detail else unlike
-                return replace(choice, reason=f"{why}; {choice.reason}"), 1.0
-        choice = self.controller.choose(candidates, budget, **so_far)
+                return replace(choice, reason=f"{why}; {choice.reason}"), 1.0, {}
+        asking = info.asking
+        if asking is not None and not asking.never and self.policy.explore > 0.0:
+            asking = replace(asking, never="the policy explores, so what was drawn is what runs")
+        offered, doubles = self._plans(candidates, info, asking)
+        choice = self.controller.choose(offered, budget, **so_far)
+        second = told(choice, asking, doubles > 0)
         explore = self.policy.explore
         if explore == 0.0 or not choice.feasible:
-            return choice, 1.0
-        singles = [self.controller.choose([c], lenient, **so_far) for c in candidates]
+            return choice, 1.0, second
+        singles = [self.controller.choose([c], lenient, **so_far) for c in offered]
         fitting = [single for single in singles if single.feasible]
         share = explore / len(fitting)
         if self._rng.random() < explore:
             drawn = self._rng.choice(fitting)
             greedy = drawn.point == choice.point
-            return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0)
-        return choice, 1 - explore + share
+            return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0), second
+        return choice, 1 - explore + share, second
 
-    def _as_good_as_the_best(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Qualities within the policy's tolerance of the best count as equal to it: the cheapest of them is taken."""
-        best = max(candidate.quality for candidate in candidates)
-        enough = best - self.policy.tolerance
-        return [replace(c, quality=best) if enough <= c.quality < best else c for c in candidates]
+    def _plans(
+        self, candidates: list[Candidate], info: RequestInfo, asking: Asking | None
+    ) -> tuple[list[Candidate], int]:
+        """What the controller chooses from, and how many of these are plans of two passes.
 
-    def _remarks(self, choice: Choice, needs: Needs | None) -> list[str]:
+        Qualities within the policy's tolerance of the best count as equal to it.
+        """
+        tolerance = self.policy.tolerance
+        if asking is None or asking.never:
+            return level(candidates, (), tolerance), 0
+        return plans(
+            candidates,
+            self.candidate(NATIVE, 1.0, info),
+            asking,
+            tolerance=tolerance,
+            share=self.controller.share,
+            new_tokens=self.expected_tokens(info),
+        )
+
+    def _remarks(self, choice: Choice, second: Mapping[str, Any], needs: Needs | None) -> list[str]:
         """What the reason says beside the controller's own."""
         untrained = ""
         if self.adapter.untrained(choice.point):
             untrained = f"{choice.point.fusion} is untrained for this model: the native computation"
-        return [needs.in_words() if needs is not None else "", untrained, self.remark]
+        none = f"{NO_SECOND}{second['why']}" if "why" in second else ""
+        return [none, needs.in_words() if needs is not None else "", untrained, self.remark]
 
 
 def _require_in_time(point: OperatingPoint, info: RequestInfo) -> None:

@@ -26,6 +26,7 @@ Weighed = tuple[Candidate, float, Drift | None, str, tuple[Any, ...]]
 
 _NO_LIMIT: Risk = (0.0, None, "best quality, no time limit set", ())
 _LATE = "{} {:.0f} of {:.0f} ms, late with {:.0f} %"
+_LATE_IN_TWO = "two passes, {} {:.0f} + {:.0f} of {:.0f} ms with {:.0f} %, late with {:.0f} %"
 
 
 def valid_rows(candidates: Sequence[Candidate]) -> list[Row]:
@@ -35,8 +36,10 @@ def valid_rows(candidates: Sequence[Candidate]) -> list[Row]:
     for index, candidate in enumerate(candidates):
         predicted = candidate.predicted
         ttft = predicted.encode_ms + predicted.prefill_ms
-        total = ttft + predicted.decode_ms
-        if 0.0 <= ttft <= total < inf and 0.0 <= predicted.peak_memory_gb < inf and -inf < candidate.quality < inf:
+        total, most, peak = ttft + predicted.decode_ms, ttft + predicted.decode_ms, predicted.peak_memory_gb
+        if candidate.second is not None:
+            total, most, peak = candidate.mean_ms, candidate.most_ms, candidate.peak_memory_gb
+        if 0.0 <= ttft <= total < inf and most < inf and 0.0 <= peak < inf and -inf < candidate.quality < inf:
             rows.append((-candidate.quality, total, index, ttft, candidate))
     rows.sort()
     return rows
@@ -74,17 +77,18 @@ def weigh(
     for minus_quality, total, _, ttft, candidate in rows:
         if best >= 0 and -minus_quality <= worth:
             break  # no risk is below 0, so no point of this quality or less is worth more
-        needed = candidate.predicted.peak_memory_gb
+        two = candidate.second is not None
+        needed = candidate.peak_memory_gb if two else candidate.predicted.peak_memory_gb
         if needed * envelope > memory_gb:
             risk = (1.0, None, "memory {:.3g} > {:.3g} GiB", (needed * envelope, memory_gb))
         elif needed >= learned.memory_ceiling.limit:
             risk = (1.0, None, "memory: too near a point that ran out of it", ())
-        elif total >= learned.time_ceiling.limit:
+        elif (candidate.most_ms if two else total) >= learned.time_ceiling.limit:
             risk = (1.0, None, "overload: too near a point that was too slow", ())
         elif not limits:
             risk, best, worth = _NO_LIMIT, len(weighed), -minus_quality
         else:
-            risk = risk_of(candidate.key, ttft, total, limits)
+            risk = risk_of_two(candidate, limits, learned.ttft) if two else risk_of(candidate.key, ttft, total, limits)
             net = -minus_quality - price * risk[0]
             if net > worth and risk[0] <= law.RISK_MAX:
                 best, worth = len(weighed), net
@@ -104,17 +108,50 @@ def risk_of(key: str, ttft_ms: float, latency_ms: float, limits: Sequence[TimeLi
     highest, risk = -1.0, _NO_LIMIT
     for name, left_ms, drift in limits:
         predicted_ms = latency_ms if name == "latency" else ttft_ms
-        mean, scale = drift.expect(key)
-        if left_ms <= 0.0:
-            p_late = 1.0
-        elif predicted_ms <= 0.0:
-            p_late = 0.0
-        else:
-            p_late = probability_above(math.log(left_ms) - math.log(predicted_ms), mean, scale)
+        p_late, mean = _p_late(key, predicted_ms, left_ms, drift)
         if p_late > highest:
             highest = p_late
             risk = (p_late, drift, _LATE, (name, predicted_ms * math.exp(mean), left_ms, 100.0 * p_late))
     return risk
+
+
+def risk_of_two(candidate: Candidate, limits: Sequence[TimeLimit], first: Drift) -> Risk:
+    """The risk of a plan of two passes at the limit where P(late) is highest: (1 - p) P(the first alone is late) +
+    p P(both are late), p being the share that goes on.
+
+    Args:
+        candidate: With a second pass.
+        limits: All limits on time that are set.
+        first: Drift of times to the first token: what the first pass is expected to use up before the second begins.
+    """
+    own, second = candidate.predicted, candidate.second
+    if second is None:
+        return risk_of(candidate.key, own.ttft_ms, own.latency_ms, limits)
+    better, share = second.candidate, second.share
+    highest, risk = -1.0, _NO_LIMIT
+    spent_ms = own.ttft_ms * first.factor(candidate.key) + second.wait_ms
+    for name, left_ms, drift in limits:
+        whole = name == "latency"
+        alone_ms = own.latency_ms if whole else own.ttft_ms + second.wait_ms
+        better_ms = better.predicted.latency_ms if whole else better.predicted.ttft_ms
+        alone, _ = _p_late(candidate.key, alone_ms, left_ms, drift)
+        both, mean = _p_late(better.key, better_ms, left_ms - spent_ms, drift)
+        p_late = (1.0 - share) * alone + share * both
+        if p_late > highest:
+            highest = p_late
+            told = (name, spent_ms, better_ms * math.exp(mean), left_ms, 100.0 * share, 100.0 * p_late)
+            risk = (p_late, drift, _LATE_IN_TWO, told)
+    return risk
+
+
+def _p_late(key: str, predicted_ms: float, left_ms: float, drift: Drift) -> tuple[float, float]:
+    """P(what is predicted to take this exceeds what is left), and the logarithm of the factor expected on it."""
+    mean, scale = drift.expect(key)
+    if left_ms <= 0.0:
+        return 1.0, mean
+    if predicted_ms <= 0.0:
+        return 0.0, mean
+    return probability_above(math.log(left_ms) - math.log(predicted_ms), mean, scale), mean
 
 
 def cheapest(rows: Sequence[Row], predicted_gb: float, drift: Drift) -> Candidate:

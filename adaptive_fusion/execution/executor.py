@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.control.candidates import Candidate, Choice
+from adaptive_fusion.control.candidates import Candidate, Choice, Second
 from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.escalating import NO_SECOND
 from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import InfeasibleBudgetError, OutOfMemoryError
+from adaptive_fusion.execution.escalation import FirstLook, Unsure
 from adaptive_fusion.execution.meters import Meter
 from adaptive_fusion.execution.oom import run_with_step_down
 from adaptive_fusion.execution.timed import Encoding, Pass, TimedModel
@@ -97,6 +99,8 @@ class Executor:
     def run(self, task: Task, controller: Controller, predict: Predict) -> Run:
         """Run the decided point and let the controller learn from what it took.
 
+        Where the choice has a second pass, that one runs after the prefill of the first if the model is not sure.
+
         Out of memory steps down to cheaper points, at most three tries in all. With a hard deadline and
         ``on_infeasible="refuse"`` no prefill is started whose first token is predicted to come after the deadline.
 
@@ -109,16 +113,25 @@ class Executor:
         peak = None
         steps = [tries.used] if task.whole else self._steps_down(tries.used)
         try:
-            done = run_with_step_down(tries.attempt, steps, on_oom=tries.out_of_memory, release=_release)
+            done = self._first_or_second(tries, steps)
         except InfeasibleBudgetError:
             controller.refused(task.choice)
             raise
         finally:
             if measured:
                 peak = self.meter.stop()
-        measurement = done.measurement(task.arrived, peak)
+        measurement = tries.shown(done.measurement(task.arrived, peak))
         tries.learn(measurement, done.timer.stopped_by)
         return Run(tries.decision(), measurement, done.result, done.encoding.length, done.timer.stopped_by)
+
+    def _first_or_second(self, tries: "_Tries", steps: list[OperatingPoint]) -> Pass:
+        """The pass that answers. Nothing of the first is alive any more when the second begins."""
+        run = partial(run_with_step_down, tries.attempt, on_oom=tries.out_of_memory, release=_release)
+        try:
+            return run(steps)
+        except Unsure:
+            better = tries.go_on()
+        return run(self._steps_down(better))
 
     def untouched(
         self,
@@ -183,22 +196,74 @@ class Executor:
 
 
 class _Tries:
-    """The tries of one task: which point runs, what failed ones took, and what the controller hears of it."""
+    """The tries of one task: which point runs, what failed ones and a first pass took, and what the controller hears
+    of it."""
 
     def __init__(self, timed: TimedModel, task: Task, controller: Controller, predict: Predict) -> None:
         self.timed, self.task, self.controller, self._predict = timed, task, controller, predict
         self.used = task.decision.point
-        self.lost_ms = 0.0
+        self.lost_ms = self.held_ms = self.first_ms = 0.0
+        self.second = task.choice.candidate.second
+        self.look: FirstLook | None = None
+        self._planned = task.choice.candidate
 
     def attempt(self, point: OperatingPoint) -> Pass:
-        """Prepare, encode and generate at `point`."""
+        """Prepare, encode and generate at `point`.
+
+        Raises:
+            Unsure: If the model is not sure of its answer and there is time for the better plan.
+        """
         self.used = point
         task = self.task
         deadline = deadline_s(task.choice.budget, task.arrived)
+        look = self._look(point)
         encoding = self.timed.encode(partial(task.prepare, point), point)
         self._refuse_if_late(encoding, deadline)
         options = task.options(encoding.encoded.inputs["input_ids"])
-        return self.timed.generate(encoding, options, deadline_s=deadline, cancelled=task.cancelled)
+        generate = partial(self.timed.generate, encoding, deadline_s=deadline, cancelled=task.cancelled)
+        if look is None:
+            return generate(options)
+        done: Pass = look.run(self.timed.adapter.outer, options, generate)
+        if look.k > 1 and look.decided_s is not None:
+            # Nothing was shown before the verdict.
+            self.held_ms = max(0.0, look.decided_s - done.first_s) * 1e3
+        return done
+
+    def _look(self, point: OperatingPoint) -> FirstLook | None:
+        """A look at the pass that is about to begin, if it is the first and another may follow."""
+        second = self.second
+        if second is None or self.look is not None or point != self.task.choice.point:
+            return None
+        too_late, timed = partial(self._too_late, second), self.timed
+        self.look = FirstLook(second.k, second.threshold, too_late, timed.clock, timed.adapter.device)
+        return self.look
+
+    def go_on(self) -> OperatingPoint:
+        """The first pass was given up: the point of the better plan."""
+        assert self.second is not None and self.look is not None and self.look.decided_s is not None
+        ended = self.look.decided_s
+        self.first_ms = (ended - self.task.arrived) * 1e3 - self.task.choice.elapsed_ms - self.lost_ms
+        self._looked_at(escalated=True)
+        self.lost_ms = (ended - self.task.arrived) * 1e3 - self.task.choice.elapsed_ms
+        self._planned = self.second.candidate
+        return self._planned.point
+
+    def shown(self, measurement: Measurement) -> Measurement:
+        """`measurement` with the time at which the first token could be shown."""
+        return replace(measurement, ttft_ms=measurement.ttft_ms + self.held_ms) if self.held_ms else measurement
+
+    def _too_late(self, second: Second) -> str:
+        """Why the better plan must not be begun any more."""
+        if self.task.cancelled is not None and self.task.cancelled.is_set():
+            return "the request was cancelled"
+        elapsed = (self.timed.clock() - self.task.arrived) * 1e3
+        return self.controller.too_late_for(second.candidate, self.task.choice.budget, elapsed)
+
+    def _looked_at(self, *, escalated: bool) -> None:
+        look = self.look
+        if look is not None and look.first_s is not None:
+            first = (look.first_s - self.task.arrived) * 1e3 - self.task.choice.elapsed_ms - self.lost_ms
+            self.controller.looked_at(self.task.choice, first, escalated=escalated)
 
     def out_of_memory(self, _point: OperatingPoint, _said: str) -> None:
         """A try ran out of memory."""
@@ -210,23 +275,48 @@ class _Tries:
     def learn(self, measurement: Measurement, stopped_by: str | None) -> None:
         """The last try came to its end, by itself or stopped."""
         choice, ran = self.task.choice, self._ran()
+        if self.look is not None and self.look.escalated is False:
+            self._looked_at(escalated=False)
         if stopped_by is None:
-            self.controller.update(choice, measurement, ran=ran, lost_ms=self.lost_ms)
+            self.controller.update(choice, measurement, ran=ran, lost_ms=self.lost_ms, held_ms=self.held_ms)
         else:
             kind = "cancelled" if stopped_by == "cancelled" else "timeout"
             self.controller.miss(choice, measurement.latency_ms, kind=kind, ran=ran, lost_ms=self.lost_ms)
 
     def decision(self) -> Decision:
-        """The decision with the point that really ran."""
-        decided = self.task.decision
-        if self.used == decided.point:
+        """The decision with the point that really ran, and what came of a look at the first."""
+        decided = self._with_look(self.task.decision)
+        if self.used == self._planned.point:
             return decided
         reason = f"{decided.reason}; stepped down after running out of memory"
         return replace(decided, point=self.used, reason=reason)
 
+    def _with_look(self, decided: Decision) -> Decision:
+        look, planned = self.look, dict(decided.escalation)
+        if look is None:
+            return decided
+        if look.escalated is None:
+            reason = f"{decided.reason}; {NO_SECOND}{look.why}"
+            return replace(decided, reason=reason, escalation={**planned, "why": look.why})
+        seen = {**planned, "entropy": look.entropy}
+        if not look.escalated:
+            return replace(decided, escalated=False, escalation=seen)
+        second, first = self._planned, self.task.choice.candidate
+        return replace(
+            decided,
+            escalated=True,
+            escalation={**seen, "first_rung": first.key, "first_ms": self.first_ms},
+            point=second.point,
+            rung=second.key,
+            predicted=second.predicted,
+            reason=f"{decided.reason}; went on to {second.key}: entropy {look.entropy:.3g}, above {look.threshold:.3g}",
+        )
+
     def _ran(self) -> Candidate | None:
         """The candidate that ran, if it is not the chosen one."""
-        return None if self.used == self.task.choice.point else self._predict(self.used)
+        if self.used == self.task.choice.point:
+            return None
+        return self._planned if self.used == self._planned.point else self._predict(self.used)
 
     def _refuse_if_late(self, encoding: Encoding, deadline: float | None) -> None:
         """Raise InfeasibleBudgetError where the first token is predicted to come after the deadline, if the budget

@@ -24,6 +24,7 @@ from adaptive_fusion.errors import PolicyError
 from adaptive_fusion.features.complexity import Complexity
 from adaptive_fusion.features.prompts import prompt_features
 from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.escalation import Escalation
 from adaptive_fusion.policy.familiar import Familiar
 from adaptive_fusion.policy.files import (
     POLICY_FILE,
@@ -81,6 +82,7 @@ class Policy:
         fitted: To which model and kinds of data.
         sufficiency: How many pixels an input needs; None takes the ladder's own qualities.
         familiar: What images it was fitted on are like: one that is unlike them gets full compute. None takes all.
+        escalation: When a cheap answer is not trusted and the better plan runs; None never asks.
 
     Raises:
         PolicyError: For a value out of range, a lane missing or unknown, an empty ladder, a point twice in a
@@ -103,6 +105,7 @@ class Policy:
     fitted: Fitted = field(default_factory=Fitted)
     sufficiency: Sufficiency | None = None
     familiar: Familiar | None = None
+    escalation: Escalation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -205,6 +208,8 @@ class Policy:
             parts["fusion_weights"] = [path.name for path in self.fusion_weights]
         parts |= {"budget": self.budget.to_dict(), "features": self.router.inputs.to_dict()}
         parts |= {"floors": dict(self.floors), "fitted": self.fitted.to_dict()}
+        if self.escalation is not None:
+            parts["escalation"] = self.escalation.to_dict()
         parts["lanes"] = {lane: [rung.to_dict() for rung in ladder] for lane, ladder in self.lanes.items()}
         return tomli_w.dumps(parts)
 
@@ -305,7 +310,7 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
     folder = path.parent
     lanes = check_keys(table["lanes"], "lanes", LANES)
     quality, weights = table.get("quality_model"), table.get("fusion_weights", [])
-    enough, familiar = table.get("sufficiency"), table.get("familiar")
+    enough, familiar, escalation = table.get("sufficiency"), table.get("familiar"), table.get("escalation")
     budget = table.get("budget", {})
     if not isinstance(budget, Mapping):
         raise PolicyError(f"budget is {budget!r}; expected a table of limits")
@@ -332,11 +337,12 @@ def _read(path: Path, allow_pickle: bool) -> Policy:
         fitted=Fitted.from_dict(table.get("fitted", {})),
         sufficiency=None if enough is None else Sufficiency.from_dict(read_json(part(folder, enough, ".json"))),
         familiar=None if familiar is None else Familiar.from_dict(read_json(part(folder, familiar, ".json"))),
+        escalation=None if escalation is None else Escalation.from_dict(escalation),
     )
 
 
 _OPTIONAL = ("description", "explore", "budget", "quality_model", "fusion_weights")
-_SINCE_2 = ("cheap", "tolerance", "margin", "floors", "fitted", "sufficiency", "familiar")
+_SINCE_2 = ("cheap", "tolerance", "margin", "floors", "fitted", "sufficiency", "familiar", "escalation")
 
 
 def _read_router(path: Path, inputs: Inputs, allow_pickle: bool) -> Router:

@@ -48,6 +48,10 @@ class Dataset:
         source: Index into `SOURCES`, ``[n]``.
         source_id: Index of the labeller, ``[n]``.
         video: Whether the input is a clip, ``[n]``.
+        entropy: Of the distributions of each rung's first tokens, in nats, ``[n, rungs, MOST_TOKENS]``; NaN where it is
+            not known. None where no label has any.
+        asked: Kind of the question as an index into `PROMPT_KINDS`, ``[n]``; -1 where it is not known. None with
+            `entropy`.
         slices: By name of the slicing, each row's slice as an index into its names.
         tolerance: Loss of quality above which the cheap lane is not good enough.
         report: What was read and left out, by name.
@@ -68,6 +72,8 @@ class Dataset:
     source: IntArray
     source_id: IntArray
     video: BoolArray
+    entropy: FloatArray | None = None
+    asked: IntArray | None = None
     slices: Mapping[str, tuple[IntArray, tuple[str, ...]]] = field(default_factory=dict)
     tolerance: float = 0.02
     report: Mapping[str, int] = field(default_factory=dict)
@@ -93,7 +99,8 @@ class Dataset:
             "video",
         )
         slices = {name: (codes[rows], names) for name, (codes, names) in self.slices.items()}
-        return replace(self, slices=slices, **{part: getattr(self, part)[rows] for part in parts})
+        beside = tuple(part for part in ("entropy", "asked") if getattr(self, part) is not None)
+        return replace(self, slices=slices, **{part: getattr(self, part)[rows] for part in (*parts, *beside)})
 
     def columns(self, names: Sequence[str]) -> FloatArray:
         """Features ``[n, names]`` in that order; NaN for one that the data do not have."""
@@ -158,6 +165,9 @@ class Dataset:
             self.video,
         ):
             total.update(np.ascontiguousarray(part).data)
+        for known in (self.entropy, self.asked):
+            if known is not None:
+                total.update(np.ascontiguousarray(known).data)
         return total.hexdigest()
 
 

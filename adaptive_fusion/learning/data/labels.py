@@ -35,6 +35,7 @@ class Subject:
         features: Complexity features by name, of extractor `features_version`.
         prompt_features: Prompt features by name, of extractor `prompt_version`.
         prompt_hash: Of the question; the same image under two questions is two subjects.
+        prompt_kind: What the question asks for, one of `PROMPT_KINDS`; None where nothing was asked.
         slices: Names for reports, such as ``{"scene": "dense", "size": "large"}``.
     """
 
@@ -45,6 +46,7 @@ class Subject:
     prompt_features: Mapping[str, float] = field(default_factory=dict)
     prompt_version: str | None = None
     prompt_hash: str | None = None
+    prompt_kind: str | None = None
     slices: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -56,6 +58,7 @@ def label_record(
     reference_quality: float | None = None,
     cost: Mapping[str, float] | None = None,
     measurement: Mapping[str, Mapping[str, float]] | None = None,
+    entropies: Mapping[str, Sequence[float]] | None = None,
     target: float | None = None,
     weight: float = 1.0,
     votes: Sequence[tuple[str | None, float]] = (),
@@ -71,6 +74,7 @@ def label_record(
         reference_quality: Quality of the native point, in [0, 1].
         cost: Cost by rung name, in one unit for all labels, such as milliseconds to the first token.
         measurement: What else was measured by rung name, such as ``latency_ms`` and ``visual_tokens``.
+        entropies: Of the model's distribution at each rung's first tokens, in nats, by rung name.
         target: 0 (simple) to 1 (complex), where a person said so instead.
         weight: How much the label counts.
         votes: The targets of several people behind `target` (see `votes.pool`), each with its rater's name, or None for
@@ -103,6 +107,8 @@ def label_record(
         reference_quality=reference_quality,
         cost=dict(cost or {}),
         measurement={name: dict(values) for name, values in (measurement or {}).items()},
+        entropies={name: list(values) for name, values in (entropies or {}).items()},
+        prompt_kind=subject.prompt_kind,
         target=target,
         weight=weight,
         votes=[{"rater": rater, "target": value} for rater, value in votes],

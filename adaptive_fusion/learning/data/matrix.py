@@ -13,13 +13,17 @@ import numpy as np
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
-from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_VERSION
+from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_KINDS, PROMPT_VERSION
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, FloatArray, IntArray, cap_weights
 from adaptive_fusion.learning.data.labels import MAX_WEIGHT, SOURCES, TRUSTED, join_labels
 from adaptive_fusion.learning.data.logs import LogTable, open_logs
+from adaptive_fusion.policy.escalation import MOST_TOKENS
 
 MAX_RUNGS = 64
 """Most rungs read beyond those asked for: labels could name any number."""
+_HAVE_ENTROPIES = """
+SELECT count(*) > 0 FROM labels l JOIN log s ON s.rowid = l.subject WHERE len(json_keys(s.entropies)) > 0
+"""
 _BLOCK = 8  # columns fetched at once: bounds what is held twice
 
 
@@ -104,7 +108,8 @@ def _other_rungs(table: LogTable, rungs: Sequence[str]) -> list[str]:
 
 def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     run = table.connection.execute
-    run(_rows_query(rungs), {"image": VERSION, "prompt": PROMPT_VERSION})
+    [seen] = run(_HAVE_ENTROPIES).fetchone()
+    run(_rows_query(rungs, MOST_TOKENS if seen else 0), {"image": VERSION, "prompt": PROMPT_VERSION})
     other = int(run("SELECT count(*) FROM labels").fetchone()[0]) - int(run("SELECT count(*) FROM rows").fetchone()[0])
     keys = run('SELECT grp, source, source_id, tie, taken FROM "rows"').fetchnumpy()
     order = np.lexsort([np.asarray(keys[name]) for name in ("tie", "source_id", "source", "grp")])
@@ -112,10 +117,11 @@ def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     def column(name: str) -> FloatArray:
         return np.ma.filled(run(f'SELECT {name} FROM "rows"').fetchnumpy()[name], np.nan)[order]
 
-    def block(prefix: str, names: Sequence[str]) -> FloatArray:
-        out = np.empty((len(order), len(names)))
-        for start in range(0, len(names), _BLOCK):
-            some = range(start, min(start + _BLOCK, len(names)))
+    def block(prefix: str, names: Sequence[str], each: int = 1) -> FloatArray:
+        count = len(names) * each
+        out = np.empty((len(order), count))
+        for start in range(0, count, _BLOCK):
+            some = range(start, min(start + _BLOCK, count))
             found = run(f'SELECT {", ".join(f"{prefix}{i}" for i in some)} FROM "rows"').fetchnumpy()
             for i in some:
                 out[:, i] = np.ma.filled(found.pop(f"{prefix}{i}"), np.nan)[order]
@@ -131,6 +137,7 @@ def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     quality, cost = block("q", rungs), block("c", rungs)
     quality[~((quality >= 0) & (quality <= 1))] = np.nan
     cost[~((cost >= 0) & (cost < np.inf))] = np.nan
+    entropy = block("e", rungs, MOST_TOKENS).reshape(len(order), len(rungs), MOST_TOKENS) if seen else None
     return Dataset(
         names=names,
         x=x,
@@ -147,21 +154,27 @@ def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
         source=np.asarray(keys["source"])[order].astype(np.int64),
         source_id=np.asarray(keys["source_id"])[order].astype(np.int64),
         video=column("video") > 0,
+        entropy=entropy,
+        asked=column("asked").astype(np.int64) if seen else None,
         slices=_slices(run, order),
         report={"other_version": other},
     )
 
 
-def _rows_query(rungs: tuple[str, ...]) -> str:
-    """One wide row a label: parsed features f0.., qualities q0.., costs c0.., and what orders and groups
-    them."""
+def _rows_query(rungs: tuple[str, ...], tokens: int) -> str:
+    """One wide row a label: parsed features f0.., qualities q0.., costs c0.., of each rung so many `tokens`' entropies
+    e0.., and what orders and groups them."""
     image, asked = _struct(FEATURE_NAMES), _struct(PROMPT_FEATURE_NAMES)
-    by_rung = _struct(rungs)
+    by_rung, by_token = _struct(rungs), _struct(rungs, "DOUBLE[]")
+    entropies = f"json_transform(s.entropies, '{by_token}') AS e," if tokens else ""
+    kinds = " ".join(f"WHEN {_text(kind)} THEN {i}" for i, kind in enumerate(PROMPT_KINDS))
+    places = [(name, token) for name in rungs for token in range(1, tokens + 1)]
     columns = [
         *(f'f."{name}" AS f{i}' for i, name in enumerate(FEATURE_NAMES)),
         *(f'p."{name}" AS f{i}' for i, name in enumerate(PROMPT_FEATURE_NAMES, len(FEATURE_NAMES))),
         *(f"q.{_name(name)} AS q{i}" for i, name in enumerate(rungs)),
         *(f"c.{_name(name)} AS c{i}" for i, name in enumerate(rungs)),
+        *(f"e.{_name(name)}[{token}] AS e{i}" for i, (name, token) in enumerate(places)),
     ]
     taken = " ".join(f"WHEN {_text(name)} THEN {i}" for i, name in enumerate(rungs))
     sources = " ".join(f"WHEN '{name}' THEN {i}" for i, name in enumerate(SOURCES))
@@ -174,6 +187,7 @@ parsed AS (
   SELECT json_transform(s.features, '{image}') AS f,
     json_transform(CASE WHEN coalesce(s.prompt_version, $prompt) = $prompt THEN s.prompt_features END, '{asked}') AS p,
     json_transform(l.quality, '{by_rung}') AS q, json_transform(l.cost, '{by_rung}') AS c,
+    {entropies} CASE s.prompt_kind {kinds} ELSE -1 END AS asked,
     (md5_number_lower(coalesce(s.content_hash, l.request_id, s.features::VARCHAR, '')) >> 1)::BIGINT AS grp,
     CASE l.source {sources} END AS source, coalesce(ids.n, 0) AS source_id,
     l.target, coalesce(l.reference_quality, TRY_CAST({native} AS DOUBLE)) AS reference_quality,
@@ -186,13 +200,13 @@ parsed AS (
   FROM labels l JOIN log s ON s.rowid = l.subject LEFT JOIN ids ON ids.id = l.source_id
   WHERE s.features_version IS NULL OR s.features_version = $image
 )
-SELECT grp, source, source_id, tie, target, reference_quality, weight, video, slices, kind, taken, propensity,
+SELECT grp, source, source_id, tie, target, reference_quality, weight, video, slices, kind, taken, propensity, asked,
   {", ".join(columns)}
 FROM parsed"""
 
 
-def _struct(names: Sequence[str]) -> str:
-    return json.dumps(dict.fromkeys(names, "DOUBLE")).replace("'", "''")
+def _struct(names: Sequence[str], kind: str = "DOUBLE") -> str:
+    return json.dumps(dict.fromkeys(names, kind)).replace("'", "''")
 
 
 def _name(name: str) -> str:

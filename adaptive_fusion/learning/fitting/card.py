@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptive_fusion.learning.fitting.fit import FittedPolicy
 from adaptive_fusion.learning.fitting.gate import Verdict
+from adaptive_fusion.policy.escalation import ANY, LEAST_AUC
 from adaptive_fusion.policy.policy import COMPLEX, LANES, SIMPLE, Policy
 
 FIGURES = (
@@ -65,6 +66,7 @@ def card(fitted: FittedPolicy, verdict: Verdict, against: str, command: str) -> 
             *bin_lines(report["expected_quality"], policy),
             *slice_lines(test["slices"]),
             *prompt_lines(report["prompt_features"]),
+            *escalation_lines(report["escalation"]),
             "## Gate",
             "",
             f"Against `{against}` on {verdict.rows} trusted stills: "
@@ -168,6 +170,32 @@ def prompt_lines(gain: Mapping[str, Any]) -> list[str]:
         for side in ("without", "with"):
             v = sides[side]
             lines.append(f"| {task}, {side} | {v['log_loss']:.4f} | | {v['quality']:.4f} | {v['cost']:.4g} |")
+    return [*lines, ""]
+
+
+def escalation_lines(found: Mapping[str, Any]) -> list[str]:
+    """Above which entropy of the first token a cheap answer is not trusted, by rung and kind of question."""
+    if not found:
+        return []
+    first = "first token's" if found["k"] == 1 else f"first {found['k']} tokens'"
+    lines = ["## Where the model is not sure", ""]
+    lines += [
+        f"Above these entropies of the {first} distribution (nats) the better plan runs. They keep what is lost to full"
+        f" compute within {found['alpha']:g} of quality on average, by conformal risk control over {found['images']}"
+        " images; fewer images allow no smaller bound. What is still lost and goes on is cross-fitted. Where the"
+        f" entropy tells too little (AUC below {LEAST_AUC:g}) it is not looked at; what is not listed has the general"
+        " threshold.",
+        "",
+        "| point | question | rows | AUC | threshold | lost by keeping all | still lost | go on |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for rung, kinds in found["thresholds"].items():
+        for kind, v in kinds.items():
+            told = f"{v['auc']:.3f}" if "auc" in v else "n/a"
+            value = f"{v['threshold']:.4f}" if "threshold" in v else "not looked at"
+            kind = "any" if kind == ANY else kind
+            lost = f"{v['loss']:.4f} | {v['left']:.4f} | {v['share']:.1%}"
+            lines.append(f"| `{rung}` | {kind} | {v['rows']} | {told} | {value} | {lost} |")
     return [*lines, ""]
 
 

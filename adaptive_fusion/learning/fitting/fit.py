@@ -19,6 +19,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import intervals
 from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray, IntArray
 from adaptive_fusion.learning.fitting.calibration import log_losses
+from adaptive_fusion.learning.fitting.escalation import cheap_rungs, fit_escalation, images_seen
 from adaptive_fusion.learning.fitting.expected import fit_quality_model, lane_qualities, quality_bins
 from adaptive_fusion.learning.fitting.search import CROSS_FIT_ROWS, Classifier, Validation, Variant, all_variants
 from adaptive_fusion.learning.fitting.threshold import Threshold, choose_threshold
@@ -40,8 +41,8 @@ class FittedPolicy:
 
     Attributes:
         policy: Ready to be saved.
-        report: JSON-able: data, candidates, threshold, expected qualities, what the prompt's features add,
-            and ``test``: the figures on the part that nothing was chosen on.
+        report: JSON-able: data, candidates, threshold, expected qualities, what the prompt's features add, thresholds
+            on the model's uncertainty, and ``test``: the figures on the part that nothing was chosen on.
     """
 
     policy: Policy
@@ -91,6 +92,10 @@ def fit_policy(
         policy = replace(policy, lanes=lane_qualities(policy, parts.measured))
         model, why = fit_quality_model(policy, parts.train, parts.valid, seed=seed, n=n)
         policy = replace(policy, quality_model=model)
+        unseen = data.take(~data.split("test", seed))
+        escalation = fit_escalation(unseen, cheap_rungs(policy), seed=seed)
+        if escalation is not None:
+            policy = replace(policy, escalation=escalation)
         report = {
             **_data_report(data, parts),
             "objective": objective,
@@ -102,6 +107,7 @@ def fit_policy(
             "threshold": asdict(threshold),
             "expected_quality": quality_bins(policy, parts.measured),
             "quality_model": why,
+            "escalation": {**escalation.to_dict(), "images": images_seen(unseen)} if escalation is not None else {},
             "prompt_features": _prompt_gain(search, parts, base, options),
             "test": evaluate_policy(policy, parts.test, seed=seed, n=n).to_dict(),
         }

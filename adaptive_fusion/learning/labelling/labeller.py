@@ -14,18 +14,23 @@ from threading import Event
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
 from adaptive_fusion.decision_log import text_hash
 from adaptive_fusion.errors import ConfigError, Interrupted
 from adaptive_fusion.evaluation.likelihood import after_prompt
 from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.escalation import entropies, watched
 from adaptive_fusion.execution.request import ChatRequest, build_request
 from adaptive_fusion.execution.timed import Encoding, Pass, Recordings, TimedModel, until_end
-from adaptive_fusion.features.prompts import PROMPT_VERSION, prompt_features
+from adaptive_fusion.features.prompts import PROMPT_VERSION, prompt_features, prompt_kind
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.learning.labelling.batches import batches, collate
 from adaptive_fusion.learning.labelling.scoring import RungTiming
 from adaptive_fusion.models import Encoded
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.escalation import MOST_TOKENS
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -56,6 +61,7 @@ def describe(question: Question) -> Subject:
         prompt_features=prompt_features(asked) if asked else {},
         prompt_version=PROMPT_VERSION if asked else None,
         prompt_hash=text_hash(asked) if asked else None,
+        prompt_kind=prompt_kind(asked) if asked else None,
         slices=question.slices,
     )
 
@@ -121,13 +127,13 @@ class RunnerModel:
         """
         ready = self._encode(question, rungs)
         first = [self._generate(each.encoding, _TIMED_TOKENS) for each in ready]
-        tokens = self._answered([each.encoding for each in ready])
+        answered = self._answered([each.encoding for each in ready])
         found: dict[str, tuple[str, RungTiming]] = {}
-        for each, alone, new in zip(ready, first, tokens, strict=True):
+        for each, alone, (new, unsure) in zip(ready, first, answered, strict=True):
             text = self._tokenizer.decode(new, skip_special_tokens=True).strip()
             ttft_ms = each.ready_ms + alone.prefill_ms
             latency_ms = ttft_ms + alone.step_ms * max(0, len(new) - 1)
-            timing = each.timing(ttft_ms, latency_ms=latency_ms, new_tokens=len(new))
+            timing = each.timing(ttft_ms, latency_ms=latency_ms, new_tokens=len(new), entropies=unsure)
             found |= {name: (text, timing) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
@@ -138,8 +144,10 @@ class RunnerModel:
         for each in self._encode(question, rungs):
             with self._exclusively():
                 prompt, prefill_ms = self._timed.prefill(each.encoding)
+                first = tuple(entropies(prompt.logits[:, -1]).tolist())
                 [likelihood] = after_prompt(self.runner.adapter.outer, prompt, [answer])
-            found |= {name: (likelihood.mean, each.timing(each.ready_ms + prefill_ms)) for name in each.names}
+            timing = each.timing(each.ready_ms + prefill_ms, entropies=first)
+            found |= {name: (likelihood.mean, timing) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
     # How it is done
@@ -197,16 +205,25 @@ class RunnerModel:
         with self._exclusively():
             return self._timed.encode(partial(adapter.prepare, request.messages, point), point, recordings)
 
-    def _answered(self, encodings: Sequence[Encoding]) -> list[list[int]]:
-        """The new tokens of every answer, without what follows its end."""
+    def _answered(self, encodings: Sequence[Encoding]) -> list[tuple[list[int], tuple[float, ...]]]:
+        """Of every answer the new tokens, without what follows its end, and the entropies of the first of them."""
         most = BATCH_TOKENS if self.runner.adapter.packed else 0
-        tokens: dict[int, list[int]] = {}
+        answers: dict[int, tuple[list[int], tuple[float, ...]]] = {}
         for rows in batches([each.length for each in encodings], most):
             chosen = [encodings[row] for row in rows]
-            done = self._generate(_together(chosen), self.max_new_tokens)
-            for row, new in zip(rows, done.new_tokens.tolist(), strict=True):
-                tokens[row] = until_end(new, self.runner.adapter.end_tokens)
-        return [tokens[row] for row in range(len(encodings))]
+            seen: list[Tensor] = []
+
+            def see(logits: Tensor, seen: list[Tensor] = seen) -> bool:
+                seen.append(entropies(logits).cpu())
+                return len(seen) == MOST_TOKENS
+
+            with watched(self.runner.adapter.outer, see):
+                done = self._generate(_together(chosen), self.max_new_tokens)
+            by_row = torch.stack(seen, dim=1).tolist()
+            for row, new, unsure in zip(rows, done.new_tokens.tolist(), by_row, strict=True):
+                tokens = until_end(new, self.runner.adapter.end_tokens)
+                answers[row] = tokens, tuple(unsure[: len(tokens)])
+        return [answers[row] for row in range(len(encodings))]
 
     def _generate(self, encoding: Encoding, most: int) -> Pass:
         options = {"max_new_tokens": most, "do_sample": False}

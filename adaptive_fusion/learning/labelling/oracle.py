@@ -25,12 +25,13 @@ from adaptive_fusion.progress import Progress, Steps, silent
 @dataclass(frozen=True)
 class RungScores:
     """What one input's rungs were worth: quality in [0, 1] and cost by rung name, the native point's quality,
-    and by rung name whatever else was measured."""
+    and by rung name whatever else was measured, with the entropies of the first tokens' distributions in nats."""
 
     quality: Mapping[str, float]
     reference_quality: float
     cost: Mapping[str, float] = field(default_factory=dict)
     measurement: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    entropies: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
@@ -145,6 +146,7 @@ def _label(subject: Subject, worth: RungScores, source_id: str | None, time_s: f
         reference_quality=worth.reference_quality,
         cost=worth.cost,
         measurement=worth.measurement,
+        entropies=worth.entropies,
         source_id=source_id,
         time_s=time_s,
     )

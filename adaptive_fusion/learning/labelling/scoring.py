@@ -23,7 +23,8 @@ NATIVE_RUNG = Rung(NATIVE)
 class RungTiming:
     """What a rung took on an input: times in milliseconds, counts of patches and tokens; None if not measured.
 
-    `latency_ms` is the time to the last token.
+    `latency_ms` is the time to the last token. `entropies` are those of the first tokens' distributions, in nats, by
+    the model's own logits.
     """
 
     ttft_ms: float
@@ -31,10 +32,12 @@ class RungTiming:
     patches: int | None = None
     visual_tokens: int | None = None
     new_tokens: int | None = None
+    entropies: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, float]:
-        """What was measured, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """What was measured, by name, without the entropies."""
+        found = {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in found.items() if name != "entropies"}
 
 
 class Model(Protocol):
@@ -101,7 +104,8 @@ class ModelScorer:
 
 def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, RungTiming]) -> RungScores:
     cost = {name: each.ttft_ms for name, each in took.items()}
-    return RungScores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()})
+    entropies = {name: each.entropies for name, each in took.items() if each.entropies}
+    return RungScores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()}, entropies)
 
 
 def _with_native(rungs: Sequence[Rung]) -> list[Rung]:

@@ -29,6 +29,8 @@ SENTENCES = (
     "raises v by the same x {MEMORY_HEADROOM};",
     "after {CEILING_WAIT} clean requests the ceiling rises by one step (x {CEILING_STEP}),",
     "doubles the wait, up to {CEILING_WAIT_MAX:,};",
+    "p is a running mean of the last {SHARE_MEMORY} verdicts of the plan's rung and kind of question,",
+    "together with {SHARE_WEIGHT} at the share expected beforehand.",
     "m stays within +-{DRIFT_MAX:g}, the margin that is told is at most e^{MARGIN_MAX:g} times",
     "own drifts are kept for {MAX_POINTS} points and prices for {MAX_LEVELS} attainment levels",
     "a choice older than {STALE_S:g} s teaches nothing.",

@@ -1,0 +1,140 @@
+"""Plans of two passes on offer: a cheap point first, and the better one where the model is not sure of its answer.
+
+Knows candidates, thresholds and what share of requests goes on. Must not know how a verdict is taken or how risks are
+weighed: `execution.escalation` does the first, `weighing` the second.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from adaptive_fusion.control.candidates import Candidate, Choice, Second
+from adaptive_fusion.policy.escalation import Escalation, Threshold
+
+MOST_SECONDS = 2
+"""Better plans that are tried for a cheap one, the best first: the next is for budgets that the best does not fit."""
+NO_SECOND = "no second pass: "
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Whether and how one request may ask the model; `never` says in words why it may not, empty where it may."""
+
+    thresholds: Escalation
+    kind: str
+    never: str = ""
+
+
+def plans(
+    candidates: Sequence[Candidate],
+    full: Candidate,
+    asking: Asking,
+    *,
+    tolerance: float,
+    share: Callable[[str, float], float],
+    new_tokens: float,
+) -> tuple[list[Candidate], int]:
+    """What the controller chooses from: one pass, and two where the better plan may improve on an answer.
+
+    A plan that is as good as any, within the tolerance, is sure and gets no second pass. What two passes are worth is
+    what going on at random would be worth. Where the threshold was learned, its rows say more: what is lost where every
+    answer is kept, which one pass is not better than, and what is still lost after the better plan. Two such
+    passes that take longer on average than the better plan alone give way to it.
+
+    Args:
+        candidates: The lane's, with the policy's own expected qualities.
+        full: Full compute, which may be the better plan even where the lane does not have it.
+        asking: With what thresholds.
+        tolerance: Qualities within it of another count as equal to it.
+        share: P(going on) by a key and what the policy expects.
+        new_tokens: Expected length of an answer.
+
+    Returns:
+        The plans, and how many of these have two passes.
+    """
+    pool = [*candidates, *([] if any(c.point.is_full for c in candidates) else [full])]
+    pool.sort(key=lambda candidate: -candidate.quality)
+    singles, doubles, at_once = list[Candidate](), list[Candidate](), dict[str, Candidate]()
+    for candidate in candidates:
+        rule = asking.thresholds.threshold(candidate.key, asking.kind)
+        dearer = [] if rule.threshold is None else [c for c in pool if _improves(c, candidate, rule, tolerance)]
+        if dearer and rule.learned:
+            known = min(candidate.quality, dearer[0].quality - rule.loss)
+            candidate = replace(candidate, quality=max(0.0, known))
+        singles.append(candidate)
+        for better in dearer[:MOST_SECONDS]:
+            if better.quality - candidate.quality <= tolerance:
+                continue
+            both = _in_two(candidate, better, rule, asking, share, new_tokens)
+            if not rule.learned or both.mean_ms < better.predicted.latency_ms:
+                doubles.append(both)
+            elif better is full:
+                at_once[better.key] = better
+    singles += at_once.values()
+    return level(singles, doubles, tolerance), len(doubles)
+
+
+def _improves(better: Candidate, candidate: Candidate, rule: Threshold, tolerance: float) -> bool:
+    """Whether going on from `candidate` to `better` may be worth its time."""
+    if better.predicted.latency_ms <= candidate.predicted.latency_ms:
+        return False
+    if rule.learned:
+        return better.quality >= candidate.quality and better.key != candidate.key
+    return better.quality - candidate.quality > tolerance
+
+
+def _in_two(
+    candidate: Candidate,
+    better: Candidate,
+    rule: Threshold,
+    asking: Asking,
+    share: Callable[[str, float], float],
+    new_tokens: float,
+) -> Candidate:
+    """`candidate` first and `better` where its answer is not trusted, with what both are worth."""
+    key, k = f"{candidate.key} {asking.kind}".strip(), asking.thresholds.k
+    p = share(key, rule.share)
+    worth = (1.0 - p) * candidate.quality + p * better.quality
+    if rule.learned:
+        worth = max(worth, better.quality - rule.left)
+    wait_ms = (k - 1) * candidate.predicted.decode_ms / max(1.0, new_tokens - 1)
+    return replace(candidate, quality=worth, second=Second(better, p, rule.threshold or 0.0, k, wait_ms, key))
+
+
+def level(singles: Sequence[Candidate], doubles: Sequence[Candidate], tolerance: float) -> list[Candidate]:
+    """All plans, with qualities within the tolerance of the best counted as equal to it, so that the cheapest of them
+    is taken.
+
+    One pass is as good as the best of one pass only: what asking adds must not be lost to the tolerance.
+    """
+    best_single = max(candidate.quality for candidate in singles)
+    best = max([best_single, *(candidate.quality for candidate in doubles)])
+    return [
+        *(_up_to(candidate, best_single, tolerance) for candidate in singles),
+        *(_up_to(candidate, best, tolerance) for candidate in doubles),
+    ]
+
+
+def _up_to(candidate: Candidate, best: float, tolerance: float) -> Candidate:
+    within = best - tolerance <= candidate.quality < best
+    return replace(candidate, quality=best) if within else candidate
+
+
+def told(choice: Choice, asking: Asking | None, offered: bool) -> dict[str, object]:
+    """What a decision says of it: the second pass that may follow, or ``why`` there is none.
+
+    Args:
+        choice: As the controller made it.
+        asking: None where asking is switched off.
+        offered: Whether plans of two passes were on offer.
+    """
+    if asking is None:
+        return {}
+    second = choice.candidate.second
+    if second is not None:
+        return {"to": second.candidate.key, "k": second.k, "threshold": second.threshold, "share": second.share}
+    if asking.never:
+        return {"why": asking.never}
+    if not offered:
+        return {"why": "the plan counts as good as any"}
+    refused = [each.reason for each in choice.rejected if each.reason.startswith(("two passes", "memory", "overload"))]
+    return {"why": refused[0] if refused else "one pass is worth as much"}

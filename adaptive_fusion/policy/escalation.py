@@ -1,0 +1,131 @@
+"""When a cheap plan's answer is not trusted: thresholds on the model's own uncertainty, by rung and kind of question.
+
+The model is uncertain by the entropy of its first token's distribution (of several: their mean), in nats, from its own
+logits. Knows rungs' names, kinds of questions and numbers. Must not know how entropies are measured or thresholds
+learned.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptive_fusion.checks import check_keys, integer, is_number, number
+from adaptive_fusion.errors import PolicyError
+from adaptive_fusion.features.prompts import PROMPT_KINDS
+
+ANY = "*"
+"""The rung, or the kind of question, that stands for all that have no threshold of their own."""
+MOST_TOKENS = 4
+"""The most first tokens that may be looked at."""
+GENERAL_THRESHOLD = 0.1
+"""Nats above which an answer is not trusted where nothing was learned. On fresh scenes of the reference model it keeps
+0.35 of the answers of cheap plans and loses 0.010 to 0.019 of quality (``benchmarks/escalation.py``)."""
+GENERAL_SHARE = 0.65
+"""Share of requests that is expected to be above it, until it is known better."""
+LEAST_AUC = 0.7
+"""What the entropy must tell of the loss (area under the ROC curve) for a threshold to be of use."""
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a rung's answers stop being trusted.
+
+    Attributes:
+        threshold: Entropy in nats above which the better plan runs; None where entropy tells too little, so that it
+            is not looked at.
+        auc: How well the entropy tells the answers that lose from the others, on the rows it was learned from.
+        rows: How many these were; 0 where nothing was learned.
+        loss: What is lost to full compute, in quality, where every answer is kept.
+        left: What is still lost where those above the threshold go on, on average over rows that did not choose it.
+        share: Share of these rows that goes on.
+    """
+
+    threshold: float | None = None
+    auc: float | None = None
+    rows: int = 0
+    loss: float = 0.0
+    left: float = 0.0
+    share: float = GENERAL_SHARE
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", number(self.threshold, "threshold", 0, error=PolicyError))
+        if self.auc is not None:
+            object.__setattr__(self, "auc", number(self.auc, "auc", 0, 1, error=PolicyError))
+        integer(self.rows, "rows", 0, error=PolicyError)
+        for what in ("loss", "left", "share"):
+            object.__setattr__(self, what, number(getattr(self, what), what, 0, 1, error=PolicyError))
+
+    @property
+    def learned(self) -> bool:
+        """Whether it was learned from answers of this rung."""
+        return self.rows > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """TOML-able values; a threshold that is not there is left out."""
+        found = {"threshold": self.threshold, "auc": self.auc, "rows": self.rows}
+        known = {"loss": self.loss, "left": self.left, "share": self.share} if self.learned else {}
+        return {name: value for name, value in {**found, **known}.items() if value is not None}
+
+
+GENERAL = Threshold(GENERAL_THRESHOLD)
+
+
+@dataclass(frozen=True)
+class Escalation:
+    """How requests go on from a cheap plan to the better one.
+
+    Attributes:
+        k: First tokens that are looked at, 1 to `MOST_TOKENS`. Each after the first costs a stream one more step
+            before anything is shown.
+        alpha: Loss of quality to the better plan that the thresholds keep to on average.
+        thresholds: By rung, then by kind of question; `ANY` stands for all others.
+
+    Raises:
+        PolicyError: For a value out of range or an unknown kind of question.
+    """
+
+    k: int = 1
+    alpha: float = 0.05
+    thresholds: Mapping[str, Mapping[str, Threshold]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        integer(self.k, "k of escalation", 1, MOST_TOKENS, error=PolicyError)
+        object.__setattr__(self, "alpha", number(self.alpha, "alpha", above=0, below=1, error=PolicyError))
+        for rung, kinds in self.thresholds.items():
+            for kind in kinds:
+                if kind != ANY and kind not in PROMPT_KINDS:
+                    known = ", ".join((ANY, *PROMPT_KINDS))
+                    raise PolicyError(f"thresholds of {rung} have the kind {kind!r}; expected one of {known}")
+
+    def threshold(self, rung: str, kind: str) -> Threshold:
+        """The threshold for a rung and a kind of question: its own, else the general ones, else `GENERAL`."""
+        for name in (rung, ANY):
+            kinds = self.thresholds.get(name, {})
+            if found := kinds.get(kind, kinds.get(ANY)):
+                return found
+        return GENERAL
+
+    def to_dict(self) -> dict[str, Any]:
+        """TOML-able values."""
+        tables = {
+            rung: {kind: each.to_dict() for kind, each in kinds.items()} for rung, kinds in self.thresholds.items()
+        }
+        return {"k": self.k, "alpha": self.alpha, "thresholds": tables}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Escalation":
+        """Read `to_dict`'s form; raises PolicyError where it is not one."""
+        table = check_keys(values, "escalation", (), ("k", "alpha", "thresholds"))
+        rungs = table.get("thresholds", {})
+        if not isinstance(rungs, Mapping) or not all(isinstance(kinds, Mapping) for kinds in rungs.values()):
+            raise PolicyError(f"thresholds of escalation is {rungs!r}; expected tables by rung and kind of question")
+        read = {str(rung): {str(kind): _read(each) for kind, each in kinds.items()} for rung, kinds in rungs.items()}
+        return cls(table.get("k", 1), table.get("alpha", 0.05), read)
+
+
+def _read(values: Any) -> Threshold:
+    """A threshold's table, or the number alone."""
+    if is_number(values):
+        return Threshold(values)
+    return Threshold(**check_keys(values, "threshold", (), ("threshold", "auc", "rows", "loss", "left", "share")))

@@ -1,0 +1,56 @@
+"""The table of a policy that says when a cheap answer is not trusted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adaptive_fusion.errors import PolicyError
+from adaptive_fusion.policy.escalation import ANY, GENERAL, Escalation, Threshold
+from adaptive_fusion.policy.policy import Policy
+
+RULES = Escalation(
+    2,
+    0.01,
+    {
+        "weighted6r4@0.5/25%": {"read": Threshold(0.5, 0.9, 120, 0.2, 0.01, 0.3), ANY: Threshold(None, 0.6, 300, 0.04)},
+        ANY: {"count": Threshold(0.7)},
+    },
+)
+
+
+def test_the_nearest_threshold_holds() -> None:
+    rung = "weighted6r4@0.5/25%"
+    assert RULES.threshold(rung, "read").threshold == 0.5 and RULES.threshold(rung, "read").learned
+    assert RULES.threshold(rung, "count").threshold is None  # off for this rung, whatever is said in general
+    assert RULES.threshold("native@0.5", "count").threshold == 0.7
+    assert RULES.threshold("native@0.5", "read") is GENERAL is Escalation().threshold("a", "")
+
+
+def test_a_policy_keeps_the_table_on_disk_and_has_none_by_itself(tmp_path: Path) -> None:
+    plain = Policy.load("reference-balanced")
+    assert plain.escalation is None and Policy.load(plain.save(tmp_path / "plain")).escalation is None
+    assert Policy.load(replace(plain, escalation=RULES).save(tmp_path / "new")).escalation == RULES
+    (file := tmp_path / "new" / "policy.toml").write_text(file.read_text().replace("count", "counted"))
+    with pytest.raises(PolicyError, match=r"kind 'counted'; expected one of \*, count, describe"):
+        Policy.load(file)
+
+
+def test_a_number_alone_is_a_threshold() -> None:
+    assert Escalation.from_dict({"thresholds": {ANY: {ANY: 0.3}}}).threshold("a", "read") == Threshold(0.3)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"k": 5}, "k of escalation is 5; expected an integer from 1 to 4"),
+        ({"alpha": 0}, "alpha is 0; expected a number above 0, below 1"),
+        ({"thresholds": {"a": 1}}, "expected tables by rung and kind"),
+        ({"thresholds": {"a": {ANY: {"threshold": -1}}}}, "threshold is -1; expected a number of at least 0"),
+        ({"thresholds": {"a": {ANY: {"treshold": 1}}}}, "unknown .'treshold'. keys"),
+        ({"thresholds": {"a": {ANY: {"share": 2}}}}, "share is 2; expected a number from 0 to 1"),
+    ],
+)
+def test_what_is_not_one_is_refused(table: dict[str, object], said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        Escalation.from_dict(table)
