@@ -657,7 +657,7 @@ class AdaptiveRunner(ModelFace):
         if rules is None or self._escalate is False:
             return None
         kind = prompt_kind(prompt) if prompt else ""  # nobody knows the text of a prompt that is given as tokens
-        return Asking(rules, kind, why_never(arguments, rules.k, rows, self.model))
+        return Asking(rules, kind, why_never(arguments, rules.k, rows, self.adapter.model))
 
     def _prepare(self, call: _Call) -> Prepared:
         arrived = self._clock() if call.arrived_s is None else call.arrived_s

@@ -154,6 +154,8 @@ class Controller:
         """Why `candidate` would not be in time any more with the probability that the budget asks for; empty if it
         would. `elapsed_ms` counts from the request's arrival."""
         predicted = candidate.predicted
+        if budget.latency_ms is None and budget.ttft_ms is None:
+            return ""
         with self._lock:
             limits = weighing.times_left(budget, elapsed_ms, self._learned)
             risk = weighing.risk_of(candidate.key, predicted.ttft_ms, predicted.latency_ms, limits)

@@ -321,13 +321,14 @@ class Planner:
         tolerance = self.policy.tolerance
         if asking is None or asking.never:
             return level(candidates, (), tolerance), 0
+        new_tokens = self.expected_tokens(info)
         return plans(
             candidates,
-            self.candidate(NATIVE, 1.0, info),
+            self.candidate(NATIVE, 1.0, info, new_tokens),
             asking,
             tolerance=tolerance,
             share=self.controller.share,
-            new_tokens=self.expected_tokens(info),
+            new_tokens=new_tokens,
         )
 
     def _remarks(self, choice: Choice, second: Mapping[str, Any], needs: Needs | None) -> list[str]:

@@ -10,7 +10,8 @@ whoever asks gives a function that says whether there is time for one.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from statistics import fmean
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from adaptive_fusion.execution.arguments import Arguments
 from adaptive_fusion.execution.generate_rules import is_blind, is_own
-from adaptive_fusion.models.unwrap import unwrap
-
-_FAR = -1e4  # below any logit that matters; keeps 0 x infinity out of the sum
 
 _NEVER = {
     "prefix_allowed_tokens_fn": "holds the answer to a grammar",
@@ -40,7 +38,7 @@ def why_never(arguments: Arguments, k: int, rows: int = 1, model: Any = None) ->
         arguments: The call's.
         k: First tokens that are looked at.
         rows: Prompts in the batch.
-        model: As it was given to the runner.
+        model: Without wrappers.
     """
     for name in ("num_beams", "num_return_sequences"):
         if (arguments.value(name) or 1) != 1:
@@ -57,30 +55,27 @@ def why_never(arguments: Arguments, k: int, rows: int = 1, model: Any = None) ->
                 return f"stopping_criteria has a {type(item).__name__}, which may keep a state"
         if rows > 1:
             return f"{rows} rows may end at different tokens, and {k} tokens are to be looked at"
-    if model is not None and getattr(unwrap(model), "_compiled_call_impl", None) is not None:
+    if model is not None and getattr(model, "_compiled_call_impl", None) is not None:
         return "the model's call is compiled, which hides its logits"
     return ""
 
 
 def entropies(logits: Tensor) -> Tensor:
     """Entropy of each row's distribution, in nats, of `logits` ``[rows, vocabulary]``."""
-    x = logits.float()
-    x = (x - x.amax(-1, keepdim=True)).clamp_(min=_FAR)
-    weights = x.exp()
-    total = weights.sum(-1)
-    return total.log() - (weights * x).sum(-1) / total
+    found: Tensor = torch.special.entr(torch.softmax(logits.float(), -1)).sum(-1)
+    return found
 
 
 @contextmanager
-def watched(model: Any, see: Callable[[Tensor], bool]) -> Iterator[None]:
-    """Inside this context `see` is given the last logits ``[rows, vocabulary]`` of every forward of `model`, until it
-    returns True."""
+def watched(model: nn.Module, see: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Inside this context `see` is given the last logits ``[rows, vocabulary]`` of every forward of `model`, without
+    wrappers around it, until it returns True."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if see(output.logits[:, -1]):
             handle.remove()
 
-    handle = unwrap(model).register_forward_hook(hook)
+    handle = model.register_forward_hook(hook)
     try:
         yield
     finally:
@@ -99,8 +94,6 @@ class FirstLook:
         threshold: Nats above which the pass is given up.
         too_late: Says why there must be no verdict any more, in words; empty if there may be one.
         clock: Seconds, monotonic.
-        device: Of the model. A pass that is given up leaves the random numbers as they were when this was made: before
-            it is encoded.
     """
 
     def __init__(
@@ -109,11 +102,9 @@ class FirstLook:
         threshold: float,
         too_late: Callable[[], str],
         clock: Callable[[], float],
-        device: torch.device,
     ) -> None:
-        self._random = _Random(device)
         self.k, self.threshold, self._too_late, self._clock = k, threshold, too_late, clock
-        self._seen: list[Tensor] = []
+        self._seen: list[list[float]] = []
         self._streamer: _Held | None = None
         self.first_s: float | None = None
         self.decided_s: float | None = None
@@ -121,8 +112,9 @@ class FirstLook:
         self.escalated: bool | None = None
         self.why = ""
 
-    def run(self, model: Any, options: Mapping[str, Any], generate: Callable[[Mapping[str, Any]], Any]) -> Any:
-        """What `generate` gives for `options`; nothing of it is repeated if the pass is kept.
+    def run(self, model: nn.Module, options: Mapping[str, Any], generate: Callable[[Mapping[str, Any]], Any]) -> Any:
+        """What `generate` gives for `options`; nothing of it is repeated if the pass is kept. One that is given up
+        leaves the random numbers as they were.
 
         Raises:
             Unsure: If the pass is given up.
@@ -130,6 +122,8 @@ class FirstLook:
         if options.get("streamer") is not None:
             self._streamer = _Held(options["streamer"])
             options = {**options, "streamer": self._streamer}
+        # The first token is drawn after its logits were seen, so only a later look can follow a draw.
+        before = _Random(cast(torch.device, model.device)) if self.k > 1 else None
         try:
             with watched(model, self._see):
                 done = generate(options)
@@ -137,11 +131,12 @@ class FirstLook:
                 self._decide()  # it ended within the first k tokens
             return done
         except Unsure:
-            self._random.restore()
+            if before is not None:
+                before.restore()
             raise
 
     def _see(self, logits: Tensor) -> bool:
-        self._seen.append(entropies(logits).cpu())
+        self._seen.append(entropies(logits).tolist())
         if self.first_s is None:
             self.first_s = self._clock()
         if len(self._seen) < self.k:
@@ -154,7 +149,7 @@ class FirstLook:
         self.decided_s = self._clock()
         self.why = self._too_late() if self._seen else "the model's logits were not seen"
         if not self.why:
-            self.entropy = float(torch.stack(self._seen).mean(0).max())
+            self.entropy = max(map(fmean, zip(*self._seen, strict=True)))
             self.escalated = self.entropy > self.threshold
         self._seen.clear()
         if self.escalated:

@@ -223,7 +223,7 @@ class _Tries:
         generate = partial(self.timed.generate, encoding, deadline_s=deadline, cancelled=task.cancelled)
         if look is None:
             return generate(options)
-        done: Pass = look.run(self.timed.adapter.outer, options, generate)
+        done: Pass = look.run(self.timed.adapter.model, options, generate)
         if look.k > 1 and look.decided_s is not None:
             # Nothing was shown before the verdict.
             self.held_ms = max(0.0, look.decided_s - done.first_s) * 1e3
@@ -235,7 +235,7 @@ class _Tries:
         if second is None or self.look is not None or point != self.task.choice.point:
             return None
         too_late, timed = partial(self._too_late, second), self.timed
-        self.look = FirstLook(second.k, second.threshold, too_late, timed.clock, timed.adapter.device)
+        self.look = FirstLook(second.k, second.threshold, too_late, timed.clock)
         return self.look
 
     def go_on(self) -> OperatingPoint:

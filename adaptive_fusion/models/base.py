@@ -282,7 +282,9 @@ class Adapter(ABC):
         if spec is None:
             return None
         if spec not in self._fusions:
-            self.add_fusion(DeepStackFusion(spec))
+            # A module that is made within a request must not change what the request samples.
+            with torch.random.fork_rng(devices=[]):
+                self.add_fusion(DeepStackFusion(spec))
         return self._fusions[spec]
 
     @contextmanager

@@ -116,11 +116,7 @@ def fit_escalation(
     for rung in rungs:
         if rung not in data.rungs:
             continue
-        column = data.rungs.index(rung)
-        with np.errstate(invalid="ignore"):
-            entropy = _mean_of_first(data.entropy[:, column], k)
-        loss = np.maximum(0.0, data.reference - data.quality[:, column])
-        usable = np.isfinite(entropy) & np.isfinite(loss) & data.trusted()
+        usable, entropy, loss = known_rows(data, rung, k)
         kinds: dict[str, BoolArray] = {ANY: usable}
         kinds |= {kind: usable & (data.asked == code) for code, kind in enumerate(PROMPT_KINDS)}
         for kind, rows in kinds.items():
@@ -133,6 +129,17 @@ def fit_escalation(
                 if each is not None and not blind:
                     found.setdefault(rung, {})[kind] = each
     return Escalation(k, alpha, found) if found else None
+
+
+def known_rows(data: Dataset, rung: str, k: int) -> tuple[BoolArray, FloatArray, FloatArray]:
+    """Which rows tell something of a rung, and of all rows the mean entropy of the first `k` tokens and the loss of
+    quality to full compute; each ``[n]``."""
+    column = data.rungs.index(rung)
+    if data.entropy is None:
+        return np.zeros(len(data), dtype=bool), np.full(len(data), np.nan), np.full(len(data), np.nan)
+    entropy = _mean_of_first(data.entropy[:, column], k)
+    loss: FloatArray = np.maximum(0.0, data.reference - data.quality[:, column])
+    return np.isfinite(entropy) & np.isfinite(loss) & data.trusted(), entropy, loss
 
 
 def cheap_rungs(policy: Policy) -> list[str]:

@@ -217,7 +217,7 @@ class RunnerModel:
                 seen.append(entropies(logits).cpu())
                 return len(seen) == MOST_TOKENS
 
-            with watched(self.runner.adapter.outer, see):
+            with watched(self.runner.adapter.model, see):
                 done = self._generate(_together(chosen), self.max_new_tokens)
             by_row = torch.stack(seen, dim=1).tolist()
             for row, new, unsure in zip(rows, done.new_tokens.tolist(), by_row, strict=True):
