@@ -1,5 +1,6 @@
 """The table of a policy that says when a cheap answer is not trusted."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,3 +55,10 @@ def test_a_number_alone_is_a_threshold() -> None:
 def test_what_is_not_one_is_refused(table: dict[str, object], said: str) -> None:
     with pytest.raises(PolicyError, match=said):
         Escalation.from_dict(table)
+
+
+def test_the_page_shows_a_table_that_is_one() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "escalation.md").read_text(encoding="utf-8")
+    rules = Escalation.from_dict(tomllib.loads(page.split("```toml")[1].split("```")[0])["escalation"])
+    assert rules.threshold("weighted6r4@0.5/25%", "count").threshold is None
+    assert rules.threshold("weighted6r4@0.5/25%", "event") == Threshold(0.2) != rules.threshold("other", "event")
