@@ -207,6 +207,8 @@ class AdaptiveRunner(ModelFace):
         self.meter = meter if meter is not None else meter_for(str(self.device))
         self._executor = Executor(self.adapter, self.meter, clock)
         self._rng = random.Random(seed)
+        if escalate not in (True, False, None):
+            raise ConfigError(f"escalate is {escalate!r}; expected True, False, or None for what the policy says")
         self._escalate = escalate
         self.use_profile(*((profile, "given") if profile else find_profile(self.adapter)))
         self._lock = lock_of(model)

@@ -13,6 +13,7 @@ from adaptive_fusion.policy.escalation import Escalation, Threshold
 MOST_SECONDS = 2
 """Better plans that are tried for a cheap one, the best first: the next is for budgets that the best does not fit."""
 NO_SECOND = "no second pass: "
+SURE = "the plan counts as good as any"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,6 @@ def told(choice: Choice, asking: Asking | None, offered: bool) -> dict[str, obje
     if asking.never:
         return {"why": asking.never}
     if not offered:
-        return {"why": "the plan counts as good as any"}
+        return {"why": SURE}
     refused = [each.reason for each in choice.rejected if each.reason.startswith(("two passes", "memory", "overload"))]
     return {"why": refused[0] if refused else "one pass is worth as much"}

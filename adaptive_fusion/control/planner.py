@@ -12,7 +12,7 @@ from typing import Any
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.escalating import NO_SECOND, Asking, level, plans, told
+from adaptive_fusion.control.escalating import NO_SECOND, SURE, Asking, level, plans, told
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Work
 from adaptive_fusion.decisions import Decision, Prediction
@@ -336,7 +336,7 @@ class Planner:
         untrained = ""
         if self.adapter.untrained(choice.point):
             untrained = f"{choice.point.fusion} is untrained for this model: the native computation"
-        none = f"{NO_SECOND}{second['why']}" if "why" in second else ""
+        none = f"{NO_SECOND}{second['why']}" if second.get("why", SURE) != SURE else ""
         return [none, needs.in_words() if needs is not None else "", untrained, self.remark]
 
 

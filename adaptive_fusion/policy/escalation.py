@@ -19,7 +19,7 @@ MOST_TOKENS = 4
 """The most first tokens that may be looked at."""
 GENERAL_THRESHOLD = 0.1
 """Nats above which an answer is not trusted where nothing was learned. On fresh scenes of the reference model it keeps
-0.35 of the answers of cheap plans and loses 0.010 to 0.019 of quality (``benchmarks/escalation.py``)."""
+0.35 to 0.38 of the answers of cheap plans and loses 0.011 to 0.017 of quality (``benchmarks/escalation.py``)."""
 GENERAL_SHARE = 0.65
 """Share of requests that is expected to be above it, until it is known better."""
 LEAST_AUC = 0.7

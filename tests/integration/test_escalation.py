@@ -16,6 +16,10 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.learning.labelling.labeller import RunnerModel
+from adaptive_fusion.learning.labelling.scoring import ModelScorer
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.escalation import Escalation, Threshold
 from adaptive_fusion.policy.policy import LANES, Policy
@@ -274,10 +278,13 @@ def test_it_is_on_where_the_caller_or_the_policy_says_so(
     assert not asked(None, None) and not asked(None, False) and not asked(SELDOM, False)
     assert asked(SELDOM, None)["threshold"] == SELDOM == asked(SELDOM, True)["threshold"]
     assert asked(None, True)["threshold"] == Escalation().threshold(CHEAP.name, "describe").threshold
+    with pytest.raises(ConfigError, match="escalate is 'yes'; expected True, False, or None"):
+        asked(None, "yes")
     sure = replace(policy(ALWAYS), tolerance=0.5)
     for each in (sure, policy(ALWAYS)):
         runner = AdaptiveRunner(reference_model, processor, policy=each, log=tmp_path / "log.jsonl")
         runner.chat(screen, PROMPT, max_new_tokens=1)
+    assert "second pass" not in runner.decide(None, PROMPT).reason  # text alone: there is nothing to say
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert first["escalated"] is None and first["escalation"]["why"] == "the plan counts as good as any"
     assert second["escalated"] is True and second["escalation"]["first_ms"] > 0 and second["rung"] == "native@1"
@@ -291,3 +298,14 @@ def test_each_pass_teaches_its_own_rung(make: Any, screen: Image.Image) -> None:
     assert state["shares"] == {f"{CHEAP.name} describe": {"mean": 1.0, "seen": 3}}
     assert {key: row["seen"] for key, row in state["ttft"]["points"].items()} == {CHEAP.name: 3, "native@1": 3}
     assert set(state["latency"]["points"]) == {"native@1"}
+
+
+def test_labels_note_the_entropies_that_requests_see(make: Any, screen: Image.Image) -> None:
+    scorer = ModelScorer(RunnerModel(make(None), max_new_tokens=6))
+    asked = [Question(screen, PROMPT, references) for references in (("a2 pink diamond",), ())]
+    answered, scored = (scorer.score(question, [CHEAP]).entropies for question in asked)
+    for k in (1, 3):
+        seen = make(SELDOM, k).chat(screen, PROMPT, max_new_tokens=6).decision.escalation["entropy"]
+        assert sum(answered[CHEAP.name][:k]) / k == pytest.approx(seen, rel=1e-3)
+    assert len(answered[CHEAP.name]) == 4 and set(answered) == set(scored) == {CHEAP.name, "native@1"}
+    assert list(scored[CHEAP.name]) == pytest.approx(answered[CHEAP.name][:1], rel=1e-3)  # nothing but a prefill
