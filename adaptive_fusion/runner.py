@@ -670,7 +670,7 @@ class AdaptiveRunner(ModelFace):
     def _decide(self, prepared: Prepared, limits: Budget, wait_ms: float) -> Decision:
         point, because = settled(prepared._call.arguments, prepared._call.point)
         info = self._chat_info(prepared.request, prepared._call.arguments, prepared.arrived_s, prepared.text_tokens)
-        info = replace(info, elapsed_ms=info.elapsed_ms + wait_ms)
+        info = self._within_context(replace(info, elapsed_ms=info.elapsed_ms + wait_ms), prepared._call)
         return self._planner.decide(info, limits, point, because)[0]
 
     def _answer(self, call: _Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:

@@ -262,6 +262,16 @@ def test_what_a_second_pass_would_not_suit_gets_one_and_says_why(make: Any, scre
     assert decision.escalated is None and why in decision.reason and why in decision.escalation["why"]
 
 
+def test_a_context_that_full_compute_does_not_fit_into_keeps_the_cheap_answer(make: Any, screen: Image.Image) -> None:
+    runner = make(ALWAYS)
+    tokens = runner.chat(screen, PROMPT, max_new_tokens=2, point=NATIVE).measurement.prompt_tokens
+    reply, roomy = (
+        runner.prepared(screen, PROMPT, max_new_tokens=2, context=tokens + more).chat() for more in (-10, 100)
+    )
+    assert reply.decision.escalated is None and "model's context" in reply.decision.reason and reply.token_ids
+    assert roomy.decision.escalated is True
+
+
 def test_several_returned_sequences_are_never_given_up(make: Any, tensors: Any) -> None:
     runner = make(ALWAYS)
     runner.generate(**tensors, max_new_tokens=2, do_sample=True, num_return_sequences=2)
