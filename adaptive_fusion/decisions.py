@@ -41,8 +41,8 @@ class Measurement:
     """What a request really took.
 
     Times are milliseconds on a monotonic clock: `preprocess_ms` (media to tensors, with all that came before: failed
-    tries, and a first pass that was given up), `encode_ms` (vision encoder and
-    fusion), `prefill_ms`, `decode_ms`, `ttft_ms` (to the first token) and `latency_ms` (all of it).
+    tries, and a first pass that was given up), `encode_ms` (vision encoder and fusion), `prefill_ms`, `decode_ms`,
+    `ttft_ms` (to the first token that could be shown) and `latency_ms` (all of it).
     `peak_memory_gb` is the high-water mark less the resting set, in GiB; 0.0 if it was not measured, as on processors
     without a memory budget.
     """
