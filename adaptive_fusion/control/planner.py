@@ -108,7 +108,7 @@ class Planner:
             lane = route.lane
             all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0 or info.asking is not None
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
-            choice, propensity, second = self._choose_or_explore(candidates, limits, info, unlike)
+            choice, propensity, second = self._choose(candidates, limits, info, unlike)
         remarks = self._remarks(choice, second if lane != FIXED else {}, needs)
         decision = Decision(
             request_id=uuid.uuid4().hex,
@@ -280,19 +280,32 @@ class Planner:
             source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )
 
-    def _choose_or_explore(
+    def _choose(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str
+    ) -> tuple[Choice, float, dict[str, Any]]:
+        """As `_choose_or_explore`, but at full compute where that was asked for or the image is unlike all known, and
+        it fits; where it does not, the reason says so."""
+        why = "full detail was asked for" if info.full_detail else unlike
+        if not why:
+            return self._choose_or_explore(candidates, budget, info)
+        full = [c for c in candidates if c.point.is_full] or [self.candidate(NATIVE, 1.0, info)]
+        lenient = replace(budget, on_infeasible="cheapest")
+        choice = self.controller.choose(
+            full, lenient, elapsed_ms=info.elapsed_ms, free_memory_gb=info.free_memory_gb
+        )
+        if choice.feasible:
+            return replace(choice, reason=f"{why}; {choice.reason}"), 1.0, {}
+        choice, propensity, second = self._choose_or_explore(candidates, budget, info)
+        reason = f"{why}, but full compute does not fit; {choice.reason}"
+        return replace(choice, reason=reason), propensity, second
+
+    def _choose_or_explore(
+        self, candidates: list[Candidate], budget: Budget, info: RequestInfo
     ) -> tuple[Choice, float, dict[str, Any]]:
         """The controller's choice, or now and then a random point that fits, with the propensity of either and what is
         said of a second pass."""
         so_far: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
         lenient = replace(budget, on_infeasible="cheapest")
-        if info.full_detail or unlike:
-            full = [c for c in candidates if c.point.is_full] or [self.candidate(NATIVE, 1.0, info)]
-            choice = self.controller.choose(full, lenient, **so_far)
-            if choice.feasible:
-                why = "full detail was asked for" if info.full_detail else unlike
-                return replace(choice, reason=f"{why}; {choice.reason}"), 1.0, {}
         asking = info.asking
         if asking is not None and not asking.never and self.policy.explore > 0.0:
             asking = replace(asking, never="the policy explores, so what was drawn is what runs")

@@ -24,6 +24,8 @@ SCHEMA = 1
 """Version of the JSON form."""
 STILL_FPS = 0.5
 """Frames a second that show all of a clip in which nothing changes."""
+MOVING_FPS = 2.0
+"""Frames a second that processors sample: what is known of clips in which something moves is that these are kept."""
 AT_NEED = 0.02
 """Quality lost where the need is just met: a need is what keeps .98 of what the labels count."""
 FRAMES_PER_OCTAVE = 0.3
@@ -44,7 +46,8 @@ class Need(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What one image or clip asks for; `native` is the pixels, of each frame, that the processor gives it."""
+    """What one image or clip asks for; `native` is the pixels, of each frame, that the processor gives it, and `fps`
+    the frames a second that a clip needs, `MOVING_FPS` where something moves; None of images."""
 
     native: int
     needs: tuple[Need, ...]
@@ -71,7 +74,11 @@ class Needs(NamedTuple):
         """What is enough, for people."""
         need = self.most
         said = f"{need.pixels / 1e6:.3g} of {self.native / 1e6:.3g} megapixels are enough ({need.what})"
-        return said if self.fps is None else f"{said}, {self.fps:g} frames a second"
+        if need.pixels >= self.native:
+            said = f"all {self.native / 1e6:.3g} megapixels are needed ({need.what})"
+        if self.fps is None:
+            return said
+        return f"{said}, {'all frames' if self.fps >= MOVING_FPS else f'{self.fps:g} frames a second'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the log: native pixels, and those that each thing needs."""
@@ -102,6 +109,11 @@ class Text:
     texture: float
     text: float
     per_octave: float
+
+    def __post_init__(self) -> None:
+        number(self.per_octave, "per_octave of text", 0, error=PolicyError)
+        if self.texture >= self.text:
+            raise PolicyError(f"texture is {self.texture:g} and text {self.text:g}; expected texture below text")
 
     def sure(self, detail: Mapping[str, float]) -> float:
         """How sure it is that the image shows text, 0 to 1."""
@@ -169,14 +181,17 @@ class Sufficiency:
         """
         if not complexity.detail:
             return None
-        found = [Need("objects", self.scene.pixels(complexity.features), self.scene.per_octave)]
+        found = []
         if kind == "read" or (kind != "describe" and self.text.sure(complexity.detail) >= 0.5):
             share = self.text.log2_share(complexity.detail, math.log2(native / own) / 2)
             found.append(Need("text", native * 2.0 ** min(0.0, share + 2 * math.log2(margin)), self.text.per_octave))
+        found.append(Need("objects", self.scene.pixels(complexity.features), self.scene.per_octave))
         if floor:
             found.append(Need("floor", floor, self.scene.per_octave))
         capped = tuple(need._replace(pixels=min(need.pixels, native)) for need in found)
-        return Needs(native, capped, STILL_FPS if is_still(complexity) else None)
+        if complexity.kind != "video":
+            return Needs(native, capped)
+        return Needs(native, capped, STILL_FPS if is_still(complexity) else MOVING_FPS)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, exact."""
@@ -228,8 +243,7 @@ def together(needs: Sequence[Needs]) -> Needs | None:
     if not needs:
         return None
     native = max(each.native for each in needs)
-    rates = [each.fps for each in needs]
-    fps = None if None in rates else max(rate for rate in rates if rate is not None)
+    fps = max((each.fps for each in needs if each.fps is not None), default=None)
     return Needs(native, tuple(need for each in needs for need in each.needs), fps)
 
 

@@ -94,7 +94,7 @@ def test_points_within_the_tolerance_count_as_equal_and_the_cheapest_is_taken(
         cheapest = min(enough, key=lambda offer: offer.predicted.latency_ms)
         decision = runner.decide(image, READ)
         assert decision.lane == lane and decision.point == cheapest.point
-        assert "enough (text)" in decision.reason and decision.rung == cheapest.key
+        assert "(text)" in decision.reason and decision.rung == cheapest.key
         taken[name] = pixels(decision)
     assert taken["latency"] <= taken["balanced"] <= taken["quality"]
 
@@ -119,6 +119,35 @@ def test_a_clip_in_which_nothing_changes_gets_few_frames_and_one_that_moves_keep
     for frames, expected in ((still, STILL_FPS), (moving, None)):
         decision = runner.decide(Video(frames, times, 4.0, len(frames)), "What happens in the clip?")
         assert decision.lane == "video" and decision.point.max_fps == expected
+
+
+def test_a_large_clip_that_moves_and_one_beside_an_image_keep_their_frames(
+    runner_of: Callable[..., AdaptiveRunner], released: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(released.video_processor, "size", {"shortest_edge": 1 << 18, "longest_edge": 1 << 26})
+    runner, scene = runner_of("balanced"), np.asarray(page(48, (1100, 900)))
+    frames = np.stack([scene[10 * i : 10 * i + 720, 8 * i : 8 * i + 960] for i in range(8)])
+    clip = Video(frames, tuple(0.5 * i for i in range(8)), 4.0, len(frames))
+    for media in (clip, [page(48), clip]):
+        for prompt in (DESCRIBE, "What happens in the clip?"):
+            decision = runner.decide(media, prompt)
+            assert decision.needs["objects"] < decision.needs["native"] / 4  # fewer pixels would do
+            assert decision.lane == "video" and decision.point.max_fps is None
+    free = runner.decide(clip, DESCRIBE)
+    assert free.predicted is not None
+    tight = runner.decide(clip, DESCRIBE, budget=Budget(ttft_ms=0.2 * free.predicted.ttft_ms))
+    assert tight.point.max_fps is not None
+
+
+def test_an_unfamiliar_image_gets_full_compute_and_says_so_even_where_the_budget_forbids_it(
+    runner_of: Callable[..., AdaptiveRunner],
+) -> None:
+    runner, noise = runner_of("balanced"), np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8)
+    free = runner.decide(noise, DESCRIBE)
+    assert free.point.is_full and free.reason.startswith("unlike the images") and free.predicted is not None
+    tight = runner.decide(noise, DESCRIBE, budget=Budget(ttft_ms=0.4 * free.predicted.ttft_ms))
+    assert not tight.point.is_full and tight.reason.startswith("unlike the images")
+    assert "but full compute does not fit" in tight.reason
 
 
 def test_after_preprocessing_nothing_is_taken_away(runner_of: Callable[..., AdaptiveRunner], released: Any) -> None:

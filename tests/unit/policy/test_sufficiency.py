@@ -15,7 +15,7 @@ from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_KINDS
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
-from adaptive_fusion.policy.sufficiency import AT_NEED, Need, Needs, Scene, Sufficiency, Text, together
+from adaptive_fusion.policy.sufficiency import AT_NEED, MOVING_FPS, Need, Needs, Scene, Sufficiency, Text, together
 
 ENOUGH = Sufficiency(Text(6.0, 3.2, 0.1, 0.8, 0.2), Scene(("edge_density",), (2.0,), 17.0, 0.1))
 LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank", "enlarged")
@@ -105,7 +105,12 @@ def test_frames_and_tokens_of_a_rung_count() -> None:
     assert still.quality_of(Rung(OperatingPoint(max_pixels=50_000))) == still.quality_of(half)
     assert together([]) is None
     mixed = together([still, Needs(10, (Need("text", 5, 0.1),))])
-    assert mixed is not None and mixed.fps is None and mixed.native == 100_000
+    assert mixed is not None and mixed.fps == 0.5 and mixed.native == 100_000
+    moving = still._replace(fps=MOVING_FPS)
+    for media in ([moving, Needs(10, (Need("text", 5, 0.1),))], [still, moving]):
+        kept = together(media)
+        assert kept is not None
+        assert kept.quality_of(half) - kept.quality_of(replace(half, point=OperatingPoint(max_fps=1.0))) > 0.2
 
 
 def test_what_was_not_measured_is_not_guessed() -> None:
