@@ -63,7 +63,8 @@ def explain(
 
 
 def _panel(name: str, decision: "Decision") -> Panel:
-    features = decision.complexity.features if decision.complexity else {}
+    measured = decision.complexity
+    features = {**measured.features, **measured.detail} if measured else {}
     cells = [Text(f"{key} {value:.4g}") for key, value in features.items()]
     body = Group(Text(printable(decision.explain())), Text(), Columns(cells, column_first=True, padding=(0, 3)))
     return panel(name, body)

@@ -86,7 +86,8 @@ def choose(wanted: Policy | str | Path, model: Fingerprint, environ: Mapping[str
             f"{none}, {model.in_words()}: the general policy {GENERAL!r} is used",
             f"{none}: general {GENERAL}",
         )
-    return replace(_told(found, model), skipped=skipped)
+    found = _told(found, model)
+    return replace(found, warning="; ".join(filter(None, (found.warning, *skipped))), skipped=skipped)
 
 
 def _told(chosen: Chosen, model: Fingerprint) -> Chosen:

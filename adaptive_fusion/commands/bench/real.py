@@ -52,7 +52,7 @@ def real(
 
     Rows: the policies, each beside a fixed share and a fixed number of pixels that keep or spend as much; routing by
     entropy; vision-squeezer, where installed (pip install vision-squeezer); and the oracle. Plans are those for a
-    released model without a budget. Text is read by an OCR engine (pip install adaptive-fusion[readers]), some six
+    released model without a budget. Text is read by an OCR engine (the extra "readers" of this package), some six
     readings of 2.5 seconds an image. The truth's form is described in training/general/README.md. Exit code 2 if an
     input was refused; the tables then have the others.
     """

@@ -76,6 +76,7 @@ def test_what_cannot_be_read_is_skipped_and_named(environ: dict[str, str]) -> No
     names = ("bytes", "folder", "future", "torn", "without")
     assert all(repr(name) in said for name, said in zip(names, found.skipped, strict=True)), found.skipped
     assert not any(environ["XDG_CACHE_HOME"] in said for said in found.skipped)
+    assert all(said in found.warning for said in found.skipped)  # a fallback is never silent
 
 
 def test_a_model_that_no_policy_was_fitted_to_gets_the_general_one_with_one_warning(environ: dict[str, str]) -> None:
