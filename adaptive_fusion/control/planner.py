@@ -231,16 +231,18 @@ class Planner:
         alone, all but the fewest pixels. Where no time and no memory is asked for, of the steps below only some, for
         want of memory.
         """
-        enough = max(quality for _, quality in rated) - self.policy.tolerance
+        best = max(quality for _, quality in rated)
+        enough = best - self.policy.tolerance
         fewest: dict[OperatingPoint, Rated] = {}
         below: list[Rated] = []
         for rung, quality in rated:
             if quality < enough:
                 below.append((rung, quality))
             elif rung.point not in fewest or rung.pixel_share < fewest[rung.point][0].pixel_share:
-                fewest[rung.point] = rung, quality
+                fewest[rung.point] = rung, best  # as good as the best, or the tolerance would be taken off twice
         asked = budget.latency_ms is not None or budget.ttft_ms is not None or budget.vram_gb is not None
-        return [*fewest.values(), *(below if asked else below[SPARE - 1 :: SPARE])]
+        few = len(below) <= 2 * SPARE
+        return [*fewest.values(), *(below if asked or few else below[::-SPARE])]  # the last is the cheapest
 
     def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
         """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
@@ -290,9 +292,7 @@ class Planner:
             return self._choose_or_explore(candidates, budget, info)
         full = [c for c in candidates if c.point.is_full] or [self.candidate(NATIVE, 1.0, info)]
         lenient = replace(budget, on_infeasible="cheapest")
-        choice = self.controller.choose(
-            full, lenient, elapsed_ms=info.elapsed_ms, free_memory_gb=info.free_memory_gb
-        )
+        choice = self.controller.choose(full, lenient, elapsed_ms=info.elapsed_ms, free_memory_gb=info.free_memory_gb)
         if choice.feasible:
             return replace(choice, reason=f"{why}; {choice.reason}"), 1.0, {}
         choice, propensity, second = self._choose_or_explore(candidates, budget, info)

@@ -95,6 +95,8 @@ def test_points_within_the_tolerance_count_as_equal_and_the_cheapest_is_taken(
         decision = runner.decide(image, READ)
         assert decision.lane == lane and decision.point == cheapest.point
         assert "(text)" in decision.reason and decision.rung == cheapest.key
+        ample = runner.decide(image, READ, budget=Budget(latency_ms=1e6))
+        assert ample.point == cheapest.point  # a limit that binds nothing moves nothing
         taken[name] = pixels(decision)
     assert taken["latency"] <= taken["balanced"] <= taken["quality"]
 
