@@ -170,4 +170,6 @@ def _ends(name: str, ends: Any) -> tuple[float, float]:
     if not isinstance(ends, list | tuple) or len(ends) != 2:
         raise PolicyError(f"{name} of fitted is {ends!r}; expected its lowest and highest value")
     low, high = (number(end, name, error=PolicyError) for end in ends)
+    if low > high:
+        raise PolicyError(f"{name} of fitted is {ends!r}; expected its lowest and highest value, in that order")
     return low, high

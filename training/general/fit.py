@@ -381,6 +381,10 @@ def artefact(table: Table) -> dict[str, Any]:
         "strokes": STROKES,
         "texture": TEXTURE,
         "text": TEXT,
+        "features": {
+            name: [round(float(end), 4) for end in (column.min(), column.max())]
+            for name, column in zip(FEATURES, table.features.T, strict=True)
+        },
     }
 
 

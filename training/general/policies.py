@@ -91,7 +91,7 @@ def main() -> None:
             tolerance=round(kind.tolerance, 4),
             margin=kind.margin,
             floors=FLOORS,
-            fitted=Fitted(kinds=sources),
+            fitted=Fitted(None, sources, {name: (low, high) for name, (low, high) in text["features"].items()}),
             sufficiency=enough,
             familiar=familiar,
         )
@@ -158,8 +158,9 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             "",
             "## What is enough",
             "",
-            f"- Text, for questions that read: strokes of a width that a reader needs, times a margin of"
-            f" {policy.margin:g} on the linear scale, since a model reads worse than the reader that made the labels.",
+            "- Text, for questions that read: lines of a height, or strokes of a width, that a reader needs, times a"
+            f" margin of {policy.margin:g} on the linear scale, since a model reads worse than the reader that made the"
+            " labels.",
             "- Objects, for questions that describe: what keeps the shorter side of their boxes at a patch or more.",
             f"- Floors in tokens for kinds of question that nothing labels (event: of each frame): {floors}.",
             "",
@@ -204,7 +205,8 @@ def figures(title: str, found: dict[str, Any], *names: str) -> list[str]:
 
     def said(value: Any) -> str:
         if isinstance(value, list):
-            return " to ".join(map(said, value))
+            middle, ends = value[: len(value) % 2], value[len(value) % 2 :]
+            return " ".join([*map(said, middle), f"({' to '.join(map(said, ends))})"])
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
     rows = flat({name: found[name] for name in names})

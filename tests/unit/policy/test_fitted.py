@@ -56,6 +56,7 @@ def test_shapes_are_warnings_and_weights_and_limits_are_notes(
         ({"kinds": "charts"}, "kinds of fitted is 'charts'"),
         ({"features": {"edge_density": [1]}}, r"edge_density of fitted is \[1\]"),
         ({"features": {"edge_density": [1, float("nan")]}}, "edge_density is nan"),
+        ({"features": {"edge_density": [3, 1]}}, "in that order"),
         ({"more": 1}, "unknown"),
         ([], "expected a table"),
     ],
