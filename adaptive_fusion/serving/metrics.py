@@ -26,7 +26,14 @@ PREFIX = "adaptive_fusion:"
 OTHER = "other"
 FINISHED = ("stop", "length", "deadline", "cancelled")
 CODES = (
-    *("body_too_large", "budget_infeasible", "cancelled", "context_length_exceeded", "deadline_passed"),
+    *(
+        "body_too_large",
+        "body_too_slow",
+        "budget_infeasible",
+        "cancelled",
+        "context_length_exceeded",
+        "deadline_passed",
+    ),
     *("deadline_unreachable", "draining", "internal_error", "invalid_api_key", "invalid_json", "invalid_media"),
     *("invalid_request", "invalid_value", "model_not_found", "not_ready", "out_of_memory", "queue_full"),
     *("unsupported_media_type", "unsupported_parameter", "unsupported_point", "wrong_host"),
@@ -204,8 +211,10 @@ class Metrics:
         _observe(self._first, max(e2e_s - (took.latency_ms - took.ttft_ms) / 1e3, wait_s))
         if took.new_tokens > 1:
             _observe(self._token, took.decode_ms / 1e3 / (took.new_tokens - 1))
+        # What the runner counts before encoding began with the arrival; waiting has a histogram of its own.
+        waited = {"preprocess": min(wait_s, took.preprocess_ms / 1e3)}
         for stage in STAGES:
-            _observe(self._stages[stage], getattr(took, f"{stage}_ms") / 1e3)
+            _observe(self._stages[stage], getattr(took, f"{stage}_ms") / 1e3 - waited.get(stage, 0.0))
         self._prompt.inc(_valid(took.prompt_tokens))
         self._new.inc(_valid(took.new_tokens))
         _observe(self._prompt_sizes, took.prompt_tokens)

@@ -83,6 +83,7 @@ def test_times_are_those_of_the_request_with_its_wait() -> None:
     assert value(metrics, "time_to_first_token_seconds_sum") == pytest.approx(2 * (0.05 + 0.06))
     assert value(metrics, "request_time_per_output_token_seconds_sum") == pytest.approx(2 * 0.06 / 12)
     assert value(metrics, "request_queue_time_seconds_count") == 4
+    assert value(metrics, "request_preprocess_time_seconds_sum") == 0.0  # all of it was waiting
     assert value(metrics, "request_prefill_time_seconds_sum") == pytest.approx(2 * 0.025)
     assert value(metrics, "decision_seconds_bucket", le="0.0025") == 2
 
