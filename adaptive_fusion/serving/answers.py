@@ -58,9 +58,19 @@ def request_id(text: str) -> str:
     return text.removeprefix("chatcmpl-")
 
 
+def shown_text(reply: Reply, tokenizer: Any, stops: Sequence[str]) -> str:
+    """The answer up to its first stop string, which is looked for before spaces at the ends are taken away: it may end
+    in some."""
+    if not stops:
+        return reply.text
+    whole = tokenizer.decode(list(reply.token_ids), skip_special_tokens=True)
+    shown = until_stop(whole, stops)
+    return shown if reply.text == whole else shown.strip()
+
+
 def completion(asked: Asked, reply: Reply, tokenizer: Any, wait_s: float) -> dict[str, Any]:
     """A whole answer as plain values."""
-    text = until_stop(reply.text, asked.stops)
+    text = shown_text(reply, tokenizer, asked.stops)
     logprobs = None
     if asked.top_logprobs is not None:
         logprobs = ChoiceLogprobs(content=token_rows(reply, tokenizer, asked), refusal=None)
