@@ -5,6 +5,7 @@ Knows the library's errors and HTTP statuses. Must not know of routes or request
 
 import json
 import math
+import re
 from typing import Any
 
 from starlette.responses import Response
@@ -20,6 +21,7 @@ from adaptive_fusion.errors import (
 )
 
 MAX_MESSAGE = 1000
+_PLACE = re.compile(r"messages\[\d+\](\.content(\[\d+\])?)?")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -63,8 +65,15 @@ def as_refusal(error: BaseException) -> Refusal:
     for kind, status, code in _CODES:
         if isinstance(error, kind):
             retry_s = 1.0 if status == 503 else None
-            return Refusal(str(error), status, code=code, retry_s=retry_s)
+            return Refusal(str(error), status, code=code, param=_field_of(error), retry_s=retry_s)
     return Refusal("the server failed on this request; its log says more", 500, code="internal_error")
+
+
+def _field_of(error: Exception) -> str | None:
+    """The field to blame: the place in the messages where the error begins with one, all of them where it is theirs."""
+    if (found := _PLACE.match(str(error))) is not None:
+        return found[0]
+    return "messages" if isinstance(error, MediaError | ContextLengthError) else None
 
 
 def error_body(refusal: Refusal) -> dict[str, Any]:

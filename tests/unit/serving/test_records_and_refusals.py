@@ -6,6 +6,7 @@ import pytest
 
 from adaptive_fusion.errors import (
     BudgetError,
+    ConfigError,
     ContextLengthError,
     InfeasibleBudgetError,
     MediaError,
@@ -13,7 +14,7 @@ from adaptive_fusion.errors import (
     UnsupportedModelError,
 )
 from adaptive_fusion.serving.records import Records
-from adaptive_fusion.serving.refusals import Refusal, error_response
+from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_response
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,20 @@ def test_each_error_of_the_library_has_its_status(error: Exception, status: int,
     body = json.loads(bytes(response.body))["error"]
     assert (response.status_code, body["code"], body["message"]) == (status, code, str(error))
     assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize(
+    ("error", "field"),
+    [
+        (MediaError("messages[0].content[12]: too large"), "messages[0].content[12]"),
+        (ConfigError("messages[3].content is int"), "messages[3].content"),
+        (MediaError("media of 100 bytes is cut short"), "messages"),
+        (ContextLengthError("the prompt has 9 tokens"), "messages"),
+        (BudgetError("b"), None),
+    ],
+)
+def test_the_field_to_blame_is_named(error: Exception, field: str | None) -> None:
+    assert as_refusal(error).param == field
 
 
 def test_of_an_error_of_others_nothing_is_told() -> None:
