@@ -15,7 +15,8 @@ from starlette.responses import Response
 
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving import answers, chat, own
-from adaptive_fusion.serving.document import descriptions
+from adaptive_fusion.serving.chat import require_model
+from adaptive_fusion.serving.document import MODEL_PATH, descriptions
 from adaptive_fusion.serving.http import Guard, answering
 from adaptive_fusion.serving.refusals import Refusal, error_response, json_response
 from adaptive_fusion.serving.service import Service
@@ -65,7 +66,7 @@ def create_app(
                 await task
             await service.close()
 
-    app = FastAPI(title="adaptive-fusion", lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(title="adaptive-fusion", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.add_middleware(Guard, key=settings.api_key, local=settings.is_local, refused=service.metrics.rejected)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
@@ -86,6 +87,7 @@ def _routes() -> tuple[tuple[str, str, Handler], ...]:
     return (
         ("POST", "/v1/chat/completions", chat.chat_completions),
         ("GET", "/v1/models", _models),
+        ("GET", MODEL_PATH, _model),
         ("POST", f"{OWN}/decide", own.decide),
         ("POST", f"{OWN}/points", own.points),
         ("GET", f"{OWN}/decisions", own.decisions),
@@ -100,6 +102,13 @@ async def _models(request: Request) -> Response:
     """The models there are."""
     service: Service = request.app.state.service
     return json_response(answers.model_list([service.settings.model], 0))
+
+
+async def _model(request: Request) -> Response:
+    """The model of that name."""
+    service: Service = request.app.state.service
+    require_model(service, request.path_params["name"])
+    return json_response(answers.model_list([service.settings.model], 0)["data"][0])
 
 
 async def _health(request: Request) -> Response:

@@ -117,15 +117,20 @@ def own_budget(service: Service, call: ChatCall) -> Budget:
     return service.settings.budget.merge(call.budget)
 
 
-async def prepared_call(service: Service, call: ChatCall, arrived_s: float | None = None) -> Prepared:
-    """A request with its media loaded and measured, outside the event loop."""
-    if call.model != service.settings.model:
+def require_model(service: Service, name: str) -> None:
+    """Raises a Refusal, 404, for a name that is not the model's."""
+    if name != service.settings.model:
         raise Refusal(
-            f"model {call.model[:80]!r} does not exist here; expected {service.settings.model}",
+            f"model {name[:80]!r} does not exist here; expected {service.settings.model}",
             404,
             code="model_not_found",
             param="model",
         )
+
+
+async def prepared_call(service: Service, call: ChatCall, arrived_s: float | None = None) -> Prepared:
+    """A request with its media loaded and measured, outside the event loop."""
+    require_model(service, call.model)
     messages = await check_media(call.messages, service.media_limits)
     return await service.in_thread(_prepare, service, call, messages, arrived_s)
 

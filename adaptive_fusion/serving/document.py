@@ -151,11 +151,14 @@ _FEEDBACK: Schema = {
     },
 }
 _OWN = "/v1/adaptive_fusion"
+MODEL_PATH = "/v1/models/{name:path}"
+"""With slashes in the name, as the Hub's have them."""
 
 
 def descriptions(model: str) -> Mapping[str, Schema]:
     """By path, what is put over what FastAPI finds out by itself; `model` is the name of the one that there is."""
     chat = {"requestBody": _body(_chat(model)), "responses": _RESPONSES}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
     n = {"name": "n", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1}}
     return {
         "/v1/chat/completions": chat,
@@ -163,5 +166,6 @@ def descriptions(model: str) -> Mapping[str, Schema]:
         f"{_OWN}/points": chat,
         f"{_OWN}/feedback": {"requestBody": _body(_FEEDBACK), "responses": _RESPONSES},
         f"{_OWN}/decisions": {"parameters": [n], "responses": _RESPONSES},
+        MODEL_PATH: {"parameters": [name], "responses": _RESPONSES},
         "/ready": {"responses": _RESPONSES},
     }

@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_response
 from adaptive_fusion.serving.schema import read_json
+from adaptive_fusion.serving.settings import is_local
 
 OPEN_PATHS = ("/health", "/ready")
 """Asked by whoever looks after the process, who has no key."""
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
 """Asked every few seconds; the log says nothing of them."""
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+BODY_S = 30
+"""How long a body may take, in seconds."""
 _SMALL = 64 << 10
 """Bytes of JSON that are read at once; more are read in a thread."""
 _GONE = 499
@@ -42,7 +44,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, key: str | None, local: bool, refused: Callable[[str], None]) -> None:
         self.app, self._local, self._count = app, local, refused
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._expected = None if key is None else f"Bearer {key.strip()}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -66,8 +68,7 @@ class Guard:
                 )
         elif self._local:
             host = headers.get(b"host", b"localhost").decode("latin-1").lower()
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            if name not in _LOCAL_NAMES:
+            if not is_local(host if host.endswith("]") else host.rpartition(":")[0] or host):
                 return Refusal("the request names another host; expected localhost", 403, code="wrong_host")
         return None
 
@@ -76,10 +77,10 @@ async def read_body(request: Request, max_mib: int) -> bytes:
     """The body, as it is.
 
     Raises:
-        Refusal: 413 if it is larger, 415 if it is called something else than JSON (a form of a web page is sent without
-            asking, JSON is not).
+        Refusal: 413 if it is larger, 408 if it takes longer than `BODY_S`, 415 if it is not called JSON: a web page's
+            form, or its bytes without a type, are sent without asking, JSON is not.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise Refusal(f"content-type is {kind[:80]!r}; expected application/json", 415, code="unsupported_media_type")
     most = max_mib << 20
@@ -87,11 +88,15 @@ async def read_body(request: Request, max_mib: int) -> bytes:
     if declared.isdigit() and int(declared[:20]) > most:
         raise _too_large(max_mib)
     blocks, size = [], 0
-    async for block in request.stream():
-        size += len(block)
-        if size > most:
-            raise _too_large(max_mib)
-        blocks.append(block)
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for block in request.stream():
+                size += len(block)
+                if size > most:
+                    raise _too_large(max_mib)
+                blocks.append(block)
+    except TimeoutError:
+        raise Refusal(f"the body took longer than {BODY_S} s; expected it sooner", 408, code="body_too_slow") from None
     return b"".join(blocks)
 
 

@@ -294,7 +294,7 @@ def _own(values: Any) -> tuple[Budget, str | None, OperatingPoint | None]:
         raise _refused(
             f"{name}.{unknown[0][:80]}", f"{name} has {unknown[0][:80]!r}; expected {', '.join((*OWN_KEYS, *LIMITS))}"
         )
-    nested = values.get("budget") or {}
+    nested = values["budget"] if values.get("budget") is not None else {}
     flat = {key: values[key] for key in LIMITS if values.get(key) is not None}
     if not isinstance(nested, Mapping) or flat.keys() & nested.keys():
         raise _refused(f"{name}.budget", f"{name}.budget is no object, or says a limit twice; expected it once")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from openai import OpenAI
 from server import asking, client_of, data_url, image, mp4, png, serving, text
 
 from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving import http
 from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.run import DrainingServer
 
 MODEL = "reference"
 KEY = "k-123"
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def runner(reference_model: Any, processor: Any, log_file: Path) -> AdaptiveRunn
 
 @pytest.fixture(scope="module")
 def server(runner: AdaptiveRunner) -> Iterator[DrainingServer]:
-    with serving(runner, api_key=KEY, max_new_tokens=8) as found:
+    with serving(runner, api_key=f"{KEY}\n", max_new_tokens=8) as found:
         yield found
 
 
@@ -171,11 +174,23 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str | None]] = {
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
     "own key": ({"extra_body": {"adaptive_fusion": {"latency": 1}}}, 400, "adaptive_fusion.latency"),
     "policy": ({"extra_body": {"adaptive_fusion": {"policy": "/etc"}}}, 400, "adaptive_fusion.policy"),
-    "context": ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, None),
-    "answer": ({"max_tokens": 5000}, 400, None),
-    "address": ({"messages": asking({"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}})}, 400, None),
-    "file": ({"messages": asking({"type": "image_url", "image_url": {"url": "/etc/hostname"}})}, 400, None),
-    "bytes": ({"messages": asking({"type": "image_url", "image_url": {"url": data_url(b"junk")}})}, 400, None),
+    "context": ({"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages"),
+    "answer": ({"max_tokens": 5000}, 400, "messages"),
+    "address": (
+        {"messages": asking({"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}})},
+        400,
+        "messages[0].content[0]",
+    ),
+    "file": (
+        {"messages": asking({"type": "image_url", "image_url": {"url": "/etc/hostname"}})},
+        400,
+        "messages[0].content[0]",
+    ),
+    "bytes": (
+        {"messages": asking({"type": "image_url", "image_url": {"url": data_url(b"junk")}})},
+        400,
+        "messages[0].content[0]",
+    ),
     "tool answer": ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, 400, None),
     "continue": ({"extra_body": {"continue_final_message": True}}, 400, None),
     "late": (
@@ -218,14 +233,29 @@ def test_paths_methods_and_bodies_that_there_are_not(server: DrainingServer) -> 
     chat = f"{base}/v1/chat/completions"
     found = [
         httpx.get(f"{base}/v1/nothing", headers=auth),
+        httpx.get(f"{base}/v1/models/", headers=auth),
+        httpx.get(f"{base}/v1/models/other", headers=auth),
         httpx.get(chat, headers=auth),
-        httpx.post(chat, headers=auth, content=b"{"),
+        httpx.post(chat, headers={**auth, **JSON}, content=b"{"),
         httpx.post(chat, headers=auth, json=[]),
         httpx.post(chat, headers={**auth, "content-type": "text/plain"}, content=b"{}"),
-        httpx.post(f"{base}/v1/adaptive_fusion/feedback", headers=auth, content=b"x" * (2 << 20)),
+        httpx.post(chat, headers=auth, content=b"{}"),
+        httpx.post(f"{base}/v1/adaptive_fusion/feedback", headers={**auth, **JSON}, content=b"x" * (2 << 20)),
     ]
-    assert [response.status_code for response in found] == [404, 405, 400, 400, 415, 413]
+    assert [response.status_code for response in found] == [404, 404, 404, 405, 400, 400, 415, 415, 413]
     assert all(response.json()["error"]["message"] for response in found)
+
+
+def test_the_model_can_be_asked_for_by_its_name(client: OpenAI) -> None:
+    assert client.models.retrieve(MODEL) == next(iter(client.models.list()))
+
+
+def test_a_body_that_does_not_come_is_given_up(server: DrainingServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BODY_S", 0.01)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(f"{head}content-type: application/json\r\ncontent-length: 9\r\n\r\n{{".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
 def test_decisions_without_answers(client: OpenAI) -> None:
@@ -371,7 +401,9 @@ def test_a_web_page_cannot_have_its_name_point_here(reference_model: Any, proces
         url = f"http://127.0.0.1:{server.port}/v1/models"
         assert httpx.get(url).status_code == 200
         assert httpx.get(url, headers={"host": f"localhost:{server.port}"}).status_code == 200
+        assert httpx.get(url, headers={"host": "127.0.0.2"}).status_code == 200
         assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
+        assert httpx.get(url, headers={"host": "127.0.0.1.evil.example"}).status_code == 403
 
 
 def test_the_example_of_the_docs_runs(reference_model: Any, processor: Any, capsys: pytest.CaptureFixture[str]) -> None:

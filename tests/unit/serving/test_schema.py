@@ -120,6 +120,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("adaptive_fusion", {"budget": {"latency": 5}}, "adaptive_fusion.budget"),
     ("adaptive_fusion", {"budget": {"latency_ms": 5}, "latency_ms": 6}, "adaptive_fusion.budget"),
     ("adaptive_fusion", {"latency_ms": 1e12}, "adaptive_fusion.budget"),
+    ("adaptive_fusion", {"budget": []}, "adaptive_fusion.budget"),
+    ("adaptive_fusion", {"budget": 0}, "adaptive_fusion.budget"),
     ("adaptive_fusion", {"point": "warp9"}, "adaptive_fusion.point"),
     ("adaptive_fusion", {"point": {"warp": 9}}, "adaptive_fusion.point"),
     ("adaptive_fusion", {"policy": 1}, "adaptive_fusion.policy"),

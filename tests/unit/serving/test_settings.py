@@ -8,7 +8,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.serving.settings import Settings
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "[::1]", "localhost"])
 def test_a_loopback_host_needs_no_key(host: str) -> None:
     assert Settings(host=host).is_local
 
