@@ -17,7 +17,7 @@ from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving import answers, chat, own
 from adaptive_fusion.serving.chat import require_model
 from adaptive_fusion.serving.document import MODEL_PATH, descriptions
-from adaptive_fusion.serving.http import Guard, answering
+from adaptive_fusion.serving.http import BODIES, Bodies, Guard, answering
 from adaptive_fusion.serving.refusals import Refusal, error_response, json_response
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.settings import Settings
@@ -68,6 +68,7 @@ def create_app(
 
     app = FastAPI(title="adaptive-fusion", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
+    app.state.bodies = Bodies(BODIES * settings.max_body_mib << 20)
     app.add_middleware(Guard, key=settings.api_key, local=settings.is_local, refused=service.metrics.rejected)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     described = descriptions(settings.model)

@@ -24,9 +24,10 @@ from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner, Prepared
 from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.answers import Asked
-from adaptive_fusion.serving.http import as_json, place_of, read_body, while_connected
+from adaptive_fusion.serving.http import as_json, bodies_of, place_of, read_body, while_connected
 from adaptive_fusion.serving.http import log as server_log
 from adaptive_fusion.serving.media import check_media
+from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.pieces import StopFilter
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_body, json_response
 from adaptive_fusion.serving.scheduler import Place
@@ -92,24 +93,31 @@ async def chat_completions(request: Request) -> Response:
     metrics, arrived_s = service.metrics, service.runner.clock()
     metrics.arrived()
     try:
-        body = await read_body(request, service.settings.max_body_mib)
-        service.require_ready()
-        place = service.scheduler.admit()
-        try:
-            trace = caller_context(request.headers)
-            return await while_connected(request, _respond(service, place, arrived_s, body, trace))
-        except BaseException:
-            place.release()
-            raise
+        with bodies_of(request).counting() as grown:
+            body = await read_body(request, service.settings.max_body_mib, grown)
+            service.require_ready()
+            place = service.scheduler.admit()
+            try:
+                trace = caller_context(request.headers)
+                return await while_connected(request, _respond(service, place, arrived_s, body, trace))
+            except BaseException:
+                place.release()
+                raise
     except (ClientDisconnect, asyncio.CancelledError):
         metrics.failed("cancelled")
         raise
     except Exception as error:
-        if isinstance(error, MediaRefused):
-            metrics.media_refused(error.reason)
-        refusal = as_refusal(error)
-        (metrics.failed if refusal.status >= 500 and refusal.code != "draining" else metrics.rejected)(refusal.code)
+        _count_refused(metrics, error)
         raise
+
+
+def _count_refused(metrics: Metrics, error: Exception) -> None:
+    """Not in the frame that raises: an error that is held there holds itself, and the body with it, until the garbage
+    collector comes by."""
+    if isinstance(error, MediaRefused):
+        metrics.media_refused(error.reason)
+    refusal = as_refusal(error)
+    (metrics.failed if refusal.status >= 500 and refusal.code != "draining" else metrics.rejected)(refusal.code)
 
 
 def own_budget(service: Service, call: ChatCall) -> Budget:
@@ -334,6 +342,7 @@ async def _stream(job: _Job, prepared: Prepared, asked: Asked) -> Response:
             task.result()
     except BaseException:
         task.cancel()
+        del task  # it holds the error, which holds this frame and the request
         raise
     return EventSourceResponse(
         _events(job, asked, decisions[0], first, pieces, task, _tokenizer(prepared)),

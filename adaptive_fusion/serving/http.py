@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -23,6 +23,8 @@ OPEN_PATHS = ("/health", "/ready")
 """Asked by whoever looks after the process, who has no key."""
 QUIET_PATHS = (*OPEN_PATHS, "/metrics")
 """Asked every few seconds; the log says nothing of them."""
+BODIES = 4
+"""How many of the largest bodies there may be at a time, or as much in smaller ones."""
 BODY_S = 30
 """How long a body may take, in seconds."""
 _SMALL = 64 << 10
@@ -73,8 +75,52 @@ class Guard:
         return None
 
 
-async def read_body(request: Request, max_mib: int) -> bytes:
+class Bodies:
+    """How many bytes of large bodies there are, of all requests; used on the event loop alone.
+
+    Args:
+        most: Bytes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._size = most, 0
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Callable[[int], None]]:
+        """A function to be told how large a body has become; it is forgotten at the end.
+
+        Raises:
+            Refusal: 429 if there are too many. Small bodies are always let in.
+        """
+        mine = 0
+
+        def grown(size: int) -> None:
+            nonlocal mine
+            if size > _SMALL:
+                if self._size + size - mine > self._most:
+                    raise Refusal("too many large bodies are here; try again later", 429, code="busy", retry_s=1.0)
+                self._size += size - mine
+                mine = size
+
+        try:
+            yield grown
+        finally:
+            self._size -= mine
+
+
+def bodies_of(request: Request) -> Bodies:
+    """Those of the server that the request came to."""
+    found: Bodies = request.app.state.bodies
+    return found
+
+
+async def read_body(request: Request, max_mib: int, grown: Callable[[int], None] = lambda size: None) -> bytes:
     """The body, as it is.
+
+    Args:
+        request: Whose.
+        max_mib: The largest that is read.
+        grown: Told of each piece how many bytes there are now; may refuse them.
 
     Raises:
         Refusal: 413 if it is larger, 408 if it takes longer than `BODY_S`, 415 if it is not called JSON: a web page's
@@ -87,17 +133,17 @@ async def read_body(request: Request, max_mib: int) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > most:
         raise _too_large(max_mib)
-    blocks, size = [], 0
+    body = bytearray()  # not many pieces, whose memory the allocator would keep
     try:
         async with asyncio.timeout(BODY_S):
             async for block in request.stream():
-                size += len(block)
-                if size > most:
+                if len(body) + len(block) > most:
                     raise _too_large(max_mib)
-                blocks.append(block)
+                grown(len(body) + len(block))
+                body += block
     except TimeoutError:
         raise Refusal(f"the body took longer than {BODY_S} s; expected it sooner", 408, code="body_too_slow") from None
-    return b"".join(blocks)
+    return bytes(body)
 
 
 def _too_large(max_mib: int) -> Refusal:
@@ -126,6 +172,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
                 each.cancel()
                 with contextlib.suppress(BaseException):
                     await each
+        del task, gone, each  # a task holds its error, which holds this frame and all that led to it, bodies too
     raise ClientDisconnect
 
 

@@ -29,6 +29,7 @@ CODES = (
     *(
         "body_too_large",
         "body_too_slow",
+        "busy",
         "budget_infeasible",
         "cancelled",
         "context_length_exceeded",

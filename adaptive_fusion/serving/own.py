@@ -12,7 +12,7 @@ from adaptive_fusion.decision_log import feedback_record
 from adaptive_fusion.runner import Prepared
 from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.chat import prepared_call
-from adaptive_fusion.serving.http import as_json, read_body
+from adaptive_fusion.serving.http import as_json, bodies_of, read_body
 from adaptive_fusion.serving.refusals import Refusal, json_response
 from adaptive_fusion.serving.schema import checked, read_chat, read_object
 from adaptive_fusion.serving.service import Service
@@ -92,8 +92,9 @@ async def feedback(request: Request) -> Response:
 async def _measured(request: Request) -> tuple[Service, Prepared, list[str]]:
     """A chat request, loaded and measured, and the fields of it that change nothing."""
     service: Service = request.app.state.service
-    body = await read_body(request, service.settings.max_body_mib)
-    service.require_ready()
-    with service.side.admit():
-        call = read_chat(await as_json(body))
-        return service, await prepared_call(service, call), list(call.ignored)
+    with bodies_of(request).counting() as grown:
+        body = await read_body(request, service.settings.max_body_mib, grown)
+        service.require_ready()
+        with service.side.admit():
+            call = read_chat(await as_json(body))
+            return service, await prepared_call(service, call), list(call.ignored)

@@ -161,6 +161,8 @@ class Scheduler:
         except asyncio.CancelledError:
             cancelled.set()
             raise
+        finally:
+            del job  # it holds its error, which holds this frame and those that wait for it
 
     def drain(self) -> None:
         """Let nobody else in."""
