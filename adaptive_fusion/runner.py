@@ -704,7 +704,8 @@ class AdaptiveRunner(ModelFace):
             info = self._chat_info(request, arguments, prepared.arrived_s, prepared.text_tokens)
             decision, choice = self._planned(self._within_context(info, call), limits, call)
             # By estimate, before anything is encoded for it; the exact length follows.
-            self._require_context(call, self._planner.work(decision.point, info).prompt_tokens - 2 * TEMPLATE_TOKENS)
+            estimate = self._planner.work(decision.point, info).prompt_tokens - 2 * TEMPLATE_TOKENS
+            self._require_context(call, max(1, estimate), "about ")
             if decided is not None:
                 decided(decision)
             task = Task(decision, choice, prepared.arrived_s, prepare, options, arguments.whole is not None, cancelled)
@@ -712,15 +713,16 @@ class AdaptiveRunner(ModelFace):
                 run = self._run(info, task)
         return self._reply(prepared, run, prompt)
 
-    def _require_context(self, call: _Call, prompt_tokens: int) -> None:
-        """Raise ContextLengthError where a prompt of that length and its answer do not fit into the call's context."""
+    def _require_context(self, call: _Call, prompt_tokens: int, about: str = "") -> None:
+        """Raise ContextLengthError where a prompt of that length, exact or `about`, and its answer do not fit into the
+        call's context."""
         if call.context is None:
             return
         answer = call.arguments.most_new_tokens(prompt_tokens)
         if prompt_tokens + answer > call.context:
             raise ContextLengthError(
-                f"the prompt has {prompt_tokens} tokens and its answer may have {answer}, but the model's context is "
-                f"{call.context} tokens for both; expected a shorter prompt, fewer or smaller images, or fewer "
+                f"the prompt has {about}{prompt_tokens} tokens, its answer may have {answer}, but the model's context "
+                f"is {call.context} tokens for both; expected a shorter prompt, fewer or smaller images, or fewer "
                 "new tokens"
             )
 

@@ -205,6 +205,8 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str | None]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_answered_has_its_status(client: OpenAI, name: str, stream: bool) -> None:
     options, status, param = REFUSED[name]
+    if name == "late":  # an estimate that no request has confirmed refuses nothing
+        ask(client, asking(text("hi")), max_tokens=1)
     given = {"model": MODEL, "messages": asking(text("hi")), "max_tokens": 4, "stream": stream, **options}
     with pytest.raises(openai.APIStatusError) as raised:
         client.chat.completions.create(**given)
@@ -215,7 +217,7 @@ def test_what_cannot_be_answered_has_its_status(client: OpenAI, name: str, strea
 
 
 def test_both_numbers_of_the_context_are_said(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"prompt has \d{4} tokens .* context is 4096 tokens"):
+    with pytest.raises(openai.BadRequestError, match=r"prompt has about \d{4} tokens .* context is 4096 tokens"):
         ask(client, [{"role": "user", "content": "word " * 3000}])
 
 
