@@ -1,0 +1,228 @@
+"""Predictions and budgets of the real loop: profiles, errors, deadlines kept calm and under load, memory kept.
+
+Deadlines are native's median time to the first token on the same requests, so that half of them need more than native
+would get. Attainment counts the requests that the controller itself calls feasible; the others are counted beside it.
+"""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from adaptive_fusion.bench.load import Delay
+from adaptive_fusion.bench.traces import STEP
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.calibrate import calibrate, relative_errors
+from adaptive_fusion.cost.model import CostModel
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.evaluation.scenes import reference_questions
+from adaptive_fusion.execution.timing import synchronize
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.reference.screens import PROMPTS, make_scene
+from adaptive_fusion.runner import AdaptiveRunner
+from benchmarks.gpu.book import Desk, Row, Skip
+from benchmarks.gpu.load import matrix_load
+from benchmarks.gpu.models import QUESTION, Scale, analytic, noise
+from benchmarks.gpu.timing import spread
+from benchmarks.memory import keep_budgets
+
+TARGET = 0.95
+CONDITIONS = ("calm", "step", "beside")
+ANSWER_TOKENS = 160
+SIDES = (512, 768, 1024, 1448, 2048)
+
+
+def run(desk: Desk, scale: Scale) -> None:
+    """The reference model, whose answers have a quality, and 4B, whose sizes are those of use."""
+    runners = _Runners(scale)
+    for size in ("reference", "4b"):
+        desk.row(f"{size} calibrate", partial(_calibrated, scale, runners, size), needs_s=30)
+    desk.row("4b predictions", partial(_predictions, scale, runners("4b")), needs_s=15)
+    for condition in CONDITIONS:
+        desk.row(f"4b {condition}", partial(_loop, scale, runners("4b"), "4b", condition), needs_s=18)
+        make = partial(_loop, scale, runners("reference"), "reference", condition)
+        desk.row(f"reference {condition}", make, needs_s=25)
+    for size, sides in (("reference", (128, 400)), ("4b", (256, 1448))):
+        desk.row(f"{size} memory", partial(_memory, scale, runners(size), sides), needs_s=30)
+    desk.row("decision", partial(_decision, scale, runners("4b")), needs_s=5)
+
+
+class _Runners:
+    """A runner of each size, opened once and used with whatever profile it has."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.open: dict[str, AdaptiveRunner] = {}
+
+    def __call__(self, size: str) -> AdaptiveRunner:
+        if size not in self.open:
+            self.open[size] = self.scale.runner(size)
+        return self.open[size]
+
+
+def _calibrated(scale: Scale, runners: _Runners, size: str) -> Row:
+    """Seconds of calibrating, and how far the profile is off on requests it was not fitted to."""
+    runner = runners(size)
+    if scale.tiny:
+        raise Skip("calibrating takes as many requests at a tiny shape as at a true one")
+    began = time.perf_counter()
+    found = calibrate(runner, repeats=1, check=True, save=False)
+    return {
+        "seconds": round(time.perf_counter() - began, 1),
+        "samples": found.profile.samples,
+        "memory_margin": found.profile.memory_margin,
+        "errors": {stage: dict(errors) for stage, errors in found.errors.items()},
+    }
+
+
+def _predictions(scale: Scale, runner: AdaptiveRunner) -> Row:
+    """Predicted beside measured, at sizes of use: by the profile and from the shape alone."""
+    measured: dict[str, list[float]] = {"ttft_ms": [], "peak_memory_gb": []}
+    said: dict[str, list[tuple[float, float]]] = {"profile": [], "shape": []}
+    models = {"profile": CostModel(runner.profile), "shape": analytic(runner.adapter)}
+    for turn in range(scale.repeats // 3 + 1):
+        for seed, pixels in enumerate(SIDES[:2] if scale.tiny else SIDES):
+            image = noise(scale.side(pixels), seed)
+            for share in (1, 4):
+                most = scale.side(pixels) ** 2 // share
+                point = OperatingPoint(max_pixels=most) if share > 1 else NATIVE
+                reply = runner.chat(image, QUESTION, point=point, max_new_tokens=2, min_new_tokens=2)
+                if not turn:
+                    continue  # kernels of this size are loaded
+                measured["ttft_ms"].append(reply.measurement.ttft_ms)
+                measured["peak_memory_gb"].append(reply.measurement.peak_memory_gb)
+                work = runner.work(image, QUESTION, point, 2)
+                for name, model in models.items():
+                    found = model.predict(point, work)
+                    said[name].append((found.ttft_ms, found.peak_memory_gb))
+    errors = {
+        name: {
+            key: relative_errors([(pair[i], value) for pair, value in zip(pairs, measured[key], strict=True) if value])
+            for i, key in enumerate(measured)
+            if any(measured[key])
+        }
+        for name, pairs in said.items()
+    }
+    return {"requests": len(measured["ttft_ms"]), "calibrated": runner.profile.samples > 0, "errors": errors}
+
+
+# The real loop
+
+
+def _questions(scale: Scale, size: str) -> list[Question]:
+    """Scenes with right answers for the reference model; for a random one images of sizes of use."""
+    if size == "reference":
+        return reference_questions(2)
+    rng = random.Random(0)
+    sides = [scale.side(rng.choice(SIDES)) for _ in range(4 if scale.tiny else 16)]
+    scenes = [make_scene(rng.choice(("simple", "dense")), seed, "eval", (400, 400)) for seed in range(len(sides))]
+    return [
+        Question(scene.image.resize((side, side)), PROMPTS["describe"]) for scene, side in zip(scenes, sides, strict=True)
+    ]
+
+
+def _loop(scale: Scale, runner: AdaptiveRunner, size: str, condition: str) -> Row:
+    """Requests one after the other with a deadline for the first token; the middle third of `step` is slowed down, all
+    of `beside` runs next to matrix products on the same device. Quality only where answers can be right."""
+    questions = _questions(scale, size)
+    many = 6 if scale.tiny else 60
+    rng = random.Random(1)
+    order = [rng.randrange(len(questions)) for _ in range(many)]
+    tokens = 2 if size != "reference" or scale.tiny else ANSWER_TOKENS
+    native = _native_ttft_ms(runner, questions, order)
+    budget = Budget(ttft_ms=native, attainment=TARGET)
+    runner.use_profile(runner.profile, runner.profile_note)  # the controller starts anew
+    beside: AbstractContextManager[None] = matrix_load(scale.device) if condition == "beside" else nullcontext()
+    asked = []
+    with beside, Delay(runner) as delay:
+        for index, chosen in enumerate(order):
+            delay.factor = STEP if condition == "step" and index * 3 // many == 1 else 1.0
+            question = questions[chosen]
+            reply = runner.chat(
+                question.load(), question.prompt, budget=budget, max_new_tokens=tokens, do_sample=False
+            )
+            asked.append((question, reply))
+    return _kept(asked, native, size == "reference")
+
+
+def _native_ttft_ms(runner: AdaptiveRunner, questions: Sequence[Question], order: Sequence[int]) -> float:
+    """Native's median over the requests, calm, after a round that does not count."""
+    took = []
+    for turn in range(2):
+        for chosen in dict.fromkeys(order):
+            question = questions[chosen]
+            reply = runner.chat(question.load(), question.prompt, point=NATIVE, max_new_tokens=2, do_sample=False)
+            if turn:
+                took.append(reply.measurement.ttft_ms)
+    return median(took)
+
+
+def _kept(asked: Sequence[tuple[Question, Any]], deadline_ms: float, scored: bool) -> Row:
+    took = np.array([reply.measurement.ttft_ms for _, reply in asked])
+    could = np.array([reply.decision.feasible for _, reply in asked])
+    later = slice(len(asked) // 3, None)
+    in_time = took <= deadline_ms
+    points: dict[str, int] = {}
+    for _, reply in asked:
+        points[reply.decision.rung] = points.get(reply.decision.rung, 0) + 1
+    row: Row = {
+        "requests": len(asked),
+        "deadline_ms": round(deadline_ms, 3),
+        "feasible": int(could.sum()),
+        "in_time": int(in_time.sum()),
+        "attainment": float(in_time[could].mean()) if could.any() else None,
+        "attainment_later": float(in_time[later][could[later]].mean()) if could[later].any() else None,
+        "ttft_ms": spread(took.tolist()),
+        "points": points,
+    }
+    if scored:
+        row["quality"] = float(np.mean([question.score(reply.text) or 0.0 for question, reply in asked]))
+    return row
+
+
+def _memory(scale: Scale, runner: AdaptiveRunner, sides: tuple[int, int]) -> Row:
+    """Requests with a memory budget each; see `benchmarks.memory`."""
+    if scale.tiny:
+        sides = (64, 96)
+    return dict(keep_budgets(runner, 3 if scale.tiny else 200, sides=sides))
+
+
+def _decision(scale: Scale, runner: AdaptiveRunner) -> Row:
+    """Milliseconds of deciding for an image of one megapixel, beside what measuring free memory takes of it."""
+    image = noise(scale.side(1024), 0)
+    budget = Budget(ttft_ms=1000.0, attainment=TARGET)
+    calls: dict[str, Callable[[], Any]] = {
+        "decide": lambda: runner.decide(image, QUESTION, budget=budget),
+        "free_memory": runner.meter.free_gb,
+        "offers": lambda: runner.offers(image, QUESTION),
+    }
+    synchronize(scale.device)
+    row: Row = {}
+    for name, call in calls.items():
+        call()
+        taken = []
+        for _ in range(5 * scale.repeats):
+            began = time.perf_counter()
+            call()
+            taken.append((time.perf_counter() - began) * 1e3)
+        row[f"{name}_ms"] = spread(taken)
+    return row
+
+
+def shortfalls(rows: dict[str, Any]) -> list[str]:
+    """Deadlines and memory budgets that were not kept."""
+    found = []
+    for key, row in rows.items():
+        kept = row.get("attainment")
+        if kept is not None and kept < TARGET:
+            found.append(f"{key}: {kept:.3f} of the feasible requests in time, must be >= {TARGET:g}")
+        if row.get("exceeded"):
+            found.append(f"{key}: {row['exceeded']} of {row['requests']} memory budgets exceeded by more than 2 %")
+        if (row.get("seconds") or 0) > 60:
+            found.append(f"{key}: {row['seconds']} s, must be <= 60")
+    return found

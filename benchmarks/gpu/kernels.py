@@ -1,0 +1,116 @@
+"""Fusion against the bandwidth of memory: time over the least time in which the bytes could be moved.
+
+The floor of a weighted sum is every level read once and the result written once, at the rate of a measured copy. A
+gated module has to pool every level before it can weigh it, and reads it twice.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive_fusion.bench.shapes import SHAPES
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
+from adaptive_fusion.fusion.kernels import CompiledSum, weighted_sum
+from adaptive_fusion.fusion.levels import depth_profile
+from benchmarks.gpu.book import Desk, Row
+from benchmarks.gpu.models import Scale
+from benchmarks.gpu.timing import copy_bandwidth, spread, times_ms
+
+LEVELS = (3, 6, 12)
+PATCHES = {"1 MP": 4096, "4 MP": 16384}
+MODULES = {"weighted6r4": ("weighted", 6, 4), "gated12r8": ("gated", 12, 8)}
+MOST = 1.3
+"""Most that a kernel may take of its floor."""
+
+
+def run(desk: Desk, scale: Scale) -> None:
+    """The bandwidth, sums of levels by every kernel, whole modules eager and compiled."""
+    rate = desk.row("copy", partial(_copy, scale), needs_s=3)
+    if rate is None:
+        return
+    bytes_per_s = rate["bytes_per_s"]["median"]
+    for where, patches in PATCHES.items():
+        count = max(64, patches // 64) if scale.tiny else patches
+        for levels in LEVELS:
+            make = partial(_sums, scale, levels, count, bytes_per_s)
+            desk.row(f"sum of {levels} at {where}", make, needs_s=12 if levels == LEVELS[0] else 3)
+        for name in MODULES:
+            desk.row(f"{name} at {where}", partial(_module, scale, name, count, bytes_per_s), needs_s=6)
+
+
+def _copy(scale: Scale) -> Row:
+    return {"bytes_per_s": copy_bandwidth(scale.device, 1 << 22 if scale.tiny else 1 << 30)}
+
+
+def _features(scale: Scale, levels: int, patches: int, width: int) -> list[Tensor]:
+    dtype = torch.float32 if scale.device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator(scale.device).manual_seed(0)
+    return [
+        torch.randn(patches, width, generator=generator, device=scale.device).to(dtype) for _ in range(levels)
+    ]
+
+
+def _width(scale: Scale) -> int:
+    return 64 if scale.tiny else SHAPES["4b"].vision.width
+
+
+def _sums(scale: Scale, levels: int, patches: int, bytes_per_s: float) -> Row:
+    """A weighted sum, by each kernel; `error` is relative to float64's, largest over largest."""
+    features = _features(scale, levels, patches, _width(scale))
+    weights = torch.tensor(depth_profile(levels), device=scale.device)
+    kernels: dict[str, Callable[..., Tensor]] = {"eager": weighted_sum}
+    # A compiler on the CPU is not what is measured here.
+    kernels["compiled"] = CompiledSum(backend="inductor" if scale.device.type == "cuda" else "eager")
+    floor_ms = (levels + 1) * features[0].nbytes / bytes_per_s * 1e3
+    exact = sum(weight * level.double() for weight, level in zip(weights.double(), features, strict=True))
+    row: Row = {"patches": patches, "width": features[0].shape[1], "levels": levels, "floor_ms": round(floor_ms, 5)}
+    with torch.inference_mode():
+        for name, kernel in kernels.items():
+            row[name] = _timed(scale, partial(kernel, features, weights, [patches]), floor_ms)
+            error = (kernel(features, weights, [patches]).double() - exact).abs().max() / exact.abs().max()
+            row[name]["error"] = float(error)
+    return row
+
+
+def _module(scale: Scale, name: str, patches: int, bytes_per_s: float) -> Row:
+    """A whole fusion module of the 4B shape over all its taps, adapters included, as after training."""
+    strategy, layers, rank = MODULES[name]
+    vision = SHAPES["4b"].vision
+    levels = select_levels(vision.depth, vision.taps, layers)
+    module = DeepStackFusion(FusionSpec(strategy, vision.taps, levels, _width(scale), rank)).to(scale.device).eval()
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    features = dict(zip(levels, _features(scale, len(levels), patches, _width(scale)), strict=True))
+    reads = sum(len(group) * (2 if strategy == "gated" and len(group) > 1 else 1) for group in module.spec.groups)
+    floor_ms = (reads + len(vision.taps)) * patches * _width(scale) * features[levels[0]].itemsize / bytes_per_s * 1e3
+    row: Row = {"patches": patches, "levels": layers, "rank": rank, "floor_ms": round(floor_ms, 5)}
+    with torch.inference_mode():
+        row["eager"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+        module.compile_kernels(backend="inductor" if scale.device.type == "cuda" else "eager")
+        row["compiled"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+    return row
+
+
+def _fuse(module: DeepStackFusion, features: dict[int, Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    return [module.fuse(tap, features, lengths) for tap in range(len(module.taps))]
+
+
+def _timed(scale: Scale, call: Callable[[], Any], floor_ms: float) -> Row:
+    taken = times_ms(call, scale.device, repeats=scale.repeats)
+    return {"ms": spread(taken), "over_floor": spread([ms / floor_ms for ms in taken])}
+
+
+def shortfalls(rows: dict[str, Any]) -> list[str]:
+    """Kernels at four megapixels that no variant brings within `MOST` of the floor."""
+    found = []
+    for key, row in rows.items():
+        ratios = {name: each["over_floor"]["median"] for name, each in row.items() if isinstance(each, dict)
+                  and "over_floor" in each}
+        if key.endswith("4 MP") and ratios and min(ratios.values()) > MOST:
+            shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            found.append(f"{key}: {shown} of the floor, must be <= {MOST:g}")
+    return found

@@ -1,0 +1,83 @@
+"""The results as text: one block a part, absolutes, ratios to native and predictions side by side, then what falls
+short.
+
+Knows the rows' form. Must not know how they were measured.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from benchmarks.gpu import budgets, costs, kernels
+
+TITLES = {
+    "identity": "native through the runner equals the model",
+    "kernels": "fusion kernels against the bandwidth of memory",
+    "costs": "operating points (median [quartiles], ratio to native, predicted from the shape)",
+    "starved": "out of memory",
+    "budgets": "predictions and budgets",
+    "batching": "batches",
+    "recipe": "the reference model's recipe",
+}
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The whole table."""
+    about = found["header"]
+    yield ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
+    for name, part in found["parts"].items():
+        yield ""
+        yield f"{name}: {TITLES.get(name, '')}"
+        for key, row in part["rows"].items():
+            yield from _costs(key, row) if "points" in row and name == "costs" else [f"  {key}: {_flat(row)}"]
+        for kind in ("skipped", "failed"):
+            yield from (f"  {key}: {kind}, {reason}" for key, reason in part[kind].items())
+    short = shortfalls(found)
+    yield ""
+    yield "falls short: " + ("; ".join(short) if short else "nothing of what was measured")
+
+
+def shortfalls(found: Mapping[str, Any]) -> list[str]:
+    """What must hold and does not, of what was measured."""
+    rows = {name: part["rows"] for name, part in found["parts"].items()}
+    short = [
+        f"{key}: native through the runner is not the model's (largest difference {row['largest_difference']:g})"
+        for key, row in rows.get("identity", {}).items()
+        if not (row["tokens_equal"] and row["logits_equal"]) and row["model_repeats_itself"]
+    ]
+    short += kernels.shortfalls(rows.get("kernels", {})) + costs.shortfalls(rows.get("costs", {}))
+    short += budgets.shortfalls(rows.get("budgets", {}))
+    for key, row in rows.get("starved", {}).items():
+        if row["grown_gb"] > 0:
+            short.append(f"{key}: {row['grown_gb']:.3f} GiB more allocated after {row['requests']} requests")
+        if key != "native" and row["answered"] < row["requests"]:
+            short.append(f"{key}: {row['requests'] - row['answered']} requests had no answer")
+    return short
+
+
+def _costs(key: str, row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"  {key} ({row['side']} px, {row['frames']} frames)"
+    columns = ("encode_ms", "prefill_ms", "encode_prefill_ms", "decode_ms_per_token", "ttft_ms", "peak_memory_gb")
+    for name, figures in row["points"].items():
+        cells = [f"    {name:18} {figures['patches']:6d} patches {figures['visual_tokens']:5d} tokens"]
+        for column in columns:
+            cell = figures[column]
+            ratio = "" if cell["ratio"] is None else f" x{cell['ratio']['median']:.3f}"
+            cells.append(
+                f"{column} {cell['median']:.4g} [{cell['low']:.4g}, {cell['high']:.4g}]{ratio} "
+                f"(predicted {cell['predicted']:.4g})"
+            )
+        yield " | ".join(cells)
+
+
+def _flat(value: Any) -> str:
+    """A row in one line; a median with its quartiles in brackets."""
+    if isinstance(value, Mapping):
+        if set(value) == {"median", "low", "high"}:
+            return f"{value['median']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+        return ", ".join(
+            f"{key} ({_flat(each)})" if isinstance(each, Mapping) and "median" not in each else f"{key} {_flat(each)}"
+            for key, each in value.items()
+        )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
