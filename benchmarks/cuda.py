@@ -32,7 +32,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not this folder: this file has the name of a package of NVIDIA's that torch and triton may want.
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT / "benchmarks", ROOT))]
+sys.path[:] = [
+    str(ROOT),
+    *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT / "benchmarks", ROOT)),
+]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -47,10 +50,10 @@ Part = Callable[[Desk, Scale], None]
 PARTS: dict[str, tuple[Part, float]] = {
     "identity": (identity.run, 0.09),
     "kernels": (kernels.run, 0.16),
-    "costs": (costs.run, 0.54),
-    "starved": (starved.run, 0.66),
-    "budgets": (budgets.run, 0.87),
-    "batching": (batching.run, 0.95),
+    "costs": (costs.run, 0.50),
+    "starved": (starved.run, 0.61),
+    "budgets": (budgets.run, 0.90),
+    "batching": (batching.run, 0.97),
     "recipe": (recipe.run, 1.0),
 }
 """What runs, and the share of the time by which it ends: what one part leaves, the next ones have."""

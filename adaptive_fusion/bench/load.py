@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from adaptive_fusion.execution.timing import synchronize
 from adaptive_fusion.runner import AdaptiveRunner
 
 _SPIN_S = 0.001
@@ -44,8 +45,14 @@ class Delay:
         self._began = 0.0
         self._stack = ExitStack()
 
+    def _now(self) -> float:
+        """The time, once an accelerator has done what it was given: calls return before that."""
+        if self.factor > 1.0:
+            synchronize(self.runner.adapter.device)
+        return time.perf_counter()
+
     def _wait(self, began: float) -> None:
-        until = began + (time.perf_counter() - began) * self.factor
+        until = began + (self._now() - began) * self.factor
         if self.factor > 1.0:
             time.sleep(max(0.0, until - time.perf_counter() - _SPIN_S))
             while time.perf_counter() < until:
@@ -53,7 +60,7 @@ class Delay:
 
     def _stretched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def slow(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = self._now()
             result = call(*args, **kwargs)
             self._wait(began)
             return result
@@ -61,7 +68,7 @@ class Delay:
         return slow
 
     def _before(self, *_: Any) -> None:
-        self._began = time.perf_counter()
+        self._began = self._now()
 
     def _after(self, *_: Any) -> None:
         self._wait(self._began)

@@ -87,7 +87,8 @@ class CudaMeter(_Marked):
     Peak: ``max_memory_allocated`` less what was allocated at the start. Free: what the driver has, of
     other processes too (``mem_get_info``; the limit of a MIG slice is the driver's own), plus what the
     cache holds unused, less the split blocks in it (``inactive_split_bytes``: fragments that cannot be
-    counted on for a large tensor), less a headroom for the kernels' workspaces.
+    counted on for a large tensor), and no more than the process's own share of the device
+    (``set_per_process_memory_fraction``) leaves, less a headroom for the kernels' workspaces.
 
     Args:
         probe: ``torch.cuda``, ``torch.xpu``, or anything with their memory functions.
@@ -120,8 +121,20 @@ class CudaMeter(_Marked):
         except Exception:
             self.failures += 1
             return None
-        total = (free + max(cached - max(lost, 0.0), 0.0)) / GIB - self.headroom_gb
+        usable = min(free + max(cached - max(lost, 0.0), 0.0), self._limit() - max(lost, 0.0))
+        total = usable / GIB - self.headroom_gb
         return _size(max(total, 0.0)) if free >= 0.0 and cached >= 0.0 else None
+
+    def _limit(self) -> float:
+        """What the process may still have by its own share of the device (``set_per_process_memory_fraction``), which
+        the driver does not know; infinite where that cannot be asked."""
+        try:
+            share = float(self.probe.get_per_process_memory_fraction(self.device))
+            total = float(self.probe.mem_get_info(self.device)[1])
+            taken = float(self.probe.memory_allocated(self.device))
+        except Exception:
+            return math.inf
+        return share * total - taken if 0.0 < share < 1.0 else math.inf
 
 
 def _read(path: str) -> str:

@@ -22,7 +22,7 @@ SIDE, TOKENS = 1024, 16
 
 def run(desk: Desk, scale: Scale, size: str = "4b") -> None:
     """Both points at each size of batch, and the ratio of what they get through."""
-    for batch in BATCHES:
+    for batch in scale.few(BATCHES, 2):
         native = None
         for name in RUNGS:
             make = partial(_row, scale, size, name, batch, native)
@@ -32,13 +32,14 @@ def run(desk: Desk, scale: Scale, size: str = "4b") -> None:
 
 def _row(scale: Scale, size: str, name: str, batch: int, native: Row | None) -> Row:
     adapter = scale.adapter(size)
-    request = Request(scale.side(SIDE), TOKENS)
+    tokens = 4 if scale.tiny else TOKENS
+    request = Request(scale.side(SIDE), tokens)
     point = adapter.resolve(RUNGS[name], [request.size()])
     inputs = collate([request.inputs(adapter, point)] * batch)
     timed, meter = TimedModel(adapter), meter_for(str(adapter.device))
     taken = []
     for turn in range(scale.repeats + 1):
-        _, measured = timed.request(partial(dict, inputs), point, meter, **exactly(TOKENS))
+        _, measured = timed.request(partial(dict, inputs), point, meter, **exactly(tokens))
         if turn:
             taken.append(measured)
     predicted = analytic(adapter).predict(point, request.work(adapter, point, batch))

@@ -55,9 +55,10 @@ COLUMNS: dict[str, Callable[[Measurement], float]] = {
 
 def run(desk: Desk, scale: Scale) -> None:
     """Models in the order of worth; with the first also how attention is computed, and compiled decoding."""
-    for size in SIZES:
+    for size in scale.few(SIZES):
         seconds = SECONDS[size]
-        for name, (side, frames) in INPUTS.items():
+        for name in ("1 MP", "clip") if scale.tiny else INPUTS:
+            side, frames = INPUTS[name]
             desk.row(f"{size} {name}", partial(_points, desk, scale, size, side, frames), needs_s=seconds)
         desk.row(f"{size} launches", partial(_launches, scale, size), needs_s=4)
         if size == SIZES[0]:

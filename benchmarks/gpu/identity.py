@@ -16,7 +16,7 @@ TOKENS = 8
 
 def run(desk: Desk, scale: Scale) -> None:
     """One image, several images, and a batch of three of different sizes, at each size of model."""
-    for size in SIZES:
+    for size in scale.few(SIZES):
         for case in ("one image", "several images", "batch of 3"):
             desk.row(f"{size} {case}", lambda size=size, case=case: _row(scale, size, case), needs_s=15)  # type: ignore[misc]
 

@@ -8,7 +8,7 @@ is measured.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.runner import AdaptiveRunner
 
+T = TypeVar("T")
 QUESTION = "Describe the screen."
 TINY = Shape(64, 2, 4, 2, 96, Vision(32, 6, 48, (0, 1, 3), heads=2))
 
@@ -49,6 +50,10 @@ class Scale:
     def side(self, pixels: int) -> int:
         """Of a square image; at a tiny scale a sixteenth of it."""
         return max(64, pixels // 16) if self.tiny else pixels
+
+    def few(self, items: Sequence[T], most: int = 1) -> Sequence[T]:
+        """All of them; at a tiny scale the first, where the others would run the same code again."""
+        return items[:most] if self.tiny else items
 
     def adapter(self, size: str) -> Adapter:
         """The model of that size; built once."""

@@ -7,7 +7,7 @@ Knows the rows' form. Must not know how they were measured.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.gpu import budgets, costs, kernels
+from benchmarks.gpu import budgets, costs, kernels, starved
 
 TITLES = {
     "identity": "native through the runner equals the model",
@@ -46,26 +46,21 @@ def shortfalls(found: Mapping[str, Any]) -> list[str]:
     ]
     short += kernels.shortfalls(rows.get("kernels", {})) + costs.shortfalls(rows.get("costs", {}))
     short += budgets.shortfalls(rows.get("budgets", {}))
-    for key, row in rows.get("starved", {}).items():
-        if row["grown_gb"] > 0:
-            short.append(f"{key}: {row['grown_gb']:.3f} GiB more allocated after {row['requests']} requests")
-        if key != "native" and row["answered"] < row["requests"]:
-            short.append(f"{key}: {row['requests'] - row['answered']} requests had no answer")
-    return short
+    return short + starved.shortfalls(rows.get("starved", {}))
 
 
 def _costs(key: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """One line a point; quartiles of what is decided by, those of the rest are in the file."""
     yield f"  {key} ({row['side']} px, {row['frames']} frames)"
-    columns = ("encode_ms", "prefill_ms", "encode_prefill_ms", "decode_ms_per_token", "ttft_ms", "peak_memory_gb")
+    columns = ("encode_ms", "prefill_ms", "encode_prefill_ms", "decode_ms_per_token", "peak_memory_gb")
+    yield f"    {'':14} {'patches':>7} {'tokens':>6}" + "".join(f" | {column:24}" for column in columns)
     for name, figures in row["points"].items():
-        cells = [f"    {name:18} {figures['patches']:6d} patches {figures['visual_tokens']:5d} tokens"]
+        cells = [f"    {name:14} {figures['patches']:7d} {figures['visual_tokens']:6d}"]
         for column in columns:
             cell = figures[column]
             ratio = "" if cell["ratio"] is None else f" x{cell['ratio']['median']:.3f}"
-            cells.append(
-                f"{column} {cell['median']:.4g} [{cell['low']:.4g}, {cell['high']:.4g}]{ratio} "
-                f"(predicted {cell['predicted']:.4g})"
-            )
+            quartiles = f" [{cell['low']:.4g} {cell['high']:.4g}]" if column == "encode_prefill_ms" else ""
+            cells.append(f"{cell['median']:.4g}{quartiles}{ratio} ({cell['predicted']:.3g})".ljust(24))
         yield " | ".join(cells)
 
 

@@ -65,6 +65,32 @@ def test_cuda_free_counts_the_cache_but_not_its_fragments() -> None:
     assert CudaMeter(Probe(free=0.1, reserved=2.0), headroom_gb=0.5).free_gb() == 0.0
 
 
+class Limited(Probe):
+    """A process that may take only a share of the device, which the driver does not tell."""
+
+    share = 1.0
+
+    def get_per_process_memory_fraction(self, device: Any = None) -> float:
+        return self._get("share", self.share, device)
+
+
+def test_cuda_free_is_no_more_than_the_process_may_take() -> None:
+    import torch
+
+    probe = Limited()
+    assert callable(torch.cuda.get_per_process_memory_fraction)
+    meter = CudaMeter(probe, headroom_gb=0.5)
+    assert meter.free_gb() == 7.5  # no limit
+    probe.share = 0.25  # 6 GiB of 24, of which 2 are taken
+    assert meter.free_gb() == 6 - 2 - 0.5
+    probe.split = 1.0 * GIB
+    assert meter.free_gb() == 6 - 2 - 1 - 0.5
+    probe.share = 0.05
+    assert meter.free_gb() == 0.0
+    probe.broken = {"share"}  # an older torch: what the driver says
+    assert meter.free_gb() == 6.5 and meter.failures == 0
+
+
 def test_the_real_torch_module_has_what_the_cuda_meter_calls() -> None:
     import torch
 
