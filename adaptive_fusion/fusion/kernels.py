@@ -8,7 +8,7 @@ models.
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from adaptive_fusion.errors import ConfigError
 
 Combine = Callable[[Sequence[Tensor], Tensor, Sequence[int]], Tensor]
 """The signature of `weighted_sum`, so that a compiled form can take its place."""
+
+
+@runtime_checkable
+class CombineAdapted(Protocol):
+    """A `Combine` that can add the share of low-rank adapters in the same pass."""
+
+    def adapted(
+        self,
+        levels: Sequence[Tensor],
+        weights: Tensor,
+        lengths: Sequence[int],
+        mixed: Tensor,
+        down: Tensor,
+        up: Tensor,
+    ) -> Tensor | None:
+        """The sum with the adapters' share, each level's times `mixed`; None for what it does not do."""
+        ...
+
 
 # Elements of a block: its float32 form (2 MiB) stays in the last-level cache and splits over two threads
 # into pieces that still dwarf the cost of an operator call. Smaller and larger blocks were slower on Zen 3.
@@ -50,7 +68,7 @@ def weighted_sum(levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[in
     Raises ConfigError if shapes do not fit.
     """
     check_packed(levels, lengths)
-    rows = _weight_rows(weights, len(levels), len(lengths))
+    rows = weight_rows(weights, len(levels), len(lengths))
     if torch.is_grad_enabled() and (rows.requires_grad or any(level.requires_grad for level in levels)):
         out: Tensor = _WeightedSum.apply(rows, tuple(lengths), *levels)
         return out
@@ -104,7 +122,7 @@ class CompiledSum:
 
     def __call__(self, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
         check_packed(levels, lengths)
-        rows = _weight_rows(weights, len(levels), len(lengths))
+        rows = weight_rows(weights, len(levels), len(lengths))
         first = levels[0]
         kind = (len(levels), first.shape[1], first.dtype, first.device, rows.shape[0] == 1)
         if kind not in self.kinds and len(self.kinds) >= self.max_shapes:
@@ -123,7 +141,8 @@ def _plain_sum(levels: list[Tensor], rows: Tensor) -> Tensor:
     return total.to(levels[0].dtype)
 
 
-def _weight_rows(weights: Tensor, levels: int, images: int) -> Tensor:
+def weight_rows(weights: Tensor, levels: int, images: int) -> Tensor:
+    """`weights` as ``[1, L]`` or ``[n_images, L]``, float32 (or float64); ConfigError if their shape does not fit."""
     rows = weights[None] if weights.ndim == 1 else weights
     if rows.ndim != 2 or rows.shape[1] != levels or rows.shape[0] not in (1, images):
         raise ConfigError(f"weights are {list(weights.shape)}; expected [{levels}] or [{images}, {levels}] (per image)")

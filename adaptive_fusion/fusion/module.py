@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adaptive_fusion.checks import integer
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion.files import read_tensors, save_tensors
-from adaptive_fusion.fusion.kernels import CompiledSum, check_packed, expand_rows
+from adaptive_fusion.fusion.kernels import Combine, CompiledSum, check_packed, expand_rows
 from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
 from adaptive_fusion.fusion.strategies import STRATEGIES, TapFusion
 from adaptive_fusion.reduction.learned_pool import WindowPool
@@ -172,8 +172,12 @@ class DeepStackFusion(nn.Module):
         return found
 
     def compile_kernels(self, max_shapes: int = 8, backend: str = "inductor") -> None:
-        """Sum levels with `CompiledSum` at inference, for at most `max_shapes` kinds of input."""
-        combine = CompiledSum(max_shapes, backend)
+        """Sum levels with `CompiledSum` at inference, for at most `max_shapes` kinds of input; with the backend
+        ``triton`` by one kernel that takes all of them, adapters included.
+
+        Raises ConfigError where Triton is not installed.
+        """
+        combine = _triton_sum() if backend == "triton" else CompiledSum(max_shapes, backend)
         for tap in self.taps:
             cast(TapFusion, tap).combine = combine
 
@@ -220,6 +224,14 @@ class DeepStackFusion(nn.Module):
         check_packed(features, lengths)
         if features[0].shape[1] != self.spec.d_vision:
             raise ConfigError(f"levels are {features[0].shape[1]} wide; expected d_vision {self.spec.d_vision}")
+
+
+def _triton_sum() -> Combine:
+    try:
+        from adaptive_fusion.fusion.kernels_triton import TritonSum
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"backend is 'triton', which is not installed ({error}); expected one that is") from error
+    return TritonSum()
 
 
 def apply_gate(tokens: Tensor, gate: Tensor | float, lengths: Sequence[int]) -> Tensor:

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptive_fusion.fusion.kernels import Combine, global_pool, weighted_sum
+from adaptive_fusion.fusion.kernels import Combine, CombineAdapted, global_pool, weighted_sum
 from adaptive_fusion.fusion.registry import Registry
 from adaptive_fusion.fusion.weights import Adapters, FixedWeights, GatedWeights, LevelWeights, UnitWeights
 
@@ -90,12 +90,17 @@ class Mixed(TapFusion):
     def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         mixed = self.weights(levels, lengths)
         if self.mix is None:
-            fused = levels[0] if len(levels) == 1 else self.combine(levels, mixed, lengths)
+            weights = mixed
         else:
             mixed = mixed * self.mix
             own = torch.zeros_like(mixed[:1])
             own[0, self.tap] = 1.0
-            fused = self.combine(levels, mixed + own * (1 - self.mix), lengths)
+            weights = mixed + own * (1 - self.mix)
+        if self.adapters is not None and isinstance(self.combine, CombineAdapted):
+            found = self.combine.adapted(levels, weights, lengths, mixed, self.adapters.down, self.adapters.up)
+            if found is not None:
+                return found
+        fused = levels[0] if len(levels) == 1 and self.mix is None else self.combine(levels, weights, lengths)
         return fused if self.adapters is None else self.adapters.add_to(fused, levels, mixed, lengths)
 
 

@@ -61,6 +61,10 @@ def _sums(scale: Scale, levels: int, patches: int, bytes_per_s: float) -> Row:
     weights = torch.tensor(depth_profile(levels), device=scale.device)
     kernels: dict[str, Callable[..., Tensor]] = {"eager": weighted_sum}
     kernels["compiled"] = _compiled(scale.device.type)
+    if scale.device.type == "cuda":
+        from adaptive_fusion.fusion.kernels_triton import TritonSum
+
+        kernels["triton"] = TritonSum()
     floor_ms = (levels + 1) * features[0].nbytes / bytes_per_s * 1e3
     exact = sum(weight * level.double() for weight, level in zip(weights.double(), features, strict=True))
     row: Row = {"patches": patches, "width": features[0].shape[1], "levels": levels, "floor_ms": round(floor_ms, 5)}
@@ -90,6 +94,9 @@ def _module(scale: Scale, name: str, patches: int, bytes_per_s: float) -> Row:
         for tap in module.taps:
             tap.combine = _compiled(scale.device.type)
         row["compiled"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+        if scale.device.type == "cuda":
+            module.compile_kernels(backend="triton")
+            row["triton"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
     return row
 
 

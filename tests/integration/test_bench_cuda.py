@@ -1,5 +1,5 @@
-"""The GPU benchmark at a tiny shape on the CPU: every part that can run there runs, what was measured is kept, and a part
-that fails takes none of the others with it."""
+"""The GPU benchmark at a tiny shape on the CPU: every part that can run there runs, what was measured is kept, and a
+part that fails takes none of the others with it."""
 
 import json
 import subprocess

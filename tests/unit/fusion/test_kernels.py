@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.fusion import kernels
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, kernels
 from adaptive_fusion.fusion.kernels import CompiledSum, global_pool, weighted_sum
 
 lengths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=4)
@@ -175,3 +179,19 @@ def test_shapes_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         weighted_sum(levels, weights, lengths)
+
+
+def test_the_triton_kernel_is_the_eager_one() -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).parents[1] / "interpreted_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "as eager", done.stderr
+
+
+def test_without_triton_its_backend_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "adaptive_fusion.fusion.kernels_triton", raising=False)
+    module = DeepStackFusion(FusionSpec("weighted", (1,), (0, 1), 8))
+    with pytest.raises(ConfigError, match="'triton', which is not installed"):
+        module.compile_kernels(backend="triton")

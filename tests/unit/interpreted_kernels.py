@@ -1,0 +1,68 @@
+"""The Triton kernel against the eager one, for a process of its own that has ``TRITON_INTERPRET=1``: Triton reads that
+when it is first imported. Says ``as eager`` at the end."""
+
+import torch
+
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
+from adaptive_fusion.fusion.kernels import weighted_sum
+from adaptive_fusion.fusion.kernels_triton import TritonSum
+
+LENGTHS = [5, 12]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def levels(count: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    return [torch.randn(sum(LENGTHS), width, generator=generator).to(dtype) for _ in range(count)]
+
+
+def check_sums(kernel: TritonSum) -> None:
+    for dtype in DTYPES:
+        for count, width, images in ((1, 8, 1), (3, 24, 2), (4, 1152, 1)):
+            features = levels(count, width, dtype)
+            weights = torch.rand(images, count, generator=torch.Generator().manual_seed(1)) - 0.3
+            found = kernel(features, weights, LENGTHS)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, weighted_sum(features, weights, LENGTHS))
+            # Wider numbers and levels that are not contiguous go to the eager kernel.
+            wide = [feature.double() for feature in features]
+            torch.testing.assert_close(kernel(wide, weights, LENGTHS), weighted_sum(wide, weights, LENGTHS))
+            assert kernel.adapted(wide, weights, LENGTHS, weights, weights, weights) is None
+
+
+def check_modules() -> None:
+    for dtype in DTYPES:
+        for strategy in ("sum", "weighted", "gated"):
+            torch.manual_seed(0)
+            module = DeepStackFusion(FusionSpec(strategy, (1, 5), (0, 1, 3, 4, 5), 24, 4)).eval()
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter, std=0.3)
+            features = dict(zip(module.spec.levels, levels(5, 24, dtype), strict=True))
+            with torch.no_grad():
+                eager = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
+                module.compile_kernels(backend="triton")
+                assert all(isinstance(tap.combine, TritonSum) for tap in module.taps)
+                fused = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
+            # Eagerly, half precision rounds the adapters' codes too.
+            tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.03}
+            for found, expected in zip(fused, eager, strict=True):
+                torch.testing.assert_close(found, expected, **tolerance)
+            assert module.fuse(0, features, LENGTHS).requires_grad  # by the kernel that has gradients
+
+
+def check_refusals(kernel: TritonSum) -> None:
+    try:
+        kernel(levels(3, 8, torch.float32), torch.rand(2), LENGTHS)
+    except ConfigError as error:
+        assert "weights are" in str(error)
+    else:
+        raise AssertionError("weights of another number were taken")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    check_sums(TritonSum())
+    check_modules()
+    check_refusals(TritonSum())
+    print("as eager")
