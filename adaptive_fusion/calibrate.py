@@ -58,12 +58,13 @@ def calibrate(
 ) -> Calibration:
     """Measure requests over sizes, downsampling, fusion and answer lengths; fit, save and use the profile.
 
-    Memory and times are measured apart, because measuring memory takes time on the CPU. Memory comes first: there,
-    requests that ran unmeasured leave a heap in which others take a quarter more.
+    Where measuring memory takes time, on the CPU, memory and times are measured apart. Memory comes first: requests
+    that ran unmeasured leave a heap in which others take a quarter more. Elsewhere one request gives both.
 
     Args:
         runner: The model to measure; its controller starts anew afterwards.
-        repeats: Rounds over all requests for their memory and as many for their times, after one to warm up.
+        repeats: Rounds over all requests for their memory and, where that is measured apart, as many for their times,
+            after one to warm up.
         check: Also measure requests to judge the profile by.
         save: Keep the profile in the user's cache directory, where `find_profile` looks.
         progress: See `Progress`; a step is a request.
@@ -73,12 +74,14 @@ def calibrate(
     plan, unseen = _requests(runner.adapter), _check_requests(runner.adapter) if check else []
     samples: list[Sample] = []
     held_out: list[Sample] = []
-    steps = Steps(progress, "calibrate", len(plan) * (2 * repeats + 1) + 2 * len(unseen))
-    images = itertools.count()
-    order = random.Random(0)
+    apart = not runner.meter.free_of_charge
     # In rounds, so that no request follows its like; the first brings everything to where later ones find it.
     rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
-    rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
+    if apart:
+        rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
+    steps = Steps(progress, "calibrate", sum(len(requests) for requests, *_ in rounds))
+    images = itertools.count()
+    order = random.Random(0)
     # What fusion takes is measured on every model: a profile outlives the policy that the runner has.
     with runner.adapter.built(point for requests in (plan, unseen) for _, point, _ in requests):
         for requests, memory, kept in rounds:
@@ -86,7 +89,7 @@ def calibrate(
                 # A new image each time, as requests bring them: one that was there before takes less.
                 seed = next(images)
                 scene = make_scene("dense" if seed % 2 else "simple", seed, "train", (400, 400))
-                found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory)
+                found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory, apart=apart)
                 if kept is not None:
                     kept.append(found)
                 steps.advance()
@@ -98,16 +101,16 @@ def calibrate(
 
 
 def _measured(
-    runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int, *, memory: bool
+    runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int, *, memory: bool, apart: bool
 ) -> Sample:  # fmt: skip
-    """One request's peak alone, or its times."""
+    """One request's peak and times; where they are measured `apart` only one of these."""
     # The memory budget is never reached; without one the peak may go unmeasured.
     budget = Budget(vram_gb=MAX_VRAM_GB) if memory else None
     reply = runner.chat(
         image, "Describe.", point=point, budget=budget, max_new_tokens=tokens, min_new_tokens=tokens
     )  # fmt: skip
     took = reply.measurement
-    if memory:
+    if memory and apart:
         took = replace(
             took, preprocess_ms=0.0, encode_ms=0.0, prefill_ms=0.0, decode_ms=0.0, ttft_ms=0.0, latency_ms=0.0
         )

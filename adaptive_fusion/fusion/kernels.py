@@ -8,6 +8,7 @@ models.
 
 import threading
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -118,7 +119,9 @@ class CompiledSum:
             raise ConfigError(f"max_shapes is {max_shapes!r}; expected 1 to {limit} (torch's own limit of recompiles)")
         self.max_shapes = max_shapes
         self.kinds: set[tuple[Any, ...]] = set()
-        self._run = torch.compile(_plain_sum, dynamic=True, backend=backend)
+        # A code object of its own: torch counts recompiles by it, and several of these would share one limit.
+        own = FunctionType(_plain_sum.__code__.replace(), _plain_sum.__globals__)
+        self._run = torch.compile(own, dynamic=True, backend=backend)
 
     def __call__(self, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
         check_packed(levels, lengths)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from adaptive_fusion.bench.shapes import SHAPES
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
-from adaptive_fusion.fusion.kernels import CompiledSum, weighted_sum
+from adaptive_fusion.fusion.kernels import Combine, CompiledSum, weighted_sum
 from adaptive_fusion.fusion.levels import depth_profile
-from benchmarks.gpu.book import Desk, Row
+from benchmarks.gpu.book import Desk, Row, Skip
 from benchmarks.gpu.models import Scale
 from benchmarks.gpu.timing import copy_bandwidth, spread, times_ms
 
@@ -59,21 +59,16 @@ def _sums(scale: Scale, levels: int, patches: int, bytes_per_s: float) -> Row:
     """A weighted sum, by each kernel; `error` is relative to float64's, largest over largest."""
     features = _features(scale, levels, patches, _width(scale))
     weights = torch.tensor(depth_profile(levels), device=scale.device)
-    kernels: dict[str, Callable[..., Tensor]] = {"eager": weighted_sum}
-    kernels["compiled"] = _compiled(scale.device.type)
-    if scale.device.type == "cuda":
-        from adaptive_fusion.fusion.kernels_triton import TritonSum
-
-        kernels["triton"] = TritonSum()
     floor_ms = (levels + 1) * features[0].nbytes / bytes_per_s * 1e3
     exact = sum(weight * level.double() for weight, level in zip(weights.double(), features, strict=True))
+
+    def measured(name: str) -> Row:
+        call = partial(_kernel(name, scale), features, weights, [patches])
+        error = (call().double() - exact).abs().max() / exact.abs().max()
+        return {**_timed(scale, call, floor_ms), "error": float(error)}
+
     row: Row = {"patches": patches, "width": features[0].shape[1], "levels": levels, "floor_ms": round(floor_ms, 5)}
-    with torch.inference_mode():
-        for name, kernel in kernels.items():
-            row[name] = _timed(scale, partial(kernel, features, weights, [patches]), floor_ms)
-            error = (kernel(features, weights, [patches]).double() - exact).abs().max() / exact.abs().max()
-            row[name]["error"] = float(error)
-    return row
+    return row | _each(measured)
 
 
 def _module(scale: Scale, name: str, patches: int, bytes_per_s: float) -> Row:
@@ -89,20 +84,46 @@ def _module(scale: Scale, name: str, patches: int, bytes_per_s: float) -> Row:
     reads = sum(len(group) * (2 if strategy == "gated" and len(group) > 1 else 1) for group in module.spec.groups)
     floor_ms = (reads + len(vision.taps)) * patches * _width(scale) * features[levels[0]].itemsize / bytes_per_s * 1e3
     row: Row = {"patches": patches, "levels": layers, "rank": rank, "floor_ms": round(floor_ms, 5)}
-    with torch.inference_mode():
-        row["eager"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+
+    def measured(name: str) -> Row:
         for tap in module.taps:
-            tap.combine = _compiled(scale.device.type)
-        row["compiled"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
-        if scale.device.type == "cuda":
-            module.compile_kernels(backend="triton")
-            row["triton"] = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
-    return row
+            tap.combine = _kernel(name, scale)
+        return _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+
+    return row | _each(measured)
+
+
+def _each(measured: Callable[[str], Row]) -> Row:
+    """Every kernel's figures by its name; of one that fails, why, and the others go on."""
+    found: Row = {}
+    for name in ("eager", "compiled", "triton"):
+        try:
+            with torch.inference_mode():
+                found[name] = measured(name)
+        except Skip as reason:
+            found[name] = {"skipped": str(reason)}
+        except Exception as error:
+            if name == "eager":
+                raise
+            found[name] = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+    return found
+
+
+def _kernel(name: str, scale: Scale) -> Combine:
+    if name == "eager":
+        return weighted_sum
+    if name == "compiled":
+        return _compiled(scale.device.type)
+    if scale.device.type != "cuda":
+        raise Skip("Triton's kernels are those of a GPU")
+    from adaptive_fusion.fusion.kernels_triton import TritonSum
+
+    return TritonSum()
 
 
 @cache
 def _compiled(device: str) -> CompiledSum:
-    """One for all: what it compiles is kept by its code, and only so many forms of that."""
+    """One for all rows: compiling takes seconds."""
     # A compiler on the CPU is not what is measured here.
     return CompiledSum(backend="inductor" if device == "cuda" else "eager")
 

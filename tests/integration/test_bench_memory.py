@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adaptive_fusion.calibrate import relative_errors
+from adaptive_fusion.calibrate import calibrate, relative_errors
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -52,3 +52,23 @@ def test_errors_of_known_pairs() -> None:
     assert found["bias"] == pytest.approx(-0.1)
     # Of a constant c the larger of c - 1 and 1 - c / 2 is least at 4/3.
     assert found["constant_p95"] == pytest.approx(1 / 3, abs=0.005)
+
+
+def test_where_memory_costs_nothing_one_request_gives_peak_and_times(
+    tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptive_fusion.calibrate.SHAPES", ((64, 64), (48, 64), (64, 48)))
+    totals: dict[bool, int] = {}
+    for free in (True, False):
+        meter = Fixed(0.5)
+        meter.free_of_charge = free
+        meter.skip = lambda: None  # type: ignore[attr-defined]
+        runner = AdaptiveRunner(tiny_dense, processor, policy="native", meter=meter)
+        seen: set[int] = set()
+        found = calibrate(
+            runner, repeats=1, save=False, progress=lambda _done, total, _stage, seen=seen: seen.add(total)
+        )
+        [totals[free]] = seen
+        assert all(sum(getattr(found.profile, stage)) > 0 for stage in ("encode", "prefill", "decode"))
+        assert found.profile.errors["memory"] < 0.01  # always the same peak
+    assert totals[True] * 3 == totals[False] * 2

@@ -181,6 +181,22 @@ def test_shapes_that_do_not_fit_are_named(
         weighted_sum(levels, weights, lengths)
 
 
+def test_several_compiled_sums_have_a_limit_each() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    for _ in range(2):
+        made: list[Any] = []
+
+        def backend(graph: Any, _inputs: Any, made: list[Any] = made) -> Any:
+            made.append(graph)
+            return graph.forward
+
+        combine = CompiledSum(limit, backend)
+        for count in range(2, 2 + limit):
+            levels = [torch.randn(4, 3) for _ in range(count)]
+            torch.testing.assert_close(combine(levels, torch.ones(count), [4]), sum(levels, torch.zeros(4, 3)))
+        assert len(made) == limit
+
+
 def test_the_triton_kernel_is_the_eager_one() -> None:
     pytest.importorskip("triton")
     script = Path(__file__).parents[1] / "interpreted_kernels.py"
