@@ -3,7 +3,7 @@
     python benchmarks/gpu/missing.py WHEELS
 
 Prints their paths in one line. A wheel of a package that this project does not name itself is taken if the machine has
-none. Runs with the standard library alone and ``packaging`` where pip brings it: nothing else may be there yet.
+none or an older one: it was brought for those that it does name. Runs with the standard library alone and ``packaging`` where pip brings it: nothing else may be there yet.
 """
 
 import sys
@@ -14,9 +14,11 @@ from pathlib import Path
 try:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name, parse_wheel_filename
+    from packaging.version import Version
 except ModuleNotFoundError:
     from pip._vendor.packaging.requirements import Requirement
     from pip._vendor.packaging.utils import canonicalize_name, parse_wheel_filename
+    from pip._vendor.packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,7 +36,11 @@ def missing(folder: Path, project: Path = ROOT / "pyproject.toml") -> list[Path]
             found.append(path)
             continue
         wanted = least.get(name)
-        if wanted is not None and not wanted.contains(have, prereleases=True) and wanted.contains(offered):
+        if wanted is None:
+            needed = Version(have) < offered
+        else:
+            needed = not wanted.contains(have, prereleases=True) and wanted.contains(offered)
+        if needed:
             found.append(path)
     return found
 

@@ -40,7 +40,7 @@ def _apart(scale: Scale) -> Row:
         return both(scale, 3)
     command = [sys.executable, "-m", "benchmarks.gpu.starved", "--device", str(scale.device)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"the process ended with {done.returncode}: {last[:200]}")
