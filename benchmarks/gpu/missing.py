@@ -3,33 +3,37 @@
     python benchmarks/gpu/missing.py WHEELS
 
 Prints their paths in one line. A wheel of a package that this project does not name itself is taken if the machine has
-none or an older one: it was brought for those that it does name. Runs with the standard library alone and ``packaging`` where pip brings it: nothing else may be there yet.
+none or an older one: it was brought for those that it does name. Runs with the standard library alone and ``packaging``
+where pip brings it: nothing else may be there yet.
 """
 
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-try:
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name, parse_wheel_filename
-    from packaging.version import Version
-except ModuleNotFoundError:
-    from pip._vendor.packaging.requirements import Requirement
-    from pip._vendor.packaging.utils import canonicalize_name, parse_wheel_filename
-    from pip._vendor.packaging.version import Version
+
+def _packaging(part: str) -> Any:
+    """A module of ``packaging``, or of the copy that pip carries."""
+    try:
+        return import_module(f"packaging.{part}")
+    except ModuleNotFoundError:
+        return import_module(f"pip._vendor.packaging.{part}")
+
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def missing(folder: Path, project: Path = ROOT / "pyproject.toml") -> list[Path]:
     """The wheels to install, in the order of their names."""
-    asked = [Requirement(text) for text in tomllib.loads(project.read_text())["project"]["dependencies"]]
-    least = {canonicalize_name(requirement.name): requirement.specifier for requirement in asked}
+    requirements, utils, versions = (_packaging(part) for part in ("requirements", "utils", "version"))
+    asked = [requirements.Requirement(text) for text in tomllib.loads(project.read_text())["project"]["dependencies"]]
+    least = {utils.canonicalize_name(requirement.name): requirement.specifier for requirement in asked}
     found = []
     for path in sorted(folder.glob("*.whl")):
-        name, offered, *_ = parse_wheel_filename(path.name)
+        name, offered, *_ = utils.parse_wheel_filename(path.name)
         try:
             have = version(name)
         except PackageNotFoundError:
@@ -37,7 +41,7 @@ def missing(folder: Path, project: Path = ROOT / "pyproject.toml") -> list[Path]
             continue
         wanted = least.get(name)
         if wanted is None:
-            needed = Version(have) < offered
+            needed = versions.Version(have) < offered
         else:
             needed = not wanted.contains(have, prereleases=True) and wanted.contains(offered)
         if needed:
