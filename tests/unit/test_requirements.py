@@ -27,7 +27,8 @@ SCRIPTS = ("tests", "training", "benchmarks", "examples")
 TOOLS = {"basedpyright", "build", "mypy", "pytest-xdist", "ruff"}
 """Run as commands by the Makefile and the tests."""
 OPTIONAL_BY_DESIGN = {"flash-attn", "flash-attn-interface", "pycocoevalcap", "triton", "vision-squeezer"}
-"""Looked for, never required: GPU kernels and their language, an oracle that one test compares with, a peer that one benchmark does."""
+"""Looked for, never required: GPU kernels and their language, an oracle that one test compares with, a peer that one
+benchmark does."""
 
 
 def named(requirements: list[str]) -> set[str]:
