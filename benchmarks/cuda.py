@@ -111,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no GPU that torch can use; --tiny runs it on the CPU at a tiny shape")
     if not options.minutes > 0:
         parser.error(f"--minutes is {options.minutes:g}; expected more than 0")
+    if options.tiny:
+        torch.set_num_threads(1)  # more of them wait for one another longer than tiny shapes take
     device = torch.device("cpu" if options.tiny else "cuda:0")
     if options.fresh:
         options.out.unlink(missing_ok=True)
