@@ -76,6 +76,10 @@ class Stateful(Protocol):
     def state(self) -> Mapping[str, Any]: ...
 
 
+MOST = 1e15
+"""The largest value that is counted: sums of absurd ones would not be finite."""
+
+
 class Metrics:
     """The server's counters, gauges and histograms, in a registry of their own; thread-safe.
 
@@ -273,10 +277,10 @@ class Metrics:
 
 
 def _valid(value: float) -> float:
-    """A finite value of at least 0; else 0."""
-    return float(value) if is_number(value) and value >= 0 else 0.0
+    """A finite value of at least 0, at most `MOST`; else 0."""
+    return float(min(value, MOST)) if is_number(value) and value >= 0 else 0.0
 
 
 def _observe(histogram: Histogram, value: float) -> None:
     if is_number(value) and value >= 0:
-        histogram.observe(value)
+        histogram.observe(_valid(value))

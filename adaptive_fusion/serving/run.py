@@ -46,6 +46,7 @@ class DrainingServer(uvicorn.Server):
             super().run(sockets)  # type: ignore[arg-type]
         finally:
             sys.setswitchinterval(before)
+            gc.unfreeze()  # what `ready` froze
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         """Listen."""

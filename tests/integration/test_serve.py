@@ -217,7 +217,7 @@ def test_what_cannot_be_answered_has_its_status(client: OpenAI, name: str, strea
 
 
 def test_both_numbers_of_the_context_are_said(client: OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match=r"prompt has about \d{4} tokens .* context is 4096 tokens"):
+    with pytest.raises(openai.BadRequestError, match=r"prompt has about \d{4} tokens.* context is 4096 tokens"):
         ask(client, [{"role": "user", "content": "word " * 3000}])
 
 
