@@ -50,7 +50,7 @@ def ask(processor: Any, inputs: dict[str, Any]) -> Ask:
     """The tokens that a model answers with at every point, through a runner."""
 
     def tokens(model: Any) -> dict[str, list[int]]:
-        runner = AdaptiveRunner(model, processor, seed=0)
+        runner = AdaptiveRunner(model, processor, policy="reference-balanced", seed=0)
         return {point.name: runner.generate(**inputs, point=point, max_new_tokens=3)[0].tolist() for point in POINTS}
 
     return tokens
