@@ -9,6 +9,7 @@ import typer
 from adaptive_fusion.commands.bench.shared import print_lines
 from adaptive_fusion.commands.options import Json
 from adaptive_fusion.commands.output import BAD_INPUT, complain, emit, progress, refusing
+from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaptive_fusion.bench.real import Bad
@@ -100,6 +101,8 @@ def _measured(
 
     policies = load_policies(names)
     sources, failed = read_sources(folders)
+    if not any(source.items for source in sources):
+        raise ConfigError("no image to measure: " + "; ".join(f"{name}: {why}" for name, why in failed)[:500])
     reader = _reader(sources, cache)
     with progress(as_json) as shown:
         cases = bench.measure(sources, policies, reader, images=images, prompt=prompt, progress=shown)

@@ -308,3 +308,9 @@ def test_a_real_reader_loses_text_with_the_pixels(tmp_path):
     measured = measure(read_sources([tmp_path])[0], load_policies(["balanced"]), reader, images=1)
     (found,) = measured.found[TEXT]
     assert found.seen["balanced"].kept > 0.9 > found.at_share(0.0625).kept
+
+
+def test_folders_without_an_image_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = CliRunner().invoke(app, ["bench", "real", str(tmp_path / "nowhere"), str(tmp_path / "empty")])
+    assert result.exit_code == 2 and "nowhere: there is no such folder" in result.stderr and "empty: " in result.stderr
