@@ -90,7 +90,8 @@ class Scene:
     """One screen or clip with the answers that are right for it.
 
     ``frames`` holds one image for a still, four to eight for a clip (2 per second). ``answers`` maps each task that
-    can be asked to its only right answer. `icons` and `glyphs` say where everything lies in a still, in pixels.
+    can be asked to its only right answer. `icons` and `glyphs` say where everything lies in a still, in pixels;
+    `acting` has what the event of a clip happens to in each frame, None where it is not there.
     """
 
     kind: Kind
@@ -98,6 +99,7 @@ class Scene:
     answers: dict[Task, str]
     icons: tuple["Icon", ...] = ()
     glyphs: tuple["Glyph", ...] = ()
+    acting: tuple["Icon | None", ...] = ()
 
     @property
     def task(self) -> Task:
@@ -286,6 +288,7 @@ def _clip(rng: random.Random, split: Split, size: tuple[int, int], effort: float
     direction = rng.choice(list(MOVES))
     switch = rng.randint(frames_n // 2 - 1, frames_n // 2 + 1)
     frames = []
+    acting: list[Icon | None] = []
     for k in range(frames_n):
         image = Image.new("RGB", size, ground)
         draw = ImageDraw.Draw(image)
@@ -307,9 +310,10 @@ def _clip(rng: random.Random, split: Split, size: tuple[int, int], effort: float
             visible = k < switch
         if visible:
             _shape(draw, shape, x, y, side, COLORS[shown])
+        acting.append(Icon(x, y, side, shown, shape) if visible else None)
         frames.append(image)
     tail = {"moves": f" {direction}", "turns": f" {target}"}.get(event, "")
-    return Scene("clip", tuple(frames), {"event": f"{color} {shape} {event}{tail}"})
+    return Scene("clip", tuple(frames), {"event": f"{color} {shape} {event}{tail}"}, acting=tuple(acting))
 
 
 def _word(rng: random.Random, split: Split) -> str:

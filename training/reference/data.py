@@ -48,6 +48,8 @@ class Stage:
     pages: float = 0.2  # share of the patches that go to packed pages, which only the encoder's own losses see
     where: float = 1.0  # weight of the encoder's own losses
     late: float = 1.0  # weight, among those, of characters read off the last tap
+    shrunk: tuple[float, float] = (0.5, 0.12)  # shares of scenes shrunk before the encoder: simple and clips; others
+    dropped: float = 0.0  # share of the second rows that lose single tokens instead of being pooled
 
 
 EVEN = (0.14, 0.38, 0.38, 0.10)
@@ -60,6 +62,13 @@ CURRICULUM = (
     Stage(0.96, (192, 320), 0.9, 2800, LARGE, pages=0.1),
     Stage(1.00, (256, 384), 1.0, 4500, LARGE, pages=0.0),
 )
+REFINE = (
+    Stage(0.15, (128, 224), 0.7, 2000, (0.2, 0.4, 0.4, 0.4), pages=0.1, shrunk=(0.15, 0.05), dropped=0.3),
+    Stage(0.55, (192, 320), 0.9, 2800, (0.2, 0.4, 0.4, 0.33), pages=0.05, shrunk=(0.15, 0.05), dropped=0.3),
+    Stage(1.00, (256, 384), 1.0, 4500, (0.2, 0.4, 0.4, 0.3), pages=0.0, shrunk=(0.15, 0.05), dropped=0.3),
+)
+"""After the first curriculum: mostly at full size, far more clips, and rows that lose single tokens."""
+CURRICULA = {"first": CURRICULUM, "refine": REFINE}
 
 
 @dataclass
@@ -105,11 +114,37 @@ def sample_batch(processor: Qwen3VLProcessor, stage: Stage, rng: random.Random, 
     while total < stage.patches * (1 - pages):
         kind: Kind = "clip" if clips else rng.choices(KINDS[:-1], stage.mix[:-1])[0]
         scene = make_scene(kind, rng.getrandbits(40), split, stage.sides, stage.effort)
-        shrink = rng.random() < (0.5 if kind in ("simple", "clip") else 0.12)
+        shrink = rng.random() < stage.shrunk[0 if kind in ("simple", "clip") else 1]
         add(scene, rng.uniform(0.12, 0.7) if shrink else 1.0)
     while total < stage.patches:
         add(make_page(rng, (64, 128)), 1.0)
     return Encoded(torch.cat(pixels), torch.cat(grids), scenes)
+
+
+def kept_tokens(batch: Encoded, rng: random.Random, merge: int = 2) -> Tensor:
+    """Which merged tokens of the scenes that are asked something stay, as reducers other than pooling would have it:
+    by scene, random ones go, or those that show what the one before shows (in a clip the pair of frames before). A
+    boolean ``[tokens]``."""
+    sizes = (batch.grids.prod(1) // merge**2).tolist()
+    found = []
+    for scene, (t, h, w), tokens in zip(
+        batch.scenes, batch.grids.tolist(), torch.split(batch.pixels, [merge**2 * n for n in sizes]), strict=True
+    ):
+        if not scene.answers:
+            continue
+        count = len(tokens) // merge**2
+        keep = torch.from_numpy(np.random.default_rng(rng.getrandbits(32)).random(count)) >= rng.uniform(0.1, 0.7)
+        if rng.random() < 0.5:
+            seen = tokens.view(t, h // merge, w // merge, -1)
+            same = torch.zeros(seen.shape[:3], dtype=torch.bool)
+            if t > 1:
+                same[1:] = (seen[1:] - seen[:-1]).abs().amax(-1) < 0.02
+            else:
+                same[:, :, 1:] = (seen[:, :, 1:] - seen[:, :, :-1]).abs().amax(-1) < 0.02
+            keep = ~same.flatten() | (keep if rng.random() < 0.5 else False)
+        keep[0] = True
+        found.append(keep)
+    return torch.cat(found)
 
 
 def make_page(rng: random.Random, sides: tuple[int, int]) -> Scene:
@@ -161,6 +196,27 @@ def cells_under(icon: Icon, scene: Scene, h: int, w: int) -> np.ndarray:
     inside = np.maximum(abs(x / sx - icon.x), abs(y / sy - icon.y)) <= icon.side / 2
     inside[min(h - 1, max(0, int(icon.y * sy))), min(w - 1, max(0, int(icon.x * sx)))] = True
     return inside
+
+
+def acting_cells(scene: Scene, h: int, w: int) -> np.ndarray:
+    """Where what a clip's event happens to is seen, by pair of frames: a boolean ``[pairs, h, w]``."""
+    frames = [cells_under(icon, scene, h, w) if icon is not None else np.zeros((h, w), bool) for icon in scene.acting]
+    return np.stack([first | second for first, second in zip(frames[::2], frames[1::2], strict=True)])
+
+
+EVENTS = ("moves", "turns", "appears", "disappears")
+
+
+def event_targets(scene: Scene, h: int, w: int) -> np.ndarray:
+    """What has happened where, as far as a causal model can know it by then: ``[pairs, h, w]``, 0 nothing, else 1 + the
+    event's number, on the cells of what it happened to, in this pair of frames or the one before."""
+    cells = acting_cells(scene, h, w)
+    event = 1 + next(i for i, name in enumerate(EVENTS) if name in scene.answers["event"].split())
+    found = np.zeros(cells.shape, np.int64)
+    for pair in range(len(cells)):
+        if any(icon != scene.acting[0] for icon in scene.acting[: 2 * pair + 2]):
+            found[pair][cells[pair] | cells[max(0, pair - 1)]] = event
+    return found
 
 
 @dataclass
@@ -264,9 +320,15 @@ class Rows:
 
         Characters and icons of a scene are in the order in which its answers name them.
         """
+        frames, h, w = grid
         if len(scene.frames) > 1:
+            seen = acting_cells(scene, h, w)[:frames]
+            at_frame = len(self.ids("<0.2 seconds>")) + 2 + h * w
+            cells = np.concatenate([k * at_frame + np.flatnonzero(part) for k, part in enumerate(seen)])
+            # Of the prompt's visual part: an opening token, then each frame behind its time and its own opening token.
+            cells += len(self.ids("<0.2 seconds>")) + 1
+            yield from ((at, cells) for at in range(len(answer) - 1) if len(cells))
             return
-        _, h, w = grid
         icons = [np.flatnonzero(cells_under(icon, scene, h, w)) for icon in scene.icons]
         sx, sy = w / scene.image.width, h / scene.image.height
         glyphs = iter([min(h - 1, int(g.y * sy)) * w + min(w - 1, int(g.x * sx)) for g in scene.glyphs])

@@ -1,5 +1,5 @@
 """What guides the reference model beside the answers while it trains, and is thrown away afterwards: heads that say
-what lies where, and attention that is told where to look.
+what lies where and what happened there, and attention that is told where to look.
 
 Knows scenes, features and layers. Must not know of optimizers or of the run.
 """
@@ -7,7 +7,7 @@ Knows scenes, features and layers. Must not know of optimizers or of the run.
 from functools import partial
 
 import torch
-from data import CHARS, Encoded, where_targets
+from data import CHARS, EVENTS, Encoded, where_targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3VLForConditionalGeneration
@@ -66,6 +66,35 @@ def where_accuracy(pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
         taken = target >= 0 if i == 3 else target > 0
         found.append(float((logits.argmax(-1) == target)[taken].float().mean()) if taken.any() else 0.0)
     return found
+
+
+class Events(nn.Module):
+    """What has happened where in a clip, read off the visual tokens behind one layer of the language model.
+
+    The encoder sees pairs of frames one by one, so that only the language model can compare them; an answer's first
+    word alone tells it little of where.
+    """
+
+    LAYER = 2
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration) -> None:
+        super().__init__()
+        self.head = nn.Linear(model.config.text_config.hidden_size, 1 + len(EVENTS))
+        self.hidden = torch.empty(0)
+        model.model.language_model.layers[self.LAYER].register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        self.hidden = output if isinstance(output, Tensor) else output[0]
+
+    def pair(self, visual: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and targets ``[tokens]`` of the positions ``[rows, length]`` that hold visual tokens."""
+        return self.head(self.hidden[visual]), targets
+
+    @staticmethod
+    def loss(pair: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy, nothing (nearly everywhere) at a fiftieth of the weight."""
+        weight = torch.tensor([0.02, *(1.0 for _ in EVENTS)])
+        return F.cross_entropy(*pair, weight=weight)
 
 
 class Gaze:

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import build
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from data import CURRICULUM, Encoded, Rows, Stage, encode_scene, make_page, question, sample_batch
+from data import CURRICULA, Encoded, Rows, Stage, encode_scene, kept_tokens, make_page, question, sample_batch
 from forward import RATIOS, Pass, evaluate, points
-from guides import Gaze, WhereHeads, where_accuracy, where_loss
+from guides import Events, Gaze, WhereHeads, where_accuracy, where_loss
 from muon import Muon
 from torch import Tensor
 from tqdm import tqdm
@@ -38,8 +39,8 @@ def means(rows: list[list[float]]) -> list[float]:
     return [round(sum(column) / len(rows), 3) for column in zip(*rows, strict=True)]
 
 
-def stage_at(progress: float) -> Stage:
-    return next(stage for stage in CURRICULUM if progress < stage.until or stage is CURRICULUM[-1])
+def stage_at(curriculum: Sequence[Stage], progress: float) -> Stage:
+    return next(stage for stage in curriculum if progress < stage.until or stage is curriculum[-1])
 
 
 def learning_rate(step: int, steps: int, warmup: int, cooldown: float) -> float:
@@ -72,13 +73,14 @@ class Worker:
         self.rows = Rows(self.processor)
         self.model = self._first_model()
         self.where = WhereHeads(self.model.config.text_config.hidden_size)
-        self.gaze = Gaze(self.model)
+        self.gaze, self.events = Gaze(self.model), Events(self.model)
         matrices, rest = parameter_groups(self.model)
-        rest += list(self.where.parameters())
-        self.parameters = [*matrices, *rest]
+        heads = [*self.where.parameters(), *self.events.head.parameters()]
+        self.parameters = [*matrices, *rest, *heads]
         self.optimizers: list[Any] = [
             Muon(matrices, lr=MUON_FACTOR * args.lr),
             torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01),
+            torch.optim.AdamW(heads, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01),
         ]
         self.step = self.seen = 0
         self.checkpoint = args.out / "checkpoint.pt"
@@ -102,6 +104,7 @@ class Worker:
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.where.load_state_dict(state["where"])
+        self.events.head.load_state_dict(state["events"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seen = state["step"], state["seen"]
@@ -113,7 +116,7 @@ class Worker:
         args = self.args
         bar = tqdm(total=args.steps, initial=self.step, disable=self.rank > 0, mininterval=10)
         while self.step < args.steps:
-            stage = stage_at(args.start + (1 - args.start) * self.step / args.steps)
+            stage = stage_at(CURRICULA[args.curriculum], args.start + (1 - args.start) * self.step / args.steps)
             norm, lr = self._train(stage)
             bar.update()
             if self.rank == 0 and self.step % 50 == 0:
@@ -130,6 +133,8 @@ class Worker:
             total = total + PARTIAL_WEIGHT * extra
         for looked, _ in found.gazes:
             total = total + self.args.gaze / len(found.gazes) * looked
+        for happened in found.happened:
+            total = total + self.args.gaze / len(found.happened) * Events.loss(happened)
         total.backward()
         norm = self._average_gradients()
         lr = self._update()
@@ -140,17 +145,20 @@ class Worker:
         """A batch, and what the model makes of it: at full tokens and at fewer, or of each scene at one of these."""
         batch = sample_batch(self.processor, stage, rng, "train")
         scenes = [scene for scene in batch.scenes if scene.answers]
-        part = tuple(rng.choice(RATIOS) for _ in scenes)
+        keep = kept_tokens(batch, rng) if scenes and stage.both and rng.random() < stage.dropped else None
+        part = tuple(1.0 if keep is not None else rng.choice(RATIOS) for _ in scenes)
         asked = [question(scene, rng) for scene in scenes]
         if not scenes:
-            ratios, questions = [], []
+            ratios, questions, keeps = [], [], []
         elif stage.both:
             ratios = [tuple(1.0 for _ in scenes), part]
-            questions = [asked, [question(scene, rng) for scene in scenes]]
+            questions, keeps = [asked, [question(scene, rng) for scene in scenes]], [None, keep]
         else:
             ratios, questions = [tuple(1.0 if rng.random() < 0.6 else ratio for ratio in part)], [asked]
+            keeps = [None]
         where = self.where if batch.scenes[0].kind != "clip" else None
-        return batch, Pass(*points(self.model, self.rows, batch, ratios, questions, where, self.gaze))
+        found = points(self.model, self.rows, batch, ratios, questions, where, self.gaze, self.events, keeps)
+        return batch, Pass(*found)
 
     def _average_gradients(self) -> float:
         """Over all processes, clipped to norm 1; returns the norm before."""
@@ -171,9 +179,12 @@ class Worker:
         """Step all optimizers; returns AdamW's learning rate."""
         args = self.args
         lr = args.lr * learning_rate(self.step, args.steps, args.warmup, args.cooldown)
-        for optimizer in self.optimizers:
+        # Fresh heads on a trained model learn first, alone: what they say at the start would only do it harm.
+        waits = self.step < args.heads_first
+        muon, rest, heads = self.optimizers
+        for optimizer, rate in ((muon, MUON_FACTOR * lr * (not waits)), (rest, lr * (not waits)), (heads, 2 * lr)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * (MUON_FACTOR if isinstance(optimizer, Muon) else 1)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return lr
@@ -236,6 +247,7 @@ class Worker:
         state = {
             "model": self.model.state_dict(),
             "where": self.where.state_dict(),
+            "events": self.events.head.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seen": self.seen,
@@ -268,6 +280,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=7e-4, help="AdamW's rate; Muon gets three times as much")
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--cooldown", type=float, default=0.4, help="share of the steps that cool down")
+    parser.add_argument("--curriculum", choices=tuple(CURRICULA), default="first")
+    parser.add_argument("--heads-first", type=int, default=0, help="steps in which only the guiding heads learn")
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--gaze", type=float, default=0.3, help="weight of the guided attention")
     parser.add_argument("--seed", type=int, default=0)
