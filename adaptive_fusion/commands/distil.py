@@ -33,6 +33,9 @@ def distil(
     fusion: Annotated[str, typer.Option(help="gated or weighted.")] = "gated",
     layers: Annotated[int, typer.Option(help="ViT levels that take part: 3, 6, 9 or 12.")] = 12,
     rank: Annotated[int, typer.Option(help="Rank of the adapters: 0, 4, 8 or 16.")] = 8,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Train smaller counts of levels as well: one module serves them all.")
+    ] = False,
     downsample: Annotated[
         list[float] | None,
         typer.Option(help="Ratio to train for; may be given several times. All of 1, 0.5 and 0.25 if left out."),
@@ -53,7 +56,7 @@ def distil(
     with refusing([str(path) for path in inputs], as_json):
         if out.suffix != ".safetensors" or out.is_dir():
             raise ConfigError(f"--out is {out.name!r}; expected the name of a file that ends in .safetensors")
-        from adaptive_fusion.point import OperatingPoint
+        from adaptive_fusion.point import LAYERS, OperatingPoint
 
         point = OperatingPoint.from_dict({"fusion": fusion, "layers": layers, "adapter_rank": rank})
         wanted = [OperatingPoint(downsample=ratio).downsample for ratio in downsample or ()]
@@ -63,6 +66,10 @@ def distil(
         from adaptive_fusion.loading import open_runner
 
         given: dict[str, Any] = {"ratios": dict.fromkeys(wanted, 1.0)} if wanted else {}
+        if elastic:
+            # Its own count as often as all smaller ones together: what is asked for most must not pay for the others.
+            smaller = [count for count in LAYERS if count < layers]
+            given["layers"] = {layers: max(1, len(smaller)), **dict.fromkeys(smaller, 1.0)}
         settings = Settings(steps=steps, batch=batch, lr=lr, seed=seed, max_new_tokens=max_new_tokens, **given)
         adapter = open_runner(model, "native").adapter
         try:

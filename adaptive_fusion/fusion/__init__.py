@@ -1,5 +1,6 @@
 """Multi-level fusion and downsampling of vision features: pure tensor modules that know no model family."""
 
+from adaptive_fusion.fusion.elastic import cut
 from adaptive_fusion.fusion.levels import group_levels, select_levels
 from adaptive_fusion.fusion.module import DeepStackFusion, FusionSpec, apply_gate
 from adaptive_fusion.fusion.strategies import STRATEGIES
@@ -10,6 +11,7 @@ __all__ = [
     "DeepStackFusion",
     "FusionSpec",
     "apply_gate",
+    "cut",
     "downsample",
     "group_levels",
     "pooled_grid",

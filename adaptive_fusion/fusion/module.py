@@ -7,14 +7,14 @@ tensors and lengths; nothing of mergers or model families.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from adaptive_fusion.checks import integer
+from adaptive_fusion.checks import integer, is_integer
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion.files import read_tensors, save_tensors
 from adaptive_fusion.fusion.kernels import Combine, CompiledSum, check_packed, expand_rows
@@ -40,6 +40,8 @@ class FusionSpec:
         d_vision: width of the ViT.
         rank: rank of the per-level adapters, 0 for none.
         d_text: width of the merged tokens; 0 leaves the learned pooling out.
+        elastic: counts of levels that the module was trained to serve beside its own, by a part of itself (see
+            `adaptive_fusion.fusion.elastic`); not what it is built for, so specs that differ in it alone are equal.
 
     Raises ConfigError where a value is out of range.
     """
@@ -50,6 +52,7 @@ class FusionSpec:
     d_vision: int
     rank: int = 0
     d_text: int = 0
+    elastic: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         STRATEGIES.get(self.strategy)
@@ -58,6 +61,8 @@ class FusionSpec:
         group_levels(self.levels, self.taps)
         for name, value, least in (("d_vision", self.d_vision, 1), ("rank", self.rank, 0), ("d_text", self.d_text, 0)):
             integer(value, name, least, 2**16)
+        if any(not is_integer(count) or not 1 <= count < len(self.levels) for count in self.elastic):
+            raise ConfigError(f"elastic is {self.elastic!r}; expected counts below the {len(self.levels)} levels")
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -66,6 +71,7 @@ class FusionSpec:
 
     def metadata(self) -> dict[str, str]:
         """The spec as a safetensors header."""
+        elastic = {"elastic": ",".join(map(str, self.elastic))} if self.elastic else {}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -75,6 +81,7 @@ class FusionSpec:
             "d_vision": str(self.d_vision),
             "rank": str(self.rank),
             "d_text": str(self.d_text),
+            **elastic,
         }
 
     @classmethod
@@ -90,12 +97,13 @@ class FusionSpec:
                 f"expected {FORMAT!r} version {VERSION!r}"
             )
         expected = {"format", "version", "strategy", "taps", "levels", "d_vision", "rank", "d_text"}
-        if set(found) != expected:
+        if set(found) - {"elastic"} != expected:
             raise ConfigError(f"{name} has the header keys {sorted(found)}; expected {sorted(expected)}")
         try:
             taps, levels = (tuple(int(i) for i in found[key].split(",") if i) for key in ("taps", "levels"))
             widths = (int(found[key]) for key in ("d_vision", "rank", "d_text"))
-            return cls(found["strategy"], taps, levels, *widths)
+            elastic = tuple(int(i) for i in found.get("elastic", "").split(",") if i)
+            return cls(found["strategy"], taps, levels, next(widths), next(widths), next(widths), elastic)
         except ValueError as error:
             raise ConfigError(f"{name} has an unusable header {dict(found)!r}: {error}") from error
 
@@ -122,6 +130,12 @@ class DeepStackFusion(nn.Module):
         self.pools = nn.ModuleDict(
             {str(side): WindowPool(side, 1 + len(spec.taps), spec.d_text, spec.rank, by_content) for side in sides}
         )
+        self.home: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where it computes: its parameters' device, that of the module it is a part of, or None for anywhere."""
+        return next((parameter.device for parameter in self.parameters()), self.home)
 
     def fuse(self, tap_index: int, levels: Mapping[int, Tensor], lengths: Sequence[int]) -> Tensor:
         """Input of tap `tap_index`'s merger (0 is the first tap).

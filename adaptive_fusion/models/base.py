@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from adaptive_fusion.errors import UnsupportedModelError
-from adaptive_fusion.fusion import STRATEGIES, DeepStackFusion, FusionSpec, select_levels
+from adaptive_fusion.fusion import STRATEGIES, DeepStackFusion, FusionSpec, cut, select_levels
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models.chat_template import ChatTemplate
 from adaptive_fusion.models.recorded import Recorded
@@ -300,12 +300,19 @@ class Adapter(ABC):
 
     def follow(self) -> None:
         """Bring the fusion modules to where the model computes now. Their parameters stay float32."""
-        for fusion in self._fusions.values():
-            fusion.to(self.device)
+        for fusion in [fusion for fusion in self._fusions.values() if any(True for _ in fusion.parameters())]:
+            self.add_fusion(fusion)  # its parts are cut again: they own nothing that could be moved
 
     def add_fusion(self, fusion: DeepStackFusion) -> None:
-        """Use `fusion` for every point with its spec, on the model's device; the model itself is not touched."""
+        """Use `fusion` for every point with its spec, and for those with a count of levels that it was trained to serve
+        as well, on the model's device; the model itself is not touched."""
         self._fusions[fusion.spec] = fusion.to(self.device).eval()
+        for count in fusion.spec.elastic:
+            levels = select_levels(self.depth, self.taps, count)
+            if set(levels) <= set(fusion.spec.levels):
+                with torch.no_grad():
+                    part = cut(fusion, levels)
+                self._fusions[part.spec] = part
 
 
 @lru_cache(maxsize=4096)

@@ -70,8 +70,7 @@ def merge_tap(
     """Tap `tap` (0 is the first) from its group's levels: fused, through the tower's own merger, gated."""
     host: Any = called(tower)
     # A tower may be spread over devices; the fusion module is on one.
-    device = next((parameter.device for parameter in fusion.parameters()), None)
-    group = {level: levels[level].to(device) for level in fusion.spec.groups[tap]}
+    group = {level: levels[level].to(fusion.device) for level in fusion.spec.groups[tap]}
     gate = fusion.gate(tap, group[fusion.spec.taps[tap]], lengths)
     merged = host.deepstack_merger_list[tap](fusion.fuse(tap, group, lengths))
     if isinstance(gate, Tensor):

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +188,17 @@ def test_a_policy_runs_what_was_distilled(
     adapter: GridAdapter, asked: list[Question], processor: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "gated.safetensors"
-    distil(adapter, asked, POINT, out, SMALL)
+    distil(adapter, asked, POINT, out, replace(SMALL, layers={6: 1.0, 3: 1.0}))
     spec = FusionSpec.read(out)
-    assert (spec.strategy, len(spec.levels), spec.rank) == ("gated", 6, 4)
+    assert (spec.strategy, len(spec.levels), spec.rank, spec.elastic) == ("gated", 6, 4, (3,))
     base = Policy.load("native")
     folder = Policy("mine", base.router, 0.5, base.lanes, fusion_weights=(out,)).save(tmp_path / "mine")
     trained = AdaptiveRunner(adapter.model, processor, policy=folder)
     fresh = AdaptiveRunner(adapter.model, processor, policy="native")
     row, answer = [prepare(adapter, asked[1])], [torch.tensor([5, 6, 7])]
-    for ratio in (1.0, 0.5):
-        point = OperatingPoint("gated", 6, ratio, adapter_rank=4)
+    for ratio, layers in ((1.0, 6), (0.5, 6), (1.0, 3), (0.5, 3)):
+        point = OperatingPoint("gated", layers, ratio, adapter_rank=4)  # type: ignore[arg-type]
+        assert not trained.adapter.untrained(point)
         with torch.no_grad():
             one, other = (answer_logits(runner.adapter, row, answer, point)[0] for runner in (trained, fresh))  # type: ignore[arg-type]
         assert (one - other).abs().max() > 1e-4

@@ -2,10 +2,11 @@
 
     python training/fusion/distil.py --out runs/fusion
 
-The frozen reference model answers screens of the training split at full compute; `weighted` (6 levels, rank 4) and
-`gated` (12 levels, rank 8) learn from those answers alone. Then every row answers evaluation scenes, and the table
-says how much of the quality that average pooling loses each module wins back. Two processes of one thread share the
-work. An interrupted run goes on where it was; ``log.jsonl`` holds the curves, ``results.json`` every figure.
+The frozen reference model answers screens of the training split at full compute; `weighted` (rank 4) and `gated`
+(rank 8), each one module for 12, 9, 6 and 3 levels, learn from those answers alone. Then every row answers evaluation
+scenes, and the table says how much of the quality that average pooling loses each module wins back. Two processes of
+one thread share the work. An interrupted run goes on where it was; ``log.jsonl`` holds the curves, ``results.json``
+every figure.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from adaptive_fusion.learning.distillation.distil import distil
 from adaptive_fusion.learning.distillation.settings import Settings
 from adaptive_fusion.learning.distillation.teacher import Teacher, answer_logits, greedy, prepare
 from adaptive_fusion.models import GridAdapter
+from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
@@ -69,6 +71,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         batch=BATCH,
         lr=args.lr,
         ratios={1.0: 0.5, 0.5: 2.0, 0.25: 2.0},
+        layers={12: 3, 9: 1, 6: 1, 3: 1},
         pixel_shares={1.0: 0.8, 0.5: 0.1, 0.25: 0.1},
         max_new_tokens=MOST,
         holdout=0.02,
@@ -89,8 +92,13 @@ def adapter_of(args: argparse.Namespace) -> GridAdapter:
     return adapter
 
 
+def trained(name: str) -> OperatingPoint:
+    """What a module is trained for: all levels, as its parts serve the smaller counts."""
+    return replace(KINDS_OF_ROW[name]().point, layers=12)
+
+
 def module_path(args: argparse.Namespace, name: str) -> Path:
-    return Path(args.out) / f"{KINDS_OF_ROW[name]().point.name.partition('@')[0]}.safetensors"
+    return Path(args.out) / f"{trained(name).name.partition('@')[0]}.safetensors"
 
 
 # The three stages, each shared by the processes
@@ -115,7 +123,7 @@ def train(args: argparse.Namespace, name: str) -> dict[str, Any]:
     report = distil(
         adapter,
         questions(args.scenes, args.seed),
-        KINDS_OF_ROW[name]().point,
+        trained(name),
         module_path(args, name),
         settings_of(args),
         answers=Path(args.out) / "answers",

@@ -5,10 +5,13 @@ it had not been. Knows questions; nothing of models, tensors or files.
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.distillation.teacher import WINDOW
+
+T = TypeVar("T")
 
 
 def share(text: str, seed: int) -> float:
@@ -16,7 +19,7 @@ def share(text: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:6]) / 2**48
 
 
-def draw(weights: Mapping[float, float], share: float) -> float:
+def draw(weights: Mapping[T, float], share: float) -> T:
     """The value at `share` (in [0, 1)) of the way through the `weights` of the values."""
     left = share * sum(weights.values())
     for value, weight in weights.items():

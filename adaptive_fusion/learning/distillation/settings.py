@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.point import LAYERS, Layers
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Settings:
         batch: Questions per step.
         lr: AdamW's rate after a short warm-up; it falls to 0 along a half cosine.
         ratios: How often each downsampling ratio is trained, in any unit.
+        layers: How often each count of levels is trained, in any unit: the point's own, and smaller ones, which the
+            module then serves as well (see `adaptive_fusion.fusion.elastic`). Empty: the point's own alone.
         max_new_tokens: Upper bound of the teacher's answers.
         pixel_shares: How often a question is seen at each share of its native pixels; the teacher always sees all.
         holdout: Share of the images, by content hash, that are only judged on.
@@ -34,6 +37,7 @@ class Settings:
     lr: float = 3e-3
     ratios: Mapping[float, float] = field(default_factory=lambda: {1.0: 1.0, 0.5: 2.0, 0.25: 2.0})
     pixel_shares: Mapping[float, float] = field(default_factory=lambda: {1.0: 1.0})
+    layers: Mapping[Layers, float] = field(default_factory=dict)
     max_new_tokens: int = 160
     holdout: float = 0.15
     judged: int = 64
@@ -55,3 +59,5 @@ class Settings:
             found = getattr(self, name)
             if not found or not all(0 < key <= 1 and value > 0 for key, value in found.items()):
                 raise ConfigError(f"{name} is {dict(found)!r}; expected values in (0, 1] with weights above 0")
+        if not all(key in LAYERS and value > 0 for key, value in self.layers.items()):
+            raise ConfigError(f"layers is {dict(self.layers)!r}; expected counts among {LAYERS} with weights above 0")

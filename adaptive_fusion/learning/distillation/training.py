@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.evaluation.questions import Question
-from adaptive_fusion.fusion import DeepStackFusion
+from adaptive_fusion.fusion import DeepStackFusion, cut
 from adaptive_fusion.learning.distillation import checkpoint
 from adaptive_fusion.learning.distillation.divergence import Judged, divergence, judge
 from adaptive_fusion.learning.distillation.draws import batch_at, draw, share
@@ -26,7 +26,7 @@ from adaptive_fusion.learning.distillation.levels import LevelCache
 from adaptive_fusion.learning.distillation.settings import Settings
 from adaptive_fusion.learning.distillation.teacher import TeacherOutput, answer_logits, fingerprint
 from adaptive_fusion.models import GridAdapter, Recorded
-from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.point import Layers, OperatingPoint
 
 
 class Training:
@@ -59,6 +59,7 @@ class Training:
         self.train, self.held = list(train), sorted(held, key=self._length)
         spec = adapter.spec(point)
         assert spec is not None  # the point was required to fuse
+        spec = replace(spec, elastic=tuple(sorted(set(settings.layers) - {point.layers})))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.module = DeepStackFusion(spec)
@@ -96,7 +97,9 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * rise * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
         questions = batch_at(self.step, self.train, settings.batch, self._length, settings.seed)
-        losses = [divergence(teacher, logits) for teacher, logits in self._compared(questions, ratio)]
+        counts = settings.layers or {self.point.layers: 1.0}
+        count = draw(counts, random.Random(f"{settings.seed}/layers {self.step}").random())
+        losses = [divergence(teacher, logits) for teacher, logits in self._compared(questions, ratio, count)]
         loss = torch.cat(losses).mean()
         if not torch.isfinite(loss):
             raise AdaptiveFusionError(f"loss is {float(loss)} at step {self.step}; expected a number: lower the rate")
@@ -116,13 +119,18 @@ class Training:
         settings = self.settings
         return self.levels.of(question, draw(settings.pixel_shares, share(question.key, settings.seed)))
 
-    def _compared(self, questions: Sequence[Question], ratio: float) -> Iterator[tuple[TeacherOutput, Tensor]]:
-        """The teacher's answer to each question, and the student's logits for it, from one batch."""
+    def _compared(
+        self, questions: Sequence[Question], ratio: float, count: Layers | None = None
+    ) -> Iterator[tuple[TeacherOutput, Tensor]]:
+        """The teacher's answer to each question, and the student's logits for it, from one batch, with `count` levels
+        where it is given and not the point's own."""
         rows, recorded = zip(*(self._seen(question) for question in questions), strict=True)
         device = self.adapter.device
         outputs = [self.outputs[question.key] for question in questions]
         answers = [output.tokens.to(device) for output in outputs]
-        point = replace(self.point, downsample=ratio, max_pixels=None)
+        point = replace(self.point, downsample=ratio, max_pixels=None, layers=count or self.point.layers)
+        if point.layers != self.point.layers:
+            self.adapter.add_fusion(cut(self.module, self.adapter.levels(point)))
         logits = answer_logits(self.adapter, rows, answers, point, Recorded.joined(recorded))
         return zip(outputs, logits, strict=True)
 
@@ -161,6 +169,7 @@ class Training:
         """Put the best look's parameters into the module."""
         self.module.load_state_dict(self.best)
         self.module.eval()
+        self.adapter.add_fusion(self.module)
 
     # State on disk
 
