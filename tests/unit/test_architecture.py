@@ -23,7 +23,7 @@ FLOORS = (
     *("learning", "learning/distillation", "learning/labelling", "learning/fitting", "learning/judging"),
     "learning/data",
     *("demo", "doctor", "calibrate", "loading"),
-    "runner",
+    *("runner", "answering", "prepared", "wired"),
     *("model_face", "pretrained"),
     "execution",
     "control",

@@ -1,0 +1,220 @@
+"""A chat request's way through a runner's parts: prepared, decided once the model is free, run, learned from, logged.
+
+Knows prepared requests and what is wired. Must not know how requests are asked (`runner`), or how anything is decided
+or run (`control`, `execution`).
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.audits import audited
+from adaptive_fusion.control.candidates import Candidate, Choice
+from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.errors import ContextLengthError
+from adaptive_fusion.execution.arguments import Arguments, settled
+from adaptive_fusion.execution.executor import Run, Task
+from adaptive_fusion.execution.logprobs import token_logprobs
+from adaptive_fusion.execution.request import ChatRequest, build_request
+from adaptive_fusion.execution.shift import shift
+from adaptive_fusion.features.prompts import prompt_kind
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.prepared import Call, Prepared
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.wired import Wired
+
+WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
+"""Width and height of the warm-up's image, run in full once, and what other points make of it. Both are resized."""
+
+
+class Answering(Wired):
+    """Answers prepared requests."""
+
+    def warm_up(self, **generate_kwargs: Any) -> None:
+        """Run a small image through the model once at every kind of point that the policy has.
+
+        The first request of a process brings libraries, kernels and fusion modules into memory (30 MiB on the CPU,
+        several times what the request itself takes), and would break any memory budget with it. So the first request
+        that has one does this before it is decided; the time, about that of a short request for each of the policy's
+        points, counts in its latency. Whoever serves calls this at start instead. Nothing is learned or logged, and
+        later outputs are what they would have been.
+
+        Args:
+            generate_kwargs: Options of ``generate`` that every request will have, such as a kind of cache.
+        """
+        request = build_request(Image.new("RGB", WARM_UP_SIDES), "?")
+        rungs = [rung for ladder in self.policy.lanes.values() for rung in ladder]
+        points = [NATIVE, *(replace(rung.point, max_pixels=WARM_UP_PIXELS, max_fps=None) for rung in rungs)]
+        with self._lock:
+            self._warm = True
+            self._executor.warm_up(
+                dict.fromkeys(self.adapter.computed(self.adapter.restrict(point)[0]) for point in points),
+                partial(self.adapter.prepare, request.messages),
+                **generate_kwargs,
+            )
+
+    def _text_tokens(self, request: ChatRequest) -> int:
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        said = "\n".join(request.texts)
+        return (len(tokenizer(said).input_ids) if tokenizer and said else 0) + TEMPLATE_TOKENS
+
+    def _chat_info(
+        self, request: ChatRequest, arguments: Arguments, arrived: float, text_tokens: int | None = None
+    ) -> RequestInfo:
+        text = self._text_tokens(request) if text_tokens is None else text_tokens
+        visual = self.adapter.plan(request.sizes, NATIVE).tokens if "max_length" in arguments.lengths else 0
+        return self._info(
+            arrived,
+            kind=request.kind,
+            sizes=request.sizes,
+            durations_s=request.durations_s,
+            frame_times_s=request.frame_times_s,
+            complexities=request.complexities,
+            prompt=request.prompt,
+            max_new_tokens=arguments.most_new_tokens(text + visual),
+            text_tokens=text,
+            full_detail=request.full_detail,
+            asking=self._asking(arguments, request.prompt),
+        )
+
+    def _prepare(self, call: Call) -> Prepared:
+        arrived = self._clock() if call.arrived_s is None else call.arrived_s
+        request = build_request(call.media, call.prompt, hashed=self.log is not None, **call.of_prompt)
+        native_tokens = self.adapter.plan(request.sizes, NATIVE).tokens if request.sizes else 0
+        return Prepared(self, request, arrived, native_tokens, self._text_tokens(request), call)
+
+    def _decide(self, prepared: Prepared, limits: Budget, wait_ms: float) -> Decision:
+        point, because = settled(prepared.call.arguments, prepared.call.point)
+        info = self._chat_info(prepared.request, prepared.call.arguments, prepared.arrived_s, prepared.text_tokens)
+        info = self._within_context(replace(info, elapsed_ms=info.elapsed_ms + wait_ms), prepared.call)
+        return self._planner.decide(info, limits, point, because)[0]
+
+    def _offers(self, info: RequestInfo) -> tuple[str, list[Candidate]]:
+        hardest, route = self._planner.route(info)
+        found = self._planner.candidates(info, route.lane, hardest, self._planner.needs(info))
+        return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
+
+    def _answer(self, call: Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
+        return self._answer_prepared(self._prepare(call), streamer, cancelled)
+
+    def _answer_prepared(
+        self,
+        prepared: Prepared,
+        streamer: Any = None,
+        cancelled: threading.Event | None = None,
+        decided: Callable[[Decision], None] | None = None,
+    ) -> Reply:
+        call, request, arguments = prepared.call, prepared.request, prepared.call.arguments
+
+        def prepare(at: OperatingPoint) -> dict[str, Any]:
+            return self.adapter.prepare(request.messages, at, **request.of_prompt)
+
+        # Nobody holds the full prompt: it is the one that the media would have had natively.
+        prompt = cache(lambda: prepare(NATIVE)["input_ids"])
+
+        def options(reduced: Tensor) -> dict[str, Any]:
+            self._require_context(call, reduced.shape[-1])
+            return _with_streamer(arguments, prompt, streamer, reduced)
+
+        limits = self.budget.merge(call.budget)
+        with self._lock:
+            self._warm_up_for(limits)
+            # Decided once the model is free, so that waiting for it counts as elapsed.
+            if arguments.see_prompt:
+                prompt()
+            info = self._chat_info(request, arguments, prepared.arrived_s, prepared.text_tokens)
+            decision, choice = self._planned(self._within_context(info, call), limits, call)
+            # By estimate, before anything is encoded for it; the exact length follows.
+            estimate = self._planner.work(decision.point, info).prompt_tokens - 2 * TEMPLATE_TOKENS
+            self._require_context(call, max(1, estimate), "about ")
+            if decided is not None:
+                decided(decision)
+            task = Task(decision, choice, prepared.arrived_s, prepare, options, arguments.whole is not None, cancelled)
+            with _seeded(call.seed, self.device):
+                run = self._run(info, task)
+        return self._reply(prepared, run, prompt)
+
+    def _warm_up_for(self, limits: Budget) -> None:
+        if limits.vram_gb is not None and not self._warm:
+            with self._lock:
+                if not self._warm:  # another thread may have done it meanwhile
+                    self.warm_up()
+
+    def _require_context(self, call: Call, prompt_tokens: int, about: str = "") -> None:
+        """Raise ContextLengthError where a prompt of that length, exact or `about`, and its answer do not fit into the
+        call's context."""
+        if call.context is None:
+            return
+        answer = call.arguments.most_new_tokens(prompt_tokens)
+        if prompt_tokens + answer > call.context:
+            raise ContextLengthError(
+                f"the prompt has {about}{prompt_tokens} tokens, its answer may have {answer}, but the model's context "
+                f"is {call.context} tokens for both; expected a shorter prompt, fewer or smaller images, or fewer "
+                "new tokens"
+            )
+
+    def _within_context(self, info: RequestInfo, call: Call) -> RequestInfo:
+        """`info`, without a second pass where its prompt might not fit into the call's context."""
+        if call.context is None or info.asking is None:
+            return info
+        full = self._planner.work(NATIVE, info).prompt_tokens + 2 * TEMPLATE_TOKENS
+        if full + call.arguments.most_new_tokens(full) <= call.context:
+            return info
+        return replace(info, asking=replace(info.asking, never="full compute might not fit into the model's context"))
+
+    def _planned(self, info: RequestInfo, limits: Budget, call: Call) -> tuple[Decision, Choice]:
+        """The decision; of an audit the native one, which says what would have been done."""
+        decide = audited if call.audit else Planner.decide
+        return decide(self._planner, info, limits, *settled(call.arguments, call.point))
+
+    def _reply(self, prepared: Prepared, run: Run, prompt: Callable[[], Tensor]) -> Reply:
+        """What goes out; lengths learn from it and it is logged."""
+        request, arguments = prepared.request, prepared.call.arguments
+        new = run.new_tokens
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        # Short of the limit it ended by itself; at the limit, with a token or a string that ends answers.
+        most = arguments.most_new_tokens(prompt().shape[1] if "max_length" in arguments.lengths else 0)
+        ended = len(new) < most or (len(new) > 0 and int(new[-1]) in arguments.end_tokens())
+        ended = ended or any(end in text for end in arguments.end_strings())
+        finish = run.stopped_by or ("stop" if ended else "length")
+        self.lengths.observe(prompt_kind(request.prompt), run.measurement.new_tokens, finished=finish == "stop")
+        self._log(run, request.prompt, request.content_hash, finish)
+        tokens = tuple(new.tolist())
+        return Reply(
+            text if request.continues else text.strip(),  # a begun answer's spaces stay
+            finish,
+            run.decision,
+            run.measurement,
+            tokens,
+            token_logprobs(run.sequences, tokens),
+            run.output,
+        )
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed` inside, those of everybody else as if nothing had been drawn; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+def _with_streamer(
+    arguments: Arguments, prompt: Callable[[], Tensor], streamer: Any, reduced: Tensor
+) -> dict[str, Any]:
+    """``generate``'s options, with a stream's own streamer, which sees the prompt that the model sees."""
+    options = shift(arguments, reduced, prompt)
+    return options if streamer is None else {**options, "streamer": streamer}

@@ -1,0 +1,97 @@
+"""A request that is loaded and measured, and whose turn on the model may come later.
+
+Knows a request, its arguments and the runner that answers it. Must not know how anything is decided or run.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Candidate
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.execution.arguments import Arguments
+from adaptive_fusion.execution.request import ChatRequest
+from adaptive_fusion.execution.stream import Stream
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.reply import Reply
+
+if TYPE_CHECKING:
+    from adaptive_fusion.answering import Answering
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `chat` and `stream`; see `AdaptiveRunner.prepared` for those that they lack."""
+
+    media: Any
+    prompt: str | None
+    budget: Budget | None
+    point: OperatingPoint | None
+    arguments: Arguments
+    of_prompt: dict[str, Any]
+    arrived_s: float | None = None
+    seed: int | None = None
+    audit: bool = False
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with its media loaded and measured, whose turn on the model may come later.
+
+    Attributes:
+        runner: Whose request it is.
+        request: Messages and media.
+        arrived_s: When it arrived, on the runner's clock: deadlines count from here.
+        native_tokens: Visual tokens that it has natively.
+        text_tokens: Tokens of what is said, roughly: the chat template's own are estimated.
+    """
+
+    runner: "Answering"
+    request: ChatRequest
+    arrived_s: float
+    native_tokens: int
+    text_tokens: int
+    call: Call
+
+    def decide(self, *, wait_ms: float = 0.0, refuse: bool = True) -> Decision:
+        """The decision that would be taken in `wait_ms` from now; nothing is run.
+
+        Args:
+            wait_ms: How long it will still wait for the model.
+            refuse: Whether a budget that asks for it may refuse; else the decision says that it is not feasible.
+
+        Raises:
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        limits = self.runner.budget.merge(self.call.budget)
+        if not refuse:
+            limits = replace(limits, on_infeasible="cheapest")
+        return self.runner._decide(self, limits, wait_ms)
+
+    def offers(self) -> tuple[str, list[Candidate]]:
+        """See `AdaptiveRunner.offers`."""
+        return self.runner._offers(self.runner._chat_info(self.request, self.call.arguments, self.arrived_s))
+
+    def chat(
+        self, *, cancelled: threading.Event | None = None, decided: Callable[[Decision], None] | None = None
+    ) -> Reply:
+        """Answer it; see `AdaptiveRunner.chat`.
+
+        Args:
+            cancelled: Ends the generation at its next token once it is set.
+            decided: Called with the decision before the model runs, in this thread.
+        """
+        return self.runner._answer_prepared(self, None, cancelled, decided)
+
+    def stream(
+        self, *, cancelled: threading.Event | None = None, decided: Callable[[Decision], None] | None = None
+    ) -> Stream[Reply]:
+        """The answer in pieces; see `AdaptiveRunner.stream`, and `chat` for the arguments."""
+
+        def work(streamer: Any, ended: threading.Event) -> Reply:
+            return self.runner._answer_prepared(self, streamer, ended, decided)
+
+        return Stream(work, getattr(self.runner.processor, "tokenizer", self.runner.processor), cancelled)
