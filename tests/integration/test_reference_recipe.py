@@ -59,7 +59,7 @@ def test_training_rows_are_the_runners_own_inputs(
             grown[key] = torch.cat([old, torch.full_like(tail, int(key == "attention_mask")).to(old.dtype)], 1)
         expected = reference_model(**grown).logits[0, -len(ids) - 1 : -1]
         patches, grid = data.encode_scene(processor, scene)
-        [(logits, labels)], _, _ = train.points(
+        [(logits, labels)], *_ = train.points(
             reference_model,
             data.Rows(processor),
             data.Encoded(patches, grid, [scene]),
@@ -106,13 +106,13 @@ def test_guided_attention_is_taught_without_changing_the_model(recipe: Any, proc
     scene = make_scene("dense", 2, "train", (96, 96), 0.3)
     batch = data.Encoded(*data.encode_scene(processor, scene), [scene])
     asked = [[data.question(scene)]]
-    [(plain, _)], _, _ = train.points(model, rows, batch, [(1.0,)], asked)
+    [(plain, _)], *_ = train.points(model, rows, batch, [(1.0,)], asked)
     gaze = train.Gaze(model)
     optimizer = torch.optim.AdamW(model.model.language_model.parameters(), lr=2e-3)
-    [(watched, _)], _, [(before, _)] = train.points(model, rows, batch, [(1.0,)], asked, None, gaze)
+    [(watched, _)], _, [(before, _)], _ = train.points(model, rows, batch, [(1.0,)], asked, None, gaze)
     assert torch.equal(plain, watched)
     for _ in range(8):
-        _, _, [(loss, mass)] = train.points(model, rows, batch, [(1.0,)], asked, None, gaze)
+        _, _, [(loss, mass)], _ = train.points(model, rows, batch, [(1.0,)], asked, None, gaze)
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
@@ -144,7 +144,7 @@ def test_a_few_steps_lower_the_loss(recipe: Any, processor: Any) -> None:
     losses = []
     for _ in range(12):
         asked = [[data.question(s) for s in scenes]]
-        [(logits, labels)], _, _ = train.points(model, rows, batch, [(1.0,) * 4], asked)
+        [(logits, labels)], *_ = train.points(model, rows, batch, [(1.0,) * 4], asked)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         torch.autograd.backward(loss)
         for optimizer in optimizers:
@@ -152,3 +152,55 @@ def test_a_few_steps_lower_the_loss(recipe: Any, processor: Any) -> None:
             optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["reading", "clip"])
+def test_rows_that_lose_tokens_are_those_rows_less_these_tokens(recipe: Any, processor: Any, kind: str) -> None:
+    """Two scenes in one batch lose tokens as each does alone, and what is looked at is the tokens that are left."""
+    data, train, build = recipe["data"], recipe["train"], recipe["build"]
+    model, rows = build.build_model(processor.tokenizer).eval(), data.Rows(processor)
+    scenes = [make_scene(kind, seed, "train", (96, 128), 0.5) for seed in (1, 2)]  # type: ignore[arg-type]
+    parts = [data.encode_scene(processor, scene) for scene in scenes]
+    batches = [data.Encoded(*part, [scene]) for part, scene in zip(parts, scenes, strict=True)]
+    both = data.Encoded(*(torch.cat(column) for column in zip(*parts, strict=True)), scenes)
+    asked = [data.question(scene) for scene in scenes]
+    rng = random.Random(4)
+    keeps = [data.kept_tokens(batch, rng) for batch in batches]
+    assert all(0 < int(keep.sum()) < len(keep) for keep in keeps)
+    gaze, events = train.Gaze(model), train.Events(model)
+    with torch.no_grad():
+        more = (None, gaze, events)
+        apart = [
+            train.points(model, rows, batch, [(1.0,)], [[one]], *more, [keep])
+            for batch, one, keep in zip(batches, asked, keeps, strict=True)
+        ]
+        joined = train.points(model, rows, both, [(1.0, 1.0)], [asked], *more, [torch.cat(keeps)])
+        whole = train.points(model, rows, both, [(1.0, 1.0)], [asked], *more)
+    logits, labels = joined[0][0]
+    torch.testing.assert_close(logits, torch.cat([one[0][0][0] for one in apart]), atol=1e-4, rtol=1e-4)
+    assert torch.equal(labels, whole[0][0][1]) and not torch.allclose(logits, whole[0][0][0], atol=1e-4)
+    if kind == "clip":
+        (told, targets), (_, all_targets) = joined[3][0], whole[3][0]
+        assert len(told) == len(targets) == int(torch.cat(keeps).sum()) and torch.equal(
+            targets, all_targets[torch.cat(keeps)]
+        )
+        assert bool((all_targets > 0).any())
+        assert train.Events.loss(joined[3][0]).isfinite()
+
+
+def test_a_clip_says_what_its_event_happens_to_and_where(recipe: Any, processor: Any) -> None:
+    data = recipe["data"]
+    events = set()
+    for seed in range(12):
+        scene = make_scene("clip", seed, "train", (128, 192))
+        t, h, w = len(scene.frames) // 2, scene.image.height // 16, scene.image.width // 16
+        answer = scene.answers["event"].split()
+        found = data.event_targets(scene, h, w)
+        events.add(answer[2])
+        assert set(np.unique(found)) <= {0, 1 + data.EVENTS.index(answer[2])} and found.shape == (t, h, w)
+        assert (found > 0).any()
+        row = data.Rows(processor).batch([scene], [data.question(scene)], [(t, h, w)])
+        looked = row["looked_at"]
+        assert bool((looked.any(0) & (row["input_ids"][0] != processor.video_token_id)).logical_not().all())
+        assert int(looked[0].sum()) == int(data.acting_cells(scene, h, w).sum())
+    assert events == set(data.EVENTS)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.point import NATIVE, Layers, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO
 from adaptive_fusion.policy.rungs import Rung
 
@@ -11,10 +11,12 @@ def w(downsample: float, share: float) -> Rung:
     return Rung(OperatingPoint("weighted", 6, downsample, adapter_rank=4), pixel_share=share)
 
 
-def g(downsample: float, share: float, fps: float | None = None) -> Rung:
-    return Rung(OperatingPoint("gated", 12, downsample, None, 8, fps), pixel_share=share)
+def g(downsample: float, share: float, fps: float | None = None, layers: Layers = 12) -> Rung:
+    return Rung(OperatingPoint("gated", layers, downsample, None, 8, fps), pixel_share=share)
 
 
+FULL = Rung(NATIVE)
+"""Nothing is better than the model as it was trained: at full tokens a fusion module can only come near."""
 FEW_FRAMES, FEWEST = g(0.5, 0.25, 1), g(0.25, 0.25, 0.5)
 
 
@@ -34,9 +36,9 @@ RECIPES: dict[str, Recipe] = {
         0.01,
         "cost",
         {
-            SIMPLE: (w(1, 1), w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.125), w(0.25, 0.125)),
-            COMPLEX: (g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
-            VIDEO: (g(1, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES),
+            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.125), w(0.25, 0.125)),
+            COMPLEX: (FULL, g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
+            VIDEO: (FULL, g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES),
         },
     ),
     "reference-latency": Recipe(
@@ -54,9 +56,9 @@ RECIPES: dict[str, Recipe] = {
         0.005,
         "quality",
         {
-            SIMPLE: (w(1, 1), w(1, 0.5), w(1, 0.25), w(0.5, 0.25)),
-            COMPLEX: (g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5)),
-            VIDEO: (g(1, 1), g(1, 0.5), g(0.5, 0.5)),
+            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25)),
+            COMPLEX: (FULL, g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5)),
+            VIDEO: (FULL, g(1, 0.5), g(0.5, 0.5)),
         },
     ),
 }

@@ -30,6 +30,7 @@ from recipes import RECIPES, Recipe
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.evaluation.tables import read_table
 from adaptive_fusion.features.complexity import measure_complexity
+from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import Subject
@@ -51,8 +52,8 @@ from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reference.screens import KINDS
 
-LEFT_OUT = ("log_pixels", "log_aspect")
-"""A large image can be simple, so size must not decide."""
+LEFT_OUT = ("log_pixels", "log_aspect", *PROMPT_FEATURE_NAMES)
+"""A large image can be simple, so size must not decide; and of three fixed questions nobody else's can be told."""
 JUDGED = {"simple": "describe", "dense": "describe", "reading": "read", "clip": "event"}
 """The question that each kind of scene is judged by."""
 HUMAN_SHARE = 0.5

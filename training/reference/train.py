@@ -2,9 +2,10 @@
 
     python training/reference/train.py --out runs/reference
 
-Two processes of one thread each share every step (on two cores this is faster than one process of two threads). The
-schedule is warm-up, constant, then a linear cool-down over the last two fifths; ``--init FOLDER`` starts from a shipped
-model, and an interrupted run goes on from its newest checkpoint. ``log.jsonl`` holds the curve.
+Two curricula, one after the other: the first from nothing, the second from the model that it leaves. Two processes of
+one thread each share every step (on two cores this is faster than one process of two threads). A schedule is warm-up,
+constant, then a linear cool-down. ``--curriculum refine --init FOLDER`` trains a shipped model on, and an interrupted
+run goes on from its newest checkpoint. ``log.jsonl`` holds the curve.
 """
 
 import argparse
@@ -33,6 +34,20 @@ from transformers.utils import logging
 
 PARTIAL_WEIGHT = 0.35
 MUON_FACTOR = 3
+HEADS_FACTOR = 4
+SETTINGS: dict[str, tuple[type, str]] = {
+    "steps": (int, "steps"),
+    "lr": (float, "AdamW's rate; Muon gets three times as much, the guiding heads four times"),
+    "warmup": (int, "steps of warm-up"),
+    "cooldown": (float, "share of the steps that cool down"),
+    "heads_first": (int, "steps in which only the guiding heads learn"),
+    "every": (int, "steps between checkpoints"),
+}
+DEFAULTS: dict[str, dict[str, float]] = {
+    "first": {"steps": 5600, "lr": 7e-4, "warmup": 200, "cooldown": 0.4, "heads_first": 0, "every": 500},
+    "refine": {"steps": 1000, "lr": 2e-4, "warmup": 100, "cooldown": 0.7, "heads_first": 60, "every": 200},
+}
+"""What each curriculum is trained with; the second starts from the model that the first leaves."""
 
 
 def means(rows: list[list[float]]) -> list[float]:
@@ -145,7 +160,8 @@ class Worker:
         """A batch, and what the model makes of it: at full tokens and at fewer, or of each scene at one of these."""
         batch = sample_batch(self.processor, stage, rng, "train")
         scenes = [scene for scene in batch.scenes if scene.answers]
-        keep = kept_tokens(batch, rng) if scenes and stage.both and rng.random() < stage.dropped else None
+        drops = scenes and stage.both and stage.dropped and rng.random() < stage.dropped
+        keep = kept_tokens(batch, rng) if drops else None
         part = tuple(1.0 if keep is not None else rng.choice(RATIOS) for _ in scenes)
         asked = [question(scene, rng) for scene in scenes]
         if not scenes:
@@ -182,7 +198,11 @@ class Worker:
         # Fresh heads on a trained model learn first, alone: what they say at the start would only do it harm.
         waits = self.step < args.heads_first
         muon, rest, heads = self.optimizers
-        for optimizer, rate in ((muon, MUON_FACTOR * lr * (not waits)), (rest, lr * (not waits)), (heads, 2 * lr)):
+        for optimizer, rate in (
+            (muon, MUON_FACTOR * lr * (not waits)),
+            (rest, lr * (not waits)),
+            (heads, HEADS_FACTOR * lr),
+        ):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
@@ -273,26 +293,28 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5600)
-    parser.add_argument("--out", type=Path, default=Path("runs/reference"))
+    parser.add_argument("--out", type=Path, default=Path("runs/reference"), help="a folder in it for each curriculum")
+    parser.add_argument("--curriculum", choices=tuple(CURRICULA), nargs="+", default=list(CURRICULA))
     parser.add_argument("--init", type=Path, help="folder of a model to start from")
     parser.add_argument("--start", type=float, default=0.0, help="where in the curriculum to start, 0 to 1")
-    parser.add_argument("--lr", type=float, default=7e-4, help="AdamW's rate; Muon gets three times as much")
-    parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--cooldown", type=float, default=0.4, help="share of the steps that cool down")
-    parser.add_argument("--curriculum", choices=tuple(CURRICULA), default="first")
-    parser.add_argument("--heads-first", type=int, default=0, help="steps in which only the guiding heads learn")
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    for name, (kind, help_) in SETTINGS.items():
+        defaults = ", ".join(f"{values[name]} ({each})" for each, values in DEFAULTS.items())
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{help_}; by default {defaults}")
     parser.add_argument("--gaze", type=float, default=0.3, help="weight of the guided attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--fresh", action="store_true", help="forget a checkpoint in --out")
+    parser.add_argument("--fresh", action="store_true", help="forget checkpoints in --out")
     args = parser.parse_args()
-    if args.fresh:
-        shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(work, args=(args,), nprocs=args.world)
+    for curriculum in args.curriculum:
+        own = {name: value for name, value in vars(args).items() if value is not None}
+        run = argparse.Namespace(**{"init": None, **DEFAULTS[curriculum], **own})
+        run.curriculum, run.out = curriculum, args.out / curriculum
+        if args.fresh:
+            shutil.rmtree(run.out, ignore_errors=True)
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "rendezvous").unlink(missing_ok=True)
+        mp.spawn(work, args=(run,), nprocs=run.world)
+        args.init = run.out / "model"
 
 
 if __name__ == "__main__":
