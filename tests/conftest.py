@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -31,6 +32,9 @@ from adaptive_fusion.reference import model_path
 from adaptive_fusion.reference.screens import make_scene
 
 torch.set_num_threads(1)
+# How long an example takes says something of the machine, nothing of what is tested.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

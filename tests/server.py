@@ -11,6 +11,7 @@ import av
 import numpy as np
 from openai import OpenAI
 from PIL import Image
+from waits import MOST_S
 
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.run import DrainingServer, server_for
@@ -24,14 +25,14 @@ def serving(runner: AdaptiveRunner, **settings: Any) -> Iterator[DrainingServer]
     server = server_for(runner, Settings(port=0, **settings), lambda line: ready.set())
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert ready.wait(60)
+    assert ready.wait(MOST_S)
     try:
         yield server
     finally:
         if thread.is_alive():
             assert server.loop is not None
             server.loop.call_soon_threadsafe(server.stop)
-            thread.join(60)
+            thread.join(MOST_S)
         assert not thread.is_alive()
 
 

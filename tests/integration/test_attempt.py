@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -14,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from starving import starving
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.cost.model import Profile
-from adaptive_fusion.errors import InfeasibleBudgetError, OutOfMemoryError
-from adaptive_fusion.execution.meters import CpuMeter
+from adaptive_fusion.errors import InfeasibleBudgetError
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.sufficiency import STILL_FPS
@@ -134,59 +133,19 @@ def test_an_estimate_that_nothing_confirmed_refuses_nothing(tiny_dense: Any, pro
         runner.chat(dot, "?", budget=budget, max_new_tokens=2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_a_thousand_times_out_of_memory_leave_nothing_behind(
-    tiny_dense: Any, processor: Any, dot: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each request fails at a stage in turn, with its tensors alive, at every step down."""
-    runner = AdaptiveRunner(tiny_dense, processor, policy="native")
-    encode, prepare = runner.adapter.encode, runner.adapter.prepare
-    prepared = prepare([{"role": "user", "content": [{"type": "image", "image": dot}]}], NATIVE)
-    with torch.no_grad():
-        ready = encode(prepared, NATIVE)
-    failed = [0]
+def test_out_of_memory_leaves_no_tensor_behind(tiny_dense: Any, processor: Any, dot: Image.Image) -> None:
+    """What it leaves of the process's memory: ``tests/long/test_out_of_memory.py``."""
 
-    def out_of_memory(stage: str) -> None:
-        failed[0] += 1
-        raise torch.OutOfMemoryError(f"CUDA out of memory in {stage}. Tried to allocate 2.00 GiB")
-
-    def failing_encode(inputs: Any, point: OperatingPoint) -> Any:
-        block = torch.ones(1 << 18)  # 1 MiB that the failed try holds
-        if failed[0] % 10:
-            out_of_memory(f"encode of {len(inputs)} inputs, holding {block.nbytes}")
-        return replace(ready, inputs=dict(ready.inputs))
-
-    monkeypatch.setattr(runner.adapter, "prepare", lambda *_: dict(prepared))
-    monkeypatch.setattr(runner.adapter, "encode", failing_encode)
-    handle = tiny_dense.register_forward_pre_hook(lambda *_: out_of_memory("prefill"))
-    meter = CpuMeter()
-
-    def resting_kb() -> int:
+    def tensors() -> int:
         gc.collect()
-        meter.start()
-        assert meter._resting is not None
-        return int(meter._resting / 1024)
+        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
 
-    # As in a process of its own: what other tests have left makes full collections rare, and garbage spreads the heap.
-    gc.collect()
-    gc.freeze()
-    try:
-        while failed[0] < 150:
-            with suppress(OutOfMemoryError):
-                runner.chat(dot, "?", max_new_tokens=2)
-        before = resting_kb()
-        tensors = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
-        while failed[0] < 1150:
-            with pytest.raises(OutOfMemoryError):
-                runner.chat(dot, "?", max_new_tokens=2)
-        after = resting_kb()
-        left = sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
-    finally:
-        handle.remove()
-        gc.unfreeze()
-    assert after - before < 1024
-    assert left == tensors
-    monkeypatch.undo()
+    runner = AdaptiveRunner(tiny_dense, processor, policy="native")
+    with starving(runner, dot) as fail:
+        fail(50)
+        before = tensors()
+        fail(200)
+        assert tensors() == before
     fresh = AdaptiveRunner(tiny_dense, processor, policy="native")
     for point in (NATIVE, OperatingPoint("gated", 12, 0.5, adapter_rank=8)):
         asked: dict[str, Any] = {"point": point, "max_new_tokens": 8, "do_sample": False}

@@ -90,5 +90,6 @@ def test_wheels_that_are_needed_are_told_from_those_that_are_not(cuda: ModuleTyp
         (tmp_path / f"{name}-py3-none-any.whl").touch()
     needed = [path.name.split("-")[0] for path in missing(tmp_path, tmp_path / "pyproject.toml")]
     assert needed == ["nobody_has_this", "pillow", "pytest"]  # numpy is new enough, torch newer
-    refused = subprocess.run([ROOT / "benchmarks/cuda.sh", tmp_path / "none"], capture_output=True, text=True)
+    command = [ROOT / "benchmarks/cuda.sh", tmp_path / "none"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2 and "WHEELS is a folder" in refused.stderr

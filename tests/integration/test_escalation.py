@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
+from waits import MOST_S
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import ConfigError
@@ -199,7 +200,7 @@ def test_a_request_that_is_cut_off_in_either_pass_leaves_the_model_as_it_was(
             streams[0]._cancelled.set()
 
     ready = threading.Event()
-    with at_each_forward(reference_model, lambda: (ready.wait(), cut())):
+    with at_each_forward(reference_model, lambda: (ready.wait(MOST_S), cut())):
         streams.append(runner.stream(screen, PROMPT, max_new_tokens=6))
         ready.set()
         reply = streams[0].reply

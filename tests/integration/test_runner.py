@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import DynamicCache, GenerationConfig
+from waits import MOST_S, joined
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import (
@@ -184,8 +185,7 @@ def test_threads_share_one_model(runner: AdaptiveRunner, noise_image: Any) -> No
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    joined(threads)
     assert found == {i: alone[i % 4] for i in range(12)}
 
 
@@ -205,11 +205,11 @@ def test_an_exclusive_model_answers_this_thread_alone(
         with runner.exclusive() as model:
             assert model is reference_model
             thread.start()
-            assert begun.wait(60)
+            assert begun.wait(MOST_S)
             for _ in range(3):
                 runner.chat(screen, "?", max_new_tokens=6)
             assert set(users) == {threading.get_ident()}
-        thread.join()
+        joined([thread])
         assert set(users) == {threading.get_ident(), thread.ident}
     finally:
         hook.remove()

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import openai
 import pytest
 from openai import OpenAI
 from server import asking, client_of, data_url, image, mp4, png, serving, text
+from waits import MOST_S, joined, until
 
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving import http
@@ -23,6 +25,7 @@ from adaptive_fusion.serving.run import DrainingServer
 MODEL = "reference"
 KEY = "k-123"
 JSON = {"content-type": "application/json"}
+get, post = partial(httpx.get, timeout=MOST_S), partial(httpx.post, timeout=MOST_S)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +108,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: OpenAI, name: str) -> 
 def test_a_stream_ends_with_done_and_its_headers_have_the_plan(server: DrainingServer) -> None:
     body = {"model": MODEL, "messages": asking(image(), text("?")), "stream": True, "max_tokens": 2}
     url, auth = f"http://127.0.0.1:{server.port}/v1/chat/completions", {"authorization": f"bearer {KEY}"}
-    with httpx.stream("POST", url, json=body, headers=auth) as response:
+    with httpx.stream("POST", url, json=body, headers=auth, timeout=MOST_S) as response:
         lines = [line for line in response.iter_lines() if line]
     assert response.headers["content-type"].startswith("text/event-stream")
     assert response.headers["x-adaptive-fusion-plan"] and "x-adaptive-fusion-latency-ms" not in response.headers
@@ -226,23 +229,23 @@ def test_without_the_key_nothing_is_told(server: DrainingServer) -> None:
         client_of(server, "wrong").models.list()
     base = f"http://127.0.0.1:{server.port}"
     for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/adaptive_fusion/decisions", "/nowhere"):
-        assert httpx.get(base + path).status_code == 401
-    assert httpx.get(f"{base}/health").status_code == httpx.get(f"{base}/ready").status_code == 200
+        assert get(base + path).status_code == 401
+    assert get(f"{base}/health").status_code == get(f"{base}/ready").status_code == 200
 
 
 def test_paths_methods_and_bodies_that_there_are_not(server: DrainingServer) -> None:
     base, auth = f"http://127.0.0.1:{server.port}", {"authorization": f"Bearer {KEY}"}
     chat = f"{base}/v1/chat/completions"
     found = [
-        httpx.get(f"{base}/v1/nothing", headers=auth),
-        httpx.get(f"{base}/v1/models/", headers=auth),
-        httpx.get(f"{base}/v1/models/other", headers=auth),
-        httpx.get(chat, headers=auth),
-        httpx.post(chat, headers={**auth, **JSON}, content=b"{"),
-        httpx.post(chat, headers=auth, json=[]),
-        httpx.post(chat, headers={**auth, "content-type": "text/plain"}, content=b"{}"),
-        httpx.post(chat, headers=auth, content=b"{}"),
-        httpx.post(f"{base}/v1/adaptive_fusion/feedback", headers={**auth, **JSON}, content=b"x" * (2 << 20)),
+        get(f"{base}/v1/nothing", headers=auth),
+        get(f"{base}/v1/models/", headers=auth),
+        get(f"{base}/v1/models/other", headers=auth),
+        get(chat, headers=auth),
+        post(chat, headers={**auth, **JSON}, content=b"{"),
+        post(chat, headers=auth, json=[]),
+        post(chat, headers={**auth, "content-type": "text/plain"}, content=b"{}"),
+        post(chat, headers=auth, content=b"{}"),
+        post(f"{base}/v1/adaptive_fusion/feedback", headers={**auth, **JSON}, content=b"x" * (2 << 20)),
     ]
     assert [response.status_code for response in found] == [404, 404, 404, 405, 400, 400, 415, 415, 413]
     assert all(response.json()["error"]["message"] for response in found)
@@ -255,7 +258,7 @@ def test_the_model_can_be_asked_for_by_its_name(client: OpenAI) -> None:
 def test_a_body_that_does_not_come_is_given_up(server: DrainingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "BODY_S", 0.01)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=MOST_S) as connection:
         connection.sendall(f"{head}content-type: application/json\r\ncontent-length: 9\r\n\r\n{{".encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
@@ -297,7 +300,7 @@ def test_metrics_and_log_tell_what_happened_and_nothing_that_was_said(
     server: DrainingServer, client: OpenAI, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def count(name: str) -> float:
-        text = httpx.get(f"http://127.0.0.1:{server.port}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
+        text = get(f"http://127.0.0.1:{server.port}/metrics", headers={"authorization": f"Bearer {KEY}"}).text
         return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"adaptive_fusion:{name}"))
 
     names = ("requests_total", "request_success_total", "requests_rejected_total", "media_refused_total")
@@ -384,16 +387,13 @@ def test_who_was_admitted_is_answered_at_the_end(reference_model: Any, processor
             threads = [threading.Thread(target=request) for _ in range(3)]
             for thread in threads:
                 thread.start()
-            while server.service.scheduler.admitted < 3:
-                threading.Event().wait(0.005)
+            until(lambda: server.service.scheduler.admitted == 3, "three requests that are admitted")
             assert server.loop is not None
             server.loop.call_soon_threadsafe(server.stop)
-            while not server.service.scheduler.draining:
-                threading.Event().wait(0.005)
+            until(lambda: server.service.scheduler.draining, "the server to drain")
             with pytest.raises(openai.InternalServerError, match="shutting down"):
                 ask(client, asking(text("hi")))
-        for thread in threads:
-            thread.join()
+        joined(threads)
     assert answers == ["stop" if answer == "stop" else "length" for answer in answers] and len(answers) == 3
 
 
@@ -401,11 +401,11 @@ def test_a_web_page_cannot_have_its_name_point_here(reference_model: Any, proces
     runner = AdaptiveRunner(reference_model, processor, policy="native")
     with serving(runner) as server:
         url = f"http://127.0.0.1:{server.port}/v1/models"
-        assert httpx.get(url).status_code == 200
-        assert httpx.get(url, headers={"host": f"localhost:{server.port}"}).status_code == 200
-        assert httpx.get(url, headers={"host": "127.0.0.2"}).status_code == 200
-        assert httpx.get(url, headers={"host": "evil.example"}).status_code == 403
-        assert httpx.get(url, headers={"host": "127.0.0.1.evil.example"}).status_code == 403
+        assert get(url).status_code == 200
+        assert get(url, headers={"host": f"localhost:{server.port}"}).status_code == 200
+        assert get(url, headers={"host": "127.0.0.2"}).status_code == 200
+        assert get(url, headers={"host": "evil.example"}).status_code == 403
+        assert get(url, headers={"host": "127.0.0.1.evil.example"}).status_code == 403
 
 
 def test_the_example_of_the_docs_runs(reference_model: Any, processor: Any, capsys: pytest.CaptureFixture[str]) -> None:

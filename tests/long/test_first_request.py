@@ -32,7 +32,9 @@ print(json.dumps([peaks[i::2] for i in range(2)]))
 def test_the_first_request_with_a_memory_budget_takes_what_later_ones_take() -> None:
     """In a process of its own, whose libraries and kernels are not in memory yet."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True, env=environ)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST], capture_output=True, text=True, check=True, env=environ, timeout=600
+    )
     for first, *later in json.loads(done.stdout.splitlines()[-1]):
         # Half a MiB for what the heap keeps at the first image of a size.
         assert 0 < first <= 1.05 * max(later) + 0.5 / 1024, (first, later)

@@ -14,12 +14,16 @@ import httpx
 import numpy as np
 import pytest
 from mutants import mutate, seeds
-from serve_process import ServerProcess, server_process
 from test_serve_media import body as conversation
+from waits import MOST_S
+
+from benchmarks.load import ServerProcess, server_process
 
 WITHOUT_TOOLS = ("Tool Calling",)
 """Tests that a model without tools cannot pass; the server refuses tools by name."""
 GROWTH_MIB = 50
+PROGRAM_S = 3600
+"""When to give up waiting for another program's end."""
 WARM = 300
 
 
@@ -35,7 +39,9 @@ def program(module: str, call: str, *arguments: str) -> str:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed; needs pip install adaptive-fusion[compat]")
     command = [sys.executable, "-c", f"import sys; {call}", *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PROGRAM_S
+    ).stdout
 
 
 def test_the_api_is_openais(server: ServerProcess) -> None:
@@ -58,10 +64,10 @@ def test_requests_made_of_its_own_document_meet_no_server_error(
         "from schemathesis.cli import schemathesis; schemathesis()",
         *("run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "not_a_server_error"),
         *("--phases", "examples,coverage,fuzzing", "--continue-on-failure"),
-        *("--max-time", str(max(30, share_of(300)))),
+        *("--max-examples", str(share_of(100))),
     )
     generated, passed = map(int, re.findall(r"(\d+) generated, (\d+) passed", said)[0])
-    assert generated == passed > 500, said[-5000:]
+    assert generated == passed > 100, said[-5000:]
 
 
 def test_broken_media_and_bodies_meet_no_server_error_and_tell_nothing(
@@ -90,7 +96,7 @@ def test_broken_media_and_bodies_meet_no_server_error_and_tell_nothing(
         return data if rng.random() < 0.9 else mutate(data, rng)
 
     def many(count: int) -> None:
-        with httpx.Client(timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        with httpx.Client(timeout=MOST_S) as client, ThreadPoolExecutor(4) as pool:
             for number in range(0, count, 100):
                 bodies = [made(number + i) for i in range(min(100, count - number))]
                 list(pool.map(lambda data: send(client, data), bodies))

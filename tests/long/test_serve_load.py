@@ -1,11 +1,11 @@
-"""A server in a process of its own under more than it can do: what it lets in it answers in time, and it ends well."""
+"""A server in a process of its own under more than it can do: nothing is lost, and it ends well. How fast it is below
+and above its load is measured by ``benchmarks/serving.py``."""
 
 import asyncio
 import contextlib
 import json
 import random
 import signal
-import statistics
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,11 +14,15 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_process import Outcome, ServerProcess, offer, server_process
 from server import asking, image, text
+from waits import MOST_S, joined, until
 
-LIMIT = 5.0
-"""Deadline, in times of a request alone on the machine."""
+from benchmarks.load import ServerProcess, offer, saturate, server_process
+
+ANSWERED = 3
+"""Requests that a server has answered before it is killed."""
+AT_ONCE = 1e4
+"""Requests a second that come faster than any server reads them."""
 
 
 def body(latency_ms: float | None = None, **more: Any) -> dict[str, Any]:
@@ -33,38 +37,37 @@ def server(tmp_path: Path) -> Iterator[ServerProcess]:
         yield found
 
 
-def alone_s(server: ServerProcess, latency_ms: float | None = None, count: int = 30) -> float:
-    """Median seconds of a request with nobody before it."""
-    with httpx.Client(timeout=60) as client:
-        took = [client.post(server.url, json=body(latency_ms)).elapsed.total_seconds() for _ in range(count)]
-    return statistics.median(took[count // 3 :])
+def admitted(client: httpx.Client, server: ServerProcess) -> float:
+    """Requests that run or wait."""
+    return counted(client, server, "num_requests_")
 
 
-def met(outcomes: list[Outcome]) -> list[bool]:
-    return [bool(o.values["adaptive_fusion"]["met"]) for o in outcomes if o.status == 200]
+def counted(client: httpx.Client, server: ServerProcess, *names: str) -> float:
+    """The sum of the server's metrics whose names begin so."""
+    said = client.get(f"http://127.0.0.1:{server.port}/metrics").text.splitlines()
+    wanted = tuple(f"adaptive_fusion:{name}" for name in names)
+    return sum(float(line.split()[-1]) for line in said if line.startswith(wanted))
 
 
-def test_below_saturation_deadlines_hold(server: ServerProcess, share_of: Callable[[int], int]) -> None:
-    alone = alone_s(server)
-    outcomes = offer(server.port, body(LIMIT * alone * 1e3), 0.7 / alone, share_of(60))
-    kept = met(outcomes)
-    assert Counter(o.status for o in outcomes).keys() <= {200, 429}
-    assert statistics.mean(kept) >= 0.95 and len(kept) >= 0.95 * len(outcomes)
-
-
-def test_overload_is_refused_at_once_and_what_is_let_in_is_in_time(
-    server: ServerProcess, share_of: Callable[[int], int]
+@pytest.mark.parametrize("latency_ms", [None, 300.0])
+def test_an_overload_is_refused_and_leaves_no_place_taken(
+    server: ServerProcess, share_of: Callable[[int], int], latency_ms: float | None
 ) -> None:
-    alone = alone_s(server)
-    limit_ms = LIMIT * alone * 1e3
-    alone_s(server, limit_ms)
-    outcomes = offer(server.port, body(limit_ms), 10 / alone, max(15, share_of(30)))
-    refused = sorted(o.took_s * 1e3 for o in outcomes if o.status == 429)
-    assert Counter(o.status for o in outcomes).keys() == {200, 429} and len(refused) > len(outcomes) / 2
-    assert all(int(o.headers["retry-after"]) >= 1 for o in outcomes if o.status == 429)
-    assert statistics.mean(met(outcomes)) >= 0.95
-    assert statistics.median(refused) <= 10 and refused[int(0.99 * len(refused))] <= 50
-    assert alone_s(server, count=6) < 2 * alone  # normal again
+    """Whether deadlines are kept, and how soon the others are told, depends on the machine: that is not asked here."""
+    asked = body(latency_ms)
+    first = saturate(server.port, asked, 2, 5)  # from now on it knows how long requests take
+    outcomes = offer(server.port, asked, AT_ONCE, max(200, share_of(2000)) / AT_ONCE)
+    assert {o.status for o in first} <= {200, 429}
+    statuses = {o.status for o in outcomes}
+    assert statuses == {200, 429} if latency_ms is None else 429 in statuses <= {200, 429}
+    for refused in (o for o in outcomes if o.status == 429):
+        assert int(refused.headers["retry-after"]) >= 1 and refused.values["error"]["code"]
+    answers = [o.values["id"] for o in outcomes if o.status == 200]
+    assert len(answers) == len(set(answers))
+    with httpx.Client(timeout=MOST_S) as client:
+        until(lambda: not admitted(client, server), "the end of the storm")
+        assert client.post(server.url, json=body()).status_code == 200
+        assert admitted(client, server) == 0
 
 
 def test_nothing_is_lost_or_answered_twice(
@@ -78,7 +81,7 @@ def test_nothing_is_lost_or_answered_twice(
 
             async def one() -> str | None:
                 try:
-                    response = await client.post(server.url, json=body(), timeout=rng.choice((0.05, 0.3, 60.0)))
+                    response = await client.post(server.url, json=body(), timeout=rng.choice((0.05, 0.3, MOST_S)))
                 except httpx.TimeoutException:
                     return None
                 return str(response.json()["id"]) if response.status_code == 200 else None
@@ -89,7 +92,8 @@ def test_nothing_is_lost_or_answered_twice(
             return [name for name in found if name is not None]
 
     answered = asyncio.run(storm())
-    alone_s(server, count=1)
+    with httpx.Client(timeout=MOST_S) as client:
+        until(lambda: not admitted(client, server), "the end of those whose clients went away")
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     logged = Counter(record["request_id"] for record in records)
     assert answered and max(logged.values()) == 1
@@ -100,53 +104,47 @@ def test_at_sigterm_who_was_admitted_is_answered(server: ServerProcess) -> None:
     outcomes: list[tuple[int, str]] = []
 
     def request(stream: bool) -> None:
-        response = httpx.post(server.url, json=body(stream=stream, min_tokens=40, max_tokens=40), timeout=60)
+        response = httpx.post(server.url, json=body(stream=stream, min_tokens=60, max_tokens=60), timeout=MOST_S)
         outcomes.append((response.status_code, response.text))
 
     threads = [threading.Thread(target=request, args=(bool(n % 2),)) for n in range(8)]
     for thread in threads:
         thread.start()
-    with httpx.Client() as client:
-        while _waiting(client, server) < 8:
-            pass
+    with httpx.Client(timeout=MOST_S) as client:
+        let_in = ("num_requests_", "request_success_total")
+        until(lambda: counted(client, server, *let_in) >= len(threads), "eight requests that are let in")
         server.process.send_signal(signal.SIGTERM)
-        while client.get(f"http://127.0.0.1:{server.port}/ready").status_code != 503:
-            pass
+        ready = f"http://127.0.0.1:{server.port}/ready"
+        until(lambda: client.get(ready).status_code == 503, "the server to let nobody else in")
         late = client.post(server.url, json=body())
-    for thread in threads:
-        thread.join()
+    joined(threads)
     assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
     assert [status for status, _ in outcomes] == [200] * 8
     assert sum(answer.rstrip().endswith("data: [DONE]") for _, answer in outcomes) == 4
-    assert server.process.wait(30) == 0
-
-
-def _waiting(client: httpx.Client, server: ServerProcess) -> float:
-    text_of = client.get(f"http://127.0.0.1:{server.port}/metrics").text
-    found = [line for line in text_of.splitlines() if line.startswith("adaptive_fusion:num_requests_")]
-    return sum(float(line.split()[-1]) for line in found)
+    assert server.process.wait(MOST_S) == 0
 
 
 def test_kill_loses_at_most_one_record(tmp_path: Path, share_of: Callable[[int], int]) -> None:
     log = tmp_path / "log.jsonl"
     answered: set[str] = set()
+    kills: list[threading.Timer] = []
     for round_ in range(share_of(5)):
         with server_process(tmp_path, "--log", str(log)) as server:
-            kill = threading.Timer(1.0 + 0.1 * round_, server.process.kill)
-            kill.start()
-            with httpx.Client(timeout=60) as client:
-                try:
-                    while True:
-                        response = client.post(server.url, json=body(max_tokens=1))
-                        answered.add(response.json()["adaptive_fusion"]["request_id"])
-                except httpx.TransportError:
-                    pass
-            kill.join()
+            with httpx.Client(timeout=MOST_S) as client, contextlib.suppress(httpx.TransportError):
+                for number in range(10_000):
+                    if number == ANSWERED:  # at some moment of one of the next
+                        kills.append(threading.Timer(0.1 + 0.05 * round_, server.process.kill))
+                        kills[-1].start()
+                    answered.add(
+                        client.post(server.url, json=body(max_tokens=1)).json()["adaptive_fusion"]["request_id"]
+                    )
+            assert server.process.wait(MOST_S) == -signal.SIGKILL
+    joined(kills)
     records = set()
     for line in log.read_text().splitlines():
         with contextlib.suppress(ValueError):  # the one that was under way
             records.add(json.loads(line)["request_id"])
-    assert len(answered) > share_of(5) and answered <= records
+    assert len(answered) >= ANSWERED * share_of(5) and answered <= records
 
 
 def test_random_cancels_leave_no_place_taken(tmp_path: Path, share_of: Callable[[int], int]) -> None:
@@ -170,8 +168,7 @@ def test_random_cancels_leave_no_place_taken(tmp_path: Path, share_of: Callable[
 
     with server_process(tmp_path, "--queue", "8") as server:
         asyncio.run(storm(server.port, max(100, share_of(10_000))))
-        with httpx.Client(timeout=60) as client:
-            while _waiting(client, server):
-                pass
+        with httpx.Client(timeout=MOST_S) as client:
+            until(lambda: not admitted(client, server), "the end of those whose clients went away")
             assert client.post(server.url, json=body()).status_code == 200
         assert "internal" not in (tmp_path / "stderr.txt").read_text()

@@ -32,7 +32,7 @@ def reported(workers: list[Any], results: Any) -> tuple[int, int]:
     """Wait for the processes; the records they say they wrote and dropped, in sum."""
     found = [results.get(timeout=600) for _ in workers]
     for worker in workers:
-        worker.join()
+        worker.join(60)
     return sum(written for written, _ in found), sum(dropped for _, dropped in found)
 
 

@@ -120,7 +120,7 @@ def test_a_killed_writer_costs_the_others_nothing(tmp_path: Path) -> None:
         log.write({"request_id": f"mine-{number}"})
         if number % 50 == 25:
             workers[number // 50].kill()
-            workers[number // 50].join()
+            workers[number // 50].join(60)
     results.close()
     broken = 0
     mine = []

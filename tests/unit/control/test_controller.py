@@ -12,6 +12,7 @@ import pytest
 from controlled import LADDER, LOOSE, candidate, finite, settled, took
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import MOST_S, joined
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
@@ -266,7 +267,7 @@ def test_thirty_two_threads_reconcile() -> None:
     def work(seed: int) -> None:
         rng = random.Random(seed)
         try:
-            barrier.wait()
+            barrier.wait(MOST_S)
             for i in range(1000):
                 choice = controller.choose(LADDER, Budget(latency_ms=rng.uniform(20, 400)))
                 if i % 10 == 0:
@@ -282,8 +283,7 @@ def test_thirty_two_threads_reconcile() -> None:
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(32)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        joined(threads)
     finally:
         sys.setswitchinterval(interval)
     assert not errors

@@ -254,5 +254,5 @@ def test_a_large_block_goes_back_when_it_is_freed_once_a_request_was_measured() 
 
     In a process of its own: holes that earlier work left would take the blocks in.
     """
-    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) > 12 * (1 << 20)

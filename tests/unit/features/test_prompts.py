@@ -66,7 +66,7 @@ def test_the_hash_is_the_same_in_every_process() -> None:
     runs = {
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True, text=True, check=True,
+            capture_output=True, text=True, check=True, timeout=300,
         ).stdout
         for seed in ("1", "2")
     }  # fmt: skip

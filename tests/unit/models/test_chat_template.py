@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from waits import joined
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.request import build_request
@@ -112,8 +113,7 @@ def test_threads_do_not_disturb_each_other(template: ChatTemplate) -> None:
     threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    joined(threads)
     assert all(each == wanted[index] for index in (0, 1) for each in found[index])
 
 

@@ -3,11 +3,13 @@
 import asyncio
 import random
 import threading
+import time
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import MOST_S
 
 from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.scheduler import Scheduler
@@ -35,7 +37,9 @@ class Model:
                 self.at_once += 1
                 self.most = max(self.most, self.at_once)
             if until is not None:
+                ends = time.monotonic() + MOST_S
                 while not until.is_set() and not cancelled.is_set():
+                    assert time.monotonic() < ends, "a job that nobody ends"
                     until.wait(0.001)
             with self._lock:
                 self.at_once -= 1
@@ -170,7 +174,9 @@ async def storm(rng: random.Random, count: int, model: Model) -> tuple[Scheduler
             return await scheduler.run(model.job(number), latest_s=rng.choice((None, latest)))
 
     tasks = [asyncio.create_task(request(number)) for number in range(count)]
+    ends = time.monotonic() + MOST_S
     while not all(task.done() for task in tasks):
+        assert time.monotonic() < ends, "tasks that never end"
         for task in rng.sample(tasks, min(len(tasks), 3)):
             if rng.random() < 0.3:
                 task.cancel()

@@ -1,6 +1,7 @@
 """Logs as tables: what is broken is counted and never fatal, and compaction loses nothing."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_processes import PROCESSES, expected, reported, write_together
+from waits import MOST_S
 
 from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import ConfigError
@@ -250,8 +252,9 @@ def test_a_reader_beside_writers_sees_whole_records_each_once(tmp_path: Path) ->
     log = tmp_path / "logs" / "log.jsonl"
     DecisionLog(log).write({"request_id": "first", "reason": "x" * 5000})  # lines across pages
     workers, results = write_together(log, count, max_bytes=20_000, keep=10**4)
-    seen, running = 0, True
+    seen, running, ends = 0, True, time.monotonic() + MOST_S
     while running:
+        assert time.monotonic() < ends, "writers that never end"
         running = any(worker.is_alive() for worker in workers) and results.empty()
         with open_logs([log.parent]) as opened:
             assert opened.broken == 0

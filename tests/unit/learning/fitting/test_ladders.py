@@ -111,7 +111,7 @@ def test_the_recipe_writes_policies_whose_cards_have_the_held_out_figures(tmp_pa
     out, reports = tmp_path / "policies", tmp_path / "reports"
     command = [sys.executable, str(RECIPE), str(train), "--held-out", str(held), "--out", str(out)]
     command += ["--reports", str(reports), "--only", "reference-balanced", "--resamples", "20"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     assert "Held to, on all traffic:" in shown and "- yes: quality kept of native's" in shown
     policy = Policy.load(out / "reference-balanced")
     card = (out / "reference-balanced" / "README.md").read_text(encoding="utf-8")

@@ -8,11 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+READY_S = 600.0
+"""How long a server may take to be ready, even on a machine with other work."""
+ANSWERS_S = 1800.0
+"""How long a load may last; a server that does not answer must not hold who waits for it."""
 
 _ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -33,7 +39,8 @@ class ServerProcess:
     def resident_mib(self) -> float:
         """Memory of the process."""
         found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found is not None
+        if found is None:
+            raise RuntimeError("the process has no resident memory: it has ended")
         return int(found[1]) / 1024
 
 
@@ -45,14 +52,16 @@ def server_process(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
     with said.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **_ENV})
     try:
+        ends = time.monotonic() + READY_S
         while (found := re.search(r"ready: .*:(\d+)/v1", said.read_text())) is None:
-            assert process.poll() is None, said.read_text()[-2000:]
+            if process.poll() is not None or time.monotonic() > ends:
+                raise RuntimeError(f"the server is not ready: {said.read_text()[-2000:]}")
             time.sleep(0.1)
         yield ServerProcess(process, said, int(found[1]))
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.wait(60)
 
 
 @dataclass
@@ -70,32 +79,53 @@ class Offering:
 
     Args:
         port: Of the server.
+        body: Of every request.
+        progress: Called whenever a request was sent.
     """
 
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-
-    async def run(self, body: dict[str, Any], rate: float, seconds: float) -> list[Outcome]:
-        """Send `rate` requests a second, whatever becomes of those before; the outcomes in order of sending."""
+    def __init__(self, port: int, body: Mapping[str, Any], progress: Callable[[], None] = lambda: None) -> None:
+        self.port, self._progress = port, progress
         text = json.dumps(body).encode()
         head = (
             "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
             f"content-length: {len(text)}\r\n\r\n"
         )
-        tasks, began = [], time.perf_counter()
-        for number in range(round(rate * seconds)):
-            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            tasks.append(asyncio.create_task(self._send(head.encode() + text)))
-        outcomes = await asyncio.gather(*tasks)
-        for _, writer in self._free:
-            writer.close()
-        return outcomes
+        self._request = head.encode() + text
+        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
-    async def _send(self, request: bytes) -> Outcome:
+    async def at_rate(self, rate: float, seconds: float) -> list[Outcome]:
+        """Send `rate` requests a second, whatever becomes of those before; the outcomes in order of sending."""
+        tasks, began = [], time.perf_counter()
+        for number in range(max(1, round(rate * seconds))):
+            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+            tasks.append(asyncio.create_task(self._send()))
+            self._progress()
+        return await self._closing(tasks)
+
+    async def by_clients(self, clients: int, each: int) -> list[Outcome]:
+        """`clients` that send `each` requests, one after the other's answer."""
+
+        async def one() -> list[Outcome]:
+            found = []
+            for _ in range(each):
+                found.append(await self._send())
+                self._progress()
+            return found
+
+        return [o for found in await self._closing([asyncio.create_task(one()) for _ in range(clients)]) for o in found]
+
+    async def _closing(self, tasks: "list[asyncio.Task[T]]") -> list[T]:
+        try:
+            async with asyncio.timeout(ANSWERS_S):
+                return await asyncio.gather(*tasks)
+        finally:
+            for _, writer in self._free:
+                writer.close()
+
+    async def _send(self) -> Outcome:
         began = time.perf_counter()
         reader, writer = self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(request)
+        writer.write(self._request)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         lines = [line.partition(": ") for line in head.splitlines()[1:] if line]
         headers = {name.lower(): value for name, _, value in lines}
@@ -105,6 +135,15 @@ class Offering:
         return Outcome(int(head.split()[1]), took_s, json.loads(body), headers)
 
 
-def offer(port: int, body: dict[str, Any], rate: float, seconds: float) -> list[Outcome]:
-    """See `Offering.run`."""
-    return asyncio.run(Offering(port).run(body, rate, seconds))
+def offer(
+    port: int, body: Mapping[str, Any], rate: float, seconds: float, progress: Callable[[], None] = lambda: None
+) -> list[Outcome]:
+    """See `Offering.at_rate`."""
+    return asyncio.run(Offering(port, body, progress).at_rate(rate, seconds))
+
+
+def saturate(
+    port: int, body: Mapping[str, Any], clients: int, each: int, progress: Callable[[], None] = lambda: None
+) -> list[Outcome]:
+    """See `Offering.by_clients`."""
+    return asyncio.run(Offering(port, body, progress).by_clients(clients, each))
