@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--pairs 100] [--below 0.7] [--above 10] [--deadline 5] [--seconds 60] [--json]
 
-Parts, in this order, each against a server in a process of its own:
+Parts, in this order, against one server in a process of its own:
 
 - ``overhead``: a request of 4 tokens with a small image through the official client, less ``runner.chat`` of the same
   at the same operating point, in pairs that take turns at going first;
@@ -168,23 +168,21 @@ def measure(options: argparse.Namespace, folder: Path, shown: Progress) -> dict[
     """All parts."""
     image = picture(300, 200)
     plain = body(image, 8)
-    flags = ("--model", options.model, "--served-name", NAME, "--queue", str(options.queue))
-    with server_process(folder, *flags) as server:
+    with server_process(
+        folder, "--model", options.model, "--served-name", NAME, "--queue", str(options.queue)
+    ) as server:
         cost = overhead(server, options.model, options.pairs, shown)
         alone = alone_s(server, plain, shown)
         most = saturating(server, plain, shown)
-    limited = body(image, 8, latency_ms=options.deadline * alone * 1e3)
-    found: dict[str, Any] = {
-        "overhead": cost,
-        "load": {"alone_ms": alone * 1e3, "saturating": most, "deadline_ms": options.deadline * alone * 1e3},
-    }
-    stages = (("below", options.below, options.seconds), ("above", options.above, options.storm_seconds))
-    for stage, times, seconds in stages:
-        with server_process(folder, *flags) as server:
-            alone_s(server, limited, shown)  # the controller knows what a request takes, as after any first minute
+        limited = body(image, 8, latency_ms=options.deadline * alone * 1e3)
+        found: dict[str, Any] = {
+            "overhead": cost,
+            "load": {"alone_ms": alone * 1e3, "saturating": most, "deadline_ms": options.deadline * alone * 1e3},
+        }
+        stages = (("below", options.below, options.seconds), ("above", options.above, options.storm_seconds))
+        for stage, times, seconds in stages:
             found[stage] = {"times": times, **offered(server, limited, times * most, seconds, stage, shown)}
-            if stage == "above":
-                found["recovery_s"] = recovery_s(server, plain, alone)
+        found["recovery_s"] = recovery_s(server, plain, alone)
     return found
 
 

@@ -9,9 +9,11 @@ import pytest
 
 
 def test_every_part_is_measured_and_judged(
-    load_benchmark: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+    load_benchmark: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = load_benchmark("serving")
+    monkeypatch.setattr(benchmark, "ALONE", 6)
+    monkeypatch.setattr(benchmark, "SATURATING", 16)
     code = benchmark.main(["--pairs", "4", "--seconds", "1", "--storm-seconds", "1", "--deadline", "100", "--json"])
     found = json.loads(capsys.readouterr().out)
     assert code == bool(found["shortfalls"])
