@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.audits import audited
@@ -26,6 +27,7 @@ from adaptive_fusion.execution.executor import Run, Task
 from adaptive_fusion.execution.logprobs import token_logprobs
 from adaptive_fusion.execution.request import ChatRequest, build_request
 from adaptive_fusion.execution.shift import shift
+from adaptive_fusion.execution.stream import Pieces, Repeating
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.prepared import Call, Prepared
@@ -213,8 +215,14 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def _with_streamer(
-    arguments: Arguments, prompt: Callable[[], Tensor], streamer: Any, reduced: Tensor
+    arguments: Arguments, prompt: Callable[[], Tensor], streamer: Pieces | None, reduced: Tensor
 ) -> dict[str, Any]:
-    """``generate``'s options, with a stream's own streamer, which sees the prompt that the model sees."""
+    """``generate``'s options, with a stream's own streamer, which sees the prompt that the model sees. What a try has
+    given that ran out of memory stands: the next one says it again and goes on."""
     options = shift(arguments, reduced, prompt)
-    return options if streamer is None else {**options, "streamer": streamer}
+    if streamer is None:
+        return options
+    if streamer.said:
+        repeating = Repeating(reduced.shape[-1], streamer.said)
+        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), repeating])
+    return {**options, "streamer": streamer}

@@ -103,7 +103,10 @@ class Planner:
             lane, propensity = FIXED, 1.0
             second = {"why": because or "the point was given"} if info.asking is not None else {}
             choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
-            choice = replace(choice, reason=because or "the point was given", rejected=())
+            reason = because or "the point was given"
+            if info.full_detail and not point.is_full:
+                reason += ", over the full detail that was asked for"
+            choice = replace(choice, reason=reason, rejected=())
         else:
             lane = route.lane
             all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0 or info.asking is not None

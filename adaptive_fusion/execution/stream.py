@@ -1,20 +1,20 @@
 """An answer as an iterator over pieces of text, with a worker that can neither hang the reader nor outlive it.
 
 ``TextIteratorStreamer`` alone waits forever if its worker dies or its end was read once, takes the prompt of a second
-try for text, and an abandoned one leaves the model generating. Knows a callable that generates with a streamer;
-nothing of models.
+try for text and gives that try's answer behind the first one's, and an abandoned one leaves the model generating.
+Knows a callable that generates with a streamer; nothing of models.
 """
 
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import TextIteratorStreamer
+from transformers import LogitsProcessor, TextIteratorStreamer
 
 T = TypeVar("T")
 
@@ -25,7 +25,8 @@ _PROMPT_END = 4
 class Stream(Generic[T]):
     """Iterates over text; afterwards `reply` is what the worker returned.
 
-    If `work` generates anew (after running out of memory), the new answer's pieces follow those already given.
+    What was given stays: if `work` generates anew (after running out of memory), it has to begin with the tokens that
+    the streamer has `said` (see `Repeating`), and the pieces go on behind them.
 
     Args:
         work: Called in a thread with a streamer and a cancel event; generates and returns its result.
@@ -38,7 +39,7 @@ class Stream(Generic[T]):
     def __init__(
         self, work: Callable[[Any, threading.Event], T], tokenizer: Any, cancelled: threading.Event | None = None
     ) -> None:
-        self._streamer = _Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._streamer = Pieces(tokenizer, skip_special_tokens=True)
         self._cancelled = cancelled if cancelled is not None else threading.Event()
         self._result: Future[T] = Future()
         # The thread must not hold the stream: one that nobody holds is abandoned, read or not.
@@ -90,7 +91,7 @@ class Stream(Generic[T]):
 
 
 def _work(
-    work: Callable[[Any, threading.Event], T], streamer: "_Pieces", cancelled: threading.Event, result: "Future[T]"
+    work: Callable[[Any, threading.Event], T], streamer: "Pieces", cancelled: threading.Event, result: "Future[T]"
 ) -> None:
     try:
         result.set_result(work(streamer, cancelled))
@@ -101,20 +102,36 @@ def _work(
         streamer.text_queue.put(streamer.stop_signal)
 
 
-class _Pieces(TextIteratorStreamer):  # type: ignore[misc]
-    """Skips the prompt of every try, and ends for every reader."""
+class Pieces(TextIteratorStreamer):  # type: ignore[misc]
+    """Skips the prompt of every try and the tokens that an earlier try has given, and ends for every reader.
 
-    _end: Tensor | None = None
+    Attributes:
+        said: Tokens that were given, of all tries.
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        self.said: list[int] = []
+        self._end: Tensor | None = None
+        self._again = 0
 
     def put(self, value: Tensor) -> None:
-        if value.ndim > 1:  # a prompt, or several tokens of assisted generation
-            end = value[0, -_PROMPT_END:]
-            if self._end is None:
-                self._end = end
-            elif torch.equal(end, self._end):
-                self.token_cache.clear()
-                self.print_len, self.next_tokens_are_prompt = 0, True
-        super().put(value)
+        """A prompt, a token, or several of assisted generation."""
+        if value.ndim > 1 and self._is_prompt(value[0]):
+            self._again = len(self.said)
+            return
+        tokens = value.reshape(-1)[self._again :]
+        self._again -= min(self._again, value.numel())
+        if len(tokens):
+            self.said += tokens.tolist()
+            super().put(tokens)
+
+    def _is_prompt(self, row: Tensor) -> bool:
+        end = row[-_PROMPT_END:]
+        if self._end is None:
+            self._end = end
+            return True
+        return torch.equal(end, self._end)
 
     def __next__(self) -> str:
         try:
@@ -123,3 +140,24 @@ class _Pieces(TextIteratorStreamer):  # type: ignore[misc]
         except StopIteration:
             self.text_queue.put(self.stop_signal)
             raise
+
+
+class Repeating(LogitsProcessor):  # type: ignore[misc]
+    """Makes an answer begin with given tokens, one a step, whatever the model or the sampling would choose.
+
+    Args:
+        prompt_length: Tokens before the answer.
+        tokens: With which it begins.
+    """
+
+    def __init__(self, prompt_length: int, tokens: Sequence[int]) -> None:
+        self._prompt_length, self._tokens = prompt_length, tuple(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores ``[rows, vocabulary]`` of the next token."""
+        step = input_ids.shape[1] - self._prompt_length
+        if step >= len(self._tokens):
+            return scores
+        alone = torch.full_like(scores, -torch.inf)
+        alone[:, self._tokens[step]] = 0.0
+        return alone

@@ -71,6 +71,7 @@ def create_app(
     app.state.bodies = Bodies(BODIES * settings.max_body_mib << 20)
     app.add_middleware(Guard, key=settings.api_key, local=settings.is_local, refused=service.metrics.rejected)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _failed)
     described = descriptions(settings.model)
     for method, path, handler in _routes():
         app.add_api_route(
@@ -129,6 +130,11 @@ async def _metrics(request: Request) -> Response:
     service.metrics.observe_controller(service.runner.controller)
     text, kind = service.metrics.render()
     return Response(text, headers={"content-type": kind})
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What no route has turned into a response."""
+    return error_response(error)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:

@@ -24,13 +24,14 @@ from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner, Prepared
 from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.answers import Asked
+from adaptive_fusion.serving.blame import blaming
 from adaptive_fusion.serving.http import as_json, bodies_of, place_of, read_body, while_connected
 from adaptive_fusion.serving.http import log as server_log
 from adaptive_fusion.serving.media import check_media
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.pieces import StopFilter
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_body, json_response
-from adaptive_fusion.serving.scheduler import Place
+from adaptive_fusion.serving.scheduler import Place, too_late
 from adaptive_fusion.serving.schema import ChatCall, read_chat
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.tracing import caller_context, reply_attributes, request_attributes, say, span
@@ -51,7 +52,8 @@ class _Job:
         call: What is asked.
         trace: The caller's trace.
         waited_s: How long it waited for the model, once it has it.
-        had_to_wait: Whether others were before it.
+        had_to_wait: Whether others were before it when it had been made ready.
+        crowded: Whether others were there when it came, with whom it shares the threads that make ready.
     """
 
     service: Service
@@ -61,6 +63,7 @@ class _Job:
     trace: Context | None = None
     waited_s: float = 0.0
     had_to_wait: bool = False
+    crowded: bool = False
 
     @property
     def limits(self) -> Budget:
@@ -85,6 +88,12 @@ class _Job:
         it."""
         wait_s = self.service.scheduler.expected_wait_s(self.place)
         return wait_s + self.service.reserve.share * (self.limit_s or 0.0) if wait_s else 0.0
+
+    def refuse_if_expired(self) -> None:
+        """Raises a Refusal, 429, once the deadline has passed while others were there. Where nobody was, a deadline
+        that passes is no matter of waiting, and the budget says what becomes of it."""
+        if self.crowded and self.latest_s is not None and self.service.runner.clock() >= self.latest_s:
+            raise too_late()
 
 
 async def chat_completions(request: Request) -> Response:
@@ -136,14 +145,26 @@ def require_model(service: Service, name: str) -> None:
         )
 
 
-async def prepared_call(service: Service, call: ChatCall, arrived_s: float | None = None) -> Prepared:
-    """A request with its media loaded and measured, outside the event loop."""
+async def prepared_call(
+    service: Service, call: ChatCall, arrived_s: float | None = None, before: Callable[[], None] = lambda: None
+) -> Prepared:
+    """A request with its media loaded and measured, outside the event loop.
+
+    `before` is called in the thread that does it, when one is free; what it raises ends the request.
+    """
     require_model(service, call.model)
     messages = await check_media(call.messages, service.media_limits)
-    return await service.in_thread(_prepare, service, call, messages, arrived_s)
+    return await service.in_thread(_prepare, service, call, messages, arrived_s, before)
 
 
-def _prepare(service: Service, call: ChatCall, messages: list[dict[str, Any]], arrived_s: float | None) -> Prepared:
+def _prepare(
+    service: Service,
+    call: ChatCall,
+    messages: list[dict[str, Any]],
+    arrived_s: float | None,
+    before: Callable[[], None],
+) -> Prepared:
+    before()
     settings, runner = service.settings, service.runner_for(call.policy)
     return runner.prepared(
         messages,
@@ -169,11 +190,18 @@ def _sampling(runner: AdaptiveRunner, call: ChatCall) -> dict[str, Any]:
 
 
 async def _respond(service: Service, place: Place, arrived_s: float, body: bytes, trace: Context) -> Response:
+    crowded = service.scheduler.admitted > 1
     call = read_chat(await as_json(body))
-    job = _Job(service, place, arrived_s, call, trace)
-    with span("prepare", request_attributes(service.settings.model), context=trace):
+    job = _Job(service, place, arrived_s, call, trace, crowded=crowded)
+    with blaming(call):
+        return await _answered(job)
+
+
+async def _answered(job: _Job) -> Response:
+    service, call = job.service, job.call
+    with span("prepare", request_attributes(service.settings.model), context=job.trace):
         _refuse_if_queue_is_too_long(job)
-        prepared = await prepared_call(service, call, arrived_s)
+        prepared = await prepared_call(service, call, job.arrived_s, before=job.refuse_if_expired)
         if job.limit_s is not None and (wait_s := job.wait_s):
             job.had_to_wait = True
             await service.in_thread(_refuse_if_late, job, prepared, wait_s)
@@ -237,6 +265,7 @@ async def _run(
     name = f"chat {service.settings.model}"
     with span(name, attributes, context=job.trace, kind=SpanKind.SERVER) as current:
         try:
+            job.refuse_if_expired()
             reply = await service.scheduler.run(work, latest_s=job.latest_s)
         except Refusal:
             service.reserve.observe(False)

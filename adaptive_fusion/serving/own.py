@@ -11,10 +11,11 @@ from starlette.responses import Response
 from adaptive_fusion.decision_log import feedback_record
 from adaptive_fusion.runner import Prepared
 from adaptive_fusion.serving import answers
+from adaptive_fusion.serving.blame import blaming
 from adaptive_fusion.serving.chat import prepared_call
 from adaptive_fusion.serving.http import as_json, bodies_of, read_body
 from adaptive_fusion.serving.refusals import Refusal, json_response
-from adaptive_fusion.serving.schema import checked, read_chat, read_object
+from adaptive_fusion.serving.schema import ChatCall, checked, read_chat, read_object
 from adaptive_fusion.serving.service import Service
 
 FEEDBACK_KEYS = ("request_id", "rating", "source_id")
@@ -22,16 +23,18 @@ FEEDBACK_KEYS = ("request_id", "rating", "source_id")
 
 async def decide(request: Request) -> Response:
     """The decision that a chat request would get; nothing is generated."""
-    service, prepared, ignored = await _measured(request)
-    decision = await service.in_thread(prepared.decide)
-    return json_response({**answers.outlook(decision, prepared.native_tokens), "ignored": ignored})
+    service, prepared, call = await _measured(request)
+    with blaming(call):
+        decision = await service.in_thread(prepared.decide)
+    return json_response({**answers.outlook(decision, prepared.native_tokens), "ignored": list(call.ignored)})
 
 
 async def points(request: Request) -> Response:
     """What a chat request is offered, best first, with predictions, and what would be taken within its budget."""
-    service, prepared, ignored = await _measured(request)
-    lane, candidates = await service.in_thread(prepared.offers)
-    decision = await service.in_thread(prepared.decide)
+    service, prepared, call = await _measured(request)
+    with blaming(call):
+        lane, candidates = await service.in_thread(prepared.offers)
+        decision = await service.in_thread(prepared.decide)
     rejected = {row.point.name: row.reason for row in decision.rejected}
     rows = [
         {
@@ -50,7 +53,7 @@ async def points(request: Request) -> Response:
         for candidate in candidates
     ]
     taken = answers.outlook(decision, prepared.native_tokens)
-    return json_response({"lane": lane, "points": rows, "decision": taken, "ignored": ignored})
+    return json_response({"lane": lane, "points": rows, "decision": taken, "ignored": list(call.ignored)})
 
 
 async def decisions(request: Request) -> Response:
@@ -89,12 +92,13 @@ async def feedback(request: Request) -> Response:
     return json_response({"request_id": request_id, "rating": rating, "recorded": new})
 
 
-async def _measured(request: Request) -> tuple[Service, Prepared, list[str]]:
-    """A chat request, loaded and measured, and the fields of it that change nothing."""
+async def _measured(request: Request) -> tuple[Service, Prepared, ChatCall]:
+    """A chat request, loaded and measured."""
     service: Service = request.app.state.service
     with bodies_of(request).counting() as grown:
         body = await read_body(request, service.settings.max_body_mib, grown)
         service.require_ready()
         with service.side.admit():
             call = read_chat(await as_json(body))
-            return service, await prepared_call(service, call), list(call.ignored)
+            with blaming(call):
+                return service, await prepared_call(service, call), call

@@ -192,7 +192,7 @@ class Scheduler:
                 with contextlib.suppress(ValueError):
                     self._waiting.remove(mine)
             if isinstance(error, TimeoutError):
-                raise _too_late() from None
+                raise too_late() from None
             raise
 
     def _finished(self, started: float, done: "asyncio.Future[T]") -> None:
@@ -215,7 +215,8 @@ class Scheduler:
         self._busy_since = None
 
 
-def _too_late() -> Refusal:
+def too_late() -> Refusal:
+    """What a request is told whose deadline passed while others were before it."""
     return Refusal(
         "the deadline passed while the request waited for the model", 429, code="deadline_passed", retry_s=_RETRY_S
     )

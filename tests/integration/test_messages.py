@@ -62,6 +62,8 @@ def test_an_answer_begun_by_the_model_itself_comes_to_the_same_end(
 def test_full_detail_is_kept_while_the_budget_allows(runner: AdaptiveRunner, screen: Image.Image) -> None:
     auto, high = (runner.decide(conversation(screen, detail=detail)) for detail in ("auto", "high"))
     assert not auto.point.is_full and high.point.is_full and "full detail" in high.reason
+    given = runner.chat(conversation(screen, detail="high"), point=OperatingPoint.parse("native@0.5"), max_new_tokens=1)
+    assert not given.decision.point.is_full and "over the full detail" in given.decision.reason
     rushed = runner.decide(conversation(screen, detail="high"), budget=Budget(latency_ms=0.01))
     assert not rushed.feasible and rushed.point == runner.decide(
         conversation(screen), budget=Budget(latency_ms=0.01)

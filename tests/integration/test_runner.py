@@ -128,6 +128,34 @@ def test_stream_gives_the_same_text_and_frees_the_model_when_abandoned(
         list(runner.stream(b"not an image", "?"))
 
 
+SAMPLED = {"do_sample": True, "temperature": 2.0, "output_logits": True}
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED])
+def test_memory_that_runs_out_in_mid_stream_never_takes_back_what_was_given(
+    runner: AdaptiveRunner, reference_model: Any, screen: Image.Image, options: dict[str, Any]
+) -> None:
+    """The next try, at a cheaper point, repeats the tokens that are out and goes on."""
+    steps = [0]
+
+    def run_out(*_: Any) -> None:
+        steps[0] += 1
+        if steps[0] in (6, 10):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = reference_model.register_forward_pre_hook(run_out)
+    try:
+        stream = runner.stream(
+            screen, "Describe the screen.", point=NATIVE, max_new_tokens=12, min_new_tokens=12, **options
+        )
+        said = "".join(stream)
+    finally:
+        handle.remove()
+    reply = stream.reply
+    assert steps[0] == 6 + 4 + 12 and "stepped down" in reply.decision.reason
+    assert len(reply.token_ids) == 12 and said.strip() == reply.text
+
+
 def test_a_hard_deadline_ends_the_answer(runner: AdaptiveRunner, screen: Image.Image) -> None:
     budget = Budget(latency_ms=400, on_deadline="stop")
     reply = runner.chat(screen, "?", budget=budget, point=NATIVE, max_new_tokens=4000, min_new_tokens=4000)

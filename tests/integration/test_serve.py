@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from server import asking, client_of, data_url, image, mp4, png, serving, text
 from waits import MOST_S, joined, until
 
 from adaptive_fusion.runner import AdaptiveRunner
+from adaptive_fusion.serving import connection as connection_module
 from adaptive_fusion.serving import http
 from adaptive_fusion.serving.access_log import AccessLog
+from adaptive_fusion.serving.connection import MAX_HEAD
 from adaptive_fusion.serving.run import DrainingServer
 
 MODEL = "reference"
@@ -194,13 +197,14 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str | None]] = {
         400,
         "messages[0].content[0]",
     ),
-    "tool answer": ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, 400, None),
-    "continue": ({"extra_body": {"continue_final_message": True}}, 400, None),
+    "tool answer": ({"messages": [{"role": "tool", "content": "5", "tool_call_id": "x"}]}, 400, "messages"),
+    "continue": ({"extra_body": {"continue_final_message": True}}, 400, "continue_final_message"),
     "late": (
         {"extra_body": {"adaptive_fusion": {"latency_ms": 0.01, "on_infeasible": "refuse", "on_deadline": "stop"}}},
         400,
-        None,
+        "adaptive_fusion.latency_ms",
     ),
+    "point": ({"extra_body": {"adaptive_fusion": {"point": "native/5%"}}}, 400, "adaptive_fusion.point"),
 }
 
 
@@ -261,6 +265,57 @@ def test_a_body_that_does_not_come_is_given_up(server: DrainingServer, monkeypat
     with socket.create_connection(("127.0.0.1", server.port), timeout=MOST_S) as connection:
         connection.sendall(f"{head}content-type: application/json\r\ncontent-length: 9\r\n\r\n{{".encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def answered(server: DrainingServer, sent: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error of what comes back until the server hangs up."""
+    said = b""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=MOST_S) as connection:
+        connection.sendall(sent)
+        while piece := connection.recv(4096):
+            said += piece
+    head, _, body = said.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+HALF = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+
+
+def test_what_is_no_http_and_heads_without_end_are_answered_like_all_else(
+    server: DrainingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sent in (
+        b"nonsense\r\n\r\n",
+        b"\x16\x03\x01\x02\x00",
+        HALF + b"broken\r\n\r\n",
+        HALF + b"x: " + b"y" * MAX_HEAD,
+    ):
+        assert (answered(server, sent)[0], answered(server, sent)[1]["code"]) == (400, "invalid_http")
+    chunked = f"{HALF.decode()}authorization: Bearer {KEY}\r\ncontent-type: application/json\r\n".encode()
+    assert answered(server, chunked + b"transfer-encoding: chunked\r\n\r\nzz\r\n")[1]["code"] == "invalid_http"
+    monkeypatch.setattr(connection_module, "HEAD_S", 0.05)
+    status, error = answered(server, HALF)
+    assert status == 408 and error["code"] == "head_too_slow"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=MOST_S) as silent:
+        assert silent.recv(4096) == b""
+    with httpx.Client(timeout=MOST_S) as client:  # a connection that is kept has as long for its next head
+        url = f"http://127.0.0.1:{server.port}/health"
+        assert [client.get(url).status_code for _ in range(3)] == [200] * 3
+
+
+def test_more_connections_than_there_may_be_are_told_to_come_back(
+    server: DrainingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until(lambda: not server.server_state.connections, "the connections of other tests to end")
+    monkeypatch.setattr(connection_module, "MAX_CONNECTIONS", 2)
+    with ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=MOST_S))
+        until(lambda: len(server.server_state.connections) == 2, "two connections")
+        status, error = answered(server, b"")
+        assert status == 503 and error["code"] == "too_many_connections"
+    until(lambda: not server.server_state.connections, "the connections to end")
+    assert get(f"http://127.0.0.1:{server.port}/health").status_code == 200
 
 
 def test_decisions_without_answers(client: OpenAI) -> None:

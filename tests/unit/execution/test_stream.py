@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from waits import MOST_S
 
 from adaptive_fusion.execution.stream import Stream
 
-WAIT_S = 20.0  # far beyond what any of this takes: only a stream that hangs waits so long
+WAIT_S = MOST_S  # far beyond what any of this takes: only a stream that hangs waits so long
 
 
 def read(stream: Stream[Any], into: list[Any]) -> None:
@@ -77,6 +78,21 @@ def test_the_prompt_of_a_second_try_is_not_taken_for_text(processor: Any) -> Non
         streamer.end()
 
     assert in_time(Stream(answers, processor.tokenizer)) == "blue star"
+
+
+def test_a_second_try_goes_on_behind_what_the_first_has_given(processor: Any) -> None:
+    prompt, answer = (processor.tokenizer(text, return_tensors="pt").input_ids for text in ("said is said", "red star"))
+
+    def answers(streamer: Any, _cancelled: threading.Event) -> list[int]:
+        for count in (2, 0, 3, len(answer[0])):  # each try goes as far before memory runs out
+            streamer.put(prompt)
+            for token in answer[0, :count]:
+                streamer.put(token[None])
+        streamer.end()
+        return list(streamer.said)
+
+    stream = Stream(answers, processor.tokenizer)
+    assert in_time(stream) == "red star" and stream.reply == answer[0].tolist()
 
 
 def test_a_stream_that_nobody_holds_is_cancelled(processor: Any) -> None:
