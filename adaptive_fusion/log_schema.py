@@ -45,7 +45,7 @@ FIELDS = (
     Field("complexity", "number", _DECISION),
     Field("features", "json", _SUBJECT),
     Field("features_version", "text", _SUBJECT),
-    Field("detail_version", "text", _DECISION),
+    Field("detail_version", "text", _SUBJECT),
     Field("prompt_features", "json", _SUBJECT),
     Field("prompt_version", "text", _SUBJECT),
     Field("p_complex", "number", _DECISION),
@@ -76,6 +76,7 @@ FIELDS = (
     Field("target", "number", _LABEL),
     Field("rating", "number", _FEEDBACK),
     Field("weight", "number", _LABEL),
+    Field("model", "json", _LABEL),
     Field("votes", "json", _LABEL),
     Field("slices", "json", _LABEL),
 )

@@ -21,7 +21,7 @@ from adaptive_fusion.execution.timed import Encoding, TimedModel, until_end
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.point import OperatingPoint
-from adaptive_fusion.policy.policy import SIMPLE, Policy
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.progress import Progress, Steps, silent
 
@@ -76,8 +76,8 @@ def rows_for(adapter: Adapter, rungs: Sequence[Rung]) -> dict[str, Rung]:
 
 
 def cheap_rung(adapter: Adapter, policy: Policy) -> Rung:
-    """Where the policy's lane for simple images begins, as far as this model can run it."""
-    rung = policy.lanes[SIMPLE][0]
+    """The policy's cheap plan, as far as this model can run it."""
+    rung = policy.cheap_rung
     return replace(rung, point=adapter.restrict(rung.point)[0])
 
 

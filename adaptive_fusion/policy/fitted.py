@@ -39,6 +39,11 @@ class Fingerprint:
         """Whether the digests agree; None where one of them is not known."""
         return self.digest == other.digest if self.digest and other.digest else None
 
+    def is_same(self, other: "Fingerprint") -> bool:
+        """Whether it is the same model as far as both say: of this class and shape, and of no other weights."""
+        alike = all(getattr(self, part) == getattr(other, part) for part in ("architecture", *_SHAPES))
+        return alike and self.same_weights(other) is not False
+
     def in_words(self) -> str:
         """One line for people."""
         sizes = {part: [str(getattr(self, part).get(key, "?")) for key in ("depth", "width")] for part in _SHAPES}

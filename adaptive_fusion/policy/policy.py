@@ -140,6 +140,11 @@ class Policy:
             if qualities != sorted(qualities, reverse=True):
                 raise PolicyError(f"lane {lane} has qualities {qualities}; expected the best first")
 
+    @property
+    def cheap_rung(self) -> Rung:
+        """The rung that "the cheap plan" means; where nothing says so, where the lane for simple images begins."""
+        return Rung.parse(self.cheap) if self.cheap else self.lanes[SIMPLE][0]
+
     def route(self, complexity: Complexity | None, prompt: str | None = None) -> Route:
         """P(complex) and the lane: clips take ``video``, None (text alone) ``text``, stills by the threshold.
 

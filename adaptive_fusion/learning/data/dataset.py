@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.data.labels import SOURCES, TRUSTED
+from adaptive_fusion.policy.fitted import Fingerprint
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -55,6 +56,7 @@ class Dataset:
         slices: By name of the slicing, each row's slice as an index into its names.
         tolerance: Loss of quality above which the cheap lane is not good enough.
         report: What was read and left out, by name.
+        model: Whose rungs were labelled; None where no label says so.
     """
 
     names: tuple[str, ...]
@@ -77,6 +79,7 @@ class Dataset:
     slices: Mapping[str, tuple[IntArray, tuple[str, ...]]] = field(default_factory=dict)
     tolerance: float = 0.02
     report: Mapping[str, int] = field(default_factory=dict)
+    model: Fingerprint | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -169,6 +172,15 @@ class Dataset:
             if known is not None:
                 total.update(np.ascontiguousarray(known).data)
         return total.hexdigest()
+
+
+def mean_of_first(entropies: FloatArray, k: int) -> FloatArray:
+    """``[n]`` of ``[n, tokens]``: over the first `k` tokens of each row, fewer where its answer ended before."""
+    some = entropies[:, :k]
+    known = np.isfinite(some)
+    total = np.where(known, some, 0.0).sum(axis=1)
+    mean: FloatArray = np.where(known[:, 0], total / np.maximum(1, known.sum(axis=1)), np.nan)
+    return mean
 
 
 def fill_empty(x: FloatArray) -> None:

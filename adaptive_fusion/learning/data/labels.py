@@ -16,6 +16,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.learning.data.logs import SECONDS, LogTable
 from adaptive_fusion.learning.data.votes import agree, opinion
 from adaptive_fusion.log_schema import new_record
+from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.times import read_moment
 
 SOURCES = ("feedback", "human", "oracle", "shadow")
@@ -33,6 +34,7 @@ class Subject:
         content_hash: Of the encoded bytes; inputs that share it stay in one split.
         kind: ``image``, ``video`` or ``text``.
         features: Complexity features by name, of extractor `features_version`.
+        detail: Features of how fine the details are by name, of extractor `detail_version`; empty where not measured.
         prompt_features: Prompt features by name, of extractor `prompt_version`.
         prompt_hash: Of the question; the same image under two questions is two subjects.
         prompt_kind: What the question asks for, one of `PROMPT_KINDS`; None where nothing was asked.
@@ -43,6 +45,8 @@ class Subject:
     kind: str
     features: Mapping[str, float]
     features_version: str | None = None
+    detail: Mapping[str, float] = field(default_factory=dict)
+    detail_version: str | None = None
     prompt_features: Mapping[str, float] = field(default_factory=dict)
     prompt_version: str | None = None
     prompt_hash: str | None = None
@@ -63,6 +67,7 @@ def label_record(
     weight: float = 1.0,
     votes: Sequence[tuple[str | None, float]] = (),
     source_id: str | None = None,
+    model: Fingerprint | None = None,
     time_s: float = 0.0,
 ) -> dict[str, Any]:
     """One label as a log record.
@@ -80,6 +85,7 @@ def label_record(
         votes: The targets of several people behind `target` (see `votes.pool`), each with its rater's name, or None for
             somebody that `source_id` stands for. Records on one input are put together by them.
         source_id: Who labelled: a rater, user or file; shares of weight are capped per id.
+        model: Whose rungs were run; None where no model was.
         time_s: When, seconds since the epoch; the newest of several equal labels counts.
 
     Raises:
@@ -99,8 +105,9 @@ def label_record(
         content_hash=subject.content_hash,
         prompt_hash=subject.prompt_hash,
         kind=subject.kind,
-        features=dict(subject.features),
+        features={**subject.features, **subject.detail},
         features_version=subject.features_version,
+        detail_version=subject.detail_version,
         prompt_features=dict(subject.prompt_features),
         prompt_version=subject.prompt_version,
         quality=dict(quality or {}),
@@ -111,6 +118,7 @@ def label_record(
         prompt_kind=subject.prompt_kind,
         target=target,
         weight=weight,
+        model=None if model is None else model.to_dict(),
         votes=[{"rater": rater, "target": value} for rater, value in votes],
         slices=dict(subject.slices),
     )

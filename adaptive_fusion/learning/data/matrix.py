@@ -13,17 +13,21 @@ import numpy as np
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
+from adaptive_fusion.features.detail import DETAIL_FEATURES
+from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_KINDS, PROMPT_VERSION
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, FloatArray, IntArray, cap_weights
 from adaptive_fusion.learning.data.labels import MAX_WEIGHT, SOURCES, TRUSTED, join_labels
 from adaptive_fusion.learning.data.logs import LogTable, open_logs
 from adaptive_fusion.policy.escalation import MOST_TOKENS
+from adaptive_fusion.policy.fitted import Fingerprint
 
 MAX_RUNGS = 64
 """Most rungs read beyond those asked for: labels could name any number."""
 _HAVE_ENTROPIES = """
 SELECT count(*) > 0 FROM labels l JOIN log s ON s.rowid = l.subject WHERE len(json_keys(s.entropies)) > 0
 """
+_VERSIONS = {"image": VERSION, "detail": DETAIL_VERSION, "prompt": PROMPT_VERSION}
 _BLOCK = 8  # columns fetched at once: bounds what is held twice
 
 
@@ -51,7 +55,7 @@ def build_dataset(
         threads: Threads of DuckDB.
 
     Raises:
-        ConfigError: For a value out of range, or logs without a label that can be used.
+        ConfigError: For a value out of range, logs without a label that can be used, or labels of different models.
     """
     if cheap not in rungs or len(set(rungs)) != len(rungs):
         raise ConfigError(f"rungs are {list(rungs)}; expected each once and {cheap!r} among them")
@@ -61,7 +65,7 @@ def build_dataset(
     with open_logs(logs, memory_gb=memory_gb, threads=threads) as table:
         report = {"records": table.rows, "broken_lines": table.broken, **join_labels(table)}
         data = _fetch(table, (*rungs, *(_other_rungs(table, rungs) if all_rungs else ())))
-        data = replace(data, tolerance=tolerance)
+        data = replace(data, tolerance=tolerance, model=_model(table))
         y = data.loses(cheap)
         beyond = [i for i, name in enumerate(data.rungs) if name != NATIVE_NAME]  # which says nothing by itself
         said = np.isfinite(y) | np.isfinite(data.quality[:, beyond]).any(axis=1)
@@ -90,6 +94,23 @@ def rungs_named(logs: Iterable[str | Path], *, threads: int = 2) -> list[str]:
         return _other_rungs(table, ())
 
 
+def _model(table: LogTable) -> Fingerprint | None:
+    """Whose rungs the labels are of; None where none of them says so.
+
+    Raises:
+        ConfigError: If they are of several models: what a rung keeps on one says nothing of another.
+    """
+    query = "SELECT DISTINCT s.model::VARCHAR FROM labels l JOIN log s ON s.rowid = l.subject ORDER BY 1"
+    said = [json.loads(row[0]) for row in table.connection.execute(query).fetchall() if row[0]]
+    found = [Fingerprint.from_dict(each) for each in said if each]
+    for other in found[1:]:
+        if not found[0].is_same(other):
+            raise ConfigError(
+                f"the labels are of two models, {found[0].in_words()} and {other.in_words()}; expected those of one"
+            )
+    return found[0] if found else None
+
+
 def _other_rungs(table: LogTable, rungs: Sequence[str]) -> list[str]:
     """Rungs that trusted labels have a quality of, without `rungs`; of very many the most frequent. Of names that
     differ in case only, which are one column to DuckDB, the first."""
@@ -109,7 +130,7 @@ def _other_rungs(table: LogTable, rungs: Sequence[str]) -> list[str]:
 def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
     run = table.connection.execute
     [seen] = run(_HAVE_ENTROPIES).fetchone()
-    run(_rows_query(rungs, MOST_TOKENS if seen else 0), {"image": VERSION, "prompt": PROMPT_VERSION})
+    run(_rows_query(rungs, MOST_TOKENS if seen else 0), _VERSIONS)
     other = int(run("SELECT count(*) FROM labels").fetchone()[0]) - int(run("SELECT count(*) FROM rows").fetchone()[0])
     keys = run('SELECT grp, source, source_id, tie, taken FROM "rows"').fetchnumpy()
     order = np.lexsort([np.asarray(keys[name]) for name in ("tie", "source_id", "source", "grp")])
@@ -127,11 +148,11 @@ def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
                 out[:, i] = np.ma.filled(found.pop(f"{prefix}{i}"), np.nan)[order]
         return out
 
-    names = (*FEATURE_NAMES, *PROMPT_FEATURE_NAMES)
+    names = (*FEATURE_NAMES, *DETAIL_FEATURES, *PROMPT_FEATURE_NAMES)
     x = block("f", names)
     np.copyto(x, np.nan, where=~np.isfinite(x))
     # Logs leave out the question's features that are 0; without a single one there was no question.
-    asked = x[:, len(FEATURE_NAMES) :]
+    asked = x[:, -len(PROMPT_FEATURE_NAMES) :]
     known = np.asarray(np.isfinite(asked).any(axis=1))
     asked[known[:, None] & np.isnan(asked)] = 0.0
     quality, cost = block("q", rungs), block("c", rungs)
@@ -164,14 +185,16 @@ def _fetch(table: LogTable, rungs: tuple[str, ...]) -> Dataset:
 def _rows_query(rungs: tuple[str, ...], tokens: int) -> str:
     """One wide row a label: parsed features f0.., qualities q0.., costs c0.., of each rung so many `tokens`' entropies
     e0.., and what orders and groups them."""
-    image, asked = _struct(FEATURE_NAMES), _struct(PROMPT_FEATURE_NAMES)
+    image, detail, asked = map(_struct, (FEATURE_NAMES, DETAIL_FEATURES, PROMPT_FEATURE_NAMES))
     by_rung, by_token = _struct(rungs), _struct(rungs, "DOUBLE[]")
+    before = len(FEATURE_NAMES) + len(DETAIL_FEATURES)
     entropies = f"json_transform(s.entropies, '{by_token}') AS e," if tokens else ""
     kinds = " ".join(f"WHEN {_text(kind)} THEN {i}" for i, kind in enumerate(PROMPT_KINDS))
     places = [(name, token) for name in rungs for token in range(1, tokens + 1)]
     columns = [
         *(f'f."{name}" AS f{i}' for i, name in enumerate(FEATURE_NAMES)),
-        *(f'p."{name}" AS f{i}' for i, name in enumerate(PROMPT_FEATURE_NAMES, len(FEATURE_NAMES))),
+        *(f'd."{name}" AS f{i}' for i, name in enumerate(DETAIL_FEATURES, len(FEATURE_NAMES))),
+        *(f'p."{name}" AS f{i}' for i, name in enumerate(PROMPT_FEATURE_NAMES, before)),
         *(f"q.{_name(name)} AS q{i}" for i, name in enumerate(rungs)),
         *(f"c.{_name(name)} AS c{i}" for i, name in enumerate(rungs)),
         *(f"e.{_name(name)}[{token}] AS e{i}" for i, (name, token) in enumerate(places)),
@@ -185,6 +208,7 @@ WITH ids AS (SELECT source_id AS id, row_number() OVER (ORDER BY source_id) AS n
              FROM (SELECT DISTINCT source_id FROM labels WHERE source_id IS NOT NULL)),
 parsed AS (
   SELECT json_transform(s.features, '{image}') AS f,
+    json_transform(CASE WHEN s.detail_version = $detail THEN s.features END, '{detail}') AS d,
     json_transform(CASE WHEN coalesce(s.prompt_version, $prompt) = $prompt THEN s.prompt_features END, '{asked}') AS p,
     json_transform(l.quality, '{by_rung}') AS q, json_transform(l.cost, '{by_rung}') AS c,
     {entropies} CASE s.prompt_kind {kinds} ELSE -1 END AS asked,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from adaptive_fusion.features.prompts import PROMPT_KINDS
-from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray, IntArray
+from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray, IntArray, mean_of_first
 from adaptive_fusion.policy.escalation import ANY, LEAST_AUC, Escalation, Threshold
 from adaptive_fusion.policy.policy import Policy
 
@@ -137,7 +137,7 @@ def known_rows(data: Dataset, rung: str, k: int) -> tuple[BoolArray, FloatArray,
     column = data.rungs.index(rung)
     if data.entropy is None:
         return np.zeros(len(data), dtype=bool), np.full(len(data), np.nan), np.full(len(data), np.nan)
-    entropy = _mean_of_first(data.entropy[:, column], k)
+    entropy = mean_of_first(data.entropy[:, column], k)
     loss: FloatArray = np.maximum(0.0, data.reference - data.quality[:, column])
     return np.isfinite(entropy) & np.isfinite(loss) & data.trusted(), entropy, loss
 
@@ -152,12 +152,3 @@ def images_seen(data: Dataset) -> int:
     if data.entropy is None:
         return 0
     return len(np.unique(data.group[np.isfinite(data.entropy[:, :, 0]).any(axis=1)]))
-
-
-def _mean_of_first(entropies: FloatArray, k: int) -> FloatArray:
-    """``[n]`` of ``[n, tokens]``: over the first `k` tokens of each row, fewer where its answer ended before."""
-    some = entropies[:, :k]
-    known = np.isfinite(some)
-    total = np.where(known, some, 0.0).sum(axis=1)
-    mean: FloatArray = np.where(known[:, 0], total / np.maximum(1, known.sum(axis=1)), np.nan)
-    return mean

@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import intervals
+from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES
 from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray, IntArray
 from adaptive_fusion.learning.fitting.calibration import log_losses
 from adaptive_fusion.learning.fitting.escalation import cheap_rungs, fit_escalation, images_seen
@@ -26,12 +27,15 @@ from adaptive_fusion.learning.fitting.threshold import Threshold, choose_thresho
 from adaptive_fusion.learning.judging.arms import MIN_ROWS, arm_names, judges, scores, two_arms
 from adaptive_fusion.learning.judging.curve import RoutingCurve
 from adaptive_fusion.learning.judging.evaluate import evaluate_policy
+from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.router import Router
 
 TASK = "task"
 """The slicing whose slices say what was asked, such as describe and read."""
 
+SCENE = "scene"
+"""The slicing whose slices say what kind of image it is."""
 _SEEN_ROWS = 40_000
 
 
@@ -96,6 +100,8 @@ def fit_policy(
         escalation = fit_escalation(unseen, cheap_rungs(policy), seed=seed)
         if escalation is not None:
             policy = replace(policy, escalation=escalation)
+        if data.model is not None:
+            policy = replace(policy, fitted=fitted_to(data))
         report = {
             **_data_report(data, parts),
             "objective": objective,
@@ -180,6 +186,18 @@ def _check(y: FloatArray, valid: int, test: int) -> None:
             f"to fit on: {len(y) - ones} simple and {ones} complex, to choose: {valid}, to judge: {test};"
             f" expected at least {MIN_ROWS} of each"
         )
+
+
+def fitted_to(data: Dataset) -> Fitted:
+    """What a policy is fitted to by these data: their model, kinds of scenes as far as labels name them, and the range
+    of every feature of images."""
+    known = [name for name in data.names if name not in PROMPT_FEATURE_NAMES]
+    ranges = {}
+    for name, column in zip(known, data.columns(known).T, strict=True):
+        if np.isfinite(column).any():
+            ranges[name] = (round(float(np.nanmin(column)), 4), round(float(np.nanmax(column)), 4))
+    codes, names = data.slices.get(SCENE, (np.zeros(0, np.int64), ()))
+    return Fitted(data.model, tuple(names[code] for code in np.unique(codes) if names[code]), ranges)
 
 
 class _Search:

@@ -12,7 +12,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, intervals
 from adaptive_fusion.learning.data.dataset import Dataset, FloatArray
 from adaptive_fusion.learning.data.labels import TRUSTED
-from adaptive_fusion.learning.judging.arms import MIN_ROWS, arm_names, judges, scores, two_arms
+from adaptive_fusion.learning.judging.arms import MIN_ROWS, judges, policy_arms, scores
 from adaptive_fusion.learning.judging.curve import Curve, RoutingCurve
 from adaptive_fusion.policy.policy import Policy
 
@@ -80,7 +80,7 @@ def _judging_rows(policies: Sequence[Policy], holdout: Dataset, trusted: Sequenc
     data = data.take(judges(data))
     rows = np.ones(len(data), dtype=bool)
     if len(data):
-        rows = np.logical_and.reduce([two_arms(data, *arm_names(policy))[2] for policy in policies])
+        rows = np.logical_and.reduce([policy_arms(policy, data)[2] for policy in policies])
     if rows.sum() < MIN_ROWS:
         raise ConfigError(
             f"the hold-out has {int(rows.sum())} rows of {', '.join(trusted)}; expected at least {MIN_ROWS}"
@@ -92,7 +92,7 @@ class _Side:
     """One policy on the hold-out: its curve, and what it takes at its threshold."""
 
     def __init__(self, policy: Policy, data: Dataset) -> None:
-        arms, y, _ = two_arms(data, *arm_names(policy))
+        arms, y, _ = policy_arms(policy, data)
         p = scores(policy, data)
         to_strong = p >= policy.threshold
         self.routing = RoutingCurve(p, arms)

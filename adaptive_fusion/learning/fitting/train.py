@@ -22,7 +22,7 @@ from adaptive_fusion.learning.fitting.gate import Verdict, gate
 from adaptive_fusion.learning.fitting.search import ESTIMATORS, Classifier
 from adaptive_fusion.policy.auto import GENERAL
 from adaptive_fusion.policy.files import AUTO, POLICY_FILE
-from adaptive_fusion.policy.policy import SIMPLE, Policy
+from adaptive_fusion.policy.policy import Policy
 
 ESTIMATOR_NAMES = tuple(ESTIMATORS)
 """Tried unless others are named."""
@@ -108,13 +108,13 @@ def _loaded(policy: str | Path | Policy) -> Policy:
 
 
 def _labelled_policy(logs: Sequence[Path], threads: int) -> Policy:
-    """The shipped policy that labels were made for: the first rung of its cheap lane is among them, and most of its
-    others. Of equals ``*-balanced`` is taken; of labels that are for none of them the general policy, which says so."""
+    """The shipped policy that labels were made for: its cheap plan is among them, and most of its rungs. Of equals
+    ``*-balanced`` is taken; of labels that are for none of them the general policy, which says so."""
     named = set(rungs_named(logs, threads=threads))
 
     def share(policy: Policy) -> float:
         rungs = {rung.name for ladder in policy.lanes.values() for rung in ladder} - {NATIVE_NAME}
-        return len(rungs & named) / len(rungs) if policy.lanes[SIMPLE][0].name in named and rungs else 0.0
+        return len(rungs & named) / len(rungs) if policy.cheap_rung.name in named and rungs else 0.0
 
     shipped = [Policy.load(name) for name in Policy.shipped()]
     best = min(shipped, key=lambda each: (-share(each), not each.name.endswith(GENERAL), each.name))
@@ -124,8 +124,9 @@ def _labelled_policy(logs: Sequence[Path], threads: int) -> Policy:
 def _read(logs: Sequence[Path], start: Policy, against: Policy, **options: Any) -> Dataset:
     """The labels of all rungs that either policy may take, and of the native point."""
     ladders = [ladder for policy in (start, against) for ladder in policy.lanes.values()]
-    rungs = list(dict.fromkeys([*(rung.name for ladder in ladders for rung in ladder), NATIVE_NAME]))
-    return build_dataset(logs, cheap=start.lanes[SIMPLE][0].name, rungs=rungs, **options)
+    cheap = (policy.cheap_rung.name for policy in (start, against))
+    rungs = list(dict.fromkeys([*cheap, *(rung.name for ladder in ladders for rung in ladder), NATIVE_NAME]))
+    return build_dataset(logs, cheap=start.cheap_rung.name, rungs=rungs, **options)
 
 
 def _command(logs: Sequence[Path], given: Mapping[str, Any]) -> str:

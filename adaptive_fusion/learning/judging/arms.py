@@ -2,16 +2,21 @@
 
 Knows policies and labelled data. Must not know figures, fits or files.
 
-The arms are the first rung of the cheap lane and the first of the strong lane. Where labels carry no quality
+The arms are the policy's cheap plan and the first rung of the strong lane. Where the policy asks the model and its
+labels say that it was not sure of a cheap answer, the cheap arm is both passes: worth what the strong one is, at the
+cost of both. Where labels carry no quality
 of the strong rung the native reference stands for it; where they carry no quality at all (a person's "simple"
 or "complex") the cheap arm is worth 1 on a simple input, 0 on a complex one, and the strong arm 1. Without
 costs the strong arm costs 1 and the cheap arm 0, so that cost is the share of strong calls.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray
+from adaptive_fusion.features.prompts import PROMPT_KINDS
+from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray, mean_of_first
 from adaptive_fusion.learning.judging.curve import Arms
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
 
@@ -21,7 +26,7 @@ MIN_ROWS = 20
 
 def arm_names(policy: Policy) -> tuple[str, str]:
     """Names of the cheap and the strong rung of a policy."""
-    return policy.lanes[SIMPLE][0].name, policy.lanes[COMPLEX][0].name
+    return policy.cheap_rung.name, policy.lanes[COMPLEX][0].name
 
 
 def scores(policy: Policy, data: Dataset) -> FloatArray:
@@ -63,6 +68,38 @@ def two_arms(data: Dataset, cheap: str, strong: str) -> tuple[Arms, FloatArray, 
     low, high = (low, high) if priced else (np.zeros(len(data)), np.ones(len(data)))
     arms = Arms(weak[rows], best[rows], low[rows], high[rows], data.group[rows])
     return arms, y[rows], rows
+
+
+def policy_arms(policy: Policy, data: Dataset) -> tuple[Arms, FloatArray, BoolArray]:
+    """As `two_arms` of a policy, with the second passes that it takes.
+
+    Raises:
+        ConfigError: If no row judges.
+    """
+    cheap, strong = arm_names(policy)
+    arms, y, rows = two_arms(data, cheap, strong)
+    unsure = goes_on(policy, data, cheap)[rows]
+    both = replace(
+        arms,
+        cheap=np.where(unsure, arms.strong, arms.cheap),
+        cheap_cost=np.where(unsure, arms.cheap_cost + arms.strong_cost, arms.cheap_cost),
+    )
+    return both, y, rows
+
+
+def goes_on(policy: Policy, data: Dataset, rung: str) -> BoolArray:
+    """The rows ``[n]`` whose answer at a rung the policy would give up, by the entropies of their labels; not those
+    without any."""
+    found = np.zeros(len(data), dtype=bool)
+    rules = policy.escalation
+    if rules is None or data.entropy is None or data.asked is None or rung not in data.rungs:
+        return found
+    entropy = mean_of_first(data.entropy[:, data.rungs.index(rung)], rules.k)
+    for code in np.unique(data.asked):
+        limit = rules.threshold(rung, PROMPT_KINDS[code] if code >= 0 else "").threshold
+        if limit is not None:
+            found |= (data.asked == code) & (entropy > limit)
+    return found
 
 
 def lanes_of(policy: Policy, data: Dataset) -> dict[str, BoolArray]:

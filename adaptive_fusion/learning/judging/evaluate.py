@@ -20,11 +20,12 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, BoolArray, Dataset, FloatArray
 from adaptive_fusion.learning.data.matrix import build_dataset
-from adaptive_fusion.learning.judging.arms import arm_names, judges, scores, two_arms
+from adaptive_fusion.learning.judging.arms import arm_names, goes_on, judges, policy_arms, scores, two_arms
 from adaptive_fusion.learning.judging.compare import Requests, best_static, compare
 from adaptive_fusion.learning.judging.curve import Arms, Curve, calibration_error
 from adaptive_fusion.learning.judging.offpolicy import OffPolicyValue, off_policy
-from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
+from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy
+from adaptive_fusion.policy.rungs import Rung
 
 ENTROPY = "grey_entropy"
 THIRDS = {
@@ -130,7 +131,8 @@ def evaluate(
     loaded = [p if isinstance(p, Policy) else Policy.load(p, allow_pickle=allow_pickle) for p in policies]
     if not loaded:
         raise ConfigError("no policy to evaluate; expected at least one")
-    rungs = list(dict.fromkeys(r.name for p in loaded for ladder in p.lanes.values() for r in ladder))
+    ladders = [ladder for policy in loaded for ladder in (*policy.lanes.values(), (policy.cheap_rung,))]
+    rungs = list(dict.fromkeys(rung.name for ladder in ladders for rung in ladder))
     data = build_dataset(logs, cheap=arm_names(loaded[0])[0], rungs=rungs, tolerance=tolerance, all_rungs=True)
     if split is not None:
         data = data.take(data.split(split, seed))
@@ -159,12 +161,13 @@ def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 50
         ConfigError: If no row judges a choice between the policy's arms.
     """
     cheap, strong = arm_names(policy)
-    arms, y, rows = two_arms(data, cheap, strong)
+    arms, y, rows = policy_arms(policy, data)
     stills = data.take(rows)
     p = scores(policy, stills)
     to_strong = p >= policy.threshold
     spent = float(arms.routed(to_strong)[1].mean())
-    offers = {cheap: (arms.cheap, arms.cheap_cost), strong: (arms.strong, arms.strong_cost)}
+    single, _, _ = two_arms(data, cheap, strong)
+    offers = {cheap: (single.cheap, single.cheap_cost), strong: (single.strong, single.strong_cost)}
     static, statics = best_static(stills, offers, spent)
     requests = Requests(arms, p, to_strong, _entropy(stills), arms.strong, arms.strong_cost, statics)
 
@@ -172,7 +175,7 @@ def evaluate_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 50
         return {
             "accuracy": float(np.average(to_strong == (y > 0.5), weights=weight)),
             "calibration_error": calibration_error(p, y, weight),
-            "cheap_quality": float(np.average(arms.cheap, weights=weight)),
+            "cheap_quality": float(np.average(single.cheap, weights=weight)),
             "strong_quality": float(np.average(arms.strong, weights=weight)),
         }
 
@@ -208,14 +211,16 @@ def _traffic(policy: Policy, data: Dataset, seed: int, n: int) -> tuple[dict[str
     if not data.video.any() and not np.isfinite(native_cost).any():
         return {}, 0, ""  # stills without native's cost: nothing beyond the other figures
 
-    def offer(lane: str) -> tuple[FloatArray, FloatArray]:
-        rung = policy.lanes[lane][0]
+    def offer(rung: Rung) -> tuple[FloatArray, FloatArray]:
         worth, spent = _column(data, data.quality, rung.name), _column(data, data.cost, rung.name)
         if not rung.is_full:
             return worth, spent
         return np.where(np.isnan(worth), native, worth), np.where(np.isnan(spent), native_cost, spent)
 
-    (low, low_cost), (clip, clip_cost), (high, high_cost) = offer(SIMPLE), offer(VIDEO), offer(COMPLEX)
+    first = (policy.cheap_rung, policy.lanes[VIDEO][0], policy.lanes[COMPLEX][0])
+    (low, low_cost), (clip, clip_cost), (high, high_cost) = map(offer, first)
+    unsure = goes_on(policy, data, first[0].name)
+    low, low_cost = np.where(unsure, high, low), np.where(unsure, low_cost + high_cost, low_cost)
     low, low_cost = np.where(data.video, clip, low), np.where(data.video, clip_cost, low_cost)
     high, high_cost = np.where(data.video, native, high), np.where(data.video, native_cost, high_cost)
     rows = np.isfinite(low) & np.isfinite(high) & np.isfinite(native)

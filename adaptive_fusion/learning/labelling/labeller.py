@@ -31,6 +31,7 @@ from adaptive_fusion.learning.labelling.scoring import RungTiming
 from adaptive_fusion.models import Encoded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.escalation import MOST_TOKENS
+from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.runner import AdaptiveRunner
 
@@ -58,6 +59,8 @@ def describe(question: Question) -> Subject:
         kind=request.kind,
         features=complexity.features,
         features_version=complexity.version,
+        detail=complexity.detail,
+        detail_version=complexity.detail_version or None,
         prompt_features=prompt_features(asked) if asked else {},
         prompt_version=PROMPT_VERSION if asked else None,
         prompt_hash=text_hash(asked) if asked else None,
@@ -113,6 +116,11 @@ class RunnerModel:
     def runner(self) -> AdaptiveRunner:
         """The runner, opened on first use."""
         return self.source if isinstance(self.source, AdaptiveRunner) else _opened(self.source, self.args)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Of the model that is run."""
+        return self.runner.fingerprint
 
     def describe(self, question: Question) -> Subject:
         """See `describe`."""

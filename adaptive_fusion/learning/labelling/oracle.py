@@ -18,6 +18,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.oom import of_one_item
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.learning.data.labels import Subject, label_record
+from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.progress import Progress, Steps, silent
 
@@ -25,13 +26,15 @@ from adaptive_fusion.progress import Progress, Steps, silent
 @dataclass(frozen=True)
 class RungScores:
     """What one input's rungs were worth: quality in [0, 1] and cost by rung name, the native point's quality,
-    and by rung name whatever else was measured, with the entropies of the first tokens' distributions in nats."""
+    and by rung name whatever else was measured, with the entropies of the first tokens' distributions in nats; and the
+    model, where one ran."""
 
     quality: Mapping[str, float]
     reference_quality: float
     cost: Mapping[str, float] = field(default_factory=dict)
     measurement: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     entropies: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    model: Fingerprint | None = None
 
 
 class Scorer(Protocol):
@@ -148,6 +151,7 @@ def _label(subject: Subject, worth: RungScores, source_id: str | None, time_s: f
         measurement=worth.measurement,
         entropies=worth.entropies,
         source_id=source_id,
+        model=worth.model,
         time_s=time_s,
     )
 

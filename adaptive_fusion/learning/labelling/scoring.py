@@ -14,6 +14,7 @@ from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.learning.labelling.oracle import RungScores
 from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.rungs import Rung
 
 NATIVE_RUNG = Rung(NATIVE)
@@ -42,6 +43,11 @@ class RungTiming:
 
 class Model(Protocol):
     """What the scorer needs of a model. Rungs come together, so that a model can share work among them."""
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """Which model it is; None where that is not known."""
+        ...
 
     def describe(self, question: Question, /) -> Subject:
         """Hashes and features of the media and the question."""
@@ -84,12 +90,18 @@ class ModelScorer:
         """
         return self._by_references(question, rungs) if question.references else self._by_likelihood(question, rungs)
 
+    def _scores(self, quality: Mapping[str, float], reference: float, took: Mapping[str, RungTiming]) -> RungScores:
+        cost = {name: each.ttft_ms for name, each in took.items()}
+        entropies = {name: each.entropies for name, each in took.items() if each.entropies}
+        measured = {name: each.to_dict() for name, each in took.items()}
+        return RungScores(quality, reference, cost, measured, entropies, self.model.fingerprint)
+
     def _by_references(self, question: Question, rungs: Sequence[Rung]) -> RungScores:
         if question.score("") is None:  # an unknown metric is refused before anything is run
             raise ConfigError("metric is None; expected one to score answers against the references by")
         found = self.model.answers(question, _with_native(rungs))
         quality = {name: float(question.score(text) or 0.0) for name, (text, _) in found.items()}
-        return _scores(quality, quality[NATIVE_RUNG.name], {name: took for name, (_, took) in found.items()})
+        return self._scores(quality, quality[NATIVE_RUNG.name], {name: took for name, (_, took) in found.items()})
 
     def _by_likelihood(self, question: Question, rungs: Sequence[Rung]) -> RungScores:
         text, _ = self.model.answers(question, [NATIVE_RUNG])[NATIVE_RUNG.name]
@@ -99,13 +111,7 @@ class ModelScorer:
                 raise ConfigError(f"log-likelihood under {name} is {value}; expected a number")
         full, _ = found[NATIVE_RUNG.name]
         quality = {name: min(1.0, math.exp(value - full)) for name, (value, _) in found.items()}
-        return _scores(quality, 1.0, {name: took for name, (_, took) in found.items()})
-
-
-def _scores(quality: Mapping[str, float], reference: float, took: Mapping[str, RungTiming]) -> RungScores:
-    cost = {name: each.ttft_ms for name, each in took.items()}
-    entropies = {name: each.entropies for name, each in took.items() if each.entropies}
-    return RungScores(quality, reference, cost, {name: each.to_dict() for name, each in took.items()}, entropies)
+        return self._scores(quality, 1.0, {name: took for name, (_, took) in found.items()})
 
 
 def _with_native(rungs: Sequence[Rung]) -> list[Rung]:

@@ -21,6 +21,7 @@ from adaptive_fusion.evaluation.text import word_f1
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.learning.labelling.batches import LEAST_SHARE, batches, collate
 from adaptive_fusion.learning.labelling.scoring import ModelScorer, RungTiming
+from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.rungs import Rung
 
 LADDER = [rung(name) for name in RUNGS]
@@ -28,6 +29,8 @@ LADDER = [rung(name) for name in RUNGS]
 
 class Letters:
     """A model that reads the first letters of a word: all natively, half at half resolution."""
+
+    fingerprint = Fingerprint("Letters", {}, {}, "abc")
 
     def describe(self, question: Question) -> Subject:
         return subject(np.array([1.0]), len(question.media))
