@@ -100,6 +100,12 @@ def calibrate(
     return Calibration(profile, _errors(profile, held_out))
 
 
+def count(runner: "AdaptiveRunner", repeats: int = 2) -> int:
+    """How many requests `calibrate` measures, without those of a check."""
+    rounds = 1 + repeats + (0 if runner.meter.free_of_charge else repeats)
+    return rounds * len(_requests(runner.adapter))
+
+
 def _measured(
     runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int, *, memory: bool, apart: bool
 ) -> Sample:  # fmt: skip

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from adaptive_fusion.commands import (
+    adapt,
     bench,
     calibrate,
     demo,
@@ -43,6 +44,7 @@ SUB_APPS = (
     evaluate.app,
     logs.app,
     distil.app,
+    adapt.app,
 )
 """An app without a name puts its command at the top level; one with a name is a group of commands."""
 

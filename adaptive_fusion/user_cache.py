@@ -10,3 +10,8 @@ def user_cache_dir(environ: Mapping[str, str]) -> Path:
     """
     base = environ.get("XDG_CACHE_HOME") or environ.get("LOCALAPPDATA")
     return (Path(base) if base else Path.home() / ".cache") / "adaptive_fusion"
+
+
+def user_policies_dir(environ: Mapping[str, str]) -> Path:
+    """Where the user's own policies lie, a folder each; one whose name begins with a dot is being written."""
+    return user_cache_dir(environ) / "policies"

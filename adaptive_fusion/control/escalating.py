@@ -33,6 +33,7 @@ def plans(
     tolerance: float,
     share: Callable[[str, float], float],
     new_tokens: float,
+    trusted: bool = False,
 ) -> tuple[list[Candidate], int]:
     """What the controller chooses from: one pass, and two where the better plan may improve on an answer.
 
@@ -48,6 +49,8 @@ def plans(
         tolerance: Qualities within it of another count as equal to it.
         share: P(going on) by a key and what the policy expects.
         new_tokens: Expected length of an answer.
+        trusted: Whether the expected qualities were learned from this model's own answers: then a plan that is as good
+            as any by them is sure, whatever its rung loses on other requests.
 
     Returns:
         The plans, and how many of these have two passes.
@@ -55,7 +58,11 @@ def plans(
     pool = [*candidates, *([] if any(c.point.is_full for c in candidates) else [full])]
     pool.sort(key=lambda candidate: -candidate.quality)
     singles, doubles, at_once = list[Candidate](), list[Candidate](), dict[str, Candidate]()
+    enough = max(candidate.quality for candidate in pool) - tolerance
     for candidate in candidates:
+        if trusted and candidate.quality >= enough:
+            singles.append(candidate)
+            continue
         rule = asking.thresholds.threshold(candidate.key, asking.kind)
         dearer = [] if rule.threshold is None else [c for c in pool if _improves(c, candidate, rule, tolerance)]
         if dearer and rule.learned:

@@ -345,6 +345,7 @@ class Planner:
             tolerance=tolerance,
             share=self.controller.share,
             new_tokens=new_tokens,
+            trusted=self.policy.sufficiency is not None and self.policy.sufficiency.own is not None,
         )
 
     def _remarks(self, choice: Choice, second: Mapping[str, Any], needs: Needs | None) -> list[str]:

@@ -14,7 +14,7 @@ from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.policy.files import AUTO, POLICY_FILE, find_policy, read_toml
 from adaptive_fusion.policy.fitted import Fingerprint, Fitted
 from adaptive_fusion.policy.policy import Policy
-from adaptive_fusion.user_cache import user_cache_dir
+from adaptive_fusion.user_cache import user_policies_dir
 
 NO_USER_POLICY = "ADAPTIVE_FUSION_NO_USER_POLICY"
 """Environment variable: set to anything but nothing and ``0``, the user's own policies are not looked at."""
@@ -116,7 +116,8 @@ def _users(environ: Mapping[str, str]) -> tuple[list[_Own], tuple[str, ...]]:
         return [], ()
     found, skipped = [], []
     try:
-        files = sorted((user_cache_dir(environ) / "policies").glob(f"*/{POLICY_FILE}"))
+        # What begins with a dot is being written.
+        files = sorted(user_policies_dir(environ).glob(f"[!.]*/{POLICY_FILE}"))
     except OSError as error:
         return [], (f"the folder of own policies cannot be read: {error.strerror}",)
     for file in files:

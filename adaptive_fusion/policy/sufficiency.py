@@ -18,6 +18,7 @@ from adaptive_fusion.errors import PolicyError
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION, Complexity, is_still
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_KINDS
+from adaptive_fusion.policy.own_needs import OwnNeeds
 from adaptive_fusion.policy.rungs import Rung
 
 SCHEMA = 1
@@ -26,6 +27,8 @@ STILL_FPS = 0.5
 """Frames a second that show all of a clip in which nothing changes."""
 MOVING_FPS = 2.0
 """Frames a second that processors sample: what is known of clips in which something moves is that these are kept."""
+OWN = "the model's own answers"
+"""What asks for the pixels where the model's own needs were learned."""
 AT_NEED = 0.02
 """Quality lost where the need is just met: a need is what keeps .98 of what the labels count."""
 FRAMES_PER_OCTAVE = 0.3
@@ -149,7 +152,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Sufficiency:
-    """Both needs, and which of them a kind of question has.
+    """Both needs, and which of them a kind of question has; with `own`, what one model needs beside them.
 
     Raises:
         PolicyError: If they were fitted on features of another version.
@@ -159,6 +162,7 @@ class Sufficiency:
     scene: Scene
     complexity: str = VERSION
     detail: str = DETAIL_VERSION
+    own: OwnNeeds | None = None
 
     def __post_init__(self) -> None:
         for what, found, here in (("complexity", self.complexity, VERSION), ("detail", self.detail, DETAIL_VERSION)):
@@ -189,6 +193,11 @@ class Sufficiency:
         if floor:
             found.append(Need("floor", floor, self.scene.per_octave))
         capped = tuple(need._replace(pixels=min(need.pixels, native)) for need in found)
+        octaves = None if self.own is None else self.own.octaves(kind, complexity)
+        if self.own is not None and octaves is not None:
+            general = max(need.pixels for need in capped)
+            enough = max(1.0, min(general * 2.0**octaves, native))
+            capped = (Need(OWN, enough, self.own.per_octave),)
         if complexity.kind != "video":
             return Needs(native, capped)
         return Needs(native, capped, STILL_FPS if is_still(complexity) else MOVING_FPS)
@@ -203,6 +212,7 @@ class Sufficiency:
             "features": {"complexity": self.complexity, "detail": self.detail},
             "text": text,
             "scene": {**scene, "weights": weights},
+            **({} if self.own is None else {"own": self.own.to_dict()}),
         }
 
     @classmethod
@@ -215,7 +225,7 @@ class Sufficiency:
         found = values.get("schema") if isinstance(values, Mapping) else None
         if found != SCHEMA or isinstance(found, bool):
             raise PolicyError(f"sufficiency has schema version {found!r}; expected {SCHEMA}")
-        table = check_keys(values, "sufficiency", ("schema", "features", "text", "scene"))
+        table = check_keys(values, "sufficiency", ("schema", "features", "text", "scene"), ("own",))
         versions = check_keys(table["features"], "features", ("complexity", "detail"))
         text = check_keys(table["text"], "text", _TEXT)
         scene = check_keys(table["scene"], "scene", ("intercept", "per_octave", "weights"))
@@ -232,6 +242,7 @@ class Sufficiency:
             ),
             versions["complexity"],
             versions["detail"],
+            OwnNeeds.from_dict(table["own"]) if "own" in table else None,
         )
 
 

@@ -6,7 +6,7 @@ decides, learns or logs.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -50,7 +50,15 @@ def describe(question: Question) -> Subject:
         MediaError: For a medium that cannot be used.
         ConfigError: Unless there is exactly one medium: features belong to one.
     """
-    request = build_request(question.load(), question.prompt or None, hashed=True)
+    return subject_of(build_request(question.load(), question.prompt or None, hashed=True), question.slices)
+
+
+def subject_of(request: ChatRequest, slices: Mapping[str, str]) -> Subject:
+    """The same of a request that was built with its hash.
+
+    Raises:
+        ConfigError: Unless there is exactly one medium.
+    """
     if len(request.media) != 1 or request.content_hash is None:
         raise ConfigError(f"an input to label needs exactly one image or clip; got {len(request.media)}")
     complexity, asked = request.complexities[0], request.prompt
@@ -65,7 +73,7 @@ def describe(question: Question) -> Subject:
         prompt_version=PROMPT_VERSION if asked else None,
         prompt_hash=text_hash(asked) if asked else None,
         prompt_kind=prompt_kind(asked) if asked else None,
-        slices=question.slices,
+        slices=slices,
     )
 
 

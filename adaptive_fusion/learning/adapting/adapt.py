@@ -1,0 +1,274 @@
+"""From a runner and questions about images to an installed policy: the steps in their order.
+
+Each step keeps what it made before the next begins, so that a run that was stopped goes on there. Knows the steps and
+what each needs of the others. Must not know what happens inside one.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adaptive_fusion.calibrate import calibrate, count
+from adaptive_fusion.errors import ConfigError, GateRefused
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.evaluation.statistics import Interval
+from adaptive_fusion.execution.request import build_request
+from adaptive_fusion.learning.adapting.answers import Answers, read_answers
+from adaptive_fusion.learning.adapting.card import card
+from adaptive_fusion.learning.adapting.cases import Case, Looked, look, octaves_of, planner_for
+from adaptive_fusion.learning.adapting.choice import informative
+from adaptive_fusion.learning.adapting.fit import Adapted, adapt_policy, ladders
+from adaptive_fusion.learning.adapting.install import install
+from adaptive_fusion.learning.adapting.judge import Taken, cross_fitted, figures, refused, take
+from adaptive_fusion.learning.adapting.modules import Modules
+from adaptive_fusion.learning.adapting.needs import LEAST_IMAGES
+from adaptive_fusion.learning.adapting.work import Terms, Work
+from adaptive_fusion.learning.fitting.card import finite
+from adaptive_fusion.learning.fitting.gate import Verdict
+from adaptive_fusion.learning.labelling.labeller import RunnerModel
+from adaptive_fusion.learning.labelling.oracle import label_inputs
+from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, Policy
+from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.progress import Progress, silent
+from adaptive_fusion.runner import AdaptiveRunner
+
+SAMPLED = 16
+"""Cases whose predicted times stand for all."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a run will do.
+
+    Attributes:
+        images: Different images that can be used.
+        questions: Questions about them.
+        answered: Of these, answered by an earlier run.
+        passes: Runs of the model that are left: full answers, and prefills at fewer pixels.
+        calibrating: Requests that are measured first; 0 where this machine's profile is known.
+        training: Questions that fusion modules are trained on, steps times batch; 0 without.
+        seconds: About how long the passes take, by predictions.
+        measured: Whether these come from a measured profile.
+        shares: Of native pixels, what is run.
+        repeated: Inputs that came twice.
+        failed: Inputs left out, each with the reason.
+    """
+
+    images: int
+    questions: int
+    answered: int
+    passes: int
+    calibrating: int
+    training: int
+    seconds: float
+    measured: bool
+    shares: tuple[float, ...]
+    repeated: int
+    failed: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """A policy in its place, and what it buys.
+
+    Attributes:
+        policy: It.
+        folder: Where it is.
+        parts: What became of each part of the general policy.
+        figures: See `judge.figures`; of ``adapted`` by policies of other folds, of ``general`` as it is.
+        images: How many answered.
+        failed: Inputs that the model failed on.
+    """
+
+    policy: Policy
+    folder: Path
+    parts: Mapping[str, str]
+    figures: Mapping[str, Interval]
+    images: int
+    failed: tuple[tuple[str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "policy": self.policy.name,
+            "folder": str(self.folder),
+            "images": self.images,
+            "parts": dict(self.parts),
+            "figures": finite({name: asdict(value) for name, value in self.figures.items()}),
+            "failed": [{"input": name, "error": why} for name, why in self.failed],
+        }
+
+
+@dataclass
+class Adaptation:
+    """One model, one set of images.
+
+    Args:
+        runner: With the general policy that is the prior.
+        questions: Images with questions.
+        folder: Work folder; what an earlier run left there is used.
+        name: Of the policy.
+        distil: Whether fusion modules are trained for the lanes first.
+        measure: Whether costs are measured where no profile of this machine is known.
+        max_new_tokens: Upper bound of an answer.
+        progress: See `Progress`.
+
+    Raises:
+        ConfigError: For a general policy that was fitted to a model, fewer images than can say anything, or a work
+            folder that cannot be one; nothing has run then.
+        OSError: If the work folder cannot be written.
+    """
+
+    runner: AdaptiveRunner
+    questions: Sequence[Question]
+    folder: Path
+    name: str
+    distil: bool = False
+    measure: bool = True
+    max_new_tokens: int = 160
+    progress: Progress = silent
+    _looked: Looked = field(init=False)
+    _work: Work = field(init=False)
+    _shares: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        general = self.runner.policy
+        if not general.fitted.is_general:
+            raise ConfigError(f"base is {general.name!r}, fitted to a model; expected a general one such as balanced")
+        terms = Terms(self.runner.fingerprint, general.name, self.distil, self.max_new_tokens)
+        self._work = Work(self.folder, terms)
+        planner = planner_for(self.runner.adapter, general, self.runner.profile)
+        self._looked = look(planner, self.questions, max_new_tokens=self.max_new_tokens, progress=self.progress)
+        if self._looked.images < LEAST_IMAGES:
+            why = "; ".join(f"{name}: {reason}" for name, reason in self._looked.failed[:3])
+            raise ConfigError(
+                f"{self._looked.images} different images can be used; expected at least {LEAST_IMAGES}, below which "
+                f"nothing is learned and the general policy stays{f' ({why})' if why else ''}"
+            )
+        self._try_one(self._looked.cases[0])
+        offered = [rung.pixel_share for rung in general.lanes[SIMPLE] if rung.pixel_share < 1]
+        always = [share for share in (general.cheap_rung.pixel_share,) if share in offered]
+        self._shares = self._work.shares(informative(octaves_of(self._looked.cases), offered, always=always))
+
+    def _try_one(self, case: Case) -> None:
+        """Whether the model takes an image and a question at all: a template that is missing shows here."""
+        request = build_request(case.question.load(), case.question.prompt)
+        self.runner.adapter.prepare(request.messages, NATIVE_RUNG.point)
+
+    @cached_property
+    def _modules(self) -> Modules:
+        return Modules.of(self.runner.adapter, self._work, self.max_new_tokens) if self.distil else Modules.none()
+
+    @cached_property
+    def base(self) -> Policy:
+        """The general policy with the steps that are run and no others."""
+        general = self.runner.policy
+        return self._modules.used_by(replace(general, lanes=ladders(general, self._shares)))
+
+    @cached_property
+    def rungs(self) -> tuple[Rung, ...]:
+        """All that is run: native, the cheap plan and the lanes of stills. Rungs that are one computation run once."""
+        lanes = (rung for lane in (SIMPLE, COMPLEX) for rung in self.base.lanes[lane])
+        return tuple({rung.name: rung for rung in (NATIVE_RUNG, self.base.cheap_rung, *lanes)}.values())
+
+    def ahead(self) -> Ahead:
+        """What `run` will do, from what is there already."""
+        cases, runner = self._looked.cases, self.runner
+        answered = {case.key for case in self._answers().cases}
+        left = [case for case in cases if case.key not in answered]
+        calibrating = count(runner) if self.measure and not runner.profile.samples else 0
+        return Ahead(
+            images=self._looked.images,
+            questions=len(cases),
+            answered=len(answered),
+            passes=len(left) * (3 + len(self._shares)),
+            calibrating=calibrating,
+            training=self._modules.questions,
+            seconds=self._seconds(left),
+            measured=runner.profile.samples > 0,
+            shares=tuple(sorted(self._shares, reverse=True)),
+            repeated=self._looked.repeated,
+            failed=tuple(self._looked.failed),
+        )
+
+    def _seconds(self, left: Sequence[Case]) -> float:
+        """What the passes on these cases will take, by the predictions for some of them."""
+        planner = planner_for(self.runner.adapter, self.base, self.runner.profile)
+        some = left[:: -(-len(left) // SAMPLED) or 1]
+        total = 0.0
+        for case in some:
+            for share in (1.0, *self._shares):
+                point = self.runner.adapter.resolve(replace(NATIVE_RUNG, pixel_share=share), case.info.sizes)
+                predicted = planner.candidate(point, 1.0, case.info).predicted
+                # A full answer is run for its first tokens, as a whole and once more with its tokens given.
+                total += predicted.ttft_ms if share < 1 else 2 * predicted.ttft_ms + predicted.latency_ms
+        return total / 1e3 * len(left) / max(1, len(some))
+
+    def run(self, root: Path) -> Installed:
+        """All steps, those that were done before left out; the policy is then in `root`.
+
+        Raises:
+            GateRefused: If the policy is no better than the general one; nothing is installed.
+            ConfigError: If the model could not answer about enough of the images.
+            OSError: If a folder cannot be written; what was done so far is kept.
+        """
+        runner, progress = self.runner, self.progress
+        if self.measure and not runner.profile.samples:
+            calibrate(runner, progress=progress)
+        self._modules.train([case.question for case in self._looked.cases], progress)
+        questions = [case.question for case in self._looked.cases]
+        scorer = ModelScorer(RunnerModel(runner, max_new_tokens=self.max_new_tokens))
+        done = label_inputs(scorer, questions, self.rungs, self._work.labels, progress=progress, source_id=self.name)
+        answers = self._answers()
+        if answers.images < LEAST_IMAGES:
+            why = "; ".join(f"{name}: {reason}" for name, reason in done.failed[:3])
+            raise ConfigError(f"the model answered about {answers.images} images, expected {LEAST_IMAGES} ({why})")
+        progress(0, 1, "fit")
+        found = self._fit(answers)
+        judged = self._judged(answers)
+        if why := refused(judged, "general", answers.tolerance):
+            raise GateRefused(
+                f"the general policy {self.base.name!r} stays: {why}", Verdict(False, (why,), judged, len(answers))
+            )
+        folder = install(self._written(found, judged, answers), root, self.name)
+        return Installed(found.policy, folder, found.parts, judged, answers.images, done.failed)
+
+    def _answers(self) -> Answers:
+        tolerance, model = self.base.tolerance, self.runner.fingerprint
+        return read_answers(self._work.labels, self._looked.cases, self.rungs, tolerance, model)
+
+    def _fit(self, answers: Answers) -> Adapted:
+        return adapt_policy(answers, self.base, self.name, self._modules.files)
+
+    def _judged(self, answers: Answers) -> dict[str, Interval]:
+        """What the policy buys, each image judged by a policy that has not seen it."""
+
+        def judge(policy: Policy, some: Answers) -> Taken:
+            return take(self.runner.adapter, policy, self.runner.profile, some)
+
+        def fit(some: Answers) -> Policy:
+            return self._fit(some).policy
+
+        sides = {"adapted": cross_fitted(answers, fit, judge), "general": judge(self.base, answers)}
+        return figures(answers, sides)
+
+    def _written(self, found: Adapted, judged: Mapping[str, Interval], answers: Answers) -> Path:
+        """The policy's files in the work folder."""
+        shutil.rmtree(self._work.policy, ignore_errors=True)
+        folder = found.policy.save(self._work.policy)
+        report = {"parts": dict(found.parts), "figures": {name: asdict(value) for name, value in judged.items()}}
+        text = json.dumps(finite(report), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        (folder / "report.json").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(card(found, judged, answers, self.base.name), encoding="utf-8")
+        return folder
+
+
+def policy_name(model: str, digest: str) -> str:
+    """A policy's name from the model's, such as ``adapted-Qwen3-VL-2B-0123abcd``."""
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in Path(model).name)
+    return "-".join(filter(None, ("adapted", stem.strip("-_")[:40], digest[:8])))

@@ -1,0 +1,122 @@
+"""What is asked about the user's images, and what the general policy makes of it before any model has run.
+
+Knows questions, requests and planners. Must not know labels, fits or files of results.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from adaptive_fusion.control.controller import Controller
+from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.cost.lengths import LengthModel
+from adaptive_fusion.cost.model import CostModel, Profile
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.oom import of_one_item
+from adaptive_fusion.execution.request import build_request
+from adaptive_fusion.learning.data.dataset import FloatArray
+from adaptive_fusion.learning.data.labels import Subject
+from adaptive_fusion.learning.labelling.labeller import subject_of
+from adaptive_fusion.models import Adapter
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.progress import Progress, Steps, silent
+
+LEAST_OCTAVES = -8.0
+"""A 256th of the native pixels: no need is taken for less."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question about one image.
+
+    Attributes:
+        question: With the image.
+        subject: Its hashes and features.
+        info: What a planner needs to know of it.
+        octaves: log2 of the share of the native pixels that is enough by the general policy, at most 0.
+    """
+
+    question: Question
+    subject: Subject
+    info: RequestInfo
+    octaves: float
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """Content and question, as labels have them."""
+        return self.subject.content_hash, self.subject.prompt_hash
+
+
+@dataclass
+class Looked:
+    """The cases, each content and question once; inputs that came twice, and those left out with the reason."""
+
+    cases: list[Case] = field(default_factory=list)
+    repeated: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        """How many different images there are."""
+        return len({case.subject.content_hash for case in self.cases})
+
+
+def planner_for(adapter: Adapter, policy: Policy, profile: Profile) -> Planner:
+    """A planner that has learned nothing yet: its decisions follow from its arguments."""
+    return Planner(adapter, policy, CostModel(profile), Controller(), LengthModel(), random.Random(0))
+
+
+def look(
+    planner: Planner, questions: Iterable[Question], *, max_new_tokens: int, progress: Progress = silent
+) -> Looked:
+    """Load and measure every image; what cannot be used, and clips, are left out and named.
+
+    Args:
+        planner: Of the general policy.
+        questions: Images with questions.
+        max_new_tokens: Upper bound of an answer.
+        progress: See `Progress`; a step is a question.
+    """
+    found, known = Looked(), set[tuple[str, str | None]]()
+    asked = list(questions)
+    steps = Steps(progress, "look", len(asked))
+    for question in asked:
+        try:
+            case = _case(planner, question, max_new_tokens)
+        except Exception as error:
+            found.failed.append((question.name, str(of_one_item(error))))
+        else:
+            if case.key in known:
+                found.repeated += 1
+            else:
+                found.cases.append(case)
+            known.add(case.key)
+        steps.advance()
+    return found
+
+
+def _case(planner: Planner, question: Question, max_new_tokens: int) -> Case:
+    request = build_request(question.load(), question.prompt, hashed=True)
+    subject = subject_of(request, question.slices)
+    if subject.kind != "image":
+        raise ConfigError(f"a {subject.kind}: what clips need is not learned; expected an image")
+    tokens = len(planner.adapter.processor.tokenizer("\n".join(request.texts)).input_ids) + TEMPLATE_TOKENS
+    info = RequestInfo(
+        kind=request.kind,
+        sizes=request.sizes,
+        complexities=request.complexities,
+        prompt=request.prompt,
+        max_new_tokens=max_new_tokens,
+        text_tokens=tokens,
+    )
+    needs = planner.needs(info)
+    octaves = 0.0 if needs is None else float(np.log2(needs.pixels / needs.native))
+    return Case(question, subject, info, min(0.0, max(LEAST_OCTAVES, octaves)))
+
+
+def octaves_of(cases: Sequence[Case]) -> FloatArray:
+    """log2 of the share that is generally enough, ``[n]``."""
+    return np.array([case.octaves for case in cases], dtype=np.float64)

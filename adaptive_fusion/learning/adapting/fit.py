@@ -1,0 +1,141 @@
+"""A policy for one model from its own answers: every part of the general policy moved as far as the images allow.
+
+Knows answers and what a policy is made of. Must not know files, how answers are had or how a policy is judged.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from adaptive_fusion.learning.adapting.answers import NAMES, Answers
+from adaptive_fusion.learning.adapting.needs import fit_own_needs
+from adaptive_fusion.learning.adapting.router import fit_router
+from adaptive_fusion.learning.data.dataset import FloatArray
+from adaptive_fusion.learning.fitting.escalation import cheap_rungs, fit_escalation
+from adaptive_fusion.learning.fitting.fit import fitted_to
+from adaptive_fusion.policy.escalation import Escalation
+from adaptive_fusion.policy.familiar import Familiar
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, Policy
+from adaptive_fusion.policy.rungs import Rung
+
+LANE_ROWS = 20.0
+"""Rows that a rung's general quality counts as beside the model's own."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A policy, and what became of each of its parts: ``own`` or ``general``, with the reason."""
+
+    policy: Policy
+    parts: Mapping[str, str]
+
+
+def ladders(base: Policy, shares: Sequence[float]) -> dict[str, tuple[Rung, ...]]:
+    """The base's lanes with those steps of stills that are run: what was not run is not offered."""
+    wanted = {1.0, *shares}
+    stills = {
+        lane: tuple(rung for rung in base.lanes[lane] if rung.pixel_share in wanted) for lane in (SIMPLE, COMPLEX)
+    }
+    return {**base.lanes, **stills}
+
+
+def adapt_policy(answers: Answers, base: Policy, name: str, weights: Sequence[Path] = ()) -> Adapted:
+    """Fit every part that the answers are enough for; the others stay the general policy's. The same answers give the
+    same policy, to the last bit.
+
+    Args:
+        answers: The model's own, at the rungs of `base`'s lanes for stills and at its cheap plan.
+        base: The general policy, whose lanes have the steps that were run and no others.
+        name: Of the new policy.
+        weights: Fusion modules that the lanes run.
+
+    Raises:
+        ConfigError: If the base's router or needs are of a form that cannot be a prior.
+    """
+    with threadpool_limits(1, user_api="blas"):  # the order of sums must not depend on the machine's cores
+        return _adapted(answers, base, name, weights)
+
+
+def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path]) -> Adapted:
+    data = answers.dataset(base.cheap_rung.name)
+    x = data.columns(base.router.inputs.names)
+    parts = {"router": f"general, moved by {answers.images} images"}
+    policy = replace(
+        base,
+        name=name,
+        description=f"Fitted to one model by its own answers on {answers.images} images.",
+        router=fit_router(base.router, x, data.y),
+        fitted=replace(fitted_to(data), kinds=(f"{answers.images} images of the user's own",)),
+        fusion_weights=tuple(weights),
+        lanes={lane: _qualities(base.lanes[lane], answers) for lane in base.lanes},
+    )
+    policy, planned = _with_needs(policy, answers, parts)
+    policy = _with_escalation(policy, answers, planned, parts)
+    return Adapted(_with_familiar(policy, answers, parts), parts)
+
+
+def _qualities(ladder: Sequence[Rung], answers: Answers) -> tuple[Rung, ...]:
+    """With the mean that each rung keeps, drawn to its general quality; a rung is never better than the one before."""
+    known = {rung.name: column for rung, column in zip(answers.rungs, answers.quality.T, strict=True)}
+    out, limit = list[Rung](), 1.0
+    for rung in ladder:
+        own = known.get(rung.name, np.empty(0))
+        mean = (LANE_ROWS * rung.quality + float(own.sum())) / (LANE_ROWS + len(own))
+        limit = min(limit, 1.0 if rung.is_full else mean)
+        out.append(replace(rung, quality=limit))
+    return tuple(out)
+
+
+def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> tuple[Policy, FloatArray]:
+    """The policy with the model's own needs; and log2 of the share that is planned for each row."""
+    enough = policy.sufficiency
+    if enough is None:
+        parts["needs"] = "general: the base policy has none"
+        return policy, answers.octaves
+    own, planned = fit_own_needs(answers, enough.text.per_octave)
+    if own is None:
+        parts["needs"] = (
+            f"general, with its margin of {policy.margin:g}: {answers.images} images are too few for another"
+        )
+        return policy, planned
+    parts["needs"] = f"own, by kind of question ({', '.join(own.kinds)}), in place of the reader's margin"
+    return replace(policy, sufficiency=replace(enough, own=own)), planned
+
+
+def _with_escalation(policy: Policy, answers: Answers, planned: FloatArray, parts: dict[str, str]) -> Policy:
+    """Thresholds on the entropy for rungs that are asked; else the general threshold, which is a policy's as well.
+
+    A rung that has all the pixels that are planned for a row is not asked there, so such rows teach nothing.
+    """
+    data = answers.dataset(policy.cheap_rung.name)
+    entropy = np.array(data.entropy)
+    for column, rung in enumerate(answers.rungs):
+        if policy.sufficiency is not None and policy.sufficiency.own is not None:
+            entropy[np.log2(rung.pixel_share) >= planned - 1e-9, column] = np.nan
+    found = fit_escalation(replace(data, entropy=entropy), cheap_rungs(policy))
+    learned = [] if found is None else [rung for rung in cheap_rungs(policy) if rung in found.thresholds]
+    parts["escalation"] = f"own thresholds at {len(learned)} of {len(cheap_rungs(policy))} rungs, else the general one"
+    if not learned:
+        parts["escalation"] = "the general threshold: too few images for another"
+    return replace(policy, escalation=found or Escalation())
+
+
+def _with_familiar(policy: Policy, answers: Answers, parts: dict[str, str]) -> Policy:
+    """The range of familiar images, wide enough for the user's own: none of these was used to fit the distance, so the
+    limit that they calibrate holds for others like them."""
+    known = policy.familiar
+    if known is None:
+        return policy
+    _, first = np.unique(answers.group, return_index=True)
+    rows = [dict(zip(NAMES, answers.features[row], strict=True)) for row in first]
+    distances = tuple(sorted(known.distance(row) for row in rows if np.isfinite(list(row.values())).all()))
+    if len(distances) < 1 / known.alpha - 1:
+        parts["familiar"] = f"general: {len(distances)} images are too few for another limit"
+        return policy
+    own = Familiar(known.clouds, known.middle, known.spread, distances, known.alpha)
+    wider = own.limit > known.limit
+    parts["familiar"] = "own: the limit is wider" if wider else "general: the images lie within it"
+    return replace(policy, familiar=own) if wider else policy

@@ -1,0 +1,140 @@
+"""What a policy does with cases whose answers are known: kept quality and cost, second passes included.
+
+Knows planners, policies and answers. Must not know how a policy was fitted. No model runs: decisions are made as they
+would be, and what they lead to is read off the labels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.escalating import Asking
+from adaptive_fusion.cost.model import Profile
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.statistics import Interval, intervals
+from adaptive_fusion.learning.adapting.answers import Answers
+from adaptive_fusion.learning.adapting.cases import planner_for
+from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
+from adaptive_fusion.models import Adapter
+from adaptive_fusion.policy.policy import Policy
+
+FOLDS = 5
+GAIN = 0.01
+"""Share of native's cost by which a policy must at least be cheaper to replace another one that keeps as much."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What became of each row, ``[n]``: quality, milliseconds to the first token, visual tokens, and whether a second
+    pass ran."""
+
+    quality: FloatArray
+    cost: FloatArray
+    tokens: FloatArray
+    second: BoolArray
+
+    @classmethod
+    def none_yet(cls, size: int) -> "Taken":
+        """Rows that are filled in afterwards."""
+        return cls(np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, dtype=bool))
+
+    @classmethod
+    def together(cls, parts: Mapping[int, tuple[BoolArray, "Taken"]], size: int) -> "Taken":
+        """Rows of several parts, each with the mask of those that it has."""
+        whole = cls.none_yet(size)
+        for rows, part in parts.values():
+            for name in ("quality", "cost", "tokens", "second"):
+                getattr(whole, name)[rows] = getattr(part, name)
+        return whole
+
+
+def take(adapter: Adapter, policy: Policy, profile: Profile, answers: Answers) -> Taken:
+    """What the policy would have done with every row, without a limit on time.
+
+    Args:
+        adapter: Of the model whose answers they are.
+        policy: Whose rungs for stills were all run.
+        profile: Predicted costs.
+        answers: The model's own.
+
+    Raises:
+        ConfigError: For a decision that no answer is known of.
+    """
+    planner = planner_for(adapter, policy, profile)
+    column = {rung.name: i for i, rung in enumerate(answers.rungs)}
+    found = Taken.none_yet(len(answers))
+    for row, case in enumerate(answers.cases):
+        rules = policy.escalation
+        asking = None if rules is None else Asking(rules, case.subject.prompt_kind or "other")
+        decision, _ = planner.decide(replace(case.info, asking=asking), Budget())
+        passes, second = [decision.rung], dict(decision.escalation or {})
+        if decision.rung not in column:
+            raise ConfigError(f"{policy.name} takes {decision.rung}; expected one of {', '.join(column)}")
+        if rules is not None and "to" in second:
+            entropy = mean_of_first(answers.entropy[[row], column[decision.rung]], int(second["k"]))[0]
+            if entropy > float(second["threshold"]):
+                passes.append(str(second["to"]))
+        places = [column[name] for name in passes]
+        found.quality[row] = answers.quality[row, places[-1]]
+        found.cost[row] = answers.cost[row, places].sum()
+        found.tokens[row] = answers.tokens[row, places].sum()
+        found.second[row] = len(places) > 1
+    return found
+
+
+def cross_fitted(
+    answers: Answers, fit: Callable[[Answers], Policy], judge: Callable[[Policy, Answers], Taken]
+) -> Taken:
+    """Each fold of the images by a policy that was fitted on the others."""
+    folds = answers.folds(FOLDS)
+    parts: dict[int, tuple[BoolArray, Taken]] = {}
+    for fold in map(int, np.unique(folds)):
+        held: BoolArray = folds == fold
+        parts[fold] = held, judge(fit(answers.take(~held)), answers.take(held))
+    return Taken.together(parts, len(answers))
+
+
+def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: int = 500) -> dict[str, Interval]:
+    """Of every side: quality ``kept`` of native's, ``ttft`` and ``tokens`` as shares of native's, share of ``second``
+    passes; and of every side but the first the differences of the first to it. With 95 % bootstrap intervals over
+    images, all sides on the same resamples."""
+    native = [rung.name for rung in answers.rungs].index("native@1")
+    full_cost, full_tokens = answers.cost[:, native], answers.tokens[:, native]
+    first, *others = sides
+
+    def statistics(weight: FloatArray) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, taken in sides.items():
+            found[f"{name} kept"] = float(np.average(taken.quality, weights=weight))
+            found[f"{name} ttft"] = float(weight @ taken.cost / (weight @ full_cost))
+            found[f"{name} tokens"] = float(weight @ taken.tokens / (weight @ full_tokens))
+            found[f"{name} second"] = float(np.average(taken.second, weights=weight))
+        for name in others:
+            for what in ("kept", "ttft", "tokens"):
+                found[f"{what} over {name}"] = found[f"{first} {what}"] - found[f"{name} {what}"]
+        return found
+
+    return intervals(statistics, answers.group, seed=seed, n=n)
+
+
+def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
+    """Why a policy must not take the place of `other`, in words; empty where it may.
+
+    It may not if it keeps less than the tolerance allows, or less than the other by more than the tolerance, with its
+    whole interval; or if it is both dearer and no better, with both whole intervals.
+    """
+    kept, more, tokens = found["adapted kept"], found[f"kept over {other}"], found[f"tokens over {other}"]
+    floor = min(1.0 - tolerance, found[f"{other} kept"].mean)
+    if kept.high < floor:
+        return f"it keeps {_said(kept)} of the answers at full compute; expected {floor:.3f} or more"
+    if more.high < -tolerance:
+        return f"it keeps {_said(more)} over {other}; expected {-tolerance:g} or more"
+    if tokens.low > GAIN and more.low <= 0:
+        return f"it takes {_said(tokens)} more visual tokens than {other} (of native's) and surely keeps no more"
+    return ""
+
+
+def _said(value: Interval) -> str:
+    return f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
