@@ -5,6 +5,7 @@ Knows the runner and the noise that model loading makes on a terminal. Must not 
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,20 @@ def model_options(
     if device_map is not None:
         found["device_map"] = device_map
     return found
+
+
+def cache_options(cache: str) -> dict[str, Any]:
+    """Options of ``generate`` for a kind of cache.
+
+    Args:
+        cache: ``dynamic``, ``static`` or ``quantized``.
+
+    Raises:
+        ConfigError: If what it needs is missing.
+    """
+    if cache == "quantized" and (find_spec("optimum") is None or find_spec("optimum.quanto") is None):
+        raise ConfigError("cache is quantized, which needs optimum-quanto; expected pip install optimum-quanto")
+    return {} if cache == "dynamic" else {"cache_implementation": cache}
 
 
 def quieten() -> None:

@@ -139,6 +139,8 @@ def serve(
     A line says when the first request can come. SIGTERM answers what was admitted, then ends.
     """
     with refusing((), False):
+        from adaptive_fusion.loading import cache_options, model_options, open_runner
+
         budget = options.budget_of(latency_ms, ttft_ms, vram_gb, attainment)
         settings = _settings(
             model=served_name if served_name is not None else name_of(model),
@@ -154,9 +156,8 @@ def serve(
             queue=queue,
             state=state,
             calibrate=calibrate,
-            generate={} if cache is Cache.dynamic else {"cache_implementation": cache.value},
+            generate=cache_options(cache.value),
         )
-        from adaptive_fusion.loading import model_options, open_runner
         from adaptive_fusion.serving.run import server_for
 
         given = model_options(

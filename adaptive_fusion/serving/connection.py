@@ -13,6 +13,9 @@ from adaptive_fusion.serving.refusals import Refusal, error_response
 
 MAX_CONNECTIONS = 800
 """Below the 1,024 files that a process may have open by default."""
+BACKLOG = 128
+"""Connections that are taken from the kernel at a time; the others wait there. More would count here long before it is
+seen that their clients have gone."""
 HEAD_S = 10.0
 """How long a request's head may take from the moment it is waited for."""
 MAX_HEAD = 64 << 10

@@ -17,7 +17,7 @@ from sse_starlette.sse import AppStatus
 
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.app import create_app
-from adaptive_fusion.serving.connection import MAX_HEAD, Connection
+from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.settings import Settings
 
@@ -111,6 +111,7 @@ def server_for(
         host=settings.host,
         port=settings.port,
         http=Connection,
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD,
         ws="none",
         access_log=False,

@@ -44,9 +44,9 @@ def admitted(client: httpx.Client, server: ServerProcess) -> float:
 
 def counted(client: httpx.Client, server: ServerProcess, *names: str) -> float:
     """The sum of the server's metrics whose names begin so."""
-    said = client.get(f"http://127.0.0.1:{server.port}/metrics").text.splitlines()
+    response = client.get(f"http://127.0.0.1:{server.port}/metrics").raise_for_status()
     wanted = tuple(f"adaptive_fusion:{name}" for name in names)
-    return sum(float(line.split()[-1]) for line in said if line.startswith(wanted))
+    return sum(float(line.split()[-1]) for line in response.text.splitlines() if line.startswith(wanted))
 
 
 @pytest.mark.parametrize("latency_ms", [None, 300.0])
