@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from adaptive_fusion.serving import http
 from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.connection import MAX_HEAD
 from adaptive_fusion.serving.run import DrainingServer
+from adaptive_fusion.serving.service import PREPARERS
 
 MODEL = "reference"
 KEY = "k-123"
@@ -450,6 +452,31 @@ def test_who_was_admitted_is_answered_at_the_end(reference_model: Any, processor
                 ask(client, asking(text("hi")))
         joined(threads)
     assert answers == ["stop" if answer == "stop" else "length" for answer in answers] and len(answers) == 3
+
+
+def test_what_expires_while_it_waits_to_be_made_ready_is_refused(reference_model: Any, processor: Any) -> None:
+    """The model is free all the time; the threads that decode and measure are not."""
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-balanced")
+    with serving(runner) as server, ThreadPoolExecutor(2) as clients:
+        client, go_on, scheduler = client_of(server), threading.Event(), server.service.scheduler
+        try:
+            for _ in range(PREPARERS):
+                server.service._pool.submit(go_on.wait, MOST_S)
+            first = clients.submit(ask, client, asking(text("hi")))
+            until(lambda: scheduler.admitted == 1, "the first request")
+            own = {"adaptive_fusion": {"latency_ms": 1}}
+            second = clients.submit(ask, client, asking(text("hi")), extra_body=own)
+            until(lambda: scheduler.admitted == 2, "the second request")
+            until(lambda: server.service._pool._work_queue.qsize() == 2, "both waiting for a thread")
+            late = runner.clock() + 0.001
+            until(lambda: runner.clock() > late, "its deadline")
+        finally:
+            go_on.set()
+        assert first.result(MOST_S).choices[0].finish_reason
+        with pytest.raises(openai.RateLimitError, match="deadline passed"):
+            second.result(MOST_S)
+        # Nobody before it: what becomes of a deadline that cannot be kept is the budget's business.
+        assert ask(client, asking(text("hi")), extra_body=own).model_extra["adaptive_fusion"]["met"] is False
 
 
 def test_a_web_page_cannot_have_its_name_point_here(reference_model: Any, processor: Any) -> None:

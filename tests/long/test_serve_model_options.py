@@ -48,7 +48,7 @@ def test_formats_of_weights(dtype: str, plain: list[str]) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
 def test_attention(attention: str, plain: list[str]) -> None:
     if attention == "flash_attention_2" and not HAS["flash_attn"]:
-        with pytest.raises(ConfigError, match="flash_attn|FlashAttention"):
+        with pytest.raises(ConfigError, match=r"flash_attn|FlashAttention"):
             answer(model_options(attention=attention))
         return
     assert answer(model_options(attention=attention))[1] == plain

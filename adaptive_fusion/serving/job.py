@@ -1,0 +1,172 @@
+"""A chat request on its way: its limits, its turn on the model, and what is counted, logged and kept of it.
+
+Knows the parts of the service. Must not know of bodies, media, or the form of an answer.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanKind
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.decisions import Decision
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.runner import Prepared
+from adaptive_fusion.serving.answers import Asked
+from adaptive_fusion.serving.refusals import Refusal
+from adaptive_fusion.serving.scheduler import Place, too_late
+from adaptive_fusion.serving.schema import ChatCall
+from adaptive_fusion.serving.service import Service
+from adaptive_fusion.serving.tracing import reply_attributes, request_attributes, say, span
+
+T = TypeVar("T")
+
+
+@dataclass
+class Job:
+    """A request on its way.
+
+    Attributes:
+        service: Of which server.
+        place: In the queue.
+        arrived_s: On the runner's clock.
+        call: What is asked.
+        trace: The caller's trace.
+        waited_s: How long it waited for the model, once it has it.
+        had_to_wait: Whether others were before it when it had been made ready.
+        crowded: Whether others were there when it came, with whom it shares the threads that make ready.
+    """
+
+    service: Service
+    place: Place
+    arrived_s: float
+    call: ChatCall
+    trace: Context | None = None
+    waited_s: float = 0.0
+    had_to_wait: bool = False
+    crowded: bool = False
+
+    @property
+    def limits(self) -> Budget:
+        """The limits that hold for it."""
+        return self.service.runner.budget.merge(own_budget(self.service, self.call))
+
+    @property
+    def latest_s(self) -> float | None:
+        """When it is too late to begin."""
+        return None if self.limit_s is None else self.arrived_s + self.limit_s
+
+    @property
+    def limit_s(self) -> float | None:
+        """From its arrival to its first deadline; None without one."""
+        limits = self.limits
+        given = [limit for limit in (limits.latency_ms, limits.ttft_ms) if limit is not None]
+        return min(given) / 1e3 if given else None
+
+    @property
+    def wait_s(self) -> float:
+        """How long it is expected to wait for the model from now on, and what is kept in reserve; 0 if nobody is before
+        it."""
+        wait_s = self.service.scheduler.expected_wait_s(self.place)
+        return wait_s + self.service.reserve.share * (self.limit_s or 0.0) if wait_s else 0.0
+
+    def refuse_if_expired(self) -> None:
+        """Raises a Refusal, 429, once the deadline has passed while others were there. Where nobody was, a deadline
+        that passes is no matter of waiting, and the budget says what becomes of it."""
+        if self.crowded and self.latest_s is not None and self.service.runner.clock() >= self.latest_s:
+            raise too_late()
+
+
+def own_budget(service: Service, call: ChatCall) -> Budget:
+    """The server's limits with the request's put over them."""
+    return service.settings.budget.merge(call.budget)
+
+
+async def run_job(
+    job: Job, prepared: Prepared, answer: Callable[[threading.Event, Callable[[Decision], None]], Reply]
+) -> Reply:
+    """Wait for the model and let it `answer`, under a span of its own."""
+    service, queued_s = job.service, job.service.runner.clock()
+    metrics, clock = service.metrics, service.runner.clock
+
+    def work(cancelled: threading.Event) -> Reply:
+        began = clock()
+        job.waited_s = began - queued_s
+        metrics.started(job.waited_s)
+        try:
+            return answer(cancelled, lambda decision: metrics.decided(clock() - began))
+        finally:
+            metrics.ended()
+
+    options = {**job.call.options, "stream": job.call.stream, "seed": job.call.seed}
+    attributes = request_attributes(service.settings.model, {**options, "max_tokens": job.call.max_new_tokens})
+    name = f"chat {service.settings.model}"
+    with span(name, attributes, context=job.trace, kind=SpanKind.SERVER) as current:
+        try:
+            job.refuse_if_expired()
+            reply = await service.scheduler.run(work, latest_s=job.latest_s)
+        except Refusal:
+            service.reserve.observe(False)
+            raise
+        say(current, reply_attributes(reply))
+        say(
+            current,
+            {
+                "adaptive_fusion.queue_ms": job.waited_s * 1e3,
+                "adaptive_fusion.media": len(prepared.request.media),
+                "adaptive_fusion.visual_tokens_native": prepared.native_tokens,
+                "adaptive_fusion.escalated": False,
+            },
+        )
+    return reply
+
+
+def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> None:
+    """Count, log and keep what came of a request."""
+    service, decision, took = job.service, reply.decision, reply.measurement
+    e2e_s = service.runner.clock() - job.arrived_s
+    service.metrics.finished(
+        reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=False
+    )
+    if job.had_to_wait and job.limit_s is not None:
+        limit_ms = decision.budget.get("latency_ms")
+        service.reserve.observe(reply.met is not False and (limit_ms is None or e2e_s * 1e3 <= limit_ms))
+    service.records.add(decision.request_id, {"created": asked.created, **fields})
+    service.access_log.write(
+        "answer",
+        request_id=decision.request_id,
+        finish_reason=reply.finish_reason,
+        stream=job.call.stream,
+        ms=e2e_s * 1e3,
+        queue_ms=job.waited_s * 1e3,
+        ttft_ms=took.ttft_ms,
+        latency_ms=took.latency_ms,
+        predicted_ms=decision.predicted.latency_ms if decision.predicted else None,
+        lane=decision.lane,
+        plan=decision.point.name,
+        policy=decision.policy,
+        feasible=decision.feasible,
+        met=reply.met,
+        escalated=False,
+        prompt_tokens=took.prompt_tokens,
+        new_tokens=took.new_tokens,
+        visual_tokens=took.visual_tokens,
+        visual_tokens_native=asked.native_tokens,
+        would_plan=decision.audit.get("plan"),
+        would_save_tokens=decision.audit.get("saved", {}).get("tokens"),
+    )
+
+
+def tokenizer_of(prepared: Prepared) -> Any:
+    return getattr(prepared.runner.processor, "tokenizer", prepared.runner.processor)
+
+
+async def made(make: Callable[..., T], asked: Asked, *arguments: Any) -> T:
+    """What is to be sent; outside the event loop where it takes long, and not behind those who decode media."""
+    if asked.top_logprobs is None:
+        return make(asked, *arguments)
+    return await asyncio.to_thread(make, asked, *arguments)
