@@ -3,7 +3,7 @@
     python training/policies/train_policies.py LABELS... --held-out LABELS... [--human scores.csv]
 
 LABELS are label files of scenes of the training split, as ``label_scenes.py`` writes them; those of
-``--held-out`` come from the evaluation split and only judge, each scene by the question of its kind: half simple
+``--held-out`` come from the evaluation split and only judge. Of each scene the question of its kind counts: half simple
 scenes; dense, reading and clips in equal parts. They are kept as ``mixed.jsonl`` beside the reports. With
 ``--human``, images with a human complexity score (columns file, category, score; the images beside it) are a
 second view of what is complex: they are used where routers fitted with them are not measurably worse at telling
@@ -121,7 +121,7 @@ def human(scores: Path, share_of: float, folder: Path) -> Path:
 
 
 def mixed(held_out: Iterable[Path], out: Path) -> Path:
-    """The labels that judge: of each scene, the one of the question that its kind is judged by."""
+    """The labels of traffic: of each scene, the one of the question that its kind is judged by."""
     lines = (line for path in held_out for line in path.read_text(encoding="utf-8").splitlines())
     records = (json.loads(line) for line in lines if line.startswith("{"))
     kept = [r for r in records if (task := r["slices"].get("task")) and JUDGED.get(r["slices"].get("scene")) == task]
@@ -285,7 +285,8 @@ def main() -> None:
 
     passed = True
     with tempfile.TemporaryDirectory() as folder:
-        labels = list(options.labels)
+        # An image's other question would only blur what of the image decides: whoever reads no question cannot tell.
+        labels = [mixed(options.labels, Path(folder) / "own.jsonl")]
         if options.human:
             measured = float(read(labels, RECIPES["reference-balanced"]).weight.sum())
             labels.append(human(options.human, HUMAN_SHARE * measured, Path(folder)))

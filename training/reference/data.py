@@ -68,7 +68,12 @@ REFINE = (
     Stage(1.00, (256, 384), 1.0, 4500, (0.2, 0.4, 0.4, 0.3), pages=0.0, shrunk=(0.15, 0.05), dropped=0.3),
 )
 """After the first curriculum: mostly at full size, far more clips, and rows that lose single tokens."""
-CURRICULA = {"first": CURRICULUM, "refine": REFINE}
+FINISH = (
+    Stage(0.5, (192, 320), 0.9, 2800, (0.25, 0.35, 0.4, 0.4), pages=0.05, shrunk=(0.5, 0.03), dropped=0.3),
+    Stage(1.0, (256, 384), 1.0, 4500, (0.2, 0.35, 0.45, 0.4), pages=0.0, shrunk=(0.5, 0.03), dropped=0.3),
+)
+"""Then small simple screens and small clips again, which the second curriculum let fade, and more clips still."""
+CURRICULA = {"first": CURRICULUM, "refine": REFINE, "finish": FINISH}
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
     python training/reference/train.py --out runs/reference
 
-Two curricula, one after the other: the first from nothing, the second from the model that it leaves. Two processes of
-one thread each share every step (on two cores this is faster than one process of two threads). A schedule is warm-up,
-constant, then a linear cool-down. ``--curriculum refine --init FOLDER`` trains a shipped model on, and an interrupted
-run goes on from its newest checkpoint. ``log.jsonl`` holds the curve.
+Curricula, one after the other: the first from nothing, each other from the model that the one before it leaves. Two
+processes of one thread each share every step (on two cores this is faster than one process of two threads). A schedule
+is warm-up, constant, then a linear cool-down. ``--curriculum refine --init FOLDER`` trains a shipped model on, and an
+interrupted run goes on from its newest checkpoint. ``log.jsonl`` holds the curve.
 """
 
 import argparse
@@ -46,8 +46,9 @@ SETTINGS: dict[str, tuple[type, str]] = {
 DEFAULTS: dict[str, dict[str, float]] = {
     "first": {"steps": 5600, "lr": 7e-4, "warmup": 200, "cooldown": 0.4, "heads_first": 0, "every": 500},
     "refine": {"steps": 1000, "lr": 2e-4, "warmup": 100, "cooldown": 0.7, "heads_first": 60, "every": 200},
+    "finish": {"steps": 900, "lr": 1.5e-4, "warmup": 50, "cooldown": 0.8, "heads_first": 0, "every": 150},
 }
-"""What each curriculum is trained with; the second starts from the model that the first leaves."""
+"""What each curriculum is trained with; each starts from the model that the one before it leaves."""
 
 
 def means(rows: list[list[float]]) -> list[float]:
@@ -114,7 +115,13 @@ class Worker:
         return model
 
     def _resume(self) -> None:
+        """Go on from the checkpoint; at the start of a curriculum, with the guiding heads of the one before."""
         if not self.checkpoint.exists():
+            before = Path(self.args.init or "").parent / "checkpoint.pt"
+            if self.args.init and before.exists():
+                state = torch.load(before, weights_only=True)
+                self.where.load_state_dict(state["where"])
+                self.events.head.load_state_dict(state["events"])
             return
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
