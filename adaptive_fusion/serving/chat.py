@@ -27,6 +27,7 @@ from adaptive_fusion.serving.refusals import Refusal, as_refusal, json_response
 from adaptive_fusion.serving.scheduler import Place
 from adaptive_fusion.serving.schema import ChatCall, read_chat
 from adaptive_fusion.serving.service import Service
+from adaptive_fusion.serving.streaming import stream_answer
 from adaptive_fusion.serving.tracing import caller_context, request_attributes, span
 
 
