@@ -5,7 +5,7 @@ or run (`control`, `execution`).
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -30,7 +30,7 @@ from adaptive_fusion.execution.shift import shift
 from adaptive_fusion.execution.stream import Pieces, Repeating
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.prepared import Call, Prepared
+from adaptive_fusion.prepared import Call, Prepared, Turn
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.wired import Wired
 
@@ -95,10 +95,12 @@ class Answering(Wired):
         return Prepared(self, request, arrived, native_tokens, self._text_tokens(request), call)
 
     def _decide(self, prepared: Prepared, limits: Budget, wait_ms: float) -> Decision:
-        point, because = settled(prepared.call.arguments, prepared.call.point)
-        info = self._chat_info(prepared.request, prepared.call.arguments, prepared.arrived_s, prepared.text_tokens)
+        info = self._info_of(prepared)
         info = self._within_context(replace(info, elapsed_ms=info.elapsed_ms + wait_ms), prepared.call)
-        return self._planner.decide(info, limits, point, because)[0]
+        return self._planner.decide(info, limits, *settled(prepared.call.arguments, prepared.call.point))[0]
+
+    def _info_of(self, prepared: Prepared) -> RequestInfo:
+        return self._chat_info(prepared.request, prepared.call.arguments, prepared.arrived_s, prepared.text_tokens)
 
     def _offers(self, info: RequestInfo) -> tuple[str, list[Candidate]]:
         hardest, route = self._planner.route(info)
@@ -106,44 +108,45 @@ class Answering(Wired):
         return route.lane, sorted(found, key=lambda candidate: -candidate.quality)
 
     def _answer(self, call: Call, streamer: Any = None, cancelled: threading.Event | None = None) -> Reply:
-        return self._answer_prepared(self._prepare(call), streamer, cancelled)
+        return self._answer_turn(Turn(self._prepare(call), cancelled, streamer=streamer))
 
-    def _answer_prepared(
-        self,
-        prepared: Prepared,
-        streamer: Any = None,
-        cancelled: threading.Event | None = None,
-        decided: Callable[[Decision], None] | None = None,
-    ) -> Reply:
-        call, request, arguments = prepared.call, prepared.request, prepared.call.arguments
+    def _answer_turns(self, turns: Sequence[Turn]) -> None:
+        """Answer every turn, one after the other; see `Batching`."""
+        for turn in turns:
+            turn.settle(partial(self._answer_turn, turn))
 
-        def prepare(at: OperatingPoint) -> dict[str, Any]:
-            return self.adapter.prepare(request.messages, at, **request.of_prompt)
-
-        # Nobody holds the full prompt: it is the one that the media would have had natively.
-        prompt = cache(lambda: prepare(NATIVE)["input_ids"])
-
-        def options(reduced: Tensor) -> dict[str, Any]:
-            self._require_context(call, reduced.shape[-1])
-            return _with_streamer(arguments, prompt, streamer, reduced)
-
-        limits = self.budget.merge(call.budget)
+    def _answer_turn(self, turn: Turn, remark: str = "") -> Reply:
+        """Answer one request alone; `remark` is said in its reason."""
+        prepared, call = turn.prepared, turn.prepared.call
+        way, limits = Way(self, prepared, turn.streamer), self.budget.merge(call.budget)
         with self._lock:
             self._warm_up_for(limits)
             # Decided once the model is free, so that waiting for it counts as elapsed.
-            if arguments.see_prompt:
-                prompt()
-            info = self._chat_info(request, arguments, prepared.arrived_s, prepared.text_tokens)
+            if call.arguments.see_prompt:
+                way.prompt()
+            info = self._info_of(prepared)
             decision, choice = self._planned(self._within_context(info, call), limits, call)
-            # By estimate, before anything is encoded for it; the exact length follows.
-            estimate = self._planner.work(decision.point, info).prompt_tokens - 2 * TEMPLATE_TOKENS
-            self._require_context(call, max(1, estimate), "about ")
-            if decided is not None:
-                decided(decision)
-            task = Task(decision, choice, prepared.arrived_s, prepare, options, arguments.whole is not None, cancelled)
+            if remark:
+                decision = replace(decision, reason=f"{decision.reason}; {remark}")
+            task = self._task(turn, way, info, decision, choice)
             with _seeded(call.seed, self.device):
                 run = self._run(info, task)
-        return self._reply(prepared, run, prompt)
+        return self._reply(prepared, run, way.prompt)
+
+    def _task(self, turn: Turn, way: "Way", info: RequestInfo, decision: Decision, choice: Choice) -> Task:
+        """A decided request; whoever asked is told of the decision.
+
+        Raises:
+            ContextLengthError: If its prompt is too long, by estimate, before anything is encoded for it; the exact
+                length follows.
+        """
+        call = turn.prepared.call
+        estimate = self._planner.work(decision.point, replace(info, beside=())).prompt_tokens - 2 * TEMPLATE_TOKENS
+        self._require_context(call, max(1, estimate), "about ")
+        if turn.decided is not None:
+            turn.decided(decision)
+        whole = call.arguments.whole is not None
+        return Task(decision, choice, turn.prepared.arrived_s, way.prepare, way.options, whole, turn.cancelled)
 
     def _warm_up_for(self, limits: Budget) -> None:
         if limits.vram_gb is not None and not self._warm:
@@ -203,6 +206,36 @@ class Answering(Wired):
         )
 
 
+class Way:
+    """A prepared request's way to the model: its tensors at a point, its full prompt, its options."""
+
+    def __init__(self, runner: Answering, prepared: Prepared, streamer: Pieces | None = None) -> None:
+        self._runner, self._prepared, self._streamer = runner, prepared, streamer
+        # Nobody holds the full prompt: it is the one that the media would have had natively.
+        self.prompt: Callable[[], Tensor] = cache(lambda: self.prepare(NATIVE)["input_ids"])
+
+    def prepare(self, at: OperatingPoint) -> dict[str, Any]:
+        """The processor's tensors."""
+        request = self._prepared.request
+        return self._runner.adapter.prepare(request.messages, at, **request.of_prompt)
+
+    def options(self, reduced: Tensor) -> dict[str, Any]:
+        """``generate``'s options for the prompt that the model sees, with a stream's own streamer, which sees it too.
+        What a try has given that ran out of memory stands: the next one says it again and goes on.
+
+        Raises:
+            ContextLengthError: If prompt and answer do not fit into the call's context.
+        """
+        self._runner._require_context(self._prepared.call, reduced.shape[-1])
+        options, streamer = shift(self._prepared.call.arguments, reduced, self.prompt), self._streamer
+        if streamer is None:
+            return options
+        if streamer.said:
+            repeating = Repeating(reduced.shape[-1], streamer.said)
+            options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), repeating])
+        return {**options, "streamer": streamer}
+
+
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Random numbers from `seed` inside, those of everybody else as if nothing had been drawn; None changes nothing."""
@@ -212,17 +245,3 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)
         yield
-
-
-def _with_streamer(
-    arguments: Arguments, prompt: Callable[[], Tensor], streamer: Pieces | None, reduced: Tensor
-) -> dict[str, Any]:
-    """``generate``'s options, with a stream's own streamer, which sees the prompt that the model sees. What a try has
-    given that ran out of memory stands: the next one says it again and goes on."""
-    options = shift(arguments, reduced, prompt)
-    if streamer is None:
-        return options
-    if streamer.said:
-        repeating = Repeating(reduced.shape[-1], streamer.said)
-        options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), repeating])
-    return {**options, "streamer": streamer}

@@ -44,7 +44,9 @@ class Measurement:
     tries, and a first pass that was given up), `encode_ms` (vision encoder and fusion), `prefill_ms`, `decode_ms`,
     `ttft_ms` (to the first token that could be shown) and `latency_ms` (all of it).
     `peak_memory_gb` is the high-water mark less the resting set, in GiB; 0.0 if it was not measured, as on processors
-    without a memory budget.
+    without a memory budget, and of all rows of a batch but the one that ended last, which has the batch's.
+
+    Of a row of a batch, encoding is that of all its rows, and the prompt is counted without its padding.
     """
 
     preprocess_ms: float
@@ -82,6 +84,8 @@ class Decision:
     question, by the policy; empty where it cannot say. `audit` is what would have been run, and saved by prediction,
     where a request ran natively to find out; empty else.
 
+    `batch` is the number of rows of the pass that it ran in: its own prompts, and requests put together with it.
+
     `escalated` says whether the better plan ran after the first pass, because the model was not sure of what it would
     answer; None where no verdict was taken. `point`, `rung` and `predicted` are those of the pass that answered.
     `escalation` has the rest: ``to``, ``k``, ``threshold`` and ``share`` as planned, ``entropy`` as seen,
@@ -111,6 +115,7 @@ class Decision:
     audit: Mapping[str, Any] = field(default_factory=dict)
     escalated: bool | None = None
     escalation: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 1
 
     def explain(self, took: Measurement | None = None) -> str:
         """Budget, prediction, margin, what it `took` and the rejected points with their reasons, as readable lines."""
@@ -139,6 +144,8 @@ class Decision:
             e, what = self.escalation, "went on" if self.escalated else "kept"
             cost = f" after {e['first_ms']:.1f} ms at {e['first_rung']}" if self.escalated else ""
             lines.append(f"  {what}{cost}: entropy {e['entropy']:.3f}, threshold {e['threshold']:.3f}")
+        if self.batch > 1:
+            lines.append(f"  in one batch of {self.batch}")
         lines += [f"  not {r.point.name}: {r.reason}" for r in self.rejected]
         return "\n".join(lines)
 
@@ -179,6 +186,7 @@ def decision_record(
         predicted=asdict(decision.predicted) if decision.predicted else None,
         p_late=decision.p_late,
         reason=decision.reason,
+        batch=decision.batch,
         escalated=decision.escalated,
         escalation=dict(decision.escalation),
         measurement=asdict(measurement) if measurement else None,

@@ -60,6 +60,7 @@ FIELDS = (
     Field("predicted", "json", _DECISION),
     Field("p_late", "number", _DECISION),
     Field("reason", "text", _DECISION),
+    Field("batch", "integer", _DECISION),
     Field("escalated", "boolean", _DECISION),
     Field("escalation", "json", _DECISION),
     Field("measurement", "json", _SUBJECT),

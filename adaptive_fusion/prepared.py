@@ -1,11 +1,13 @@
-"""A request that is loaded and measured, and whose turn on the model may come later.
+"""A request that is loaded and measured, and its turn on the model, which may come later and be shared with others.
 
 Knows a request, its arguments and the runner that answers it. Must not know how anything is decided or run.
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptive_fusion.budget import Budget
@@ -84,7 +86,7 @@ class Prepared:
             cancelled: Ends the generation at its next token once it is set.
             decided: Called with the decision before the model runs, in this thread.
         """
-        return self.runner._answer_prepared(self, None, cancelled, decided)
+        return self.runner._answer_turn(Turn(self, cancelled, decided))
 
     def stream(
         self, *, cancelled: threading.Event | None = None, decided: Callable[[Decision], None] | None = None
@@ -92,6 +94,54 @@ class Prepared:
         """The answer in pieces; see `AdaptiveRunner.stream`, and `chat` for the arguments."""
 
         def work(streamer: Any, ended: threading.Event) -> Reply:
-            return self.runner._answer_prepared(self, streamer, ended, decided)
+            return self.runner._answer_turn(Turn(self, ended, decided, streamer))
 
         return Stream(work, getattr(self.runner.processor, "tokenizer", self.runner.processor), cancelled)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prepared request's turn on the model.
+
+    Attributes:
+        prepared: The request.
+        cancelled: Ends its generation at the next token once it is set.
+        decided: Called with the decision before the model runs, in the thread that runs it.
+        streamer: As ``generate`` takes one.
+        lead_s: How long before its turn it counts as arrived; None leaves its arrival as it is.
+        result: The reply, or what went wrong.
+    """
+
+    prepared: Prepared
+    cancelled: threading.Event | None = None
+    decided: Callable[[Decision], None] | None = None
+    streamer: Any = None
+    lead_s: float | None = None
+    result: "Future[Reply]" = field(default_factory=Future)
+
+    def come(self) -> "Turn":
+        """The same turn, which has come."""
+        if self.lead_s is None:
+            return self
+        arrived = self.prepared.runner._clock() - self.lead_s
+        return replace(self, prepared=replace(self.prepared, arrived_s=arrived), lead_s=None)
+
+    def settle(self, answer: Callable[[], Reply]) -> None:
+        """Set the result to what `answer` gives or raises, unless nobody wants it any more."""
+        with suppress(InvalidStateError):
+            try:
+                reply = answer()
+            except Exception as error:
+                self.result.set_exception(error)
+            else:
+                self.result.set_result(reply)
+
+    def fail(self, error: Exception) -> None:
+        """Set the result to an error."""
+        with suppress(InvalidStateError):
+            self.result.set_exception(error)
+
+
+def answer(turns: Sequence[Turn]) -> None:
+    """Answer the turns of one runner, together where they may be; each result is there as soon as its answer ended."""
+    turns[0].prepared.runner._answer_turns(turns)

@@ -5,7 +5,7 @@ budget, encode at the operating point, generate, measure, learn, log. The model 
 it is what it was.
 
 Has the contracts of what users call. What happens is somebody else's: `answering` takes a request through the parts
-that `wired` has put together, `model_face` stands in for the model.
+that `wired` has put together, `batching` several at once, `model_face` stands in for the model.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from typing import Any, overload
 
 import torch
 
-from adaptive_fusion.answering import Answering
+from adaptive_fusion.batching import Batching
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.cost.model import Profile, Work
@@ -43,7 +43,7 @@ from adaptive_fusion.reply import Reply
 __all__ = ["AdaptiveRunner", "Prepared"]
 
 
-class AdaptiveRunner(Answering):
+class AdaptiveRunner(Batching):
     """Wraps a vision-language model; unknown attributes are those of the model, see `ModelFace`.
 
     Args:
@@ -154,7 +154,7 @@ class AdaptiveRunner(Answering):
         point: OperatingPoint | None = None,
         **generate_kwargs: Any,
     ) -> Reply | list[Reply]:
-        """Answer one request, or several one after the other.
+        """Answer one request, or several, up to four of them in one pass of the model where that pays.
 
         Args:
             media: None, a path, encoded bytes, data URL, PIL image, array, `Video`, a list of these, or chat messages
@@ -182,7 +182,7 @@ class AdaptiveRunner(Answering):
         """
         call = partial(self._call, budget=budget, max_new_tokens=max_new_tokens, point=point, options=generate_kwargs)
         if (several := each_request(media, prompt)) is not None:
-            return [self._answer(call(*one)) for one in several]
+            return self._answer_several([call(*one) for one in several])
         return self._answer(call(media, prompt))
 
     async def achat(

@@ -30,7 +30,7 @@ from adaptive_fusion.decisions import Decision, Measurement, decision_record
 from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning
 from adaptive_fusion.execution.arguments import Arguments
 from adaptive_fusion.execution.escalation import why_never
-from adaptive_fusion.execution.executor import Executor, Run, Task
+from adaptive_fusion.execution.executor import Executor, Predict, Run, Task
 from adaptive_fusion.execution.meters import Meter, meter_for
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.model_face import ModelFace
@@ -184,10 +184,13 @@ class Wired(ModelFace):
 
     def _run(self, info: RequestInfo, task: Task) -> Run:
         """Run a decided request; the caller holds the lock."""
-        predict = partial(self._planner.candidate, quality=0.0, info=info)
-        run = self._executor.run(task, self.controller, predict)
+        run = self._executor.run(task, self.controller, self._predict(info))
         self.last = run.decision, run.measurement
         return run
+
+    def _predict(self, info: RequestInfo) -> Predict:
+        """What any point would be expected to take for a request."""
+        return partial(self._planner.candidate, quality=0.0, info=info)
 
     def _log(self, run: Run, prompt: str, content: str | None, finish: str | None) -> None:
         if self.log is not None:

@@ -54,6 +54,7 @@ class RequestInfo:
     pixels_fixed: bool = False  # preprocessing is over: the knobs before the encoder no longer apply
     full_detail: bool = False  # the caller wants all pixels and tokens while the budget allows
     asking: Asking | None = None  # whether the model may be asked if it is sure of a cheap plan's answer
+    beside: Sequence[Work] = ()  # what others make the model do that are in one batch with it
 
 
 class Planner:
@@ -134,6 +135,7 @@ class Planner:
             needs=needs.to_dict() if needs is not None else {},
             rejected=choice.rejected,
             escalation=second,
+            batch=info.batch + len(info.beside),
         )
         return decision, choice
 
@@ -269,7 +271,8 @@ class Planner:
         return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens))
 
     def work(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None) -> Work:
-        """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected)."""
+        """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected), with all that is
+        beside it."""
         sizes = info.sizes
         if point.max_fps is not None and info.frame_times_s and not info.pixels_fixed:
             sizes = [
@@ -277,13 +280,14 @@ class Planner:
                 for size, times, duration in zip(sizes, info.frame_times_s, info.durations_s, strict=True)
             ]
         plan = self.adapter.plan(sizes, point)
-        return Work(
+        own = Work(
             patches=plan.segments,
             prompt_tokens=plan.tokens + info.text_tokens,
             new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
             batch=info.batch,
             source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )
+        return own.beside(info.beside)
 
     def _choose(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str

@@ -17,7 +17,7 @@ All coefficients are non-negative, so that more work is never predicted to cost 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
@@ -68,6 +68,21 @@ class Work:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a finite number from {low}")
         if self.patches and not 0 <= min(self.patches) <= max(self.patches) < math.inf:
             raise ConfigError(f"patches has {min(self.patches)!r}; expected counts of at least 0")
+
+    def beside(self, others: Sequence["Work"]) -> "Work":
+        """What this request, alone a batch of one, is in one batch with `others`: all their media are encoded before
+        its prefill, every prompt is padded to the longest, and its own answer is as long as it was."""
+        if not others:
+            return self
+        rows = (self, *others)
+        return Work(
+            patches=tuple(n for row in rows for n in row.patches),
+            prompt_tokens=len(rows) * max(row.prompt_tokens for row in rows),
+            new_tokens=self.new_tokens,
+            batch=len(rows),
+            concurrency=self.concurrency,
+            source_pixels=sum(row.source_pixels for row in rows),
+        )
 
 
 def encode_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:

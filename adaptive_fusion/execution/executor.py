@@ -108,7 +108,7 @@ class Executor:
             InfeasibleBudgetError: If the prefill was not started for that reason.
             OutOfMemoryError: If every try ran out of memory.
         """
-        tries = _Tries(self.timed, task, controller, predict)
+        tries = Tries(self.timed, task, controller, predict)
         measured = self._begin_measuring(task.choice.budget)
         peak = None
         steps = [tries.used] if task.whole else self._steps_down(tries.used)
@@ -124,9 +124,9 @@ class Executor:
         tries.learn(measurement, done.timer.stopped_by)
         return Run(tries.decision(), measurement, done.result, done.encoding.length, done.timer.stopped_by)
 
-    def _first_or_second(self, tries: "_Tries", steps: list[OperatingPoint]) -> Pass:
+    def _first_or_second(self, tries: "Tries", steps: list[OperatingPoint]) -> Pass:
         """The pass that answers. Nothing of the first is alive any more when the second begins."""
-        run = partial(run_with_step_down, tries.attempt, on_oom=tries.out_of_memory, release=_release)
+        run = partial(run_with_step_down, tries.attempt, on_oom=tries.out_of_memory, release=release)
         try:
             return run(steps)
         except Unsure:
@@ -170,7 +170,7 @@ class Executor:
             with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
                 for point in points:
                     with suppress(OutOfMemoryError):
-                        run_with_step_down(attempt, [point], release=_release)
+                        run_with_step_down(attempt, [point], release=release)
         finally:
             self.meter.stop()
 
@@ -195,7 +195,7 @@ class Executor:
         return ladder
 
 
-class _Tries:
+class Tries:
     """The tries of one task: which point runs, what failed ones and a first pass took, and what the controller hears
     of it."""
 
@@ -213,13 +213,9 @@ class _Tries:
         Raises:
             Unsure: If the model is not sure of its answer and there is time for the better plan.
         """
-        self.used = point
-        task = self.task
+        task, look = self.task, self._look(point)
+        encoding, options = self.encoded(point)
         deadline = deadline_s(task.choice.budget, task.arrived)
-        look = self._look(point)
-        encoding = self.timed.encode(partial(task.prepare, point), point)
-        self._refuse_if_late(encoding, deadline)
-        options = task.options(encoding.encoded.inputs["input_ids"])
         generate = partial(self.timed.generate, encoding, deadline_s=deadline, cancelled=task.cancelled)
         if look is None:
             return generate(options)
@@ -228,6 +224,17 @@ class _Tries:
             # Nothing was shown before the verdict.
             self.held_ms = max(0.0, look.decided_s - done.first_s) * 1e3
         return done
+
+    def encoded(self, point: OperatingPoint) -> tuple[Encoding, Mapping[str, Any]]:
+        """The request prepared and encoded at `point`, and ``generate``'s options for it.
+
+        Raises:
+            InfeasibleBudgetError: If its first token would come too late for a budget that refuses then.
+        """
+        self.used = point
+        encoding = self.timed.encode(partial(self.task.prepare, point), point)
+        self._refuse_if_late(encoding, deadline_s(self.task.choice.budget, self.task.arrived))
+        return encoding, self.task.options(encoding.encoded.inputs["input_ids"])
 
     def _look(self, point: OperatingPoint) -> FirstLook | None:
         """A look at the pass that is about to begin, if it is the first and another may follow."""
@@ -340,6 +347,7 @@ def deadline_s(budget: Budget, arrived: float) -> float | None:
     return arrived + budget.latency_ms / 1e3
 
 
-def _release() -> None:
+def release() -> None:
+    """Give memory that is cached on the device back."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -161,3 +161,16 @@ class Repeating(LogitsProcessor):  # type: ignore[misc]
         alone = torch.full_like(scores, -torch.inf)
         alone[:, self._tokens[step]] = 0.0
         return alone
+
+
+class Said(Pieces):
+    """A streamer that says each piece of text as it comes, in the thread that generates."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by ``TextStreamer``."""
+        if text:
+            self._say(text)

@@ -6,9 +6,9 @@ The batch goes through the adapter once, as the requests of a server would that 
 
 from functools import partial
 
+from adaptive_fusion.execution.batches import collate
 from adaptive_fusion.execution.meters import meter_for
 from adaptive_fusion.execution.timed import TimedModel
-from adaptive_fusion.learning.labelling.batches import collate
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.rungs import Rung
 from benchmarks.gpu.book import Desk, Row

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from adaptive_fusion.learning.labelling.batches import collate
+from adaptive_fusion.execution.batches import collate
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.point import NATIVE
 from benchmarks.gpu.book import Desk, Row

@@ -24,7 +24,7 @@ FLOORS = (
     "learning/judging",
     "learning/data",
     *("demo", "doctor", "calibrate", "loading"),
-    *("runner", "answering", "prepared", "wired"),
+    *("runner", "batching", "answering", "prepared", "wired"),
     *("model_face", "pretrained"),
     "execution",
     "control",

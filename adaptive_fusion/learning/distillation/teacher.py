@@ -19,9 +19,9 @@ from torch import Tensor
 from adaptive_fusion.errors import ConfigError, UnsupportedModelError
 from adaptive_fusion.evaluation.likelihood import teacher_forced
 from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.batches import collate
 from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.execution.timed import Recordings, TimedModel, until_end
-from adaptive_fusion.learning.labelling.batches import collate
 from adaptive_fusion.models import Adapter, GridAdapter, Recorded
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.rungs import Rung

@@ -21,14 +21,13 @@ from adaptive_fusion.decision_log import text_hash
 from adaptive_fusion.errors import ConfigError, Interrupted
 from adaptive_fusion.evaluation.likelihood import after_prompt
 from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.execution.batches import batches, together
 from adaptive_fusion.execution.escalation import entropies, watched
 from adaptive_fusion.execution.request import ChatRequest, build_request
 from adaptive_fusion.execution.timed import Encoding, Pass, Recordings, TimedModel, until_end
 from adaptive_fusion.features.prompts import PROMPT_VERSION, prompt_features, prompt_kind
 from adaptive_fusion.learning.data.labels import Subject
-from adaptive_fusion.learning.labelling.batches import batches, collate
 from adaptive_fusion.learning.labelling.scoring import RungTiming
-from adaptive_fusion.models import Encoded
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.escalation import MOST_TOKENS
 from adaptive_fusion.policy.fitted import Fingerprint
@@ -234,7 +233,7 @@ class RunnerModel:
                 return len(seen) == MOST_TOKENS
 
             with watched(self.runner.adapter.model, see):
-                done = self._generate(_together(chosen), self.max_new_tokens)
+                done = self._generate(together(chosen), self.max_new_tokens)
             by_row = torch.stack(seen, dim=1).tolist()
             for row, new, unsure in zip(rows, done.new_tokens.tolist(), by_row, strict=True):
                 tokens = until_end(new, self.runner.adapter.end_tokens)
@@ -255,16 +254,6 @@ class RunnerModel:
         if self._cancelled is not None and self._cancelled.is_set():
             raise Interrupted("the work was cancelled")
         return self.runner.exclusive()
-
-
-def _together(encodings: Sequence[Encoding]) -> Encoding:
-    """Encodings as that of one batch."""
-    if len(encodings) == 1:
-        return encodings[0]
-    parts = [each.encoded for each in encodings]
-    inputs = collate([part.inputs for part in parts])
-    encoded = Encoded(inputs, sum(part.visual_tokens for part in parts), sum(part.patches for part in parts))
-    return replace(encodings[0], encoded=encoded)
 
 
 @lru_cache(maxsize=1)

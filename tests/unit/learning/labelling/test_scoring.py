@@ -18,8 +18,8 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.folders import media_files, questions, read_references
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.text import word_f1
+from adaptive_fusion.execution.batches import LEAST_SHARE, batches, collate
 from adaptive_fusion.learning.data.labels import Subject
-from adaptive_fusion.learning.labelling.batches import LEAST_SHARE, batches, collate
 from adaptive_fusion.learning.labelling.scoring import ModelScorer, RungTiming
 from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.rungs import Rung

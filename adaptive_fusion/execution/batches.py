@@ -5,10 +5,14 @@ answers are for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from adaptive_fusion.execution.timed import Encoding
+from adaptive_fusion.models import Encoded
 
 TOKEN_TENSORS = ("input_ids", "attention_mask", "mm_token_type_ids")
 LEAST_SHARE = 0.25
@@ -52,12 +56,27 @@ def collate(rows: Sequence[Mapping[str, Any]], tails: Sequence[Tensor] = ()) -> 
             kinds = dict.fromkeys(kind for value in values for kind in value)
             batch[key] = {kind: _outputs([value[kind] for value in values if kind in value]) for kind in kinds}
         elif key in TOKEN_TENSORS:
+            # A prompt without media may come without types: all of it is text.
+            found = (row[key] if key in row else _tail(key, row["input_ids"]) for row in rows)
             ends = (_tail(key, tail) for tail in tails)
-            whole = [torch.cat([value[0], end.to(value)]) for value, end in zip(values, ends, strict=True)]
+            whole = [torch.cat([value[0], end.to(value)]) for value, end in zip(found, ends, strict=True)]
             batch[key] = torch.stack([nn.functional.pad(row, (longest - len(row), 0)) for row in whole])
-        else:
+        elif all(isinstance(value, Tensor) for value in values):
             batch[key] = torch.cat(values)
+        else:  # seconds of each grid of a clip, in some families
+            batch[key] = [one for value in values for one in value]
     return batch
+
+
+def together(encodings: Sequence[Encoding]) -> Encoding:
+    """Encodings of one row each as that of one batch, with the point of the first; its times reach from the first
+    one's beginning to the last one's end."""
+    if len(encodings) == 1:
+        return encodings[0]
+    parts = [each.encoded for each in encodings]
+    inputs = collate([part.inputs for part in parts])
+    encoded = Encoded(inputs, sum(part.visual_tokens for part in parts), sum(part.patches for part in parts))
+    return replace(encodings[0], encoded=encoded, ended_s=max(each.ended_s for each in encodings))
 
 
 def _tail(key: str, tokens: Tensor) -> Tensor:

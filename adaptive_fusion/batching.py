@@ -1,0 +1,208 @@
+"""Requests whose turn has come, answered together: those that may share a pass of the model in batches, others alone.
+
+A batch is made only where nobody pays for it: by the costs that are predicted for it, it takes no longer than its
+requests one after the other, and each of them keeps its limits as it would alone, at no worse quality. Each is decided
+anew with what the others make the model do, since the plan that is cheapest alone need not be so in a batch.
+
+Knows turns, decisions and predicted costs. Must not know how rows are run or where the requests come from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from adaptive_fusion.answering import Answering, Way
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Choice
+from adaptive_fusion.control.planner import RequestInfo
+from adaptive_fusion.cost.model import Work
+from adaptive_fusion.decisions import Decision, Prediction
+from adaptive_fusion.execution.executor import Run
+from adaptive_fusion.execution.merging import ROWS, alike, shared_options, why_alone
+from adaptive_fusion.execution.rows import Row, run_rows
+from adaptive_fusion.prepared import Call, Turn
+from adaptive_fusion.reply import Reply
+
+NO_LOOK = "it is in one batch with others"
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A turn with its decision, and what it makes the model do at the decided point if it is alone."""
+
+    turn: Turn
+    limits: Budget
+    info: RequestInfo
+    decision: Decision
+    choice: Choice
+    work: Work
+
+
+class Batching(Answering):
+    """Answers prepared requests, several in one pass where that pays."""
+
+    def _answer_turns(self, turns: Sequence[Turn], most: int = ROWS) -> None:
+        """Answer every turn, in batches of at most `most`; each has its result as soon as its own answer has ended.
+
+        The first in line is never left waiting for the sake of others.
+        """
+        waiting = list(turns)
+        while waiting:
+            with self._lock:
+                waiting[0] = waiting[0].come()
+                group, why = self._group(waiting, most)
+                rest = waiting[:1]
+                if group:
+                    rest, why = self._run_group(group)
+                for turn in rest:
+                    self._answer_alone(turn.come(), why)
+            settled = [placed.turn.result for placed in group] or [waiting[0].result]
+            waiting = [turn for turn in waiting if turn.result not in settled]
+
+    def _answer_several(self, calls: Sequence[Call]) -> list[Reply]:
+        """Answer calls in order, `ROWS` at a time, so that media of no more than these are in memory. None of them
+        counts the time in which it waited for another."""
+        replies: list[Reply] = []
+        for start in range(0, len(calls), ROWS):
+            turns = []
+            for call in calls[start : start + ROWS]:
+                prepared = self._prepare(call)
+                turns.append(Turn(prepared, lead_s=self._clock() - prepared.arrived_s))
+            self._answer_turns(turns)
+            replies += [turn.result.result() for turn in turns]
+        return replies
+
+    def _answer_alone(self, turn: Turn, why: str) -> None:
+        turn.settle(lambda: self._answer_turn(turn, f"alone: {why}" if why else ""))
+
+    # Who shares a batch
+
+    def _why_apart(self, turn: Turn) -> str:
+        """Why a request is not put together with others, in words; empty where it may be."""
+        call = turn.prepared.call
+        if not self.adapter.packed:
+            return "the model takes the images of one request"
+        if call.seed is not None and call.arguments.value("do_sample"):
+            return "its sampling is seeded"
+        if self.budget.merge(call.budget).vram_gb is not None:
+            return "its memory is limited"
+        if self.policy.explore > 0.0:
+            return "the policy explores"
+        return why_alone(call.arguments)
+
+    def _may_share(self, turn: Turn, other: Turn) -> bool:
+        """Whether two turns could share a batch, whatever it costs."""
+        one, two = turn.prepared, other.prepared
+        same = one.runner is two.runner and alike(one.call.arguments, two.call.arguments)
+        return same and not self._why_apart(turn) and not self._why_apart(other)
+
+    def _group(self, waiting: Sequence[Turn], most: int) -> tuple[list[_Placed], str]:
+        """The first turn with those that share its batch, or nobody and why it runs alone, in words."""
+        first, others = waiting[0], waiting[1:]
+        if not others or most < 2:
+            return [], ""
+        if why := self._why_apart(first):
+            return [], why
+        like = [turn for turn in others if self._may_share(first, turn)][: most - 1]
+        if not like:
+            return [], "no other has the same arguments"
+        placed = []
+        for turn in (first, *(turn.come() for turn in like)):
+            try:
+                placed.append(self._placed(turn))
+            except Exception:  # it is met again, and told, where that request runs
+                if turn is first:
+                    return [], ""
+        return self._paying(placed)
+
+    def _paying(self, alone: list[_Placed]) -> tuple[list[_Placed], str]:
+        """The first with as many of the others as can share its batch without anybody's loss."""
+        why = "nobody else could be decided"
+        while len(alone) > 1:
+            if self._batch_ms(alone) > sum(self._predicted(each).latency_ms for each in alone):
+                why = "a batch would take longer than one after the other"
+                fewer = [[each for each in alone if each is not left] for left in alone[1:]]
+                alone = min(fewer, key=lambda rows: self._batch_ms(rows) / len(rows))
+                continue
+            together = list(alone)
+            for index, each in enumerate(alone):
+                beside = [other.work for i, other in enumerate(together) if i != index]
+                together[index] = self._placed(each.turn, beside)
+            losers = [i for i, each in enumerate(alone) if self._loses(each, together[i])]
+            if not losers:
+                return together, ""
+            why = "a batch would cost limits or quality"
+            dropped = max(losers[-1], 1)
+            alone = [*alone[:dropped], *alone[dropped + 1 :]]
+        return [], why
+
+    def _placed(self, turn: Turn, beside: Sequence[Work] = ()) -> _Placed:
+        """A turn decided as if alone, or `beside` others. There the model is not asked if it is sure: a second pass of
+        one row would be one of all."""
+        call = turn.prepared.call
+        limits = replace(self.budget.merge(call.budget), on_infeasible="cheapest")
+        info = self._within_context(self._info_of(turn.prepared), call)
+        if beside:
+            asking = replace(info.asking, never=info.asking.never or NO_LOOK) if info.asking is not None else None
+            info = replace(info, beside=tuple(beside), asking=asking)
+        decision, choice = self._planned(info, limits, call)
+        work = self._planner.work(decision.point, replace(info, beside=()))
+        return _Placed(turn, limits, info, decision, choice, work)
+
+    def _loses(self, alone: _Placed, both: _Placed) -> bool:
+        """Whether a request is worse off in a batch: it may miss its limits, or is planned at a lower quality."""
+        risk = max(1.0 - both.limits.attainment, alone.choice.p_late)
+        if not both.choice.feasible or both.choice.p_late > risk:
+            return True
+        return both.choice.candidate.quality < alone.choice.candidate.quality - self.policy.tolerance
+
+    def _predicted(self, placed: _Placed, work: Work | None = None) -> Prediction:
+        """What the decided point takes for a request's own work, or for other `work`."""
+        return self._planner.cost.predict(self.adapter.computed(placed.decision.point), work or placed.work)
+
+    def _batch_ms(self, rows: Sequence[_Placed]) -> float:
+        """Predicted time from the first encoding to the end of the longest answer."""
+        longest = max(rows, key=lambda each: each.work.new_tokens)
+        beside = [each.work for each in rows if each is not longest]
+        whole = self._predicted(longest, longest.work.beside(beside))
+        return sum(self._predicted(each).encode_ms for each in rows) + whole.prefill_ms + whole.decode_ms
+
+    # How a batch is run
+
+    def _run_group(self, group: Sequence[_Placed]) -> tuple[list[Turn], str]:
+        """Run a batch; turns for which it was not to be, and why."""
+        rows: list[Row] = []
+        turns: list[Turn] = []
+        for placed in group:
+            try:
+                rows.append(self._row(placed))
+                turns.append(placed.turn)
+            except Exception as error:
+                placed.turn.fail(error)
+        arguments = group[0].turn.prepared.call.arguments
+        over, why = run_rows(
+            self._executor,
+            self.controller,
+            rows,
+            shared_options(arguments),
+            ends=arguments.end_tokens(),
+            stop_strings=arguments.end_strings(),
+            tokenizer=getattr(self.processor, "tokenizer", None),
+        )
+        return [turns[index] for index in over], why
+
+    def _row(self, placed: _Placed) -> Row:
+        turn, prepared = placed.turn, placed.turn.prepared
+        way = Way(self, prepared)
+
+        def done(run: Run) -> None:
+            self.last = run.decision, run.measurement
+            turn.settle(lambda: self._reply(prepared, run, way.prompt))
+
+        return Row(
+            task=self._task(turn, way, placed.info, placed.decision, placed.choice),
+            predict=self._predict(placed.info),
+            most=prepared.call.arguments.most_new_tokens(0),
+            done=done,
+            failed=turn.fail,
+            streamer=turn.streamer,
+        )
