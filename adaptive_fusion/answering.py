@@ -25,6 +25,7 @@ from adaptive_fusion.errors import ContextLengthError
 from adaptive_fusion.execution.arguments import Arguments, settled
 from adaptive_fusion.execution.executor import Run, Task
 from adaptive_fusion.execution.logprobs import token_logprobs
+from adaptive_fusion.execution.merging import why_alone
 from adaptive_fusion.execution.request import ChatRequest, build_request
 from adaptive_fusion.execution.shift import shift
 from adaptive_fusion.execution.stream import Pieces, Repeating
@@ -93,6 +94,19 @@ class Answering(Wired):
         request = build_request(call.media, call.prompt, hashed=self.log is not None, **call.of_prompt)
         native_tokens = self.adapter.plan(request.sizes, NATIVE).tokens if request.sizes else 0
         return Prepared(self, request, arrived, native_tokens, self._text_tokens(request), call)
+
+    def _why_apart(self, prepared: Prepared) -> str:
+        """Why a request is not put together with others, in words; empty where it may be."""
+        call = prepared.call
+        if not self.adapter.packed:
+            return "the model takes the images of one request"
+        if call.seed is not None and call.arguments.value("do_sample"):
+            return "its sampling is seeded"
+        if self.budget.merge(call.budget).vram_gb is not None:
+            return "its memory is limited"
+        if self.policy.explore > 0.0:
+            return "the policy explores"
+        return why_alone(call.arguments)
 
     def _decide(self, prepared: Prepared, limits: Budget, wait_ms: float) -> Decision:
         info = self._info_of(prepared)

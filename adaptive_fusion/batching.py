@@ -17,7 +17,7 @@ from adaptive_fusion.control.planner import RequestInfo
 from adaptive_fusion.cost.model import Work
 from adaptive_fusion.decisions import Decision, Prediction
 from adaptive_fusion.execution.executor import Run
-from adaptive_fusion.execution.merging import ROWS, alike, shared_options, why_alone
+from adaptive_fusion.execution.merging import ROWS, shared_options
 from adaptive_fusion.execution.rows import Row, run_rows
 from adaptive_fusion.prepared import Call, Turn
 from adaptive_fusion.reply import Reply
@@ -40,8 +40,8 @@ class _Placed:
 class Batching(Answering):
     """Answers prepared requests, several in one pass where that pays."""
 
-    def _answer_turns(self, turns: Sequence[Turn], most: int = ROWS) -> None:
-        """Answer every turn, in batches of at most `most`; each has its result as soon as its own answer has ended.
+    def _answer_turns(self, turns: Sequence[Turn]) -> None:
+        """Answer every turn; each has its result as soon as its own answer has ended.
 
         The first in line is never left waiting for the sake of others.
         """
@@ -49,7 +49,7 @@ class Batching(Answering):
         while waiting:
             with self._lock:
                 waiting[0] = waiting[0].come()
-                group, why = self._group(waiting, most)
+                group, why = self._group(waiting)
                 rest = waiting[:1]
                 if group:
                     rest, why = self._run_group(group)
@@ -76,33 +76,14 @@ class Batching(Answering):
 
     # Who shares a batch
 
-    def _why_apart(self, turn: Turn) -> str:
-        """Why a request is not put together with others, in words; empty where it may be."""
-        call = turn.prepared.call
-        if not self.adapter.packed:
-            return "the model takes the images of one request"
-        if call.seed is not None and call.arguments.value("do_sample"):
-            return "its sampling is seeded"
-        if self.budget.merge(call.budget).vram_gb is not None:
-            return "its memory is limited"
-        if self.policy.explore > 0.0:
-            return "the policy explores"
-        return why_alone(call.arguments)
-
-    def _may_share(self, turn: Turn, other: Turn) -> bool:
-        """Whether two turns could share a batch, whatever it costs."""
-        one, two = turn.prepared, other.prepared
-        same = one.runner is two.runner and alike(one.call.arguments, two.call.arguments)
-        return same and not self._why_apart(turn) and not self._why_apart(other)
-
-    def _group(self, waiting: Sequence[Turn], most: int) -> tuple[list[_Placed], str]:
+    def _group(self, waiting: Sequence[Turn]) -> tuple[list[_Placed], str]:
         """The first turn with those that share its batch, or nobody and why it runs alone, in words."""
         first, others = waiting[0], waiting[1:]
-        if not others or most < 2:
+        if not others:
             return [], ""
-        if why := self._why_apart(first):
+        if why := first.prepared.apart:
             return [], why
-        like = [turn for turn in others if self._may_share(first, turn)][: most - 1]
+        like = [turn for turn in others if first.prepared.fits(turn.prepared)]
         if not like:
             return [], "no other has the same arguments"
         placed = []

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.execution.arguments import Arguments
+from adaptive_fusion.execution.merging import alike
 from adaptive_fusion.execution.request import ChatRequest
 from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.point import OperatingPoint
@@ -76,6 +78,17 @@ class Prepared:
     def offers(self) -> tuple[str, list[Candidate]]:
         """See `AdaptiveRunner.offers`."""
         return self.runner._offers(self.runner._chat_info(self.request, self.call.arguments, self.arrived_s))
+
+    @cached_property
+    def apart(self) -> str:
+        """Why it is never put together with others, in words; empty where it may be."""
+        return self.runner._why_apart(self)
+
+    def fits(self, other: "Prepared") -> bool:
+        """Whether it could be answered in one pass of the model with `other`, whatever that costs."""
+        if self.runner is not other.runner or self.apart or other.apart:
+            return False
+        return alike(self.call.arguments, other.call.arguments)
 
     def chat(
         self, *, cancelled: threading.Event | None = None, decided: Callable[[Decision], None] | None = None

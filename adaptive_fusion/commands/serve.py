@@ -122,6 +122,15 @@ def serve(
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that wait; more are told to come back.", rich_help_panel=_SERVER)
     ] = 64,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Most requests answered in one pass of the model; 1 puts none together.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 4,
     log: options.LogFile = None,
     state: Annotated[
         Path | None,
@@ -154,6 +163,7 @@ def serve(
             ),
             max_new_tokens=max_tokens,
             queue=queue,
+            batch=batch,
             state=state,
             calibrate=calibrate,
             generate=cache_options(cache.value),

@@ -196,6 +196,7 @@ def outlook(decision: Decision, native_tokens: int) -> dict[str, Any]:
         "reason": decision.reason,
         "feasible": decision.feasible,
         "escalated": False,
+        "batch": decision.batch,
         "budget": dict(decision.budget),
         "predicted": predicted(decision),
         "margin": decision.margin,

@@ -20,7 +20,7 @@ from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.answers import Asked
 from adaptive_fusion.serving.blame import blaming
 from adaptive_fusion.serving.http import as_json, bodies_of, read_body, while_connected
-from adaptive_fusion.serving.job import Job, made, own_budget, record, run_job, tokenizer_of
+from adaptive_fusion.serving.job import Job, made, own_budget, record, tokenizer_of
 from adaptive_fusion.serving.media import check_media
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, json_response
@@ -29,6 +29,7 @@ from adaptive_fusion.serving.schema import ChatCall, read_chat
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.streaming import stream_answer
 from adaptive_fusion.serving.tracing import caller_context, request_attributes, span
+from adaptive_fusion.serving.turns import ModelTurn, take
 
 
 async def chat_completions(request: Request) -> Response:
@@ -176,9 +177,7 @@ def _unreachable(wait_s: float) -> Refusal:
 
 async def _whole(job: Job, prepared: Prepared, asked: Asked) -> Response:
     with job.place:
-        reply = await run_job(
-            job, prepared, lambda cancelled, decided: prepared.chat(cancelled=cancelled, decided=decided)
-        )
+        reply = await take(ModelTurn(job, prepared))
     values = await made(answers.completion, asked, reply, tokenizer_of(prepared), job.waited_s)
     record(job, asked, reply, values["adaptive_fusion"])
     return json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))

@@ -1,27 +1,22 @@
-"""A chat request on its way: its limits, its turn on the model, and what is counted, logged and kept of it.
+"""A chat request on its way: its limits, and what is counted, logged and kept of it.
 
 Knows the parts of the service. Must not know of bodies, media, or the form of an answer.
 """
 
 import asyncio
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from opentelemetry.context import Context
-from opentelemetry.trace import SpanKind
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.decisions import Decision
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import Prepared
 from adaptive_fusion.serving.answers import Asked
-from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.scheduler import Place, too_late
 from adaptive_fusion.serving.schema import ChatCall
 from adaptive_fusion.serving.service import Service
-from adaptive_fusion.serving.tracing import reply_attributes, request_attributes, say, span
 
 T = TypeVar("T")
 
@@ -86,45 +81,6 @@ def own_budget(service: Service, call: ChatCall) -> Budget:
     return service.settings.budget.merge(call.budget)
 
 
-async def run_job(
-    job: Job, prepared: Prepared, answer: Callable[[threading.Event, Callable[[Decision], None]], Reply]
-) -> Reply:
-    """Wait for the model and let it `answer`, under a span of its own."""
-    service, queued_s = job.service, job.service.runner.clock()
-    metrics, clock = service.metrics, service.runner.clock
-
-    def work(cancelled: threading.Event) -> Reply:
-        began = clock()
-        job.waited_s = began - queued_s
-        metrics.started(job.waited_s)
-        try:
-            return answer(cancelled, lambda decision: metrics.decided(clock() - began))
-        finally:
-            metrics.ended()
-
-    options = {**job.call.options, "stream": job.call.stream, "seed": job.call.seed}
-    attributes = request_attributes(service.settings.model, {**options, "max_tokens": job.call.max_new_tokens})
-    name = f"chat {service.settings.model}"
-    with span(name, attributes, context=job.trace, kind=SpanKind.SERVER) as current:
-        try:
-            job.refuse_if_expired()
-            reply = await service.scheduler.run(work, latest_s=job.latest_s)
-        except Refusal:
-            service.reserve.observe(False)
-            raise
-        say(current, reply_attributes(reply))
-        say(
-            current,
-            {
-                "adaptive_fusion.queue_ms": job.waited_s * 1e3,
-                "adaptive_fusion.media": len(prepared.request.media),
-                "adaptive_fusion.visual_tokens_native": prepared.native_tokens,
-                "adaptive_fusion.escalated": False,
-            },
-        )
-    return reply
-
-
 def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> None:
     """Count, log and keep what came of a request."""
     service, decision, took = job.service, reply.decision, reply.measurement
@@ -152,6 +108,7 @@ def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> N
         feasible=decision.feasible,
         met=reply.met,
         escalated=False,
+        batch=decision.batch,
         prompt_tokens=took.prompt_tokens,
         new_tokens=took.new_tokens,
         visual_tokens=took.visual_tokens,

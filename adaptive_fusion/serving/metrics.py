@@ -67,6 +67,7 @@ _FIRST_S = (
 )
 _TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 _WHOLE_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0)
+_ROWS = (1, 2, 3, 4, 8, 16, 32, 64)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 
 
@@ -147,6 +148,7 @@ class Metrics:
     def _decisions(self) -> None:
         self._decided = self._counter("decisions", "Requests run, by lane and rung.", "lane", "plan")
         self._escalated = self._counter("escalations", "Requests that were run again at a better point.")
+        self._rows = self._histogram("request_batch_requests", "Requests in the pass that a request ran in.", _ROWS)
         self._budgets = self._counter("budget_requests", "Requests with limits, by whether all were kept.", "met")
         self._infeasible = self._counter("infeasible_decisions", "Requests run though nothing fitted their limits.")
         for met in ("true", "false"):
@@ -228,6 +230,7 @@ class Metrics:
         self._native.inc(_valid(took.visual_tokens if native_visual_tokens is None else native_visual_tokens))
         plan = decision.rung or (NATIVE.name if decision.point == NATIVE else OTHER)
         self._decided.labels(self._one_of("lane", decision.lane), self._one_of("plan", plan)).inc()
+        _observe(self._rows, decision.batch)
         self._escalated.inc(bool(escalated))
         self._infeasible.inc(not decision.feasible)
         if (met := reply.met) is not None:

@@ -1,6 +1,6 @@
-"""Who waits for the one model, in which order, how long at most, and who is not let in.
+"""Who waits for the one model, in which order, how long at most, who is not let in, and who goes in together.
 
-Knows places in a queue, a clock and callables. Must not know of HTTP, models or what a job does. All of it but the jobs
+Knows places in a queue, a clock and callables. Must not know of HTTP, models or what an errand does. All of it but the errands
 themselves runs on one event loop, so that no lock is needed.
 """
 
@@ -9,22 +9,54 @@ import contextlib
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from adaptive_fusion.serving.refusals import Refusal
 
 T = TypeVar("T")
 _MEMORY = 0.2
-"""Weight of the newest job in the mean time of jobs."""
+"""Weight of the newest errand in the mean time of errands."""
 _SURE = 2.0
 """Mean deviations on top of the mean wait: what it is to exceed in one case of twenty."""
 _RECENT = 32
 """Jobs of which the shortest says what one takes at least."""
 _RETRY_S = 1.0
 """When to try again while nothing is known."""
+
+
+class Errand(ABC, Generic[T]):
+    """Something to be done by the worker, alone or together with others that wait.
+
+    Attributes:
+        cancelled: Set once nobody wants it any more.
+        result: Set when it is done, which may be before the others are.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+        self.result: Future[T] = Future()
+
+    def fits(self, other: "Errand[Any]") -> bool:
+        """Whether `other` may be done together with this one."""
+        return False
+
+    @abstractmethod
+    def do(self, company: "Sequence[Any]") -> None:
+        """Called in the worker's thread: do this errand and those that it took along, and set each one's result."""
+
+
+@dataclass
+class _Waiter:
+    """One errand that waits: `turn` tells it that it has the worker (True), or that another took it along (False)."""
+
+    latest_s: float | None
+    errand: Errand[Any]
+    turn: "asyncio.Future[bool]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Place:
@@ -48,10 +80,12 @@ class Place:
 
 
 class Scheduler:
-    """A bounded queue, first come first served, in front of one worker thread.
+    """A bounded queue, first come first served, in front of one worker thread. An errand whose turn has come takes along
+    those that wait and may be done with it; nobody waits for others to come.
 
     Args:
         queue: Most admitted requests beside the one that runs.
+        batch: Most errands that are done together.
         clock: Seconds, monotonic.
         changed: Called with the number of admitted requests whenever it changes.
     """
@@ -61,13 +95,14 @@ class Scheduler:
         queue: int,
         clock: Callable[[], float] = time.monotonic,
         changed: Callable[[int], None] = lambda depth: None,
+        batch: int = 1,
     ) -> None:
-        self.queue, self._clock, self._changed = queue, clock, changed
+        self.queue, self.batch, self._clock, self._changed = queue, batch, clock, changed
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.draining = False
         self._places: dict[int, None] = {}
         self._next = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: deque[_Waiter] = deque()
         self._busy_since: float | None = None
         self._mean_s, self._spread_s = 0.0, 0.0
         self._recent: deque[float] = deque(maxlen=_RECENT)
@@ -81,7 +116,7 @@ class Scheduler:
 
     @property
     def running(self) -> bool:
-        """Whether a job has the worker."""
+        """Whether an errand has the worker."""
         return self._busy_since is not None
 
     def admit(self) -> Place:
@@ -118,11 +153,11 @@ class Scheduler:
 
     @property
     def least_s(self) -> float:
-        """What the shortest of the last jobs took; 0 before there was one."""
+        """What the shortest of the last errands took, of those done together its part; 0 before there was one."""
         return min(self._recent, default=0.0)
 
     def expected_wait_s(self, place: Place) -> float:
-        """How long those before `place` will keep the worker, by what jobs took lately and how much that varied."""
+        """How long those before `place` will keep the worker, by what errands took lately and how much that varied."""
         ahead = 0
         for number in self._places:
             if number == place.number:
@@ -133,36 +168,57 @@ class Scheduler:
         done = self._clock() - self._busy_since if self._busy_since is not None else 0.0
         return max(ahead * self._mean_s + _SURE * math.sqrt(ahead) * self._spread_s - min(done, self._mean_s), 0.0)
 
-    async def run(self, work: Callable[[threading.Event], T], *, latest_s: float | None = None) -> T:
-        """Wait for the worker, do `work` in it, and return its result.
+    async def run(self, errand: Errand[T], *, latest_s: float | None = None) -> T:
+        """Wait for the worker, let it do `errand` with all that it takes along, and return the errand's result.
 
-        Cancelled while it waits, the job never runs; cancelled while it runs, the event that `work` was given is set,
-        and the worker is free again once `work` has returned.
+        Cancelled while it waits, the errand never runs; cancelled while it runs, its event is set, and the worker is free
+        again once it and its company are done.
 
         Args:
-            work: Called in the worker's thread.
-            latest_s: When, on the clock, it is too late to begin for a job that had to wait; of one that need not wait
+            errand: What is to be done.
+            latest_s: When, on the clock, it is too late to begin for an errand that had to wait; of one that need not wait
                 that is its own business.
 
         Raises:
             Refusal: 429 if it is too late.
         """
-        await self._turn(latest_s)
-        cancelled = threading.Event()
+        if await self._turn(_Waiter(latest_s, errand)):
+            self._start(errand)
+        result = asyncio.wrap_future(errand.result)
         try:
-            job = asyncio.get_running_loop().run_in_executor(self.thread, work, cancelled)
-        except BaseException:
-            self._next_turn()
-            raise
-        started = self._clock()
-        job.add_done_callback(lambda done: self._finished(started, done))
-        try:
-            return await asyncio.shield(job)
+            return await asyncio.shield(result)
         except asyncio.CancelledError:
-            cancelled.set()
+            errand.cancelled.set()
             raise
         finally:
-            del job  # it holds its error, which holds this frame and those that wait for it
+            del result  # it holds its error, which holds this frame and those that wait for it
+
+    def _start(self, errand: Errand[Any]) -> None:
+        """Have the worker do what has its turn."""
+        company = self._company(errand)
+        try:
+            work = asyncio.get_running_loop().run_in_executor(self.thread, _do, errand, company)
+        except BaseException as error:
+            self._next_turn()
+            for each in (errand, *company):
+                each.result.set_exception(error)
+            return
+        started = self._clock()
+        work.add_done_callback(lambda done: self._finished(started, done, 1 + len(company)))
+
+    def _company(self, errand: Errand[Any]) -> list[Errand[Any]]:
+        """Those that wait and may be done with `errand`, in the order of their coming; they wait no longer."""
+        found: list[Errand[Any]] = []
+        now = self._clock()
+        for waiter in list(self._waiting):
+            if len(found) + 1 >= self.batch:
+                break
+            in_time = waiter.latest_s is None or now < waiter.latest_s
+            if in_time and not waiter.turn.done() and errand.fits(waiter.errand):
+                self._waiting.remove(waiter)
+                waiter.turn.set_result(False)
+                found.append(waiter.errand)
+        return found
 
     def drain(self) -> None:
         """Let nobody else in."""
@@ -172,22 +228,27 @@ class Scheduler:
         """Wait until every admitted request was answered."""
         await self._idle.wait()
 
-    async def _turn(self, latest_s: float | None) -> None:
+    async def _turn(self, mine: _Waiter) -> bool:
+        """Wait for the worker; whether it is there, or another has taken the errand along."""
         if self._busy_since is None:
             self._busy_since = self._clock()
-            return
-        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            return True
+        latest_s = mine.latest_s
         self._waiting.append(mine)
         try:
             # Not `wait_for`, which in Python 3.11 may swallow a cancellation.
             async with asyncio.timeout(None if latest_s is None else latest_s - self._clock()):
-                await mine
-            if latest_s is not None and self._clock() >= latest_s:
+                leads = await mine.turn
+            if leads and latest_s is not None and self._clock() >= latest_s:
                 raise TimeoutError
+            return leads
         except BaseException as error:
             # The turn may have come in the same moment: then it is the next one's.
-            if mine.done() and not mine.cancelled():
-                self._next_turn()
+            if mine.turn.done() and not mine.turn.cancelled():
+                if mine.turn.result():
+                    self._next_turn()
+                else:
+                    mine.errand.cancelled.set()
             else:
                 with contextlib.suppress(ValueError):
                     self._waiting.remove(mine)
@@ -195,24 +256,44 @@ class Scheduler:
                 raise too_late() from None
             raise
 
-    def _finished(self, started: float, done: "asyncio.Future[T]") -> None:
-        took = self._clock() - started
+    def _finished(self, started: float, done: "asyncio.Future[Any]", errands: int) -> None:
+        took = (self._clock() - started) / errands
         if not done.cancelled() and done.exception() is None:
-            weight = _MEMORY if self._mean_s else 1.0
-            off = abs(took - self._mean_s) if self._mean_s else 0.0
             self._recent.append(took)
-            self._mean_s += weight * (took - self._mean_s)
-            self._spread_s += weight * (off - self._spread_s)
+            for _ in range(errands):
+                weight = _MEMORY if self._mean_s else 1.0
+                off = abs(took - self._mean_s) if self._mean_s else 0.0
+                self._mean_s += weight * (took - self._mean_s)
+                self._spread_s += weight * (off - self._spread_s)
         self._next_turn()
 
     def _next_turn(self) -> None:
         while self._waiting:
             following = self._waiting.popleft()
-            if not following.done():
+            if not following.turn.done():
                 self._busy_since = self._clock()
-                following.set_result(None)
+                following.turn.set_result(True)
                 return
         self._busy_since = None
+
+
+def _do(errand: Errand[Any], company: Sequence[Errand[Any]]) -> None:
+    """Do errands together; none is left without a result.
+
+    Raises:
+        What `Errand.do` raises, which is also the result of those that it left without one.
+    """
+    failed: BaseException = RuntimeError("an errand was left without a result")
+    try:
+        errand.do(company)
+    except BaseException as error:
+        failed = error
+        raise
+    finally:
+        for each in (errand, *company):
+            if not each.result.done():
+                each.result.set_exception(failed)
+        del failed
 
 
 def too_late() -> Refusal:

@@ -51,7 +51,7 @@ class Service:
         rungs = [rung.name for ladder in runner.policy.lanes.values() for rung in ladder]
         self.metrics = Metrics(rungs)
         self.access_log = AccessLog()
-        self.scheduler = Scheduler(settings.queue, runner.clock, self.metrics.queued)
+        self.scheduler = Scheduler(settings.queue, runner.clock, self.metrics.queued, settings.batch)
         self.side = Scheduler(settings.queue, runner.clock)  # of requests that do not want the model
         self.reserve = Reserve()
         self.records = Records(settings.keep_decisions)

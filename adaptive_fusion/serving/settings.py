@@ -31,6 +31,7 @@ class Settings:
         api_key: What clients must present as bearer token; None asks for none.
         allowed_media_domains: Hosts from which media are fetched, by exact name; none are without it.
         max_new_tokens: Most tokens of an answer where the request does not say.
+        batch: Most requests that the model answers in one pass; 1 puts none together.
         queue: Most requests that wait for the model or are made ready for it, beside the one that runs.
         max_body_mib: Largest body of a request, in MiB.
         keep_decisions: How many of the last decisions can be asked for and rated.
@@ -51,6 +52,7 @@ class Settings:
     api_key: str | None = field(default=None, repr=False)
     allowed_media_domains: tuple[str, ...] = ()
     max_new_tokens: int = 256
+    batch: int = 4
     queue: int = 64
     max_body_mib: int = 64
     keep_decisions: int = 1000
@@ -66,6 +68,7 @@ class Settings:
             raise ConfigError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
         integer(self.port, "port", 0, MAX_PORT)
         integer(self.max_new_tokens, "max_new_tokens", 1, 1_000_000)
+        integer(self.batch, "batch", 1, 64)
         integer(self.queue, "queue", 0, 100_000)
         integer(self.max_body_mib, "max_body_mib", 1, 1024)
         integer(self.keep_decisions, "keep_decisions", 1, 1_000_000)

@@ -5,8 +5,7 @@ Knows jobs and the form of the pieces. Must not know how a request was read or m
 
 import asyncio
 import json
-import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -19,9 +18,10 @@ from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.answers import Asked
 from adaptive_fusion.serving.http import log as server_log
 from adaptive_fusion.serving.http import place_of
-from adaptive_fusion.serving.job import Job, made, record, run_job, tokenizer_of
+from adaptive_fusion.serving.job import Job, made, record, tokenizer_of
 from adaptive_fusion.serving.pieces import StopFilter
 from adaptive_fusion.serving.refusals import as_refusal, error_body
+from adaptive_fusion.serving.turns import ModelTurn, take
 
 PING_S = 15
 """Seconds without a piece after which a comment is sent, so that nobody between takes the connection for dead."""
@@ -33,17 +33,10 @@ async def stream_answer(job: Job, prepared: Prepared, asked: Asked) -> Response:
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
     decisions: list[Decision] = []
 
-    def answer(cancelled: threading.Event, decided: Callable[[Decision], None]) -> Reply:
-        def note(decision: Decision) -> None:
-            decided(decision)
-            decisions.append(decision)
+    def said(piece: str) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        with prepared.stream(cancelled=cancelled, decided=note) as stream:
-            for piece in stream:
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-            return stream.reply
-
-    task = asyncio.create_task(run_job(job, prepared, answer))
+    task = asyncio.create_task(take(ModelTurn(job, prepared, decisions.append, said)))
 
     def ended(done: asyncio.Task[Reply]) -> None:
         job.place.release()

@@ -51,6 +51,7 @@ ATTRIBUTES = frozenset(
         "adaptive_fusion.feasible",
         "adaptive_fusion.met",
         "adaptive_fusion.escalated",
+        "adaptive_fusion.batch",
         "adaptive_fusion.predicted_ms",
         "adaptive_fusion.latency_ms",
         "adaptive_fusion.queue_ms",

@@ -1,9 +1,10 @@
-"""One job at a time, in order; what is late or cancelled never runs; no place and no turn is lost."""
+"""One job at a time, in order, with those that fit; what is late or cancelled never runs; no place or turn is lost."""
 
 import asyncio
 import random
 import threading
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from waits import MOST_S
 
 from adaptive_fusion.serving.refusals import Refusal
-from adaptive_fusion.serving.scheduler import Scheduler
+from adaptive_fusion.serving.scheduler import Errand, Scheduler
+
+KINDS = ("", "a", "b")
 
 
 class Clock:
@@ -20,6 +23,21 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Doing(Errand[Any]):
+    """A job that does `work`, and that fits those of its `kind`."""
+
+    def __init__(self, work: Callable[[threading.Event], Any], kind: str = "") -> None:
+        super().__init__()
+        self.work, self.kind = work, kind
+
+    def fits(self, other: Errand[Any]) -> bool:
+        return isinstance(other, Doing) and self.kind == other.kind != ""
+
+    def do(self, company: Sequence["Doing"]) -> None:
+        for job in (self, *company):
+            job.result.set_result(job.work(job.cancelled))
 
 
 class Model:
@@ -30,7 +48,7 @@ class Model:
         self.at_once = self.most = 0
         self._lock = threading.Lock()
 
-    def job(self, number: int, until: threading.Event | None = None) -> Any:
+    def job(self, number: int, until: threading.Event | None = None, kind: str = "") -> Doing:
         def work(cancelled: threading.Event) -> int:
             with self._lock:
                 self.ran.append(number)
@@ -45,12 +63,19 @@ class Model:
                 self.at_once -= 1
             return number
 
-        return work
+        return Doing(work, kind)
 
 
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+async def free(scheduler: Scheduler) -> None:
+    """Wait until the worker has put its last job away: a result is there a moment before."""
+    async with asyncio.timeout(MOST_S):
+        while scheduler.running:
+            await asyncio.sleep(0)
 
 
 def test_jobs_run_one_at_a_time_in_the_order_of_their_coming() -> None:
@@ -60,7 +85,8 @@ def test_jobs_run_one_at_a_time_in_the_order_of_their_coming() -> None:
         await settle()
         gate.set()
         assert await asyncio.gather(*tasks) == list(range(20)) == model.ran
-        assert model.most == 1 and not scheduler.running
+        await free(scheduler)
+        assert model.most == 1
 
     asyncio.run(main())
 
@@ -129,7 +155,7 @@ def test_a_job_that_fails_frees_the_worker() -> None:
 
         for _ in range(3):
             with pytest.raises(RuntimeError, match="broken"):
-                await scheduler.run(broken)
+                await scheduler.run(Doing(broken))
         assert await scheduler.run(model.job(1)) == 1
 
     asyncio.run(main())
@@ -146,7 +172,8 @@ def test_the_wait_is_that_of_those_before() -> None:
             clock.now += 2.0
 
         for _ in range(30):
-            await scheduler.run(two_seconds)
+            await scheduler.run(Doing(two_seconds))
+            await free(scheduler)
         second, third = scheduler.admit(), scheduler.admit()
         gate = threading.Event()
         running = asyncio.create_task(scheduler.run(model.job(0, gate)))
@@ -164,14 +191,14 @@ def test_the_wait_is_that_of_those_before() -> None:
 
 async def storm(rng: random.Random, count: int, model: Model) -> tuple[Scheduler, list[Any]]:
     """Requests that come, go and run out of time at random."""
-    scheduler = Scheduler(count)
+    scheduler = Scheduler(count, batch=rng.choice((1, 3)))
 
     async def request(number: int) -> int:
         with scheduler.admit():
             for _ in range(rng.randrange(4)):
                 await asyncio.sleep(0)
             latest = scheduler._clock() + rng.choice((0.0001, 0.001, 5.0))
-            return await scheduler.run(model.job(number), latest_s=rng.choice((None, latest)))
+            return await scheduler.run(model.job(number, kind=rng.choice(KINDS)), latest_s=rng.choice((None, latest)))
 
     tasks = [asyncio.create_task(request(number)) for number in range(count)]
     ends = time.monotonic() + MOST_S
@@ -183,6 +210,7 @@ async def storm(rng: random.Random, count: int, model: Model) -> tuple[Scheduler
         await asyncio.sleep(0)
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert await scheduler.run(model.job(-1)) == -1
+    await free(scheduler)
     return scheduler, outcomes
 
 
@@ -196,3 +224,56 @@ def test_whatever_is_cancelled_no_place_and_no_turn_is_lost(seed: int, count: in
     answered = [outcome for outcome in outcomes if isinstance(outcome, int)]
     assert set(answered) <= set(model.ran)
     assert all(isinstance(o, int | Refusal | asyncio.CancelledError) for o in outcomes)
+
+
+def test_a_job_takes_along_those_that_wait_and_fit_up_to_the_batch() -> None:
+    together: list[list[int]] = []
+
+    class Noted(Doing):
+        def do(self, company: Sequence[Doing]) -> None:
+            together.append([job.work(job.cancelled) for job in (self, *company)])
+            super().do(company)
+
+    async def main() -> None:
+        scheduler, gate = Scheduler(100, batch=3), threading.Event()
+
+        def job(number: int, kind: str) -> Noted:
+            return Noted(lambda cancelled: gate.wait(MOST_S) and number, kind)
+
+        kinds = "a" + "abaacab"
+        tasks = [asyncio.create_task(scheduler.run(job(i, kind))) for i, kind in enumerate(kinds)]
+        await settle()
+        gate.set()
+        assert await asyncio.gather(*tasks) == list(range(len(kinds)))
+
+    asyncio.run(main())
+    # The first found nobody; the next took two of its kind along, past one that does not fit.
+    assert together == [[0], [1, 3, 4], [2, 7], [5], [6]]
+
+
+def test_one_of_several_is_there_before_the_others_and_none_is_left_without_a_result() -> None:
+    async def main() -> None:
+        scheduler, gate, last = Scheduler(9, batch=4), threading.Event(), threading.Event()
+
+        class Bad(Doing):
+            def do(self, company: Sequence[Doing]) -> None:
+                jobs = [self, *company]
+                if len(jobs) == 1:
+                    gate.wait(MOST_S)
+                    return super().do(company)
+                jobs[1].result.set_result("early")
+                last.wait(MOST_S)
+                raise RuntimeError("broken")
+
+        tasks = [asyncio.create_task(scheduler.run(Bad(lambda cancelled: "alone", "a"))) for _ in range(4)]
+        await settle()
+        gate.set()
+        assert await tasks[0] == "alone" and await tasks[2] == "early"
+        assert not tasks[1].done() and not tasks[3].done()
+        last.set()
+        for task in (tasks[1], tasks[3]):
+            with pytest.raises(RuntimeError, match="broken"):
+                await task
+        assert await scheduler.run(Doing(lambda cancelled: "next")) == "next"
+
+    asyncio.run(main())
