@@ -15,7 +15,8 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
 from adaptive_fusion.control.planner import RequestInfo
 from adaptive_fusion.cost.model import Work
-from adaptive_fusion.decisions import Decision, Prediction
+from adaptive_fusion.decisions import Decision, Measurement, Prediction
+from adaptive_fusion.errors import OutOfMemoryError
 from adaptive_fusion.execution.executor import Run
 from adaptive_fusion.execution.merging import ROWS, shared_options
 from adaptive_fusion.execution.rows import Row, run_rows
@@ -146,6 +147,19 @@ class Batching(Answering):
         beside = [each.work for each in rows if each is not longest]
         whole = self._predicted(longest, longest.work.beside(beside))
         return sum(self._predicted(each).encode_ms for each in rows) + whole.prefill_ms + whole.decode_ms
+
+    def _measured_together(self, turns: Sequence[Turn]) -> tuple[Work, Measurement]:
+        """Run turns as one batch whatever it costs, all with the same limit of tokens, which each answer reaches; what
+        that made the model do, and what it took."""
+        alone = [self._placed(turn) for turn in turns]
+        with self._lock:
+            over, why = self._run_group([replace(each, turn=each.turn.come()) for each in alone])
+        if over:
+            raise OutOfMemoryError(f"{len(over)} of {len(turns)} requests were not in one batch: {why}")
+        replies = [turn.result.result(0) for turn in turns]
+        last = max(replies, key=lambda reply: reply.measurement.latency_ms).measurement
+        works = [replace(each.work, new_tokens=float(last.new_tokens)) for each in alone]
+        return works[0].beside(works[1:]), last
 
     # How a batch is run
 

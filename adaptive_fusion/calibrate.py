@@ -33,6 +33,9 @@ SHAPES = (
 requests of other sizes left in the heap. The last are small: what every request takes, of whatever size, shows there.
 """
 ANSWERS = (4, 24)
+BATCHES = ((4, 0, 1.0), (2, 5, 1.0), (3, 11, 0.5), (4, 7, 0.5), (2, 16, 0.5), (4, 13, 1.0), (2, 10, 0.25), (3, 2, 1.0))
+"""Rows, the first of their `SHAPES`, and what is left of their tokens' grid: requests that run in one pass, of like and
+of unlike sizes."""
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 
 
@@ -56,7 +59,8 @@ def calibrate(
     save: bool = True,
     progress: Progress = silent,
 ) -> Calibration:
-    """Measure requests over sizes, downsampling, fusion and answer lengths; fit, save and use the profile.
+    """Measure requests over sizes, downsampling, fusion and answer lengths, alone and in batches; fit, save and use the
+    profile.
 
     Where measuring memory takes time, on the CPU, memory and times are measured apart. Memory comes first: requests
     that ran unmeasured leave a heap in which others take a quarter more. Elsewhere one request gives both.
@@ -69,8 +73,6 @@ def calibrate(
         save: Keep the profile in the user's cache directory, where `find_profile` looks.
         progress: See `Progress`; a step is a request.
     """
-    from adaptive_fusion.reference.screens import make_scene
-
     plan, unseen = _requests(runner.adapter), _check_requests(runner.adapter) if check else []
     samples: list[Sample] = []
     held_out: list[Sample] = []
@@ -79,7 +81,8 @@ def calibrate(
     rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
     if apart:
         rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
-    steps = Steps(progress, "calibrate", sum(len(requests) for requests, *_ in rounds))
+    together = _batches(runner.adapter)
+    steps = Steps(progress, "calibrate", sum(len(requests) for requests, *_ in rounds) + repeats * len(together))
     images = itertools.count()
     order = random.Random(0)
     # What fusion takes is measured on every model: a profile outlives the policy that the runner has.
@@ -87,11 +90,16 @@ def calibrate(
         for requests, memory, kept in rounds:
             for sides, point, tokens in order.sample(requests, len(requests)):
                 # A new image each time, as requests bring them: one that was there before takes less.
-                seed = next(images)
-                scene = make_scene("dense" if seed % 2 else "simple", seed, "train", (400, 400))
-                found = _measured(runner, scene.image.resize(sides), point, tokens, memory=memory, apart=apart)
+                image = _scene(next(images), sides)
+                found = _measured(runner, image, point, tokens, memory=memory, apart=apart)
                 if kept is not None:
                     kept.append(found)
+                steps.advance()
+        for _ in range(repeats):
+            for number, (rows, first, left) in enumerate(together):
+                images_of = [_scene(next(images), SHAPES[(first + row) % len(SHAPES)]) for row in range(rows)]
+                point = runner.adapter.restrict(replace(NATIVE, downsample=left))[0]
+                samples.append(_measured_together(runner, images_of, point, ANSWERS[number % len(ANSWERS)]))
                 steps.advance()
     profile = fit_profile(samples, profile_key(runner.adapter))
     if save:
@@ -101,9 +109,27 @@ def calibrate(
 
 
 def count(runner: "AdaptiveRunner", repeats: int = 2) -> int:
-    """How many requests `calibrate` measures, without those of a check."""
+    """How many requests and batches `calibrate` measures, without those of a check."""
     rounds = 1 + repeats + (0 if runner.meter.free_of_charge else repeats)
-    return rounds * len(_requests(runner.adapter))
+    return rounds * len(_requests(runner.adapter)) + repeats * len(_batches(runner.adapter))
+
+
+def _batches(adapter: Adapter) -> Sequence[tuple[int, int, float]]:
+    """See `BATCHES`; none where requests cannot share a pass."""
+    return BATCHES if adapter.packed else ()
+
+
+def _scene(seed: int, sides: tuple[int, int]) -> Any:
+    """An image of these sides that no other seed has."""
+    from adaptive_fusion.reference.screens import make_scene
+
+    return make_scene("dense" if seed % 2 else "simple", seed, "train", (400, 400)).image.resize(sides)
+
+
+def _measured_together(runner: "AdaptiveRunner", images: Sequence[Any], point: OperatingPoint, tokens: int) -> Sample:
+    """The times of requests in one batch; the peak is left out, as it is that of the whole batch."""
+    work, took = runner.work_together([(image, "Describe.") for image in images], point, tokens)
+    return point, work, replace(took, peak_memory_gb=0.0)
 
 
 def _measured(

@@ -23,7 +23,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.cost.model import Profile, Work
 from adaptive_fusion.decision_log import DecisionLog
-from adaptive_fusion.decisions import Decision
+from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.arguments import Arguments, for_chat, resolve, settled
 from adaptive_fusion.execution.executor import Task
@@ -35,7 +35,7 @@ from adaptive_fusion.features.complexity import measure_complexity
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
-from adaptive_fusion.prepared import Call, Prepared
+from adaptive_fusion.prepared import Call, Prepared, Turn
 from adaptive_fusion.pretrained import load_pretrained
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reply import Reply
@@ -286,6 +286,15 @@ class AdaptiveRunner(Batching):
         arguments = for_chat(self.model, {}, new_tokens)
         info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
         return replace(self._planner.work(point, info), new_tokens=float(new_tokens))
+
+    def work_together(
+        self, requests: Sequence[tuple[Any, str]], point: OperatingPoint, new_tokens: int
+    ) -> tuple[Work, Measurement]:
+        """Run requests as one batch, each at `point` and answered in exactly `new_tokens`: what that makes the model
+        do, and what it took until the last answer, to calibrate by."""
+        exactly: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        prepared = [self.prepared(media, prompt, point=point, **exactly) for media, prompt in requests]
+        return self._measured_together([Turn(each, lead_s=0.0) for each in prepared])
 
     def generate(
         self, *args: Any, budget: Budget | None = None, point: OperatingPoint | None = None, **kwargs: Any

@@ -7,10 +7,11 @@ plans a request says how much work it is. Plain floats only; `fit` and `estimate
 With segments s of n_s patches each, N = sum n_s, Q = sum n_s^2, F = N x fused levels, T prompt tokens of
 the whole batch of B, and t new tokens per sequence:
 
-- encode = e0 + e1 S + e2 N + e3 Q + e4 F + e5 F rank (attention is within a segment; S = number of segments)
+- encode = e0 B + e1 S + e2 N + e3 Q + e4 F + e5 F rank (attention is within a segment; S = number of segments)
 - prefill = p0 + p1 T + p2 T^2 / B
 - decode = (t - 1) (d0 + d1 B + d2 (T + B t / 2)): the first token comes with the prefill
-- times of all three x (1 + k (concurrency - 1))
+- times of all three x (1 + k (concurrency - 1)): what shares the device from outside; requests of one runner wait for
+  each other or are one batch
 - peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F + m5 P, with P pixels of the media as they came
 
 All coefficients are non-negative, so that more work is never predicted to cost less.
@@ -27,7 +28,7 @@ from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint
 
-VERSION = 1
+VERSION = 2
 
 SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 6}
 
@@ -91,7 +92,7 @@ def encode_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
     total = sum(patches)
     squares = sum([n * n for n in patches])
     fused = total * point.layers if point.fuses else 0
-    has_media = 1.0 if patches else 0.0
+    has_media = float(work.batch) if patches else 0.0
     return (has_media, len(patches), total, squares, fused, fused * point.adapter_rank)
 
 

@@ -17,9 +17,9 @@ from adaptive_fusion.errors import ConfigError
 
 FIELDS = (
     "request_id", "route", "method", "status", "error", "finish_reason", "stream", "ms", "queue_ms", "ttft_ms",
-    "latency_ms", "predicted_ms", "lane", "plan", "policy", "feasible", "met", "escalated", "batch", "media", "prompt_tokens",
-    "new_tokens", "visual_tokens", "visual_tokens_native", "would_plan", "would_save_tokens", "waiting", "reason",
-    "model", "version", "host", "port", "seconds",
+    "latency_ms", "predicted_ms", "lane", "plan", "policy", "feasible", "met", "escalated", "batch", "media",
+    "prompt_tokens", "new_tokens", "visual_tokens", "visual_tokens_native", "would_plan", "would_save_tokens",
+    "waiting", "reason", "model", "version", "host", "port", "seconds",
 )  # fmt: skip
 """What a line may say, beside its time and event."""
 _LONGEST = 200
