@@ -1,6 +1,7 @@
 """``adaptive-fusion serve`` as a process of its own, and a load generator with a clock of its own."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,23 +75,31 @@ class Outcome:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+Body = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def _written(body: Mapping[str, Any]) -> bytes:
+    """A request as it goes over the wire."""
+    text = json.dumps(body).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(text)}\r\n\r\n"
+    )
+    return head.encode() + text
+
+
 class Offering:
     """A load generator that takes little of the machine: bodies made beforehand, connections kept open.
 
     Args:
         port: Of the server.
-        body: Of every request.
+        body: Of every request, or those of all, taken in turn.
         progress: Called whenever a request was sent.
     """
 
-    def __init__(self, port: int, body: Mapping[str, Any], progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, port: int, body: Body, progress: Callable[[], None] = lambda: None) -> None:
         self.port, self._progress = port, progress
-        text = json.dumps(body).encode()
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(text)}\r\n\r\n"
-        )
-        self._request = head.encode() + text
+        self._requests = itertools.cycle([_written(one) for one in ([body] if isinstance(body, Mapping) else body)])
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def at_rate(self, rate: float, seconds: float) -> list[Outcome]:
@@ -125,7 +134,7 @@ class Offering:
     async def _send(self) -> Outcome:
         began = time.perf_counter()
         reader, writer = self._free.pop() if self._free else await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(self._request)
+        writer.write(next(self._requests))
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         lines = [line.partition(": ") for line in head.splitlines()[1:] if line]
         headers = {name.lower(): value for name, _, value in lines}
@@ -136,14 +145,14 @@ class Offering:
 
 
 def offer(
-    port: int, body: Mapping[str, Any], rate: float, seconds: float, progress: Callable[[], None] = lambda: None
+    port: int, body: Body, rate: float, seconds: float, progress: Callable[[], None] = lambda: None
 ) -> list[Outcome]:
     """See `Offering.at_rate`."""
     return asyncio.run(Offering(port, body, progress).at_rate(rate, seconds))
 
 
 def saturate(
-    port: int, body: Mapping[str, Any], clients: int, each: int, progress: Callable[[], None] = lambda: None
+    port: int, body: Body, clients: int, each: int, progress: Callable[[], None] = lambda: None
 ) -> list[Outcome]:
     """See `Offering.by_clients`."""
     return asyncio.run(Offering(port, body, progress).by_clients(clients, each))
