@@ -222,7 +222,7 @@ def test_a_batch_that_fails_is_answered_one_after_the_other(
 
 
 def test_a_batch_is_decided_as_a_batch_and_not_asked_if_it_is_sure(reference_model: Any, processor: Any) -> None:
-    runner = AdaptiveRunner(reference_model, processor, policy="balanced", profile=paying(), escalate=True)
+    runner = AdaptiveRunner(reference_model, processor, policy="reference-balanced", profile=paying(), escalate=True)
     screens = [make_scene("dense", i, "train", (160, 160)).image for i in range(2)]
     replies = runner.chat(screens, ["Describe."] * 2, max_new_tokens=3, **GREEDY)
     for reply in replies:
