@@ -1,7 +1,7 @@
 """Who waits for the one model, in which order, how long at most, who is not let in, and who goes in together.
 
-Knows places in a queue, a clock and callables. Must not know of HTTP, models or what an errand does. All of it but the errands
-themselves runs on one event loop, so that no lock is needed.
+Knows places in a queue, a clock and errands. Must not know of HTTP, models or what an errand does. All of it but the
+errands themselves runs on one event loop, so that no lock is needed.
 """
 
 import asyncio
@@ -80,8 +80,8 @@ class Place:
 
 
 class Scheduler:
-    """A bounded queue, first come first served, in front of one worker thread. An errand whose turn has come takes along
-    those that wait and may be done with it; nobody waits for others to come.
+    """A bounded queue, first come first served, in front of one worker thread. An errand whose turn has come takes
+    along those that wait and may be done with it; nobody waits for others to come.
 
     Args:
         queue: Most admitted requests beside the one that runs.
@@ -171,13 +171,13 @@ class Scheduler:
     async def run(self, errand: Errand[T], *, latest_s: float | None = None) -> T:
         """Wait for the worker, let it do `errand` with all that it takes along, and return the errand's result.
 
-        Cancelled while it waits, the errand never runs; cancelled while it runs, its event is set, and the worker is free
-        again once it and its company are done.
+        Cancelled while it waits, the errand never runs; cancelled while it runs, its event is set, and the worker is
+        free again once it and its company are done.
 
         Args:
             errand: What is to be done.
-            latest_s: When, on the clock, it is too late to begin for an errand that had to wait; of one that need not wait
-                that is its own business.
+            latest_s: When, on the clock, it is too late to begin for an errand that had to wait; of one that need not
+                wait that is its own business.
 
         Raises:
             Refusal: 429 if it is too late.
