@@ -1,4 +1,4 @@
-"""A hash that names a medium in logs and finds duplicates.
+"""Hashes of media: a quick one that names a medium in logs and finds duplicates, and an exact one to recognise it by.
 
 Knows sources of media and their pixels. Must not know of models or who asks.
 """
@@ -10,7 +10,7 @@ from PIL import Image
 
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.media.clips import Video
-from adaptive_fusion.media.load import MediaSource, _open_source
+from adaptive_fusion.media.load import Media, MediaSource, _open_source
 from adaptive_fusion.media.pixels import Array, decoding
 
 _HASH_VERSION = "1"
@@ -43,13 +43,34 @@ def content_hash(source: MediaSource) -> str:
         return _digest("encoded", hashlib.file_digest(stream, "sha256").digest())
 
 
-def _digest(*fields: str | bytes) -> str:
+def exact_hash(medium: Media) -> str:
+    """SHA-256 (hex) over all that a loaded medium is, so that no two different ones share it: a key for caches.
+
+    Of an image mode, size, palette and every pixel; of a clip dtype, shape and every pixel of every frame, with the
+    times. Every field is prefixed by its length, so that neither a transpose nor another split of the same bytes is
+    the same. Takes about 20 ms for 4K.
+    """
+    if isinstance(medium, Video):
+        frames = np.ascontiguousarray(medium.frames)
+        times = repr((medium.timestamps_s, medium.duration_s, medium.total_frames))
+        return length_prefixed("exact clip", frames.dtype.str, repr(frames.shape), memoryview(frames).cast("B"), times)
+    # Equal indices mean nothing without their palette.
+    colours = medium.convert("RGBA").tobytes() if medium.mode in ("P", "PA") else b""
+    return length_prefixed("exact image", medium.mode, repr(medium.size), medium.tobytes(), colours)
+
+
+def length_prefixed(*fields: str | bytes | memoryview) -> str:
+    """SHA-256 (hex) over fields, each with its length before it, so that no two lists of fields run together alike."""
     digest = hashlib.sha256()
-    for field in (_HASH_VERSION, *fields):
+    for field in fields:
         data = field.encode() if isinstance(field, str) else field
         digest.update(b"%d:" % len(data))
         digest.update(data)
     return digest.hexdigest()
+
+
+def _digest(*fields: str | bytes) -> str:
+    return length_prefixed(_HASH_VERSION, *fields)
 
 
 def _steps(width: int, height: int, side: int) -> tuple[int, int]:

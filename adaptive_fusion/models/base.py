@@ -21,6 +21,7 @@ from adaptive_fusion.fusion import STRATEGIES, DeepStackFusion, FusionSpec, cut,
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models.chat_template import ChatTemplate
 from adaptive_fusion.models.recorded import Recorded
+from adaptive_fusion.models.reuse import Reuse
 from adaptive_fusion.models.unwrap import execution_device, unwrap
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
@@ -84,11 +85,15 @@ class VisualPlan:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Inputs for ``generate`` at an operating point: encoder outputs in place of pixels, placeholders to match."""
+    """Inputs for ``generate`` at an operating point: encoder outputs in place of pixels, placeholders to match.
+
+    `patches` are those that the encoder ran for; `reused` media were there already.
+    """
 
     inputs: dict[str, Any]
     visual_tokens: int
     patches: int
+    reused: int = 0
 
 
 class Adapter(ABC):
@@ -119,6 +124,16 @@ class Adapter(ABC):
     @abstractmethod
     def matches(cls, model: nn.Module) -> bool:
         """Whether this adapter can drive `model`."""
+
+    @property
+    def encoder(self) -> tuple[nn.Module, ...]:
+        """The modules that media go through before the language model."""
+        return (self.model,)
+
+    def encoded_sides(self, size: Size, point: OperatingPoint) -> tuple[int, int] | None:
+        """Height and width, per frame, at which the encoder sees a medium of this size; None where the outputs of media
+        cannot be kept."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +176,7 @@ class Adapter(ABC):
         *,
         tools: Sequence[Any] = (),
         continues: bool | None = None,
+        reuse: Reuse | None = None,
     ) -> dict[str, Any]:
         """The processor's tensors for chat `messages` (media already loaded) within the point's pixel budget, on the
         model's device.
@@ -170,6 +186,8 @@ class Adapter(ABC):
             point: Its knobs before the encoder count.
             tools: Descriptions for the chat template.
             continues: Whether the answer goes on with the last message; None does so if it is the assistant's.
+            reuse: What the encoder made of these media before: they are not preprocessed again, and the tensors carry
+                it to `encode`.
 
         Raises:
             ConfigError: If the chat template does not show all that is in the messages.

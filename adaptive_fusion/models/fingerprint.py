@@ -10,7 +10,7 @@ place. Knows configurations and parameters; must not know what follows from a di
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,23 @@ def _own_parameters(model: Any) -> dict[str, Tensor]:
 def _places(size: int, count: int) -> list[int]:
     """`count` places of `size`, from the first to the last, evenly."""
     return [place * (size - 1) // max(count - 1, 1) for place in range(count)]
+
+
+@torch.no_grad()
+def sampled(tensors: Sequence[Tensor]) -> bytes:
+    """The value in the middle of each tensor, to notice by that one was changed; of what cannot be read nothing."""
+    found: list[Tensor] = []
+    for each in tensors:
+        try:
+            if each.numel() and not each.is_meta:
+                middle = tuple(side // 2 for side in each.shape)
+                found.append(each.detach()[middle].to(torch.float32))
+        except (RuntimeError, NotImplementedError, TypeError):  # a kind of tensor that cannot be indexed
+            continue
+    devices: dict[torch.device, list[Tensor]] = {}
+    for value in found:
+        devices.setdefault(value.device, []).append(value)
+    return b"".join(torch.stack(values).cpu().numpy().tobytes() for values in devices.values())
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers.video_utils import VideoMetadata
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
@@ -22,6 +23,7 @@ from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
+from adaptive_fusion.models.reuse import REUSE, Medium, Reuse, taken
 from adaptive_fusion.models.resize import call_options, resized, with_own_options
 from adaptive_fusion.models.unwrap import called
 from adaptive_fusion.point import OperatingPoint
@@ -68,6 +70,13 @@ class GridAdapter(Adapter):
     def taps(self) -> tuple[int, ...]:
         return self._taps
 
+    @property
+    def encoder(self) -> tuple[nn.Module, ...]:
+        return (self.model.model.visual,)
+
+    def encoded_sides(self, size: Size, point: OperatingPoint) -> tuple[int, int]:
+        return self._resized(size, point.max_pixels)
+
     # What it would cost
 
     def native_pixels(self, size: Size) -> int:
@@ -105,6 +114,7 @@ class GridAdapter(Adapter):
         *,
         tools: Sequence[Any] = (),
         continues: bool | None = None,
+        reuse: Reuse | None = None,
     ) -> dict[str, Any]:
         """See `Adapter.prepare`."""
         processor, kwargs = self.processor, dict[str, Any]()
@@ -112,14 +122,15 @@ class GridAdapter(Adapter):
         if images := [part for part in parts if part["type"] == "image"]:
             done = [self._image(part, point) for part in images]
             options = [each for _, each in done]
-            processor = with_own_options(processor, "image_processor", options)
+            processor = with_own_options(processor, "image_processor", options, _known(reuse, "image"))
             kwargs["images"] = [image for image, _ in done]
             # What is each one's own must not be all others' too.
             kwargs["images_kwargs"] = options[0] if processor is self.processor else {}
         if clips := [part for part in parts if part["type"] == "video"]:
             fewer = [{**part, "video": part["video"].at_most(point.max_fps)} for part in clips]
             options, before = [self._options(size_of(part), point.max_pixels) for part in fewer], processor
-            processor = with_own_options(processor, "video_processor", options)
+            known = _known(reuse, "video", [VideoMetadata(**part["video"].metadata()) for part in fewer])
+            processor = with_own_options(processor, "video_processor", options, known)
             kwargs["videos"] = [part["video"].frames for part in fewer]
             kwargs["videos_kwargs"] = {
                 **(options[0] if processor is before else {}),
@@ -129,7 +140,7 @@ class GridAdapter(Adapter):
                 "video_metadata": [part["video"].metadata() for part in fewer],
             }
         found = self._template.tensors(messages, tools, continues, processor, **kwargs)
-        return dict(found.to(self.device))
+        return {**found.to(self.device), **({REUSE: reuse} if reuse is not None else {})}
 
     def _image(self, part: Mapping[str, Any], point: OperatingPoint) -> tuple[Any, dict[str, Any]]:
         """An image and what the processor is told of its size."""
@@ -197,31 +208,39 @@ class GridAdapter(Adapter):
         """See `Adapter.encode`. Gradient reaches the fusion module's parameters unless it is switched off."""
         point = self.computed(point)
         reduced: dict[str, Any] = dict(inputs)
+        reuse = taken(reduced)
+        if reuse is not None:
+            reuse.count()
         outputs: dict[str, Any] = {}
         segments: dict[int, list[Segment]] = {}
         tokens = patches = 0
         for kind, (pixel_key, grid_key, id_key) in KINDS.items():
             pixels = reduced.pop(pixel_key, None)
-            grids = _grids(inputs, kind, seen=recorded is not None)
+            grids = _grids(inputs, kind, seen=recorded is not None or reuse is not None)
             if not grids:
                 continue
             merged = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
             small = [pooled_grid(*grid, point.downsample) for grid in merged]
-            if recorded is None:
-                outputs[kind] = self._features(kind, pixels, inputs[grid_key], merged, point)
+            kept = reuse.of(kind) if reuse is not None else [None] * len(grids)
+            if recorded is not None:
+                out = self._replayed(kind, recorded, merged, point)
+            elif reuse is not None:
+                out = self._reused(kind, reuse, pixels, inputs[grid_key], grids, point)
             else:
-                outputs[kind] = self._replayed(kind, recorded, merged, point)
+                out = self._features(kind, pixels, inputs[grid_key], merged, point)
+            outputs[kind] = self._pooled(out, merged, point)
             segments[getattr(self.model.config, id_key)] = [
                 Segment(h * w, y * x) for (t, h, w), (_, y, x) in zip(merged, small, strict=True) for _ in range(t)
             ]
             thw = [(t, h * self.merge, w * self.merge) for t, h, w in small]
             reduced[grid_key] = torch.tensor(thw, dtype=inputs[grid_key].dtype, device=inputs[grid_key].device)
             tokens += sum(t * h * w for t, h, w in small)
-            patches += sum(t * h * w for t, h, w in grids)
+            patches += sum(t * h * w for (t, h, w), one in zip(grids, kept, strict=True) if one is None)
         if not outputs:
             return Encoded(reduced, 0, 0)
         reduced = shrink(reduced, segments, self.pad_token_id)
-        return Encoded({**reduced, "mm_encoder_outputs": outputs}, tokens, patches)
+        hits = reuse.hits if reuse is not None else 0
+        return Encoded({**reduced, "mm_encoder_outputs": outputs}, tokens, patches, hits)
 
     def _captured(self, levels: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         return captured_levels(self.model.model.visual, levels) if self.taps else nullcontext({})
@@ -235,7 +254,28 @@ class GridAdapter(Adapter):
             with fused_taps(self.model.model.visual, self.fusion(point), lengths) as taps:
                 out = encode(pixels, thw, return_dict=True)
             self._set_taps(out, taps, merged)
-        return self._pooled(out, merged, point)
+        return out
+
+    def _reused(
+        self, kind: str, reuse: Reuse, pixels: Tensor, thw: Tensor, grids: list[Grid], point: OperatingPoint
+    ) -> Any:
+        """The encoder's output, made only for the media that are not there."""
+        rest = [index for index, one in enumerate(reuse.of(kind)) if one is None]
+        own: list[Medium] = []
+        if rest:
+            merged = [(grids[i][0], grids[i][1] // self.merge, grids[i][2] // self.merge) for i in rest]
+            out = self._features(kind, pixels, thw[rest], merged, point)
+            # Where nothing is tapped there are zeros to show that, which need not be kept.
+            taps = out.deepstack_features if self.taps and point.fusion != "top" else ()
+            for place, index in enumerate(rest):
+                each = tuple(tap[place] for tap in taps)
+                own.append(Medium(type(out), grids[index], out.pooler_output[place], each))
+        whole = reuse.keep(kind, own)
+        found = whole[0].form(pooler_output=tuple(one.merged for one in whole))
+        if self.taps:
+            taps = [torch.cat(tap) for tap in zip(*(one.taps for one in whole), strict=True)]
+            self._set_taps(found, taps, [(t, h // self.merge, w // self.merge) for t, h, w in grids])
+        return found
 
     def _replayed(self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint) -> Any:
         tower, fusion = called(self.model.model.visual), self.fusion(point)
@@ -249,7 +289,7 @@ class GridAdapter(Adapter):
             elif point.fusion == "native":
                 taps = [tower.deepstack_merger_list[i](levels[tap]) for i, tap in enumerate(self.taps)]
             self._set_taps(out, taps, merged)
-        return self._pooled(out, merged, point)
+        return out
 
     def _set_taps(self, out: Any, taps: list[Tensor], merged: list[Grid]) -> None:
         if not taps:
@@ -278,6 +318,20 @@ class GridAdapter(Adapter):
     def _encoder(self, kind: str) -> Any:
         # Both modalities go through the same tower; get_video_features only adds arguments that do not matter here.
         return self.model.model.get_image_features if kind == "image" else self.model.model.get_video_features
+
+
+def _known(reuse: Reuse | None, kind: str, about: Sequence[Any] = ()) -> list[dict[str, Any] | None]:
+    """What the processor would say of each medium of a kind whose pixels nobody needs; None of the others."""
+    if reuse is None:
+        return []
+    pixel_key, grid_key, _ = KINDS[kind]
+    found: list[dict[str, Any] | None] = []
+    for index, one in enumerate(reuse.of(kind)):
+        features = {pixel_key: torch.empty(0), grid_key: torch.tensor([one.grid])} if one is not None else None
+        if features is not None and about:
+            features["video_metadata"] = [about[index]]
+        found.append(features)
+    return found
 
 
 def _grids(inputs: Mapping[str, Any], kind: str, *, seen: bool = False) -> list[Grid]:

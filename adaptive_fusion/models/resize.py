@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from adaptive_fusion.models.base import Size
@@ -47,31 +48,45 @@ def call_options(processor: Any, size: Size, max_pixels: int | None, loaded: Map
     return {"size": {"shortest_edge": low, "longest_edge": high}, **given, **again}
 
 
-def with_own_options(processor: Any, part: str, options: Sequence[Mapping[str, Any]]) -> Any:
+def with_own_options(
+    processor: Any,
+    part: str,
+    options: Sequence[Mapping[str, Any]],
+    known: Sequence[Mapping[str, Any] | None] = (),
+) -> Any:
     """A copy of a whole `processor` whose `part` (``image_processor``, ``video_processor``) gives each medium of a call
-    its own `options`; itself where they are alike."""
-    if all(each == options[0] for each in options):
+    its own `options`, and those whose features are `known` these, without looking at them; itself where all are
+    alike."""
+    known = known or [None] * len(options)
+    if all(each == options[0] for each in options) and all(features is None for features in known):
         return processor
     own = copy(processor)
-    setattr(own, part, _OneByOne(getattr(processor, part), options))
+    setattr(own, part, _OneByOne(getattr(processor, part), options, known))
     return own
 
 
 class _OneByOne:
     """An image or video processor that takes the media of a call one by one, and gives what one call would give."""
 
-    def __init__(self, processor: Any, options: Sequence[Mapping[str, Any]]) -> None:
-        self._processor, self._options = processor, options
+    def __init__(
+        self, processor: Any, options: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any] | None]
+    ) -> None:
+        self._processor, self._options, self._known = processor, options, known
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
 
     def __call__(self, media: Sequence[Any], *, video_metadata: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        parts = []
+        parts = list[Any]()
+        if media and isinstance(media[0], list | tuple):  # some processors put the images of each prompt in a list
+            media = [medium for prompt in media for medium in prompt]
         for index, (medium, own) in enumerate(zip(media, self._options, strict=True)):
+            if (features := self._known[index]) is not None:
+                parts.append(features)
+                continue
             about = {} if video_metadata is None else {"video_metadata": [video_metadata[index]]}
             parts.append(self._processor([medium], **about, **{**kwargs, **own}))
-        return type(parts[0])({key: _joined([part[key] for part in parts]) for key in parts[0]})
+        return BatchFeature({key: _joined([part[key] for part in parts]) for key in parts[0]})
 
 
 def _joined(values: list[Any]) -> Any:

@@ -19,6 +19,8 @@ from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, size
 from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
+from adaptive_fusion.models.resize import with_own_options
+from adaptive_fusion.models.reuse import REUSE, Medium, Reuse, taken
 from adaptive_fusion.point import OperatingPoint
 
 
@@ -62,12 +64,31 @@ class SquareAdapter(Adapter):
         *,
         tools: Sequence[Any] = (),
         continues: bool | None = None,
+        reuse: Reuse | None = None,
     ) -> dict[str, Any]:
         """See `Adapter.prepare`."""
         parts = media_parts(messages)
         self._refuse_other([size_of(part) for part in parts])
         media = {"images": [part["image"] for part in parts]} if parts else {}
-        return dict(self._template.tensors(messages, tools, continues, **media).to(self.device))
+        processor = self.processor
+        if reuse is not None:
+            # Nothing but the pixels is said of an image that is one square.
+            square = {"pixel_values": torch.empty(0), "num_crops": torch.zeros(1, dtype=torch.long)}
+            known = [square if one is not None else None for one in reuse.of("image")]
+            processor = with_own_options(processor, "image_processor", [{}] * len(known), known)
+        found = self._template.tensors(messages, tools, continues, processor, **media)
+        return {**found.to(self.device), **({REUSE: reuse} if reuse is not None else {})}
+
+    @property
+    def encoder(self) -> tuple[nn.Module, ...]:
+        inner = self.model.model
+        return inner.vision_tower, inner.multi_modal_projector
+
+    def encoded_sides(self, size: Size, point: OperatingPoint) -> tuple[int, int] | None:
+        if getattr(self.processor.image_processor, "do_pan_and_scan", False):
+            return None  # an image is several squares then
+        side = int(self.model.config.vision_config.image_size)
+        return side, side
 
     def _refuse_other(self, sizes: Sequence[Size]) -> None:
         """Refuse clips, and sizes that a caller asked for.
@@ -110,8 +131,10 @@ class SquareAdapter(Adapter):
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
         """See `Adapter.encode`."""
         reduced: dict[str, Any] = dict(inputs)
-        pixels = reduced.pop("pixel_values", None)
-        if recorded is not None and recorded.outputs:
+        pixels, reuse = reduced.pop("pixel_values", None), taken(reduced)
+        if reuse is not None and reuse.of("image"):
+            out = self._reused(reuse, pixels)
+        elif recorded is not None and recorded.outputs:
             source = recorded.outputs["image"]
             out = type(source)(pooler_output=source.pooler_output)
         elif pixels is not None:
@@ -126,4 +149,16 @@ class SquareAdapter(Adapter):
             out.pooler_output = pooled.view(images, h * w, width)
         segments = {self.model.config.image_token_id: [Segment(count, h * w)] * images}
         reduced = shrink(reduced, segments, self.pad_token_id)
-        return Encoded({**reduced, "mm_encoder_outputs": {"image": out}}, images * h * w, images * self._patches)
+        hits = reuse.hits if reuse is not None else 0
+        patches = (images - hits) * self._patches
+        return Encoded({**reduced, "mm_encoder_outputs": {"image": out}}, images * h * w, patches, hits)
+
+    def _reused(self, reuse: Reuse, pixels: Any) -> Any:
+        """The encoder's output, made only for the images that are not there."""
+        reuse.count()
+        made: list[Medium] = []
+        if any(one is None for one in reuse.of("image")):
+            out, side = self.model.model.get_image_features(pixels, return_dict=True), self._side
+            made = [Medium(type(out), (1, side, side), merged, ()) for merged in out.pooler_output]
+        whole = reuse.keep("image", made)
+        return whole[0].form(pooler_output=torch.stack([one.merged for one in whole]))

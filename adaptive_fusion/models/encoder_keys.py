@@ -1,0 +1,154 @@
+"""What an encoder's output depends on, as keys: equal keys mean equal outputs.
+
+A key is a SHA-256 over length-prefixed fields: whose medium it is, its exact content, the size and the frames that the
+point makes of it, the encoder and the processor as they are now, and of taps what fuses them. The encoder counts with
+its weights, the adapters of PEFT on it, its dtype, device and attention backend. Knows adapters and modules; must not
+know what is kept under a key.
+"""
+
+import json
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive_fusion.media.clips import Video
+from adaptive_fusion.media.hashes import length_prefixed
+from adaptive_fusion.models.base import Adapter, size_of
+from adaptive_fusion.models.chat_template import media_parts
+from adaptive_fusion.models.fingerprint import fingerprint, sampled
+from adaptive_fusion.models.reuse import Keys, Seen, Store
+from adaptive_fusion.point import NATIVE, OperatingPoint
+
+VERSION = "1"
+SAMPLED = 64
+"""Tensors of a module of which one value is read each time, for changes that nothing else tells of."""
+_OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+"""State of PEFT's layers that changes what they compute without changing a tensor."""
+
+
+class EncoderKeys:
+    """Keys for one adapter's media.
+
+    Args:
+        adapter: The way to the model.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[str, str]] = weakref.WeakKeyDictionary()
+
+    def seen(
+        self, store: Store, messages: Sequence[Mapping[str, Any]], digests: Sequence[str], tenant: str
+    ) -> Seen | None:
+        """Which media of `messages`, whose exact hashes are `digests`, are in a `store`, as the model is now; None
+        where the outputs of one cannot be kept.
+
+        Args:
+            tenant: Whose media they are; another's are never found.
+        """
+        parts = media_parts(messages)
+        if any(self._adapter.encoded_sides(size_of(part), NATIVE) is None for part in parts):
+            return None
+        found = partial(self._keys, parts, digests, tenant, self._encoder(), {})
+        return Seen(store, [part["type"] for part in parts], found)
+
+    def _keys(
+        self,
+        parts: Sequence[Mapping[str, Any]],
+        digests: Sequence[str],
+        tenant: str,
+        encoder: str,
+        made: dict[tuple[Any, ...], list[Keys]],
+        point: OperatingPoint,
+    ) -> list[Keys]:
+        """Keys of each medium at a point, of which those are `made` that were asked for before."""
+        computed = self._adapter.computed(point)
+        same = (*computed.encoder_key, computed.fusion, computed.layers, computed.adapter_rank)
+        if same not in made:
+            fusion, keys = self._fusion(computed), list[Keys]()
+            for part, digest in zip(parts, digests, strict=True):
+                merged = length_prefixed(VERSION, encoder, tenant, digest, *self._planned(part, computed))
+                taps = length_prefixed("taps", merged, fusion) if fusion else None
+                keys.append(Keys(merged, taps))
+            made[same] = keys
+        return made[same]
+
+    def _planned(self, part: Mapping[str, Any], point: OperatingPoint) -> tuple[str, ...]:
+        """What the point, and the caller, make of a medium before the encoder sees it."""
+        times: tuple[float, ...] = ()
+        if isinstance(medium := part[part["type"]], Video):
+            medium = medium.at_most(point.max_fps)
+            times = medium.timestamps_s
+        size = size_of({**part, part["type"]: medium})
+        sides = self._adapter.encoded_sides(size, point)
+        return part["type"], repr(sides), repr(size.resized is not None), repr(times)
+
+    def _fusion(self, point: OperatingPoint) -> str:
+        """What makes the taps at a point; empty where there are none."""
+        if not self._adapter.taps or point.fusion == "top":
+            return ""
+        module = self._adapter.fusion(point)
+        if module is None:
+            return "native"
+        return length_prefixed(repr(module.spec), self._digest(module, _content))
+
+    def _encoder(self) -> str:
+        """The encoder and the processor as they are now."""
+        adapter = self._adapter
+        settings = [
+            getattr(adapter.processor, name).to_dict() if hasattr(adapter.processor, name) else None
+            for name in ("image_processor", "video_processor")
+        ]
+        config = getattr(adapter.model.config, "vision_config", adapter.model.config)
+        around = (
+            type(adapter.model).__name__,
+            str(adapter.dtype),
+            str(adapter.device),
+            getattr(config, "_attn_implementation", None),
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled(adapter.device.type) and torch.get_autocast_dtype(adapter.device.type),
+            adapter.model.training,
+        )
+        modules = [self._digest(module, lambda _: fingerprint(adapter).digest) for module in adapter.encoder]
+        return length_prefixed(repr(around), json.dumps(settings, sort_keys=True, default=repr), *modules)
+
+    def _digest(self, module: nn.Module, content: Any) -> str:
+        """A module's state, and its `content`, which is only read again if the state is another."""
+        state = _state(module)
+        known = self._known.get(module)
+        if known is None or known[0] != state:
+            known = self._known[module] = state, content(module)
+        return length_prefixed(*known)
+
+
+def _state(module: nn.Module) -> str:
+    """What tells that a module computes something else than before: its tensors, where they lie and how often they
+    were written to, values of some of them, and what PEFT's layers are told."""
+    tensors = list(_tensors(module))
+    where = [(name, t.data_ptr(), t._version, str(t.dtype), str(t.device), tuple(t.shape)) for name, t in tensors]
+    step = max(1, len(tensors) // SAMPLED)
+    told = [
+        (name, attribute, repr(getattr(each, attribute)))
+        for name, each in module.named_modules()
+        for attribute in _OF_ADAPTERS
+        if hasattr(each, attribute)
+    ]
+    return length_prefixed(repr(where), repr(told), sampled([t for _, t in tensors[::step]]))
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a module, also those that it shares from another's and holds as plain attributes."""
+    for name, each in module.named_modules():
+        for key, value in (*vars(each).items(), *each._parameters.items(), *each._buffers.items()):
+            if isinstance(value, Tensor):
+                yield f"{name}.{key}", value
+
+
+def _content(module: nn.Module) -> str:
+    """Every value of a small module."""
+    values = ((name, t.detach().to("cpu", torch.float32).contiguous()) for name, t in _tensors(module))
+    return length_prefixed(*(field for name, t in values for field in (name, t.numpy().tobytes())))
