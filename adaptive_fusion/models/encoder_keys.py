@@ -9,7 +9,8 @@ know what is kept under a key.
 import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from adaptive_fusion.models.reuse import Keys, Seen, Store
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
 VERSION = "1"
-SAMPLED = 64
+SAMPLED = 32
 """Tensors of a module of which one value is read each time, for changes that nothing else tells of."""
 _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 """State of PEFT's layers that changes what they compute without changing a tensor."""
@@ -128,27 +129,30 @@ class EncoderKeys:
 def _state(module: nn.Module) -> str:
     """What tells that a module computes something else than before: its tensors, where they lie and how often they
     were written to, values of some of them, and what PEFT's layers are told."""
-    tensors = list(_tensors(module))
-    where = [(name, t.data_ptr(), t._version, str(t.dtype), str(t.device), tuple(t.shape)) for name, t in tensors]
-    step = max(1, len(tensors) // SAMPLED)
-    told = [
-        (name, attribute, repr(getattr(each, attribute)))
-        for name, each in module.named_modules()
-        for attribute in _OF_ADAPTERS
-        if hasattr(each, attribute)
-    ]
-    return length_prefixed(repr(where), repr(told), sampled([t for _, t in tensors[::step]]))
+    tensors, told = list[Tensor](), list[Any]()
+    for each in module.modules():
+        tensors += _own_tensors(each)
+        if _is_adapted(type(each)):
+            told += [(name, repr(getattr(each, name, None))) for name in _OF_ADAPTERS]
+    where = [(t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors]
+    step = -(-len(tensors) // SAMPLED) or 1
+    return length_prefixed(repr(where), repr(told), sampled(tensors[::step]))
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a module, also those that it shares from another's and holds as plain attributes."""
-    for name, each in module.named_modules():
-        for key, value in (*vars(each).items(), *each._parameters.items(), *each._buffers.items()):
-            if isinstance(value, Tensor):
-                yield f"{name}.{key}", value
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a module itself holds, also such as it shares with another and has as plain attributes."""
+    plain = (value for value in vars(module).values() if isinstance(value, Tensor))
+    held = (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+    return chain(held, plain)
+
+
+@cache
+def _is_adapted(kind: type) -> bool:
+    """Whether a class of layers is PEFT's."""
+    return any(each.__module__.partition(".")[0] == "peft" for each in kind.__mro__)
 
 
 def _content(module: nn.Module) -> str:
     """Every value of a small module."""
-    values = ((name, t.detach().to("cpu", torch.float32).contiguous()) for name, t in _tensors(module))
-    return length_prefixed(*(field for name, t in values for field in (name, t.numpy().tobytes())))
+    tensors = (tensor for each in module.modules() for tensor in _own_tensors(each))
+    return length_prefixed(*(t.detach().to("cpu", torch.float32).contiguous().numpy().tobytes() for t in tensors))

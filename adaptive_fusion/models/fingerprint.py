@@ -134,18 +134,15 @@ def _places(size: int, count: int) -> list[int]:
 @torch.no_grad()
 def sampled(tensors: Sequence[Tensor]) -> bytes:
     """The value in the middle of each tensor, to notice by that one was changed; of what cannot be read nothing."""
-    found: list[Tensor] = []
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for each in tensors:
-        try:
-            if each.numel() and not each.is_meta:
-                middle = tuple(side // 2 for side in each.shape)
-                found.append(each.detach()[middle].to(torch.float32))
-        except (RuntimeError, NotImplementedError, TypeError):  # a kind of tensor that cannot be indexed
-            continue
-    devices: dict[torch.device, list[Tensor]] = {}
-    for value in found:
-        devices.setdefault(value.device, []).append(value)
-    return b"".join(torch.stack(values).cpu().numpy().tobytes() for values in devices.values())
+        if each.numel() and not each.is_meta:
+            try:
+                value = each.detach()[tuple([side // 2 for side in each.shape])]
+            except (RuntimeError, NotImplementedError, TypeError):  # a kind of tensor that cannot be indexed
+                continue
+            found.setdefault((value.device, value.dtype), []).append(value)
+    return b"".join(torch.stack(values).float().cpu().numpy().tobytes() for values in found.values())
 
 
 @torch.no_grad()
