@@ -19,7 +19,8 @@ from transformers import LogitsProcessorList
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.audits import audited
 from adaptive_fusion.control.candidates import Candidate, Choice
-from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.planner import FIXED, HIT, PART, TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.staying import Plan
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ContextLengthError
 from adaptive_fusion.execution.arguments import Arguments, settled
@@ -87,11 +88,20 @@ class Answering(Wired):
             text_tokens=text,
             full_detail=request.full_detail,
             asking=self._asking(arguments, request.prompt),
+            seen=self._seen(request),
+            cached_gb=self._cached_gb(),
+            kept=self.conversations.find(request.turns.before),
         )
+
+    def _request(self, media: Any, prompt: str | None, *, hashed: bool = False, **told: Any) -> ChatRequest:
+        """A request, loaded and measured, with the hashes that somebody has a use for: one that is to be `hashed` for
+        the log is if there is a log."""
+        exact = self.encoder_cache is not None
+        return build_request(media, prompt, hashed=hashed and self.log is not None, exact=exact, **told)
 
     def _prepare(self, call: Call) -> Prepared:
         arrived = self._clock() if call.arrived_s is None else call.arrived_s
-        request = build_request(call.media, call.prompt, hashed=self.log is not None, **call.of_prompt)
+        request = self._request(call.media, call.prompt, hashed=True, tenant=call.tenant, **call.of_prompt)
         native_tokens = self.adapter.plan(request.sizes, NATIVE).tokens if request.sizes else 0
         return Prepared(self, request, arrived, native_tokens, self._text_tokens(request), call)
 
@@ -198,6 +208,8 @@ class Answering(Wired):
     def _reply(self, prepared: Prepared, run: Run, prompt: Callable[[], Tensor]) -> Reply:
         """What goes out; lengths learn from it and it is logged."""
         request, arguments = prepared.request, prepared.call.arguments
+        run = replace(run, decision=_with_cache_told(run))
+        self._remember(request, run.decision)
         new = run.new_tokens
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         text = tokenizer.decode(new, skip_special_tokens=True)
@@ -219,6 +231,11 @@ class Answering(Wired):
             run.output,
         )
 
+    def _remember(self, request: ChatRequest, decision: Decision) -> None:
+        """Keep the plan of a conversation for its next question, if it was decided here."""
+        if request.turns.own and decision.lane != FIXED and not decision.audit:
+            self.conversations.keep(request.turns.own, Plan(decision.rung, decision.point))
+
 
 class Way:
     """A prepared request's way to the model: its tensors at a point, its full prompt, its options."""
@@ -231,7 +248,9 @@ class Way:
     def prepare(self, at: OperatingPoint) -> dict[str, Any]:
         """The processor's tensors."""
         request = self._prepared.request
-        return self._runner.adapter.prepare(request.messages, at, **request.of_prompt)
+        seen = self._runner._seen(request)
+        reuse: dict[str, Any] = {"reuse": seen.at(at)} if seen is not None else {}
+        return self._runner.adapter.prepare(request.messages, at, **reuse, **request.of_prompt)
 
     def options(self, reduced: Tensor) -> dict[str, Any]:
         """``generate``'s options for the prompt that the model sees, with a stream's own streamer, which sees it too.
@@ -248,6 +267,16 @@ class Way:
             repeating = Repeating(reduced.shape[-1], streamer.said)
             options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), repeating])
         return {**options, "streamer": streamer}
+
+
+def _with_cache_told(run: Run) -> Decision:
+    """The decision with what became of the media: a later pass finds what the first has left."""
+    decision, took = run.decision, run.measurement
+    if not decision.encoder_cache or not took.visual_tokens:
+        return decision
+    if not took.patches:
+        return replace(decision, encoder_cache=HIT)
+    return replace(decision, encoder_cache=PART if decision.encoder_cache == HIT else decision.encoder_cache)
 
 
 @contextmanager

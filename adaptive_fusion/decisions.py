@@ -91,6 +91,11 @@ class Decision:
     `escalation` has the rest: ``to``, ``k``, ``threshold`` and ``share`` as planned, ``entropy`` as seen,
     ``first_rung`` and ``first_ms`` of the pass that was given up, and ``why`` where there was no verdict. It is empty
     where asking is switched off.
+
+    `encoder_cache` says whether what the vision encoder makes of the media was there already: ``hit`` (of all),
+    ``part`` or ``miss``; empty without such a cache, and without media. `conversation` says what became of the plan
+    that the conversation had before: ``from`` and ``to`` by rung and the ``change`` (``stays``, ``rises``, ``falls``
+    or ``shifts``, to another fusion of as much); empty where there was none.
     """
 
     request_id: str
@@ -116,6 +121,8 @@ class Decision:
     escalated: bool | None = None
     escalation: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 1
+    encoder_cache: str = ""
+    conversation: Mapping[str, Any] = field(default_factory=dict)
 
     def explain(self, took: Measurement | None = None) -> str:
         """Budget, prediction, margin, what it `took` and the rejected points with their reasons, as readable lines."""
@@ -146,6 +153,8 @@ class Decision:
             lines.append(f"  {what}{cost}: entropy {e['entropy']:.3f}, threshold {e['threshold']:.3f}")
         if self.batch > 1:
             lines.append(f"  in one batch of {self.batch}")
+        if self.encoder_cache:
+            lines.append(f"  encoder cache: {self.encoder_cache}")
         lines += [f"  not {r.point.name}: {r.reason}" for r in self.rejected]
         return "\n".join(lines)
 
@@ -189,6 +198,8 @@ def decision_record(
         batch=decision.batch,
         escalated=decision.escalated,
         escalation=dict(decision.escalation),
+        encoder_cache=decision.encoder_cache or None,
+        conversation=dict(decision.conversation),
         measurement=asdict(measurement) if measurement else None,
         finish_reason=finish_reason,
         audit=dict(decision.audit) or None,

@@ -63,6 +63,8 @@ FIELDS = (
     Field("batch", "integer", _DECISION),
     Field("escalated", "boolean", _DECISION),
     Field("escalation", "json", _DECISION),
+    Field("encoder_cache", "text", _DECISION),
+    Field("conversation", "json", _DECISION),
     Field("measurement", "json", _SUBJECT),
     Field("finish_reason", "text", _DECISION),
     Field("audit", "json", _DECISION),

@@ -39,6 +39,7 @@ class Call:
     seed: int | None = None
     audit: bool = False
     context: int | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class AdaptiveRunner(Batching):
         seed: Of the exploring policies' choices.
         escalate: Whether a request goes on to the better plan where the model is not sure of what it would answer at
             the cheap one; None does as the policy says, which may have learned when.
+        encoder_cache_mb: MiB in which to keep what the vision encoder made of media, so that it does not run again for
+            one that comes back at the same pixels; 0 keeps nothing. On an accelerator it lies there, and counts against
+            a request's memory budget.
 
     Raises:
         UnsupportedModelError: If the model cannot be driven.
@@ -87,6 +90,7 @@ class AdaptiveRunner(Batching):
         )
         other.profile_note, other._warm = self.profile_note, self._warm
         other._learn_with(self.controller, self.lengths)
+        other.encoder_cache, other.conversations = self.encoder_cache, self.conversations
         return other
 
     @classmethod
@@ -101,6 +105,7 @@ class AdaptiveRunner(Batching):
         log: DecisionLog | str | Path | None = None,
         seed: int | None = None,
         escalate: bool | None = None,
+        encoder_cache_mb: int = 0,
         **options: Any,
     ) -> "AdaptiveRunner":
         """Load a model and its processor with transformers and wrap them.
@@ -115,7 +120,15 @@ class AdaptiveRunner(Batching):
         source = str(model_path()) if str(id_or_path) == "reference" else str(id_or_path)
         model, processor = load_pretrained(source, device, options)
         return cls(
-            model, processor, policy=policy, budget=budget, profile=profile, log=log, seed=seed, escalate=escalate
+            model,
+            processor,
+            policy=policy,
+            budget=budget,
+            profile=profile,
+            log=log,
+            seed=seed,
+            escalate=escalate,
+            encoder_cache_mb=encoder_cache_mb,
         )
 
     # Asking
@@ -239,6 +252,7 @@ class AdaptiveRunner(Batching):
         seed: int | None = None,
         audit: bool = False,
         context: int | None = None,
+        tenant: str = "",
         **generate_kwargs: Any,
     ) -> Prepared:
         """Load and measure one request, without waiting for the model; what is returned runs it.
@@ -250,12 +264,13 @@ class AdaptiveRunner(Batching):
             seed: Of its sampling; the random numbers of everybody else are left as they are.
             audit: Run it natively; the decision's `audit` has what would have been run, and saved by prediction.
             context: Tokens that prompt and answer may have together; what is longer is refused before the model runs.
+            tenant: Whose it is, where several ask: nothing is reused of another's media, nor of its conversations.
 
         Raises:
             See `chat`; of the context a ContextLengthError comes when it is run and its plan is known.
         """
         call = self._call(media, prompt, budget, max_new_tokens, point, generate_kwargs)
-        return self._prepare(replace(call, arrived_s=arrived_s, seed=seed, audit=audit, context=context))
+        return self._prepare(replace(call, arrived_s=arrived_s, seed=seed, audit=audit, context=context, tenant=tenant))
 
     def decide(
         self,
@@ -270,7 +285,7 @@ class AdaptiveRunner(Batching):
         Of an image that is an array, only the values that are measured are checked; `chat` converts and checks all.
         """
         arrived = self._clock()
-        request, arguments = build_request(media, prompt, to_run=False), for_chat(self.model, {}, max_new_tokens)
+        request, arguments = self._request(media, prompt, to_run=False), for_chat(self.model, {}, max_new_tokens)
         info = self._chat_info(request, arguments, arrived)
         return self._planner.decide(info, self.budget.merge(budget))[0]
 
@@ -279,12 +294,13 @@ class AdaptiveRunner(Batching):
     ) -> tuple[str, list[Candidate]]:
         """The lane that a request takes, and what it offers with expected quality and predicted cost, best first."""
         arguments = for_chat(self.model, {}, max_new_tokens)
-        return self._offers(self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock()))
+        return self._offers(self._chat_info(self._request(media, prompt, to_run=False), arguments, self._clock()))
 
     def work(self, media: Any, prompt: str, point: OperatingPoint, new_tokens: int) -> Work:
         """What `point` makes the model do for a request that is answered in `new_tokens`."""
         arguments = for_chat(self.model, {}, new_tokens)
         info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
+        # Whether the encoder has run for it before is of no account: `info` was not asked to look.
         return replace(self._planner.work(point, info), new_tokens=float(new_tokens))
 
     def work_together(

@@ -19,9 +19,11 @@ from typing import Any, Self
 from torch import nn
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.checks import integer
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import Asking
 from adaptive_fusion.control.planner import Planner, RequestInfo
+from adaptive_fusion.control.staying import Conversations
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile
 from adaptive_fusion.cost.profiles import find_profile
@@ -29,13 +31,17 @@ from adaptive_fusion.decision_log import DecisionLog, text_hash
 from adaptive_fusion.decisions import Decision, Measurement, decision_record
 from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning
 from adaptive_fusion.execution.arguments import Arguments
+from adaptive_fusion.execution.encoder_cache import MAX_MIB, EncoderCache
 from adaptive_fusion.execution.escalation import why_never
 from adaptive_fusion.execution.executor import Executor, Predict, Run, Task
-from adaptive_fusion.execution.meters import Meter, meter_for
+from adaptive_fusion.execution.meters import GIB, Meter, meter_for
+from adaptive_fusion.execution.request import ChatRequest
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.model_face import ModelFace
 from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.encoder_keys import EncoderKeys
 from adaptive_fusion.models.fingerprint import fingerprint
+from adaptive_fusion.models.reuse import Seen
 from adaptive_fusion.models.trained import add_trained
 from adaptive_fusion.models.unwrap import lock_of
 from adaptive_fusion.point import NATIVE, OperatingPoint
@@ -61,6 +67,7 @@ class Wired(ModelFace):
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
         escalate: bool | None = None,
+        encoder_cache_mb: int = 0,
     ) -> None:
         if isinstance(model, Wired):
             raise ConfigError("model is an AdaptiveRunner; expected the model in it, its .model")
@@ -80,6 +87,10 @@ class Wired(ModelFace):
         self._own_meter = meter is None
         self.meter = meter if meter is not None else meter_for(str(self.device))
         self._executor = Executor(self.adapter, self.meter, clock)
+        integer(encoder_cache_mb, "encoder_cache_mb", 0, MAX_MIB)
+        self.encoder_cache = EncoderCache(encoder_cache_mb) if encoder_cache_mb else None
+        self._encoder_keys = EncoderKeys(self.adapter)
+        self.conversations = Conversations()
         self._rng = random.Random(seed)
         if escalate not in (True, False, None):
             raise ConfigError(f"escalate is {escalate!r}; expected True, False, or None for what the policy says")
@@ -173,6 +184,18 @@ class Wired(ModelFace):
         self._follow()
         elapsed_ms, free = (self._clock() - arrived) * 1e3, self.meter.free_gb()
         return RequestInfo(**known, elapsed_ms=elapsed_ms, free_memory_gb=free)
+
+    def _seen(self, request: ChatRequest) -> Seen | None:
+        """Which media of a request are in the encoder cache, as the model is now; None where nobody knows."""
+        if self.encoder_cache is None or not request.digests:
+            return None
+        return self._encoder_keys.seen(self.encoder_cache, request.messages, request.digests, request.tenant)
+
+    def _cached_gb(self) -> float:
+        """Memory of the model's device that the encoder cache takes; what lies in the machine's own is not counted."""
+        if self.encoder_cache is None or self.device.type == "cpu":
+            return 0.0
+        return self.encoder_cache.nbytes / GIB
 
     def _asking(self, arguments: Arguments, prompt: str, rows: int = 1) -> Asking | None:
         """Whether and how the model may be asked if it is sure of a cheap answer; None where that is switched off."""

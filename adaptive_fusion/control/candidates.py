@@ -7,6 +7,7 @@ Knows points, predictions and budgets. Knows nothing of how points are weighed o
 from dataclasses import dataclass
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.estimators import ENCODED
 from adaptive_fusion.decisions import Prediction, Rejected
 from adaptive_fusion.point import OperatingPoint
 
@@ -18,7 +19,8 @@ class Candidate:
     `key` is the name under which its own drift is kept: the same for every request, also where the point's
     pixel budget follows the size of the image. Empty, it becomes the point's name. With a `second` this is a plan of
     two passes: the better plan runs where the model is not sure of this one's answer, and `quality` is what both are
-    worth together; `predicted` stays that of the first pass.
+    worth together; `predicted` stays that of the first pass. `encoded` says that the encoder need not run for it, since
+    what it made of the media is there.
     """
 
     point: OperatingPoint
@@ -26,10 +28,16 @@ class Candidate:
     predicted: Prediction
     key: str = ""
     second: "Second | None" = None
+    encoded: bool = False
 
     def __post_init__(self) -> None:
         if not self.key:
             object.__setattr__(self, "key", self.point.name)
+
+    @property
+    def drift_key(self) -> str:
+        """The name under which its times are learned: apart from the point's own where no encoder runs."""
+        return f"{self.key}{ENCODED}" if self.encoded else self.key
 
     @property
     def mean_ms(self) -> float:

@@ -82,7 +82,7 @@ class Controller:
                 others = [row for row in weighed if row[0] is not taken[0]]
                 reason = f"nothing fits, cheapest taken: {why(taken)}"
             candidate, p_late, drift, *_ = taken
-            margin = drift.margin(candidate.key, budget.attainment) if drift is not None else 1.0
+            margin = drift.margin(candidate.drift_key, budget.attainment) if drift is not None else 1.0
             return Choice(
                 candidate, feasible, margin, reason, weighing.rejected(others), budget, elapsed_ms, now, p_late
             )
@@ -158,7 +158,7 @@ class Controller:
             return ""
         with self._lock:
             limits = weighing.times_left(budget, elapsed_ms, self._learned)
-            risk = weighing.risk_of(candidate.key, predicted.ttft_ms, predicted.latency_ms, limits)
+            risk = weighing.risk_of(candidate.drift_key, predicted.ttft_ms, predicted.latency_ms, limits)
         return why((candidate, *risk)) if risk[0] > 1.0 - budget.attainment else ""
 
     def looked_at(self, choice: Choice, ttft_ms: float, *, escalated: bool) -> None:
@@ -168,7 +168,7 @@ class Controller:
         with self._lock:
             if second is not None and self._clock() - choice.decided_s <= law.STALE_S:
                 share = second.key or candidate.key
-                self._learned.looked_at(candidate.key, share, candidate.predicted, ttft_ms, escalated=escalated)
+                self._learned.looked_at(candidate.drift_key, share, candidate.predicted, ttft_ms, escalated=escalated)
 
     @property
     def informed(self) -> bool:
@@ -206,7 +206,7 @@ class Controller:
                 learned.counts["ignored"] += 1
                 return
             learned.finished(
-                candidate.key,
+                candidate.drift_key,
                 candidate.predicted,
                 measurement,
                 choice.budget,
@@ -246,7 +246,7 @@ class Controller:
         with self._lock:
             self._learned.counts["cancelled" if kind == "cancelled" else "misses"] += 1
             self._learned.cut_off(
-                candidate.key,
+                candidate.drift_key,
                 candidate.predicted,
                 censored_ms - choice.elapsed_ms - lost_ms,
                 choice.budget.attainment,

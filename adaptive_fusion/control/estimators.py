@@ -15,6 +15,8 @@ from adaptive_fusion.checks import number
 from adaptive_fusion.control import law
 
 _MAX_KEY = 200
+ENCODED = " (encoded before)"
+"""Ends the keys of points at which no encoder ran."""
 _SCALE = 1.0 / math.sqrt(2.0)  # mean absolute value to scale, of Student's t with 2 degrees of freedom
 
 
@@ -79,7 +81,11 @@ class Drift:
         self.common = max(self.common - law.REFUSAL_FADE, -law.DRIFT_MAX)
 
     def learn(self, key: str, log_ratio: float, *, censored: bool = False) -> None:
-        """Take in one measured time; one that was `censored` says something only if it is above what is expected."""
+        """Take in one measured time; one that was `censored` says something only if it is above what is expected.
+
+        Of a key that ends in `ENCODED` only its own part is learned: it says nothing of what encoding takes, which is
+        a part of what is common to all points.
+        """
         own = self.points.get(key)
         residual = log_ratio - self.common - (own.offset if own else 0.0)
         if censored and residual <= 0.0:
@@ -87,10 +93,12 @@ class Drift:
         if own is None:
             own = self._new_point(key)
         error = min(max(residual, -law.RESIDUAL_CLIP), law.RESIDUAL_CLIP)
-        common = self.common + law.COMMON_GAIN * error
         own.offset = law.OWN_KEEP * own.offset + law.OWN_GAIN * error
         own.seen = min(own.seen + 1, law.OWN_WEIGHT_MAX)
         own.spread += max(law.SPREAD_GAIN, 1.0 / own.seen) * (abs(error) - own.spread)
+        if key.endswith(ENCODED):
+            return
+        common = self.common + law.COMMON_GAIN * error
         self.spread += law.SPREAD_GAIN * (abs(error) - self.spread)
         self.recent.append(error)
         self.up = max(0.0, self.up + error - law.STEP_SLACK)

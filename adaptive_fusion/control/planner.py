@@ -5,7 +5,7 @@ Wires policy, cost model and controller for one adapter. Runs nothing, loads not
 
 import random
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import NO_SECOND, SURE, Asking, level, plans, told
+from adaptive_fusion.control.staying import Plan, Staying, staying
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Work
 from adaptive_fusion.decisions import Decision, Prediction
@@ -26,6 +27,8 @@ from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
 
+HIT, PART, MISS = "hit", "part", "miss"
+"""How many of a request's media need no encoder: all, some, none."""
 FIXED = "fixed"
 """The lane of requests whose point was not decided here."""
 SPARE = 4
@@ -55,6 +58,9 @@ class RequestInfo:
     full_detail: bool = False  # the caller wants all pixels and tokens while the budget allows
     asking: Asking | None = None  # whether the model may be asked if it is sure of a cheap plan's answer
     beside: Sequence[Work] = ()  # what others make the model do that are in one batch with it
+    seen: Callable[[OperatingPoint], Sequence[bool]] | None = None  # media whose encoder outputs are there at a point
+    cached_gb: float = 0.0  # device memory that such outputs take, which counts against the budget
+    kept: Plan | None = None  # what the conversation's media had before
 
 
 class Planner:
@@ -94,6 +100,8 @@ class Planner:
         if given or not (self.cost.profile.samples or self.controller.informed):
             limits = replace(budget, on_infeasible="cheapest")
         second: dict[str, Any]
+        stay: Staying | None = None
+        info = _with_cache_counted(info, budget)
         hardest, route = self.route(info)
         needs, unlike = self.needs(info), self.unlike(info)
         features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
@@ -112,8 +120,9 @@ class Planner:
             lane = route.lane
             all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0 or info.asking is not None
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
-            choice, propensity, second = self._choose(candidates, limits, info, unlike)
-        remarks = self._remarks(choice, second if lane != FIXED else {}, needs)
+            stay = self._staying(candidates, info, needs)
+            choice, propensity, second = self._choose(candidates, limits, info, unlike, stay)
+        remarks = self._remarks(choice, second if lane != FIXED else {}, needs, stay)
         decision = Decision(
             request_id=uuid.uuid4().hex,
             kind=info.kind,
@@ -136,6 +145,8 @@ class Planner:
             rejected=choice.rejected,
             escalation=second,
             batch=info.batch + len(info.beside),
+            encoder_cache=_found(info, choice.point),
+            conversation=stay.said(choice.candidate) if stay is not None else {},
         )
         return decision, choice
 
@@ -265,7 +276,8 @@ class Planner:
         self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
     ) -> Candidate:
         """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
-        return Candidate(point, quality, self._predicted(point, info, new_tokens), key)
+        encoded = _found(info, point) == HIT
+        return Candidate(point, quality, self._predicted(point, info, new_tokens), key, encoded=encoded)
 
     def _predicted(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None) -> Prediction:
         return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens))
@@ -279,9 +291,12 @@ class Planner:
                 replace(size, frames=len(frames_at(times, duration, point.max_fps))) if size.clip else size
                 for size, times, duration in zip(sizes, info.frame_times_s, info.durations_s, strict=True)
             ]
-        plan = self.adapter.plan(sizes, point)
+        plan, segments = self.adapter.plan(sizes, point), None
+        if info.seen is not None and any(there := info.seen(point)):
+            sizes = [size for size, known in zip(sizes, there, strict=True) if not known]
+            segments = self.adapter.plan(sizes, point).segments
         own = Work(
-            patches=plan.segments,
+            patches=plan.segments if segments is None else segments,
             prompt_tokens=plan.tokens + info.text_tokens,
             new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
             batch=info.batch,
@@ -290,21 +305,45 @@ class Planner:
         return own.beside(info.beside)
 
     def _choose(
-        self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str
+        self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str, stay: Staying | None
     ) -> tuple[Choice, float, dict[str, Any]]:
-        """As `_choose_or_explore`, but at full compute where that was asked for or the image is unlike all known, and
+        """As `_choose_staying`, but at full compute where that was asked for or the image is unlike all known, and
         it fits; where it does not, the reason says so."""
         why = "full detail was asked for" if info.full_detail else unlike
         if not why:
-            return self._choose_or_explore(candidates, budget, info)
+            return self._choose_staying(candidates, budget, info, stay)
         full = [c for c in candidates if c.point.is_full] or [self.candidate(NATIVE, 1.0, info)]
         lenient = replace(budget, on_infeasible="cheapest")
         choice = self.controller.choose(full, lenient, elapsed_ms=info.elapsed_ms, free_memory_gb=info.free_memory_gb)
         if choice.feasible:
             return replace(choice, reason=f"{why}; {choice.reason}"), 1.0, {}
-        choice, propensity, second = self._choose_or_explore(candidates, budget, info)
+        choice, propensity, second = self._choose_staying(candidates, budget, info, stay)
         reason = f"{why}, but full compute does not fit; {choice.reason}"
         return replace(choice, reason=reason), propensity, second
+
+    def _staying(self, candidates: list[Candidate], info: RequestInfo, needs: Needs | None) -> Staying | None:
+        """What a conversation's plan leaves to choose from; None where it has none."""
+        if info.kept is None:
+            return None
+        name = info.kept.rung
+        plan = next((candidate for candidate in candidates if candidate.key == name), None)
+        if plan is None:
+            ladders = (rung for ladder in self.policy.lanes.values() for rung in ladder)
+            rung = next((rung for rung in ladders if rung.name == name), None) or Rung.parse(name)
+            quality = rung.quality if needs is None else needs.quality_of(rung)
+            plan = self.candidate(self.adapter.resolve(rung, info.sizes), quality, info, key=name)
+        return staying(candidates, plan, self.policy.tolerance)
+
+    def _choose_staying(
+        self, candidates: list[Candidate], budget: Budget, info: RequestInfo, stay: Staying | None
+    ) -> tuple[Choice, float, dict[str, Any]]:
+        """As `_choose_or_explore`, but what a conversation's plan leaves is preferred, as far as it meets the budget."""
+        for offered in stay.offers if stay is not None else ():
+            lenient = replace(budget, on_infeasible="cheapest")
+            choice, propensity, second = self._choose_or_explore(list(offered), lenient, info)
+            if choice.feasible and choice.p_late <= 1.0 - budget.attainment:
+                return replace(choice, budget=budget), propensity, second
+        return self._choose_or_explore(candidates, budget, info)
 
     def _choose_or_explore(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo
@@ -352,13 +391,32 @@ class Planner:
             trusted=self.policy.sufficiency is not None and self.policy.sufficiency.own is not None,
         )
 
-    def _remarks(self, choice: Choice, second: Mapping[str, Any], needs: Needs | None) -> list[str]:
+    def _remarks(
+        self, choice: Choice, second: Mapping[str, Any], needs: Needs | None, stay: Staying | None
+    ) -> list[str]:
         """What the reason says beside the controller's own."""
         untrained = ""
         if self.adapter.untrained(choice.point):
             untrained = f"{choice.point.fusion} is untrained for this model: the native computation"
         none = f"{NO_SECOND}{second['why']}" if second.get("why", SURE) != SURE else ""
-        return [none, needs.in_words() if needs is not None else "", untrained, self.remark]
+        stays = stay.in_words(choice.candidate) if stay is not None else ""
+        return [none, needs.in_words() if needs is not None else "", stays, untrained, self.remark]
+
+
+def _found(info: RequestInfo, point: OperatingPoint) -> str:
+    """How far what the encoder makes of the media at `point` is there; empty where nobody knows."""
+    if info.seen is None or not info.sizes:
+        return ""
+    there = info.seen(point)
+    return HIT if all(there) else PART if any(there) else MISS
+
+
+def _with_cache_counted(info: RequestInfo, budget: Budget) -> RequestInfo:
+    """`info` with the memory that cached encoder outputs take counted against the budget's."""
+    if not info.cached_gb or budget.vram_gb is None:
+        return info
+    left = max(0.0, budget.vram_gb - info.cached_gb)
+    return replace(info, free_memory_gb=left if info.free_memory_gb is None else min(left, info.free_memory_gb))
 
 
 def _require_in_time(point: OperatingPoint, info: RequestInfo) -> None:

@@ -88,7 +88,7 @@ def weigh(
         elif not limits:
             risk, best, worth = _NO_LIMIT, len(weighed), -minus_quality
         else:
-            risk = risk_of_two(candidate, limits, learned.ttft) if two else risk_of(candidate.key, ttft, total, limits)
+            risk = risk_of_two(candidate, limits, learned.ttft) if two else risk_of(candidate.drift_key, ttft, total, limits)
             net = -minus_quality - price * risk[0]
             if net > worth and risk[0] <= law.RISK_MAX:
                 best, worth = len(weighed), net
@@ -126,16 +126,16 @@ def risk_of_two(candidate: Candidate, limits: Sequence[TimeLimit], first: Drift)
     """
     own, second = candidate.predicted, candidate.second
     if second is None:
-        return risk_of(candidate.key, own.ttft_ms, own.latency_ms, limits)
+        return risk_of(candidate.drift_key, own.ttft_ms, own.latency_ms, limits)
     better, share = second.candidate, second.share
     highest, risk = -1.0, _NO_LIMIT
-    spent_ms = own.ttft_ms * first.factor(candidate.key) + second.wait_ms
+    spent_ms = own.ttft_ms * first.factor(candidate.drift_key) + second.wait_ms
     for name, left_ms, drift in limits:
         whole = name == "latency"
         alone_ms = own.latency_ms if whole else own.ttft_ms + second.wait_ms
         better_ms = better.predicted.latency_ms if whole else better.predicted.ttft_ms
-        alone, _ = _p_late(candidate.key, alone_ms, left_ms, drift)
-        both, mean = _p_late(better.key, better_ms, left_ms - spent_ms, drift)
+        alone, _ = _p_late(candidate.drift_key, alone_ms, left_ms, drift)
+        both, mean = _p_late(better.drift_key, better_ms, left_ms - spent_ms, drift)
         p_late = (1.0 - share) * alone + share * both
         if p_late > highest:
             highest = p_late
@@ -160,7 +160,7 @@ def cheapest(rows: Sequence[Row], predicted_gb: float, drift: Drift) -> Candidat
     """
     fitting = [row for row in rows if row[4].predicted.peak_memory_gb < predicted_gb]
     if fitting:
-        return min(fitting, key=lambda row: row[1] * drift.factor(row[4].key))[4]
+        return min(fitting, key=lambda row: row[1] * drift.factor(row[4].drift_key))[4]
     return min(rows, key=lambda row: (row[4].predicted.peak_memory_gb, row[1]))[4]
 
 
@@ -174,7 +174,7 @@ def hopeless(fallback: Candidate, budget: Budget, elapsed_ms: float, predicted_g
         return True
     if not fallback.predicted.peak_memory_gb < predicted_gb:
         return True
-    return fallback.predicted.ttft_ms * drift.factor(fallback.key) > budget.latency_ms - elapsed_ms
+    return fallback.predicted.ttft_ms * drift.factor(fallback.drift_key) > budget.latency_ms - elapsed_ms
 
 
 def why(row: Weighed) -> str:

@@ -282,6 +282,10 @@ class Tries:
     def learn(self, measurement: Measurement, stopped_by: str | None) -> None:
         """The last try came to its end, by itself or stopped."""
         choice, ran = self.task.choice, self._ran()
+        expected = ran or choice.candidate
+        if measurement.visual_tokens and not measurement.patches and not expected.encoded:
+            # The pass before it has left what the encoder makes, so its time says nothing of what was predicted.
+            ran = replace(self._predict(self.used), key=expected.key)
         if self.look is not None and self.look.escalated is False:
             self._looked_at(escalated=False)
         if stopped_by is None:
@@ -331,7 +335,7 @@ class Tries:
         if deadline is None or self.task.choice.budget.on_infeasible != "refuse":
             return
         candidate = self._ran() or self.task.choice.candidate
-        prefill_ms = candidate.predicted.prefill_ms * self.controller.slowdown(candidate.key)
+        prefill_ms = candidate.predicted.prefill_ms * self.controller.slowdown(candidate.drift_key)
         left_ms = (deadline - encoding.ended_s) * 1e3
         if prefill_ms > max(left_ms, 0.0):
             raise InfeasibleBudgetError(

@@ -27,9 +27,10 @@ from adaptive_fusion.execution.parts import (
     MediumPart,
     TextPart,
 )
+from adaptive_fusion.execution.turns import Turns, turns_of
 from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.media.clips import Video
-from adaptive_fusion.media.hashes import content_hash
+from adaptive_fusion.media.hashes import content_hash, exact_hash
 from adaptive_fusion.media.load import Media, load_media
 from adaptive_fusion.media.pixels import Array
 from adaptive_fusion.models.base import Size, size_of
@@ -51,6 +52,9 @@ class ChatRequest:
         tools: Descriptions for the chat template.
         continues: Whether the answer goes on with the last message.
         full_detail: Whether a part asks for all its pixels and tokens.
+        tenant: Whose request it is, where one of several is to see nothing of another's.
+        digests: Exact hashes of the media, in order; empty unless they were asked for.
+        turns: Its place in its conversation; empty without media.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -61,6 +65,9 @@ class ChatRequest:
     tools: tuple[Any, ...] = ()
     continues: bool = False
     full_detail: bool = False
+    tenant: str = ""
+    digests: tuple[str, ...] = ()
+    turns: Turns = Turns()  # noqa: RUF009 (frozen)
 
     @property
     def texts(self) -> list[str]:
@@ -129,6 +136,8 @@ def build_request(
     *,
     hashed: bool = False,
     to_run: bool = True,
+    exact: bool = False,
+    tenant: str = "",
     tools: Any = None,
     continue_final_message: bool | None = None,
 ) -> ChatRequest:
@@ -142,6 +151,8 @@ def build_request(
         hashed: Take the media's content hash too, for a log.
         to_run: Whether the request will be run. If not, an image that is an array stays one: it is measured by its
             samples, of which alone the values are then checked (shape, size and dtype are checked always).
+        exact: Take the media's exact hashes too, by which to recognise them; then arrays are converted.
+        tenant: Whose request it is.
         tools: Descriptions of tools for the chat template.
         continue_final_message: Whether the answer goes on with the last message; None does so if it is the assistant's.
 
@@ -164,12 +175,14 @@ def build_request(
     messages = read_messages(raw)
     continues = begun_answer(messages, continue_final_message)
     shown = [part for message in messages for part in message.media]
-    media = [_load(part, to_run) for part in shown]
+    media = [_load(part, to_run or exact) for part in shown]
     loaded = iter(media)
     complexities = tuple(measure_complexity(m) for m in media)
     asked = [part.text for m in messages if m.role == "user" for part in m.parts if isinstance(part, TextPart)]
+    filled = tuple(_for_template(message, loaded) for message in messages)
+    digests = tuple(exact_hash(m) for m in media if not isinstance(m, np.ndarray)) if exact else ()
     return ChatRequest(
-        messages=tuple(_for_template(message, loaded) for message in messages),
+        messages=filled,
         media=tuple(media),
         prompt=asked[-1] if asked else "",
         complexities=complexities,
@@ -177,6 +190,9 @@ def build_request(
         tools=tuple(check_tools(tools) or ()),
         continues=continues,
         full_detail=any(part.options.get("detail") == "high" for part in shown),
+        tenant=tenant,
+        digests=digests,
+        turns=turns_of(filled, digests or [content_hash(m) for m in media], tenant) if media else Turns(),
     )
 
 
