@@ -22,7 +22,11 @@ _EXPECTED = "expected reference, a folder in Hugging Face format, or the id of a
 
 
 def open_runner(
-    model: str, policy: str, log: Path | None = None, options: Mapping[str, Any] | None = None
+    model: str,
+    policy: str,
+    log: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    encoder_cache_mb: int = 0,
 ) -> "AdaptiveRunner":
     """Load policy and model, on the accelerator if there is one, or where the `options` of ``from_pretrained`` say.
     What `policy` is to be, ``auto`` leaves to the model.
@@ -55,7 +59,12 @@ def open_runner(
     device = None if "device_map" in given or "quantization_config" in given else accelerator
     try:
         return AdaptiveRunner.from_pretrained(
-            source, policy=loaded, device=device, log=DecisionLog(log) if log is not None else None, **given
+            source,
+            policy=loaded,
+            device=device,
+            log=DecisionLog(log) if log is not None else None,
+            encoder_cache_mb=encoder_cache_mb,
+            **given,
         )
     except AdaptiveFusionError:
         raise

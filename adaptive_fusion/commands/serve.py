@@ -131,6 +131,16 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = 4,
+    encoder_cache_mb: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="MIB",
+            help="Memory in which to keep what the vision encoder made of media, for those that come back; on an "
+            "accelerator it is that one's. 0 keeps nothing.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = 0,
     log: options.LogFile = None,
     state: Annotated[
         Path | None,
@@ -176,7 +186,7 @@ def serve(
             quantization.value if quantization else None,
             device_map,
         )
-        runner = open_runner(model, policy, log, given)
+        runner = open_runner(model, policy, log, given, encoder_cache_mb)
         server = server_for(runner, settings, complain)
     server.run()
     if not server.started or server.failed:

@@ -337,7 +337,7 @@ class Planner:
     def _choose_staying(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, stay: Staying | None
     ) -> tuple[Choice, float, dict[str, Any]]:
-        """As `_choose_or_explore`, but what a conversation's plan leaves is preferred, as far as it meets the budget."""
+        """As `_choose_or_explore`, but what a conversation's plan leaves comes first, as far as it meets the budget."""
         for offered in stay.offers if stay is not None else ():
             lenient = replace(budget, on_infeasible="cheapest")
             choice, propensity, second = self._choose_or_explore(list(offered), lenient, info)

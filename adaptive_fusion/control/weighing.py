@@ -88,7 +88,11 @@ def weigh(
         elif not limits:
             risk, best, worth = _NO_LIMIT, len(weighed), -minus_quality
         else:
-            risk = risk_of_two(candidate, limits, learned.ttft) if two else risk_of(candidate.drift_key, ttft, total, limits)
+            risk = (
+                risk_of_two(candidate, limits, learned.ttft)
+                if two
+                else risk_of(candidate.drift_key, ttft, total, limits)
+            )
             net = -minus_quality - price * risk[0]
             if net > worth and risk[0] <= law.RISK_MAX:
                 best, worth = len(weighed), net

@@ -53,7 +53,7 @@ def exact_hash(medium: Media) -> str:
     if isinstance(medium, Video):
         frames = np.ascontiguousarray(medium.frames)
         times = repr((medium.timestamps_s, medium.duration_s, medium.total_frames))
-        return length_prefixed("exact clip", frames.dtype.str, repr(frames.shape), memoryview(frames).cast("B"), times)
+        return length_prefixed("exact clip", frames.dtype.str, repr(frames.shape), frames.data.cast("B"), times)
     # Equal indices mean nothing without their palette.
     colours = medium.convert("RGBA").tobytes() if medium.mode in ("P", "PA") else b""
     return length_prefixed("exact image", medium.mode, repr(medium.size), medium.tobytes(), colours)

@@ -132,7 +132,8 @@ def _state(module: nn.Module) -> str:
     tensors, told = list[Tensor](), list[Any]()
     for each in module.modules():
         tensors += _own_tensors(each)
-        if _is_adapted(type(each)):
+        kind: Any = type(each)
+        if _is_adapted(kind):
             told += [(name, repr(getattr(each, name, None))) for name in _OF_ADAPTERS]
     where = [(t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors]
     step = -(-len(tensors) // SAMPLED) or 1

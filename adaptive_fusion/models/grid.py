@@ -23,8 +23,8 @@ from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
-from adaptive_fusion.models.reuse import REUSE, Medium, Reuse, taken
 from adaptive_fusion.models.resize import call_options, resized, with_own_options
+from adaptive_fusion.models.reuse import REUSE, Medium, Reuse, taken
 from adaptive_fusion.models.unwrap import called
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.reduction.pool import Grid
@@ -327,7 +327,9 @@ def _known(reuse: Reuse | None, kind: str, about: Sequence[Any] = ()) -> list[di
     pixel_key, grid_key, _ = KINDS[kind]
     found: list[dict[str, Any] | None] = []
     for index, one in enumerate(reuse.of(kind)):
-        features = {pixel_key: torch.empty(0), grid_key: torch.tensor([one.grid])} if one is not None else None
+        features: dict[str, Any] | None = None
+        if one is not None:
+            features = {pixel_key: torch.empty(0), grid_key: torch.tensor([one.grid])}
         if features is not None and about:
             features["video_metadata"] = [about[index]]
         found.append(features)

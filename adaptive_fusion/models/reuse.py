@@ -144,9 +144,7 @@ class Seen:
         keys: Gives the keys of each medium at a point.
     """
 
-    def __init__(
-        self, store: Store, kinds: Sequence[str], keys: Callable[[OperatingPoint], Sequence[Keys]]
-    ) -> None:
+    def __init__(self, store: Store, kinds: Sequence[str], keys: Callable[[OperatingPoint], Sequence[Keys]]) -> None:
         self._store, self._kinds, self._keys = store, kinds, keys
 
     def __call__(self, point: OperatingPoint) -> tuple[bool, ...]:

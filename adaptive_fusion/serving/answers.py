@@ -202,6 +202,8 @@ def outlook(decision: Decision, native_tokens: int) -> dict[str, Any]:
         "margin": decision.margin,
         "p_late": decision.p_late,
         "tokens": {"visual_native": native_tokens},
+        **({"encoder_cache": decision.encoder_cache} if decision.encoder_cache else {}),
+        **({"conversation": dict(decision.conversation)} if decision.conversation else {}),
         **({"audit": dict(decision.audit)} if decision.audit else {}),
     }
 

@@ -128,6 +128,8 @@ async def _metrics(request: Request) -> Response:
     """Counters, for Prometheus."""
     service: Service = request.app.state.service
     service.metrics.observe_controller(service.runner.controller)
+    if service.runner.encoder_cache is not None:
+        service.metrics.observe_cache(service.runner.encoder_cache.counts())
     text, kind = service.metrics.render()
     return Response(text, headers={"content-type": kind})
 

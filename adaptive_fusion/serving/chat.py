@@ -106,6 +106,7 @@ def _prepare(
         seed=call.seed,
         audit=settings.mode == "audit",
         context=service.context,
+        tenant=service.tenant,
         continue_final_message=call.continues,
         **settings.generate,
         **_sampling(runner, call),

@@ -17,6 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from adaptive_fusion.checks import is_number
 from adaptive_fusion.control.planner import FIXED
+from adaptive_fusion.execution.encoder_cache import CacheCounts
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.policy import LANES, TEXT
 from adaptive_fusion.reply import Reply
@@ -107,6 +108,7 @@ class Metrics:
         self._tokens()
         self._decisions()
         self._controller()
+        self._cache()
 
     # What there is.
 
@@ -159,6 +161,14 @@ class Metrics:
         self._drift = self._gauge("controller_drift_ratio", "Measured over predicted time, all points.", "time")
         self._envelope = self._gauge("controller_memory_envelope_ratio", "Factor on predicted peaks of memory.")
         self._events = self._counter("controller_events", "What the controller counted.", "event")
+
+    def _cache(self) -> None:
+        self._looked = self._counter("mm_cache_queries", "Media looked for in the encoder cache; misses are no hits.")
+        self._found = self._counter("mm_cache_hits", "Media that the encoder did not run for.")
+        self._evicted = self._counter("encoder_cache_evictions", "Entries of the encoder cache that made room.")
+        self._too_large = self._counter("encoder_cache_too_large", "Entries larger than the whole encoder cache.")
+        self._held = self._gauge("encoder_cache_bytes", "Memory that the encoder cache takes.")
+        self._cached = CacheCounts(0, 0, 0, 0, 0, 0)
 
     # What happens.
 
@@ -252,6 +262,16 @@ class Metrics:
                 count = int(state["counts"][event])
                 self._events.labels(event).inc(max(0, count - self._seen[event]))
                 self._seen[event] = count
+
+    def observe_cache(self, counts: CacheCounts) -> None:
+        """Take over what the encoder cache has counted."""
+        with self._lock:
+            before, self._cached = self._cached, counts
+            self._looked.inc(max(0, counts.hits + counts.misses - before.hits - before.misses))
+            self._found.inc(max(0, counts.hits - before.hits))
+            self._evicted.inc(max(0, counts.evicted - before.evicted))
+            self._too_large.inc(max(0, counts.too_large - before.too_large))
+            self._held.set(counts.nbytes)
 
     def render(self) -> tuple[bytes, str]:
         """All of it in Prometheus' text format, and the content type of that."""

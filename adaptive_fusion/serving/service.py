@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from adaptive_fusion.calibrate import calibrate
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.media.hashes import length_prefixed
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.access_log import AccessLog
@@ -58,6 +59,8 @@ class Service:
         self.state = StateFile(settings.state, runner)
         self.media_limits = MediaLimits(allowed_domains=settings.allowed_media_domains)
         self.context = context_of(runner)
+        # Requests with another key see nothing of what was kept for this one.
+        self.tenant = length_prefixed("tenant", settings.api_key) if settings.api_key is not None else ""
         self.ready = False
         self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="prepare")
         self._policies: dict[str, AdaptiveRunner] = {runner.policy.name: runner}

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from records import OFFERED, SECRET, reply, settled
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.execution.encoder_cache import CacheCounts
 from adaptive_fusion.serving.metrics import EVENTS, OTHER, PREFIX, STAGES, Metrics
 
 DASHBOARD = Path(__file__).parents[3] / "deploy/grafana/adaptive-fusion.json"
 SETTLED = settled()
+CACHED = CacheCounts(hits=3, misses=5, evicted=2, too_large=1, nbytes=4096, entries=2)
 NOT_SHOWN: dict[str, str] = {}
 """Our metrics that no panel shows, and why."""
 
@@ -57,6 +60,7 @@ def served() -> Metrics:
     metrics.ended()
     metrics.started(0.02)
     metrics.observe_controller(SETTLED)
+    metrics.observe_cache(CACHED)
     return metrics
 
 
@@ -101,6 +105,15 @@ def test_the_controller_is_read_and_its_counts_only_grow() -> None:
     assert {dict(labels)["event"] for name, labels in samples(metrics) if name == "controller_events_total"} == {
         *EVENTS
     }
+
+
+def test_the_cache_is_read_and_its_counts_only_grow() -> None:
+    metrics = served()
+    for _ in range(2):
+        metrics.observe_cache(CACHED)
+    metrics.observe_cache(replace(CACHED, hits=4, nbytes=0))
+    assert value(metrics, "mm_cache_queries_total") == 9 and value(metrics, "mm_cache_hits_total") == 4
+    assert value(metrics, "encoder_cache_evictions_total") == 2 and value(metrics, "encoder_cache_bytes") == 0
 
 
 def test_names_and_the_text_are_as_prometheus_has_them() -> None:
