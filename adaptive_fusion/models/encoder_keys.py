@@ -25,8 +25,6 @@ from adaptive_fusion.models.reuse import Keys, Seen, Store
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
 VERSION = "1"
-SAMPLED = 32
-"""Tensors of a module of which one value is read each time, for changes that nothing else tells of."""
 _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 """State of PEFT's layers that changes what they compute without changing a tensor."""
 
@@ -128,7 +126,7 @@ class EncoderKeys:
 
 def _state(module: nn.Module) -> str:
     """What tells that a module computes something else than before: its tensors, where they lie and how often they
-    were written to, values of some of them, and what PEFT's layers are told."""
+    were written to, a value of each, and what PEFT's layers are told."""
     tensors, told = list[Tensor](), list[Any]()
     for each in module.modules():
         tensors += _own_tensors(each)
@@ -136,8 +134,7 @@ def _state(module: nn.Module) -> str:
         if _is_adapted(kind):
             told += [(name, repr(getattr(each, name, None))) for name in _OF_ADAPTERS]
     where = [(t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors]
-    step = -(-len(tensors) // SAMPLED) or 1
-    return length_prefixed(repr(where), repr(told), sampled(tensors[::step]))
+    return length_prefixed(repr(where), repr(told), sampled(tensors))
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
