@@ -2,7 +2,8 @@
 
 Each pair asks two different questions of one image that nobody has seen, so that the second finds what the first has
 left; pairs of all sizes take turns. A share is the median over pairs, with a bootstrap interval; both halves of a pair
-run in one go, so that shares mean something on a busy machine too. Prints what falls short of its target and then exits with 1:
+run in one go, so that shares mean something on a busy machine too. Prints what falls short of its target and then
+exits with 1:
 
     python benchmarks/encoder_cache.py [--pairs 20] [--json]
 """
@@ -28,10 +29,9 @@ POINTS = {"native": (NATIVE, NATIVE), "half the grid after all of it": (NATIVE, 
 def shares(runner: AdaptiveRunner, pairs: int) -> dict[str, list[float]]:
     """Hit over miss of every pair, by what was asked."""
     found: dict[str, list[float]] = {}
-    order, seed = random.Random(0), 0
+    order = random.Random(0)
     jobs = [(side, name) for side in SIDES for name in POINTS] * pairs
-    for side, name in order.sample(jobs, len(jobs)):
-        seed += 1
+    for seed, (side, name) in enumerate(order.sample(jobs, len(jobs))):
         image = make_scene("dense", seed, "eval", (side, side)).image
         first, second = POINTS[name]
         miss = runner.chat(image, PROMPTS["describe"], point=first, max_new_tokens=1)

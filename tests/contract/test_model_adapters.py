@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -25,8 +26,12 @@ from transformers import (
 )
 
 from adaptive_fusion.errors import ConfigError, PolicyMismatchWarning, UnsupportedModelError
+from adaptive_fusion.execution.encoder_cache import EncoderCache
+from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.features.complexity import measure_complexity
+from adaptive_fusion.media.clips import Video
 from adaptive_fusion.models import GridAdapter, Size, adapter_for
+from adaptive_fusion.models.encoder_keys import EncoderKeys
 from adaptive_fusion.models.fingerprint import fingerprint
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
@@ -229,3 +234,27 @@ def test_the_runner_drives_every_family_with_a_shipped_policy(family: Any, noise
     out = runner.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert torch.equal(out[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert measure_complexity(runner.adapter.thumbnails(inputs)[0]).score >= 0
+
+
+def test_what_the_encoder_made_of_media_serves_every_family(family: Any, noise_image: Any) -> None:
+    """Some media there and some not, clips beside images where the family takes them: as if all were encoded."""
+    name, model, processor = family
+    adapter, cache = adapter_for(model, processor), EncoderCache(8)
+    keys = EncoderKeys(adapter)
+    one, other = noise_image(64, 48), noise_image(48, 80, 1)
+    clip = Video(np.stack([np.asarray(noise_image(48, 48, n)) for n in range(4)]), (0.0, 0.5, 1.0, 1.5), 2.0, 4)
+    asked = [[one], [other, one]] if name == "Gemma 3" else [[one], [clip, one], [other, clip, one]]
+    for media, there in zip(asked, ([False], [False, True], [False, True, True]), strict=False):
+        request = build_request(media, "?", exact=True)
+        plain = adapter.encode(adapter.prepare(request.messages, NATIVE), NATIVE)
+        for expected in (there, [True] * len(media)):
+            seen = keys.seen(cache, request.messages, request.digests, "")
+            assert seen is not None and list(seen(NATIVE)) == expected
+            found = adapter.encode(adapter.prepare(request.messages, NATIVE, reuse=seen.at(NATIVE)), NATIVE)
+            assert found.inputs.keys() == plain.inputs.keys() and found.visual_tokens == plain.visual_tokens
+            for key in plain.inputs.keys() - {"mm_encoder_outputs"}:
+                torch.testing.assert_close(found.inputs[key], plain.inputs[key], rtol=0, atol=0)
+            for kind, out in plain.inputs["mm_encoder_outputs"].items():
+                same = found.inputs["mm_encoder_outputs"][kind]
+                torch.testing.assert_close(list(same.pooler_output), list(out.pooler_output))
+        assert found.patches == 0
