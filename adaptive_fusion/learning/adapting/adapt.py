@@ -132,6 +132,7 @@ class Adaptation:
     measure: bool = True
     max_new_tokens: int = 160
     progress: Progress = silent
+    failed: tuple[tuple[str, str], ...] = field(default=(), init=False)
     _looked: Looked = field(init=False)
     _work: Work = field(init=False)
     _shares: list[float] = field(init=False)
@@ -220,14 +221,7 @@ class Adaptation:
         runner, progress = self.runner, self.progress
         if self.measure and not runner.profile.samples:
             calibrate(runner, progress=progress)
-        self._modules.train([case.question for case in self._looked.cases], progress)
-        questions = [case.question for case in self._looked.cases]
-        scorer = ModelScorer(RunnerModel(runner, max_new_tokens=self.max_new_tokens))
-        done = label_inputs(scorer, questions, self.rungs, self._work.labels, progress=progress, source_id=self.name)
-        answers = self._answers()
-        if answers.images < LEAST_IMAGES:
-            why = "; ".join(f"{name}: {reason}" for name, reason in done.failed[:3])
-            raise ConfigError(f"the model answered about {answers.images} images, expected {LEAST_IMAGES} ({why})")
+        answers = self.answered()
         progress(0, 1, "fit")
         found = self._fit(answers)
         judged = self._judged(answers)
@@ -236,7 +230,26 @@ class Adaptation:
                 f"the general policy {self.base.name!r} stays: {why}", Verdict(False, (why,), judged, len(answers))
             )
         folder = install(self._written(found, judged, answers), root, self.name)
-        return Installed(found.policy, folder, found.parts, judged, answers.images, done.failed)
+        return Installed(found.policy, folder, found.parts, judged, answers.images, self.failed)
+
+    def answered(self) -> Answers:
+        """The model's answers to all questions; those that an earlier run had are not run again.
+
+        Raises:
+            ConfigError: If the model could not answer about enough of the images.
+            OSError: If the work folder cannot be written.
+        """
+        questions = [case.question for case in self._looked.cases]
+        self._modules.train(questions, self.progress)
+        scorer = ModelScorer(RunnerModel(self.runner, max_new_tokens=self.max_new_tokens))
+        out, progress = self._work.labels, self.progress
+        done = label_inputs(scorer, questions, self.rungs, out, progress=progress, source_id=self.name)
+        self.failed = done.failed
+        answers = self._answers()
+        if answers.images < LEAST_IMAGES:
+            why = "; ".join(f"{name}: {reason}" for name, reason in done.failed[:3])
+            raise ConfigError(f"the model answered about {answers.images} images, expected {LEAST_IMAGES} ({why})")
+        return answers
 
     def _answers(self) -> Answers:
         tolerance, model = self.base.tolerance, self.runner.fingerprint

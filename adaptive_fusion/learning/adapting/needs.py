@@ -140,7 +140,9 @@ def per_octave(answers: Answers, general: float) -> float:
 
 
 def fit_needs(answers: Answers) -> Needs:
-    """The mode of the posterior; without a row, the prior's."""
+    """The mode of the posterior."""
+    if not len(answers):
+        return Needs({}, np.zeros(len(READ)), np.ones(len(READ)), np.zeros(len(READ)), SPREAD)
     x = answers.features[:, [NAMES.index(name) for name in READ]]
     middle = np.array([np.nanmedian(column) if np.isfinite(column).any() else 0.0 for column in x.T])
     spread = np.array([np.nanstd(column) if np.isfinite(column).any() else 0.0 for column in x.T])

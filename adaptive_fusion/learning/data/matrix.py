@@ -102,7 +102,8 @@ def _model(table: LogTable) -> Fingerprint | None:
     """
     query = "SELECT DISTINCT s.model::VARCHAR FROM labels l JOIN log s ON s.rowid = l.subject ORDER BY 1"
     said = [json.loads(row[0]) for row in table.connection.execute(query).fetchall() if row[0]]
-    found = [Fingerprint.from_dict(each) for each in said if each]
+    # One whose weights are not known may be any of its shape, so it is compared with those that are.
+    found = sorted((Fingerprint.from_dict(each) for each in said if each), key=lambda each: not each.digest)
     for other in found[1:]:
         if not found[0].is_same(other):
             raise ConfigError(

@@ -77,7 +77,7 @@ def card(fitted: FittedPolicy, verdict: Verdict, against: str, command: str) -> 
             f"SHA-256 of the training matrix: `{report['data']['sha256']}`. Fitted on {report['rows']['train']} stills"
             f" ({report['complex_share']:.0%} complex); chosen, calibrated and given its threshold by"
             f" {report['rows']['valid']}, {how}; judged on {report['rows']['test']} others."
-            f" {report['data']['broken_lines']} broken lines were left out.",
+            f" {report['data']['broken_lines']} broken lines were left out. {report['model']}",
             "",
             "## Limits",
             "",

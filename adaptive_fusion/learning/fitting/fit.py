@@ -36,6 +36,7 @@ TASK = "task"
 
 SCENE = "scene"
 """The slicing whose slices say what kind of image it is."""
+UNSAID = "The labels do not say of which model they are: the base policy's stands."
 _SEEN_ROWS = 40_000
 
 
@@ -239,6 +240,7 @@ def _data_report(data: Dataset, parts: _Parts) -> dict[str, Any]:
     rows = parts.rows
     return {
         "data": {"sha256": data.digest(), **data.report},
+        "model": UNSAID if data.model is None else f"Labelled by {data.model.in_words()}.",
         "rows": {"train": len(rows), "valid": len(parts.validation.data), "test": len(parts.held)},
         "folds": parts.folds,
         "complex_share": float(np.average(data.y[rows], weights=data.weight[rows])),

@@ -144,3 +144,24 @@ def test_verdicts_teach_shares_and_each_pass_its_own_rung() -> None:
     assert held.slowdown("cheap") == pytest.approx(1.0)  # the token was there after 8 ms, and held back
     again = Controller.from_state(json.loads(json.dumps(controller.state())))
     assert again.state() == controller.state() and again.share("cheap read", 0.0) == controller.share("cheap read", 0.0)
+
+
+def test_a_plan_that_is_enough_by_the_models_own_needs_is_not_asked_whatever_its_rung_loses_elsewhere() -> None:
+    enough, short = candidate(40, 0.99, key="enough"), candidate(20, 0.9, key="short")
+    learned = Threshold(0.2, 0.9, 100, loss=0.3, left=0.01, share=0.4)
+    asking = Asking(Escalation(thresholds={ANY: {ANY: learned}}), "read")
+
+    def offered(trusted: bool) -> dict[str, float]:
+        found, _ = plans(
+            [FULL, enough, short],
+            FULL,
+            asking,
+            tolerance=0.02,
+            share=lambda key, share: share,
+            new_tokens=10,
+            trusted=trusted,
+        )
+        return {each.key: each.quality for each in found if each.second is None}
+
+    assert offered(True) == {"native@1": 1.0, "enough": 1.0, "short": 0.7}
+    assert offered(False)["enough"] == 0.7

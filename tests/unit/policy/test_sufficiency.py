@@ -1,5 +1,6 @@
 """How many pixels are enough: what the needs promise, whatever the image and the question."""
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from adaptive_fusion.features.detail import DETAIL_FEATURES
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_KINDS
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.own_needs import OwnNeeds
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import AT_NEED, MOVING_FPS, Need, Needs, Scene, Sufficiency, Text, together
 
@@ -132,3 +134,42 @@ def test_files_are_read_back_and_refused() -> None:
     ):
         with pytest.raises(PolicyError, match=said):
             Sufficiency.from_dict({**values, **wrong})
+
+
+@given(complexities, sizes, st.sampled_from(PROMPT_KINDS), st.floats(-9, 9), st.floats(0, 1e7))
+def test_a_models_own_needs_move_what_was_asked_and_nothing_else(
+    complexity: Complexity, native: int, kind: str, margin: float, floor: float
+) -> None:
+    own = OwnNeeds({"read": 0.5, "count": -1.0}, ("edge_density", "stroke"), (1.0, 0.0), (0.3, -0.1), margin, 0.4)
+    mine = replace(ENOUGH, own=own)
+    general = asked(kind, complexity, native, native, floor=floor)
+    found = mine.needs(kind, complexity, native, native, margin=1.1, floor=floor)
+    octaves = own.octaves(kind, complexity)
+    assert found is not None
+    if kind in own.kinds:
+        assert octaves is not None and abs(octaves) <= 8
+        assert found.pixels == pytest.approx(max(1.0, min(native, general.pixels * 2**octaves)))
+        assert found.most.per_octave == 0.4 and found.quality(found.pixels) == pytest.approx(1 - AT_NEED, abs=0.02)
+    else:
+        assert octaves is None and found == general
+    clip = replace(complexity, kind="video")
+    assert own.octaves(kind, clip) is None
+    assert mine.needs(kind, clip, native, native, margin=1.1, floor=floor) == asked(
+        kind, clip, native, native, floor=floor
+    )
+    assert Sufficiency.from_dict(json.loads(json.dumps(mine.to_dict()))) == mine
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"kinds": {"sing": 1.0}}, "sing"),
+        ({"names": ["beauty"]}, "beauty"),
+        ({"weights": []}, "0 weights"),
+        ({"margin": math.inf}, "margin"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_own_needs_that_are_none_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        OwnNeeds.from_dict({**OwnNeeds({"read": 0.0}, ("edge_density",), (0.0,), (1.0,), 0.0, 0.1).to_dict(), **wrong})

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from learning_data import CHEAP, MIDDLE, RUNGS, STRONG, oracle_labels, subject, 
 from adaptive_fusion.decision_log import DecisionLog, feedback_record
 from adaptive_fusion.errors import ConfigError, MediaError
 from adaptive_fusion.features.complexity import VERSION
+from adaptive_fusion.features.detail import DETAIL_FEATURES
+from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.jsonl import append_records
 from adaptive_fusion.learning.data.dataset import SPLITS, Dataset, cap_weights
 from adaptive_fusion.learning.data.labels import SOURCES, label_record, shadow_record
 from adaptive_fusion.learning.data.logs import compact
 from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.data.people import feedback_from_csv, human_labels
+from adaptive_fusion.policy.fitted import Fingerprint
 
 
 def build(path: Path, **options: Any) -> Dataset:
@@ -365,3 +369,22 @@ def test_a_dataset_needs_the_cheap_rung_among_its_rungs(tmp_path: Path) -> None:
         build_dataset([tmp_path], cheap="other@1", rungs=RUNGS)
     with pytest.raises(ConfigError, match="tolerance is 2"):
         build(tmp_path, tolerance=2)
+
+
+def test_labels_of_two_models_are_refused_by_name_and_details_are_features(tmp_path: Path) -> None:
+    one = Fingerprint("Model", {"depth": 2}, {"depth": 2}, "aaaa" * 4)
+    tuned = replace(one, digest="bbbb" * 4)
+    detail = dict(zip(DETAIL_FEATURES, range(1, 99), strict=False))
+
+    def labelled(index: int, model: Fingerprint | None, version: str = DETAIL_VERSION) -> dict[str, Any]:
+        known = replace(subject(np.array([float(index)]), index), detail=detail, detail_version=version)
+        return label_record(known, "oracle", quality={CHEAP: 0.5}, reference_quality=0.8, model=model)
+
+    of_one = [labelled(0, one), labelled(1, replace(one, digest="")), labelled(2, None), labelled(3, one, "other")]
+    data = build(write_jsonl(tmp_path / "one.jsonl", of_one))
+    assert data.model is not None and data.model.is_same(one)
+    found = data.columns(DETAIL_FEATURES)[np.argsort(data.x[:, 0])]
+    assert (found[:3] == [*detail.values()]).all() and np.isnan(found[3]).all()
+    assert build(write_jsonl(tmp_path / "none.jsonl", [labelled(0, None)])).model is None
+    with pytest.raises(ConfigError, match=r"labels are of two models, .*aaaaaaaa.* and .*bbbbbbbb"):
+        build(write_jsonl(tmp_path / "two.jsonl", [labelled(0, one), labelled(1, tuned)]))

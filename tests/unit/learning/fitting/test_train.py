@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from adaptive_fusion.learning.data.labels import label_record
 from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting import train as train_module
 from adaptive_fusion.learning.fitting.train import Trained, train
+from adaptive_fusion.policy.fitted import Fingerprint, Fitted
 from adaptive_fusion.policy.policy import Policy
 
 
@@ -176,3 +178,16 @@ class _Guess:
     def predict_proba(self, X: Any) -> Any:
         p = np.abs(np.sin(1e4 * X[:, 0]))
         return np.stack([1 - p, p], axis=1)
+
+
+def test_the_policy_is_fitted_to_the_model_of_its_labels(logs: Path, tmp_path: Path) -> None:
+    model = Fingerprint("Model", {"depth": 2}, {"depth": 2}, "abcd")
+    records = [{**json.loads(line), "model": model.to_dict()} for line in logs.read_text().splitlines()]
+    other = Fitted(replace(model, architecture="Another"), ("their images",))
+    base = replace(base_policy(), fitted=other)
+    options: dict[str, Any] = {"base": base, "n": 20, "estimators": ("logistic",)}
+    found = train([write_jsonl(tmp_path / "l.jsonl", records)], tmp_path / "out", **options).fitted.policy.fitted
+    assert found.model == model and set(found.kinds) == {"dense", "simple"} and "edge_density" in found.features
+    unsaid = train([logs], tmp_path / "unsaid", **options)
+    assert unsaid.fitted.policy.fitted == other
+    assert "do not say" in (unsaid.folder / "README.md").read_text()

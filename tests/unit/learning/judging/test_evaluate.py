@@ -12,6 +12,7 @@ from learning_data import (
     CHEAP,
     COSTS,
     LADDERS,
+    MIDDLE,
     RUNGS,
     STRONG,
     base_policy,
@@ -30,9 +31,10 @@ from adaptive_fusion.learning.fitting.gate import gate
 from adaptive_fusion.learning.fitting.threshold import choose_threshold
 from adaptive_fusion.learning.judging.curve import Arms, RoutingCurve, calibration_error
 from adaptive_fusion.learning.judging.evaluate import evaluate, evaluate_policy
+from adaptive_fusion.policy.escalation import Escalation
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.predictors import LinearModel
-from adaptive_fusion.policy.router import Inputs, PlainRouter
+from adaptive_fusion.policy.router import Inputs, PlainRouter, constant_router
 
 
 def arms_of(cheap: list[float], strong: list[float]) -> Arms:
@@ -262,3 +264,31 @@ def test_a_native_point_that_costs_nothing_has_no_cost_share(tmp_path: Path) -> 
     report = evaluate_policy(policy(TRUE), data, n=20)
     assert np.isnan(report.figures["cost_share"].mean) and report.figures["kept"].mean > 0.9
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_second_passes_of_a_policy_that_asks_are_counted(tmp_path: Path) -> None:
+    """Answers that lose are unsure here: going on keeps all, and the second pass is paid for."""
+    records = oracle_labels(200, 1, asks=False)
+    for record in records:
+        hard = record["reference_quality"] - record["quality"][CHEAP] > 0.02
+        record |= {"entropies": {CHEAP: [1.0 if hard else 0.0]}, "prompt_kind": "read"}
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    alone = policy(constant_router(0.4))  # all to the cheap lane
+    asks = replace(alone, escalation=Escalation())
+    unsure = float(data.y.mean())
+    before, after = (evaluate_policy(each, data, n=20).figures for each in (alone, asks))
+    assert 0.2 < unsure < 0.8 and before["kept"].mean < 0.9 and after["kept"].mean == pytest.approx(1.0)
+    assert before["cost"].mean == COSTS[CHEAP]
+    assert after["cost"].mean == pytest.approx(COSTS[CHEAP] + unsure * COSTS[STRONG])
+    verdict = gate(asks, alone, data, n=50)
+    assert verdict.figures["cost"].mean == pytest.approx(after["cost"].mean)
+    unknown = replace(data, entropy=None)
+    assert evaluate_policy(asks, unknown, n=20).figures["cost"].mean == COSTS[CHEAP]
+
+
+def test_the_cheap_arm_is_the_policys_cheap_plan(tmp_path: Path) -> None:
+    data = build_dataset([write_jsonl(tmp_path / "l.jsonl", oracle_labels(100, 1))], cheap=CHEAP, rungs=RUNGS)
+    ladders = {**base_policy().lanes, "weighted": (rung(MIDDLE), rung(CHEAP))}
+    named = replace(policy(TRUE), lanes=ladders, cheap=CHEAP)
+    assert evaluate_policy(named, data, n=20).arms == (CHEAP, STRONG)
+    assert evaluate_policy(replace(named, cheap=""), data, n=20).arms == (MIDDLE, STRONG)
