@@ -44,7 +44,8 @@ SHIFT, SLOPE = -1.5, 0.8
 def case(index: int, octaves: float, feature: float) -> Case:
     features = dict.fromkeys(FEATURE_NAMES, 0.0) | {"flat_regions": feature}
     detail = dict.fromkeys(DETAIL_FEATURES, 0.0)
-    known = Subject(hashlib.sha256(str(index).encode()).hexdigest(), "image", features, VERSION, detail, DETAIL_VERSION, prompt_kind="describe")
+    content = hashlib.sha256(str(index).encode()).hexdigest()
+    known = Subject(content, "image", features, VERSION, detail, DETAIL_VERSION, prompt_kind="describe")
     info: Any = None  # nothing here plans
     return Case(Question(str(index), "Describe."), known, info, octaves)
 
