@@ -100,7 +100,8 @@ def test_the_pages_commands_make_a_policy_that_is_used_and_a_run_that_was_stoppe
     policy = Policy.load(folder)
     assert policy.name.startswith("adapted-my-model-") and said["runner"].policy == policy
     assert policy.fitted.fits(said["runner"].fingerprint) and not said["runner"].chosen.remark
-    assert policy.name in said["explain"].stdout
+    # The panel may break the name where a line ends.
+    assert policy.name in re.sub(r"[^\w-]", "", said["explain"].stdout)
     doctor = " ".join(said["doctor"].stdout.split())
     assert policy.name in doctor and "days old" in doctor and "of the user's own" in doctor
     assert "What it buys" in (folder / "README.md").read_text()
