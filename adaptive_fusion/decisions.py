@@ -127,6 +127,8 @@ class Decision:
     def explain(self, took: Measurement | None = None) -> str:
         """Budget, prediction, margin, what it `took` and the rejected points with their reasons, as readable lines."""
         lines = [f"{self.kind} -> {self.lane} lane -> {self.point.name}: {self.reason}"]
+        if self.policy:
+            lines.append(f"  policy {self.policy}")
         if self.complexity is not None and self.p_complex is not None:
             lines.append(f"  complexity {self.complexity.score:.2f}, P(complex) {self.p_complex:.2f}")
         if self.budget:
