@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+if __name__ == "cuda":
+    # Another benchmark of this folder runs, and torch looks for NVIDIA's package of that name, which it can do without.
+    raise ModuleNotFoundError("benchmarks/cuda.py is not the package cuda", name="cuda")
 ROOT = Path(__file__).resolve().parents[1]
 # Not this folder: this file has the name of a package of NVIDIA's that torch and triton may want.
 sys.path[:] = [

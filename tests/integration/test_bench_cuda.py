@@ -2,7 +2,9 @@
 part that fails takes none of the others with it."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -93,3 +95,12 @@ def test_wheels_that_are_needed_are_told_from_those_that_are_not(cuda: ModuleTyp
     command = [ROOT / "benchmarks/cuda.sh", tmp_path / "none"]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2 and "WHEELS is a folder" in refused.stderr
+
+
+def test_other_benchmarks_of_the_folder_get_their_torch() -> None:
+    """torch looks for NVIDIA's package `cuda`, and the folder of the script comes first on its path."""
+    command = [sys.executable, "-c", "import torch, benchmarks"]
+    found = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
