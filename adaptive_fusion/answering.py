@@ -167,6 +167,7 @@ class Answering(Wired):
         call = turn.prepared.call
         estimate = self._planner.work(decision.point, replace(info, beside=())).prompt_tokens - 2 * TEMPLATE_TOKENS
         self._require_context(call, max(1, estimate), "about ")
+        decision = replace(decision, request_id=turn.request_id)
         if turn.decided is not None:
             turn.decided(decision)
         whole = call.arguments.whole is not None

@@ -102,7 +102,7 @@ class Batching(Answering):
         while len(alone) > 1:
             if self._batch_ms(alone) > sum(self._predicted(each).latency_ms for each in alone):
                 why = "a batch would take longer than one after the other"
-                fewer = [[each for each in alone if each is not left] for left in alone[1:]]
+                fewer = [_without(alone, index) for index in range(1, len(alone))]
                 alone = min(fewer, key=lambda rows: self._batch_ms(rows) / len(rows))
                 continue
             together = list(alone)
@@ -113,8 +113,7 @@ class Batching(Answering):
             if not losers:
                 return together, ""
             why = "a batch would cost limits or quality"
-            dropped = max(losers[-1], 1)
-            alone = [*alone[:dropped], *alone[dropped + 1 :]]
+            alone = _without(alone, max(losers[-1], 1))
         return [], why
 
     def _placed(self, turn: Turn, beside: Sequence[Work] = ()) -> _Placed:
@@ -201,3 +200,10 @@ class Batching(Answering):
             failed=turn.fail,
             streamer=turn.streamer,
         )
+
+
+def _without(rows: Sequence[_Placed], index: int) -> list[_Placed]:
+    """The rows but one, which runs next. If that one is in a hurry nobody who came later goes before it."""
+    limits = rows[index].limits
+    hurried = limits.latency_ms is not None or limits.ttft_ms is not None
+    return [*rows[:index], *(() if hurried else rows[index + 1 :])]

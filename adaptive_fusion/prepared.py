@@ -4,6 +4,7 @@ Knows a request, its arguments and the runner that answers it. Must not know how
 """
 
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -123,6 +124,8 @@ class Turn:
         decided: Called with the decision before the model runs, in the thread that runs it.
         streamer: As ``generate`` takes one.
         lead_s: How long before its turn it counts as arrived; None leaves its arrival as it is.
+        came: Called when its turn has come, again if it was left out of the batch that it came with.
+        request_id: Of its decision, also of a second one, if a batch comes to nothing.
         result: The reply, or what went wrong.
     """
 
@@ -131,10 +134,14 @@ class Turn:
     decided: Callable[[Decision], None] | None = None
     streamer: Any = None
     lead_s: float | None = None
+    came: Callable[[], None] | None = None
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     result: "Future[Reply]" = field(default_factory=Future)
 
     def come(self) -> "Turn":
         """The same turn, which has come."""
+        if self.came is not None:
+            self.came()
         if self.lead_s is None:
             return self
         arrived = self.prepared.runner._clock() - self.lead_s

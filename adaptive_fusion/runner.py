@@ -87,8 +87,9 @@ class AdaptiveRunner(Batching):
             log=self.log,
             meter=self.meter,
             clock=self._clock,
+            escalate=self._escalate,
         )
-        other.profile_note, other._warm = self.profile_note, self._warm
+        other.profile_note, other._warm, other._rng = self.profile_note, self._warm, self._rng
         other._learn_with(self.controller, self.lengths)
         other.encoder_cache, other.conversations = self.encoder_cache, self.conversations
         return other

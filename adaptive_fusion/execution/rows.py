@@ -214,11 +214,16 @@ def _generated(
     began = min(max(began, answers[0].encoding.prepared_s), encoded)
 
     def ended(answer: _Answer) -> None:
-        if answer.row.streamer is not None:
-            answer.row.streamer.end()
-        last = executor.meter.free_of_charge and all(each.over for each in answers)
-        peak = executor.meter.stop() if last else None
-        answer.row.done(answer.run(began, encoded, peak, len(answers)))
+        try:
+            if answer.row.streamer is not None:
+                answer.row.streamer.end()
+            last = executor.meter.free_of_charge and all(each.over for each in answers)
+            peak = executor.meter.stop() if last else None
+            run = answer.run(began, encoded, peak, len(answers))
+        except Exception as error:  # its own: the others go on
+            answer.row.failed(error)
+        else:
+            answer.row.done(run)
 
     def attempt(_: OperatingPoint) -> None:
         for answer in answers:

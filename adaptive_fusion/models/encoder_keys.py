@@ -133,8 +133,13 @@ def _state(module: nn.Module) -> str:
         kind: Any = type(each)
         if _is_adapted(kind):
             told += [(name, repr(getattr(each, name, None))) for name in _OF_ADAPTERS]
-    where = [(t.data_ptr(), t._version, t.dtype, t.device, t.shape) for t in tensors]
+    where = [(t.data_ptr(), _version(t), t.dtype, t.device, t.shape) for t in tensors]
     return length_prefixed(repr(where), repr(told), sampled(tensors))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where torch does not count, as for one made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:

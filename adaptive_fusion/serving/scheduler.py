@@ -104,6 +104,7 @@ class Scheduler:
         self._next = 0
         self._waiting: deque[_Waiter] = deque()
         self._busy_since: float | None = None
+        self._running: tuple[Errand[Any], ...] = ()
         self._mean_s, self._spread_s = 0.0, 0.0
         self._recent: deque[float] = deque(maxlen=_RECENT)
         self._idle = asyncio.Event()
@@ -157,7 +158,10 @@ class Scheduler:
         return min(self._recent, default=0.0)
 
     def expected_wait_s(self, place: Place) -> float:
-        """How long those before `place` will keep the worker, by what errands took lately and how much that varied."""
+        """How long those before `place` will keep the worker, by what errands took lately and how much that varied.
+
+        Those that are done together keep it until all are done, whoever of them was answered before.
+        """
         ahead = 0
         for number in self._places:
             if number == place.number:
@@ -166,7 +170,11 @@ class Scheduler:
         if not ahead:
             return 0.0
         done = self._clock() - self._busy_since if self._busy_since is not None else 0.0
-        return max(ahead * self._mean_s + _SURE * math.sqrt(ahead) * self._spread_s - min(done, self._mean_s), 0.0)
+        gone = sum(errand.result.done() for errand in self._running)
+        ahead += gone  # they have left their places, but not yet the worker
+        together = min(max(len(self._running), 1), ahead)
+        past = min(done, together * self._mean_s)
+        return max(ahead * self._mean_s + _SURE * math.sqrt(ahead) * self._spread_s - past, 0.0)
 
     async def run(self, errand: Errand[T], *, latest_s: float | None = None) -> T:
         """Wait for the worker, let it do `errand` with all that it takes along, and return the errand's result.
@@ -196,6 +204,7 @@ class Scheduler:
     def _start(self, errand: Errand[Any]) -> None:
         """Have the worker do what has its turn."""
         company = self._company(errand)
+        self._running = (errand, *company)
         try:
             work = asyncio.get_running_loop().run_in_executor(self.thread, _do, errand, company)
         except BaseException as error:
@@ -207,17 +216,22 @@ class Scheduler:
         work.add_done_callback(lambda done: self._finished(started, done, 1 + len(company)))
 
     def _company(self, errand: Errand[Any]) -> list[Errand[Any]]:
-        """Those that wait and may be done with `errand`, in the order of their coming; they wait no longer."""
+        """Those that wait and may be done with `errand`, in the order of their coming; they wait no longer. Nobody goes
+        before one who does not fit and must begin in time."""
         found: list[Errand[Any]] = []
         now = self._clock()
         for waiter in list(self._waiting):
             if len(found) + 1 >= self.batch:
                 break
             in_time = waiter.latest_s is None or now < waiter.latest_s
-            if in_time and not waiter.turn.done() and errand.fits(waiter.errand):
+            if not in_time or waiter.turn.done():
+                continue
+            if errand.fits(waiter.errand):
                 self._waiting.remove(waiter)
                 waiter.turn.set_result(False)
                 found.append(waiter.errand)
+            elif waiter.latest_s is not None:
+                break
         return found
 
     def drain(self) -> None:
@@ -268,6 +282,7 @@ class Scheduler:
         self._next_turn()
 
     def _next_turn(self) -> None:
+        self._running = ()
         while self._waiting:
             following = self._waiting.popleft()
             if not following.turn.done():

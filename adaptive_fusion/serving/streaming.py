@@ -54,8 +54,8 @@ async def stream_answer(job: Job, prepared: Prepared, asked: Asked) -> Response:
         del task  # it holds the error, which holds this frame and the request
         raise
     return EventSourceResponse(
-        _events(job, asked, decisions[0], first, pieces, task, tokenizer_of(prepared)),
-        headers=answers.headers(decisions[0], asked.native_tokens),
+        _events(job, asked, decisions[-1], first, pieces, task, tokenizer_of(prepared)),
+        headers=answers.headers(decisions[-1], asked.native_tokens),
         ping=PING_S,
         sep="\n",
     )

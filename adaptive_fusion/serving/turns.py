@@ -39,8 +39,9 @@ class ModelTurn(Errand[Reply]):
         super().__init__()
         self.job, self.prepared, self._decided = job, prepared, decided
         streamer = Said(tokenizer_of(prepared), said) if said is not None else None
-        self.turn = Turn(prepared, self.cancelled, self._note, streamer, result=self.result)
+        self.turn = Turn(prepared, self.cancelled, self._note, streamer, came=self._begin, result=self.result)
         self._queued_s = self._began_s = job.service.runner.clock()
+        self._started = False
 
     def fits(self, other: Errand[Any]) -> bool:
         """See `Errand.fits`."""
@@ -50,18 +51,26 @@ class ModelTurn(Errand[Reply]):
         """See `Errand.do`."""
         turns: list[ModelTurn] = [self, *company]
         for turn in turns:
-            turn.begin()
+            turn.result.add_done_callback(turn._ended)
         answer([turn.turn for turn in turns])
 
-    def begin(self) -> None:
-        """It has come."""
-        metrics, self._began_s = self.job.service.metrics, self.job.service.runner.clock()
+    def _begin(self) -> None:
+        """It has come; again if it was left out of a batch, for which it has waited then too."""
+        self._began_s = self.job.service.runner.clock()
         self.job.waited_s = self._began_s - self._queued_s
-        metrics.started(self.job.waited_s)
-        self.result.add_done_callback(lambda _: metrics.ended())
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
+            self.job.service.metrics.started(self.job.waited_s)
+
+    def _ended(self, _: object) -> None:
+        self._start()  # of one that failed before it was decided
+        self.job.service.metrics.ended()
 
     def _note(self, decision: Decision) -> None:
         service = self.job.service
+        self._start()
         service.metrics.decided(service.runner.clock() - self._began_s)
         if self._decided is not None:
             self._decided(decision)

@@ -176,6 +176,25 @@ def test_nobody_pays_for_a_batch(reference_model: Any, processor: Any, noise_ima
     assert not group and why == "a batch would cost limits or quality"
     group, _ = runner._group([Turn(calls[0]), Turn(replace(calls[0]))])
     assert len(group) == 2
+    # One that is left out with a limit is not overtaken by those behind it.
+    group, _ = runner._group([Turn(calls[0]), Turn(replace(calls[0])), Turn(calls[1]), Turn(replace(calls[0]))])
+    assert len(group) == 2
+
+
+def test_a_row_whose_reader_breaks_at_its_end_fails_alone(runner: AdaptiveRunner, noise_image: Any) -> None:
+    class Broken:
+        def put(self, value: Any) -> None:
+            pass
+
+        def end(self) -> None:
+            raise OSError("the reader is gone")
+
+    calls = [runner.prepared(noise_image(64, 64, i), "?", max_new_tokens=i + 2, **GREEDY) for i in range(2)]
+    turns = [Turn(calls[0], streamer=Broken()), Turn(calls[1])]
+    runner._answer_turns(turns)
+    assert isinstance(turns[0].result.exception(0), OSError)
+    reply = turns[1].result.result(0)
+    assert reply.decision.batch == 2 and reply.text == calls[1].chat().text
 
 
 def test_a_row_that_fails_fails_alone(runner: AdaptiveRunner, noise_image: Any) -> None:
@@ -219,6 +238,26 @@ def test_a_batch_that_fails_is_answered_one_after_the_other(
         replies = runner.chat(images, ["Describe."] * 3, max_new_tokens=4, **GREEDY)
     assert [reply.text for reply in replies] == expected
     assert all(reply.decision.batch == 1 and f"alone: {why}" in reply.decision.reason for reply in replies)
+
+
+def test_one_that_runs_after_a_batch_came_to_nothing_is_the_same_request(
+    runner: AdaptiveRunner, noise_image: Any
+) -> None:
+    said: list[tuple[str, int]] = []
+    ids: dict[int, set[str]] = {0: set(), 1: set()}
+    turns = []
+    for i in range(2):
+        call = runner.prepared(noise_image(64, 64, i), "?", max_new_tokens=2, **GREEDY)
+        turn = Turn(call, decided=lambda d, i=i: ids[i].add(d.request_id), came=lambda i=i: said.append(("came", i)))
+        turn.result.add_done_callback(lambda _, i=i: said.append(("done", i)))
+        turns.append(turn)
+    with broken(runner.model, lambda: ValueError("what?")):
+        replies = together(turns)
+    for i, reply in enumerate(replies):
+        assert reply.decision.batch == 1 and ids[i] == {reply.decision.request_id}
+    assert ids[0] != ids[1]
+    # The second came with the batch, and again when the first was answered.
+    assert said[-3:] == [("done", 0), ("came", 1), ("done", 1)]
 
 
 def test_a_batch_is_decided_as_a_batch_and_not_asked_if_it_is_sure(reference_model: Any, processor: Any) -> None:

@@ -98,6 +98,16 @@ def test_a_hit_is_known_before_and_teaches_nothing_of_encoding(
     assert cached.work(image, "?", NATIVE, 4) == plain.work(image, "?", NATIVE, 4)  # what it would be for anybody
 
 
+def test_weights_whose_writes_are_not_counted_are_known_by_their_values(processor: Any, noise_image: Any) -> None:
+    with torch.inference_mode():  # its tensors have no version
+        cached = AdaptiveRunner.from_pretrained("reference", encoder_cache_mb=16)
+    image = noise_image(96, 64)
+    assert [asked(cached, image).decision.encoder_cache for _ in range(2)] == ["miss", "hit"]
+    with torch.inference_mode():
+        cached.model.model.visual.blocks[0].mlp.linear_fc1.weight.mul_(1.01)
+    assert asked(cached, image).decision.encoder_cache == "miss"
+
+
 def test_what_changes_the_encoder_changes_the_key(
     cached: AdaptiveRunner, reference_model: Any, noise_image: Any
 ) -> None:

@@ -104,3 +104,12 @@ def test_what_was_learned_is_taken_over_and_shared(reference_model: Any, process
         with pytest.raises(ConfigError):
             third.restore(wrong)  # type: ignore[arg-type]
     assert not third.controller.informed
+
+
+def test_with_another_policy_the_runner_asks_no_more_than_before(reference_model: Any, processor: Any) -> None:
+    for escalate in (True, False, None):
+        first = AdaptiveRunner(reference_model, processor, policy="reference-balanced", escalate=escalate)
+        other = first.with_policy("native")
+        decided = [each.decide(None, "Hello").escalation for each in (first, other)]
+        assert all(bool(said) == bool(escalate) for said in decided) or escalate is None
+        assert other._escalate is escalate

@@ -251,6 +251,61 @@ def test_a_job_takes_along_those_that_wait_and_fit_up_to_the_batch() -> None:
     assert together == [[0], [1, 3, 4], [2, 7], [5], [6]]
 
 
+def test_nobody_goes_before_one_who_does_not_fit_and_must_begin_in_time() -> None:
+    async def main() -> None:
+        for latest_s, order in ((None, [0, 1, 3, 2]), (time.monotonic() + MOST_S, [0, 1, 2, 3])):
+            scheduler, gate, model = Scheduler(9, batch=4), threading.Event(), Model()
+            jobs = [model.job(0, gate), model.job(1, kind="a"), model.job(2, kind="b"), model.job(3, kind="a")]
+            limits = (None, None, latest_s, None)
+            tasks = [
+                asyncio.create_task(scheduler.run(job, latest_s=limit)) for job, limit in zip(jobs, limits, strict=True)
+            ]
+            await settle()
+            gate.set()
+            await asyncio.gather(*tasks)
+            assert model.ran == order
+
+    asyncio.run(main())
+
+
+def test_the_wait_for_a_batch_is_that_for_its_last() -> None:
+    async def main() -> None:
+        clock, model = Clock(), Model()
+        scheduler, early, last = Scheduler(9, clock, batch=4), threading.Event(), threading.Event()
+
+        class Four(Doing):
+            def do(self, company: Sequence[Doing]) -> None:
+                for job in company:
+                    job.result.set_result(0)
+                early.set()
+                last.wait(MOST_S)
+                super().do(())
+
+        for _ in range(30):  # a job takes two seconds
+
+            def two_seconds(cancelled: threading.Event) -> None:
+                clock.now += 2.0
+
+            await scheduler.run(Doing(two_seconds))
+            await free(scheduler)
+        gate, places = threading.Event(), [scheduler.admit() for _ in range(5)]
+        before = asyncio.create_task(scheduler.run(model.job(9, gate)))
+        tasks = [asyncio.create_task(scheduler.run(Four(lambda cancelled: 1, "a"))) for _ in range(4)]
+        await settle()
+        gate.set()
+        await before
+        assert await asyncio.gather(*tasks[1:]) == [0, 0, 0] and early.is_set()
+        for place in places[1:4]:
+            place.release()
+        clock.now += 5.0
+        # Four at two seconds each, five of which have passed; three are answered already.
+        assert scheduler.expected_wait_s(places[4]) == pytest.approx(3.0, abs=0.2)
+        last.set()
+        await tasks[0]
+
+    asyncio.run(main())
+
+
 def test_one_of_several_is_there_before_the_others_and_none_is_left_without_a_result() -> None:
     async def main() -> None:
         scheduler, gate, last = Scheduler(9, batch=4), threading.Event(), threading.Event()
