@@ -84,11 +84,13 @@ def adapt(
     with refusing([model], as_json):
         questions = _questions(images, prompts, limit)
         from adaptive_fusion.learning.adapting.adapt import Adaptation, policy_name
+        from adaptive_fusion.learning.adapting.install import installed
         from adaptive_fusion.loading import open_runner
         from adaptive_fusion.user_cache import user_cache_dir, user_policies_dir
 
         runner = open_runner(model, base)
         name = policy_name(model, runner.fingerprint.digest)
+        root = user_policies_dir(os.environ)
         folder = out or user_cache_dir(os.environ) / "adapting" / name
         try:
             with progress(as_json) as shown:
@@ -101,11 +103,14 @@ def adapt(
                 typer.confirm("Start?", default=True, abort=True, err=True)
             with progress(as_json) as shown:
                 work.progress = shown
-                found = work.run(user_policies_dir(os.environ))
+                found = work.run(root)
         except GateRefused as refused:
-            complain(f"{refused}; nothing was installed")
+            kept = [str(each) for each in installed(root, name)]
+            stays = f", and what was installed earlier is used as before: {', '.join(kept)}" if kept else ""
+            complain(f"{refused}; nothing was installed{stays}")
             if as_json:
-                emit({"installed": False, "reason": str(refused), "figures": _plain(refused.verdict.figures)})
+                figures = _plain(refused.verdict.figures)
+                emit({"installed": False, "reason": str(refused), "figures": figures, "earlier": kept})
             raise typer.Exit(REFUSED) from refused
         except OSError as error:
             raise ConfigError(
@@ -132,9 +137,11 @@ def _questions(images: list[Path], prompts: Path | None, limit: int | None) -> "
 def _read_prompts(file: Path) -> tuple[str, ...]:
     """Questions, one a line; empty lines and repeated ones are left out."""
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8-sig").splitlines()  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file.name} is not text in UTF-8; expected questions, one a line") from error
+    except OSError as error:
+        raise ConfigError(f"{file.name!r} cannot be read ({error.strerror}); expected questions, one a line") from error
     found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
         raise ConfigError(f"{file.name} has no questions; expected one a line")

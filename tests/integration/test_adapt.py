@@ -21,7 +21,7 @@ from adaptive_fusion.runner import AdaptiveRunner
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapt.md"
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-IMAGES = 20
+IMAGES = 24
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_pages_commands_make_a_policy_that_is_used_and_a_run_that_was_stoppe
     shutil.copytree(model, "my-model")
     shutil.copy(images / "00.png", "photos/again.png")
     Path("photos/broken.png").write_bytes(b"no image at all")
-    Path("questions.txt").write_text("Describe the screen.\n\n")
+    Path("questions.txt").write_text("\ufeffDescribe the screen.\n\n")  # as some editors begin a file
     said = {}
     for language, code in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
         if language == "python":
@@ -142,6 +142,7 @@ def test_what_cannot_be_adapted_ends_at_once_and_leaves_nothing(
         (adapt(tmp_path / "nothing", images, tmp_path), "which is no folder"),
         (adapt(model, images, tmp_path, "--base", "reference-balanced"), "expected a general one"),
         (adapt(model, images, tmp_path, "--out", few / "00.png"), "a file; expected a folder"),
+        (adapt(model, images, tmp_path, "--prompts", "no.txt"), "'no.txt' cannot be read"),
     ):
         assert refused.exit_code == 2 and why in refused.stderr, refused.output
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)

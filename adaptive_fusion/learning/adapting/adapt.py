@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from adaptive_fusion.errors import ConfigError, GateRefused
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.execution.request import build_request
-from adaptive_fusion.learning.adapting.answers import Answers, read_answers
+from adaptive_fusion.learning.adapting.answers import Answers, answered, read_answers
 from adaptive_fusion.learning.adapting.card import card
-from adaptive_fusion.learning.adapting.cases import Case, Looked, look, octaves_of, planner_for
+from adaptive_fusion.learning.adapting.cases import Case, Looked, halves, images_of, look, octaves_of, planner_for
 from adaptive_fusion.learning.adapting.choice import informative
 from adaptive_fusion.learning.adapting.fit import Adapted, adapt_policy, ladders
 from adaptive_fusion.learning.adapting.install import install
-from adaptive_fusion.learning.adapting.judge import Taken, cross_fitted, figures, refused, take
+from adaptive_fusion.learning.adapting.judge import FOLDS, Taken, cross_fitted, figures, refused, take
 from adaptive_fusion.learning.adapting.modules import Modules
 from adaptive_fusion.learning.adapting.needs import LEAST_IMAGES
 from adaptive_fusion.learning.adapting.work import Terms, Work
@@ -37,6 +38,8 @@ from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.progress import Progress, silent
 from adaptive_fusion.runner import AdaptiveRunner
 
+LEAST_JUDGED = next(n for n in count_from(LEAST_IMAGES) if n - -(-n // FOLDS) >= LEAST_IMAGES)
+"""Fewest images of which the policies that are judged, each without a fold, learn what the installed one does."""
 SAMPLED = 16
 """Cases whose predicted times stand for all."""
 
@@ -47,7 +50,7 @@ class Ahead:
 
     Attributes:
         images: Different images that can be used.
-        questions: Questions about them.
+        questions: Questions about them; with modules, about those that none is trained on.
         answered: Of these, answered by an earlier run.
         passes: Runs of the model that are left: full answers, and prefills at fewer pixels.
         calibrating: Requests that are measured first; 0 where this machine's profile is known.
@@ -134,6 +137,8 @@ class Adaptation:
     progress: Progress = silent
     failed: tuple[tuple[str, str], ...] = field(default=(), init=False)
     _looked: Looked = field(init=False)
+    _cases: list[Case] = field(init=False)
+    _taught: list[Case] = field(init=False)
     _work: Work = field(init=False)
     _shares: list[float] = field(init=False)
 
@@ -145,16 +150,22 @@ class Adaptation:
         self._work = Work(self.folder, terms)
         planner = planner_for(self.runner.adapter, general, self.runner.profile)
         self._looked = look(planner, self.questions, max_new_tokens=self.max_new_tokens, progress=self.progress)
-        if self._looked.images < LEAST_IMAGES:
+        # What modules were trained on says nothing of what they lose on other images.
+        self._taught, self._cases = halves(self._looked.cases) if self.distil else ([], self._looked.cases)
+        images = images_of(self._cases)
+        if images < LEAST_JUDGED:
+            which = f" of {self._looked.images}, beside those to train modules on," if self.distil else ""
             why = "; ".join(f"{name}: {reason}" for name, reason in self._looked.failed[:3])
             raise ConfigError(
-                f"{self._looked.images} different images can be used; expected at least {LEAST_IMAGES}, below which "
-                f"nothing is learned and the general policy stays{f' ({why})' if why else ''}"
+                f"{images} different images{which} can be used; expected at least {LEAST_JUDGED}, below which nothing "
+                f"is learned that could be judged, and the general policy stays{f' ({why})' if why else ''}"
             )
-        self._try_one(self._looked.cases[0])
+        self._try_one(self._cases[0])
         offered = [rung.pixel_share for rung in general.lanes[SIMPLE] if rung.pixel_share < 1]
         always = [share for share in (general.cheap_rung.pixel_share,) if share in offered]
-        self._shares = self._work.shares(informative(octaves_of(self._looked.cases), offered, always=always))
+        chosen = informative(octaves_of(self._cases), offered, always=always)
+        begun = not answered(self._work.labels).isdisjoint(case.key for case in self._cases)
+        self._shares = self._work.shares(chosen, begun=begun)
 
     def _try_one(self, case: Case) -> None:
         """Whether the model takes an image and a question at all: a template that is missing shows here."""
@@ -179,14 +190,14 @@ class Adaptation:
 
     def ahead(self) -> Ahead:
         """What `run` will do, from what is there already."""
-        cases, runner = self._looked.cases, self.runner
-        answered = {case.key for case in self._answers().cases}
-        left = [case for case in cases if case.key not in answered]
+        cases, runner = self._cases, self.runner
+        known = {case.key for case in self._answers().cases}
+        left = [case for case in cases if case.key not in known]
         calibrating = count(runner) if self.measure and not runner.profile.samples else 0
         return Ahead(
             images=self._looked.images,
             questions=len(cases),
-            answered=len(answered),
+            answered=len(known),
             passes=len(left) * (3 + len(self._shares)),
             calibrating=calibrating,
             training=self._modules.questions,
@@ -215,9 +226,13 @@ class Adaptation:
 
         Raises:
             GateRefused: If the policy is no better than the general one; nothing is installed.
-            ConfigError: If the model could not answer about enough of the images.
+            ConfigError: If the model could not answer about enough of the images, or another run is at work here.
             OSError: If a folder cannot be written; what was done so far is kept.
         """
+        with self._work.alone():
+            return self._run(root)
+
+    def _run(self, root: Path) -> Installed:
         runner, progress = self.runner, self.progress
         if self.measure and not runner.profile.samples:
             calibrate(runner, progress=progress)
@@ -239,21 +254,21 @@ class Adaptation:
             ConfigError: If the model could not answer about enough of the images.
             OSError: If the work folder cannot be written.
         """
-        questions = [case.question for case in self._looked.cases]
-        self._modules.train(questions, self.progress)
+        self._modules.train([case.question for case in self._taught], self.progress)
+        questions = [case.question for case in self._cases]
         scorer = ModelScorer(RunnerModel(self.runner, max_new_tokens=self.max_new_tokens))
         out, progress = self._work.labels, self.progress
         done = label_inputs(scorer, questions, self.rungs, out, progress=progress, source_id=self.name)
         self.failed = done.failed
         answers = self._answers()
-        if answers.images < LEAST_IMAGES:
+        if answers.images < LEAST_JUDGED:
             why = "; ".join(f"{name}: {reason}" for name, reason in done.failed[:3])
-            raise ConfigError(f"the model answered about {answers.images} images, expected {LEAST_IMAGES} ({why})")
+            raise ConfigError(f"the model answered about {answers.images} images, expected {LEAST_JUDGED} ({why})")
         return answers
 
     def _answers(self) -> Answers:
         tolerance, model = self.base.tolerance, self.runner.fingerprint
-        return read_answers(self._work.labels, self._looked.cases, self.rungs, tolerance, model)
+        return read_answers(self._work.labels, self._cases, self.rungs, tolerance, model)
 
     def _fit(self, answers: Answers) -> Adapted:
         return adapt_policy(answers, self.base, self.name, self._modules.files)

@@ -143,18 +143,16 @@ def read_answers(
     Raises:
         ConfigError: For a label of another model.
     """
-    records = _records(file)
+    names = [rung.name for rung in rungs]
+    records = _records(file, set(names))
     for record in records.values():
         other = Fingerprint.from_dict(record["model"]) if record.get("model") else model
         if not model.is_same(other):
             raise ConfigError(f"{file.name} has labels of {other.in_words()}; expected those of {model.in_words()}")
-    names = [rung.name for rung in rungs]
     known = sorted((case for case in cases if case.key in records), key=lambda case: str(case.key))
     rows = [records[case.key] for case in known]
-    whole = [set(names) <= set(row["quality"]) for row in rows]
-    rows = [row for row, right in zip(rows, whole, strict=True) if right]
     return Answers(
-        tuple(case for case, right in zip(known, whole, strict=True) if right),
+        tuple(known),
         tuple(rungs),
         _table(rows, names, lambda row, name: row["quality"][name]),
         _table(rows, names, lambda row, name: row["cost"][name]),
@@ -163,6 +161,11 @@ def read_answers(
         tolerance,
         model,
     )
+
+
+def answered(file: Path) -> set[tuple[str, str | None]]:
+    """Content and question of all labels of a file."""
+    return set(_records(file, set()))
 
 
 def _table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], value: Any) -> FloatArray:
@@ -174,7 +177,8 @@ def _first(row: Mapping[str, Any], name: str) -> list[float]:
     return found + [float("nan")] * (MOST_TOKENS - len(found))
 
 
-def _records(file: Path) -> dict[tuple[str, str | None], Mapping[str, Any]]:
+def _records(file: Path, rungs: set[str]) -> dict[tuple[str, str | None], Mapping[str, Any]]:
+    """The labels with all these rungs, by content and question."""
     found: dict[tuple[str, str | None], Mapping[str, Any]] = {}
     if not file.exists():
         return found
@@ -184,6 +188,8 @@ def _records(file: Path) -> dict[tuple[str, str | None], Mapping[str, Any]]:
                 record = json.loads(line)
             except ValueError:  # the torn end of a run that was killed
                 continue
-            if isinstance(record, dict) and record.get("content_hash") and isinstance(record.get("quality"), dict):
+            if not isinstance(record, dict) or not isinstance(record.get("quality"), dict):
+                continue
+            if record.get("content_hash") and rungs <= set(record["quality"]):
                 found[record["content_hash"], record.get("prompt_hash")] = record
     return found

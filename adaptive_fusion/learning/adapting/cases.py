@@ -19,11 +19,14 @@ from adaptive_fusion.execution.oom import of_one_item
 from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.learning.data.dataset import FloatArray
 from adaptive_fusion.learning.data.labels import Subject
+from adaptive_fusion.learning.distillation.draws import share
 from adaptive_fusion.learning.labelling.labeller import subject_of
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.progress import Progress, Steps, silent
 
+HALF_SEED = 1
+"""Not the one by which distillation holds images out: those are some of either half."""
 LEAST_OCTAVES = -8.0
 """A 256th of the native pixels: no need is taken for less."""
 
@@ -61,7 +64,7 @@ class Looked:
     @property
     def images(self) -> int:
         """How many different images there are."""
-        return len({case.subject.content_hash for case in self.cases})
+        return images_of(self.cases)
 
 
 def planner_for(adapter: Adapter, policy: Policy, profile: Profile) -> Planner:
@@ -82,12 +85,16 @@ def look(
     """
     found, known = Looked(), set[tuple[str, str | None]]()
     asked = list(questions)
+    named = set[tuple[int, str]]()  # an input is named once, however many questions are asked about it
     steps = Steps(progress, "look", len(asked))
     for question in asked:
         try:
             case = _case(planner, question, max_new_tokens)
         except Exception as error:
-            found.failed.append((question.name, str(of_one_item(error))))
+            reason = str(of_one_item(error))
+            if (id(question.media), reason) not in named:
+                found.failed.append((question.name, reason))
+            named.add((id(question.media), reason))
         else:
             if case.key in known:
                 found.repeated += 1
@@ -115,6 +122,19 @@ def _case(planner: Planner, question: Question, max_new_tokens: int) -> Case:
     needs = planner.needs(info)
     octaves = 0.0 if needs is None else float(np.log2(needs.pixels / needs.native))
     return Case(question, subject, info, min(0.0, max(LEAST_OCTAVES, octaves)))
+
+
+def images_of(cases: Sequence[Case]) -> int:
+    """How many different images cases are about."""
+    return len({case.subject.content_hash for case in cases})
+
+
+def halves(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """About half of the images and the others, by their content alone: one that is added later moves none."""
+    first = [share(case.subject.content_hash, HALF_SEED) < 0.5 for case in cases]
+    return [c for c, one in zip(cases, first, strict=True) if one], [
+        c for c, one in zip(cases, first, strict=True) if not one
+    ]
 
 
 def octaves_of(cases: Sequence[Case]) -> FloatArray:

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 STALE_S = 86_400.0
@@ -32,7 +33,13 @@ def install(folder: Path, root: Path, name: str) -> Path:
         OSError: If it cannot be written; then what was there is as it was.
     """
     root.mkdir(parents=True, exist_ok=True)
-    target = root / f"{name}-{_digest(folder)}"
+    # Seen before this one is there: of two installed at once each would else remove the other.
+    earlier = list(root.iterdir())
+    digest = _digest(folder)
+    target = root / f"{name}-{digest}"
+    if target.is_dir() and _digest(target) != digest:  # in part removed, or changed
+        (target / "policy.toml").unlink(missing_ok=True)
+        shutil.rmtree(target)
     if target.is_dir():
         os.utime(target / "policy.toml")  # the newest again
     else:
@@ -48,8 +55,18 @@ def install(folder: Path, root: Path, name: str) -> Path:
             shutil.rmtree(new, ignore_errors=True)
             raise
         _sync(root)
-    _tidy(root, name, target)
+    _tidy(earlier, name, target)
     return target
+
+
+def installed(root: Path, name: str) -> list[Path]:
+    """Folders of the versions of a policy that are there."""
+    return [folder for folder in root.iterdir() if _is_version(folder, name)] if root.is_dir() else []
+
+
+def _is_version(folder: Path, name: str) -> bool:
+    version = folder.name.removeprefix(f"{name}-")
+    return folder.name == f"{name}-{version}" and len(version) == 8
 
 
 def _digest(folder: Path) -> str:
@@ -72,13 +89,20 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _tidy(root: Path, name: str, kept: Path) -> None:
-    """Remove earlier versions, and what earlier runs left unfinished."""
-    for folder in root.iterdir():
-        version = folder.name.removeprefix(f"{name}-")
-        earlier = folder.name == f"{name}-{version}" and len(version) == 8 and folder != kept
-        unfinished = folder.name.startswith(_NEW) and time.time() - folder.stat().st_mtime > STALE_S
+def _tidy(before: Sequence[Path], name: str, kept: Path) -> None:
+    """Of the folders that were there before, remove earlier versions and what earlier runs left unfinished."""
+    for folder in before:
+        earlier = _is_version(folder, name) and folder != kept
+        unfinished = folder.name.startswith(_NEW) and _age_s(folder) > STALE_S
         if earlier or unfinished:
             # Its policy.toml first: without it nobody takes what is left for a policy.
             (folder / "policy.toml").unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _age_s(folder: Path) -> float:
+    """Since it was changed; 0 for one that another process has removed or renamed meanwhile."""
+    try:
+        return time.time() - folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

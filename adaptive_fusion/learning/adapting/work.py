@@ -5,13 +5,14 @@ Knows a JSON file of plain values and the names of the files beside it. Must not
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.file_lock import write_whole
+from adaptive_fusion.file_lock import appending, write_whole
 from adaptive_fusion.policy.fitted import Fingerprint
 
 
@@ -20,7 +21,7 @@ class Terms:
     """What answers depend on; answers had under other terms are not mixed.
 
     Attributes:
-        model: Whose answers they are.
+        model: Whose answers they are; with other limits of its processor all of the pixels are others.
         base: Name of the general policy.
         distilled: Whether fusion modules are trained first.
         max_new_tokens: Upper bound of an answer.
@@ -34,7 +35,7 @@ class Terms:
     @property
     def key(self) -> str:
         """Names them in files."""
-        text = json.dumps({**asdict(self), "model": {**self.model.to_dict(), "processor": {}}}, sort_keys=True)
+        text = json.dumps({**asdict(self), "model": self.model.to_dict()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -70,14 +71,32 @@ class Work:
         """A fusion module's file."""
         return self.folder / f"modules-{self.terms.key}" / f"{name}.safetensors"
 
-    def shares(self, chosen: Sequence[float]) -> list[float]:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else is at work in the folder: two would run the same questions and write one policy over the other.
+
+        Raises:
+            ConfigError: If somebody is.
+            OSError: If the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with appending(self.folder / "lock", 0.0) as lock:
+            if not lock.held:
+                raise ConfigError(f"another run is at work in {self.folder.name!r}; expected it to end first")
+            yield
+
+    def shares(self, chosen: Sequence[float], *, begun: bool) -> list[float]:
         """The shares that an earlier run began with, else those `chosen` now, which are kept.
+
+        Args:
+            chosen: For the images at hand.
+            begun: Whether any of these was answered by an earlier run, whose shares then are taken.
 
         Raises:
             ConfigError: If the file of an earlier run holds something else.
             OSError: If the folder cannot be written.
         """
-        if self.plan.exists():
+        if begun and self.plan.exists():
             found = _read(self.plan)
             if isinstance(found, list) and all(isinstance(each, float) and 0 < each < 1 for each in found):
                 return found

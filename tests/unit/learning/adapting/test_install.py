@@ -102,6 +102,10 @@ def test_the_same_policy_again_is_the_newest_again(tmp_path: Path) -> None:
     os.utime(first / "policy.toml", (1e9, 1e9))
     assert install(tmp_path / "a", root, NAME) == first
     assert (first / "policy.toml").stat().st_mtime > 1e9
+    (first / "router.json").unlink()  # as one that died while it removed this version leaves it
+    (first / "policy.toml").unlink()
+    assert install(tmp_path / "a", root, NAME) == first
+    assert sorted(each.name for each in first.iterdir()) == ["README.md", "policy.toml", "router.json"]
     (root / f"{NAME}-of-another").mkdir()
     install(made(tmp_path / "b", 0.5), root, NAME)
     assert sorted(each.name.startswith(NAME) for each in root.iterdir()) == [True, True]
