@@ -276,7 +276,8 @@ class Planner:
         self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
     ) -> Candidate:
         """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
-        encoded = _found(info, point) == HIT
+        # In a batch it waits for what others have to encode.
+        encoded = _found(info, point) == HIT and not any(work.patches for work in info.beside)
         return Candidate(point, quality, self._predicted(point, info, new_tokens), key, encoded=encoded)
 
     def _predicted(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None) -> Prediction:
