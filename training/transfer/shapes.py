@@ -1,6 +1,6 @@
 """Write an untrained model of another shape, with the reference model's tokenizer and processor.
 
-    PYTHONPATH=training/reference python training/transfer/shapes.py {plain,narrow} OUT [--seed 0]
+PYTHONPATH=training/reference python training/transfer/shapes.py {plain,narrow} OUT [--seed 0]
 """
 
 import argparse
