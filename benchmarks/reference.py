@@ -6,7 +6,7 @@ parts. Every arm answers every scene, in turns; an arm is a policy as it ships, 
 cheap plan, no router, and goes on where the model is not sure) or a point such as gated12r8@1. Intervals are paired
 bootstraps by scene.
 
-    python benchmarks/reference.py [--scenes 100] [--draws 3] [--seed N] [--arms ...] [--jobs 2] [--json]
+    python benchmarks/reference.py [--model FOLDER] [--scenes 100] [--draws 3] [--seed N] [--arms ...] [--jobs 2]
 """
 
 import argparse
@@ -48,25 +48,25 @@ STRIDE = 100_000_000
 MOST = 160
 
 
-def runner_of(arm: str, first: AdaptiveRunner | None) -> AdaptiveRunner:
+def runner_of(arm: str, first: AdaptiveRunner | None, model: str) -> AdaptiveRunner:
     """The arm on a shared model."""
     if arm == ESCALATION:
         policy = Policy.load("reference-balanced")
         policy = replace(policy, router=constant_router(), threshold=0.75, escalation=policy.escalation or Escalation())
     else:
-        policy = Policy.load("reference-balanced" if "@" in arm else arm)
+        policy = Policy.load(("reference-balanced" if model == "reference" else NATIVE) if "@" in arm else arm)
     if first is None:
-        return AdaptiveRunner.from_pretrained("reference", policy=policy)
+        return AdaptiveRunner.from_pretrained(model, policy=policy)
     return AdaptiveRunner(first.model, first.processor, policy=policy)
 
 
-def answers(job: tuple[tuple[str, ...], list[tuple[str, int]]]) -> list[dict[str, list[float]]]:
+def answers(job: tuple[str, tuple[str, ...], list[tuple[str, int]]]) -> list[dict[str, list[float]]]:
     """Quality, TTFT in ms, latency in ms, visual tokens and passes given up, by arm, of each scene."""
-    arms, scenes = job
+    model, arms, scenes = job
     torch.set_num_threads(1)
     runners: dict[str, AdaptiveRunner] = {}
     for arm in arms:
-        runners[arm] = runner_of(arm, next(iter(runners.values()), None))
+        runners[arm] = runner_of(arm, next(iter(runners.values()), None), model)
         runners[arm].warm_up()
     found = []
     for number, (kind, seed) in enumerate(scenes):
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=100, help="of each kind in each draw")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--model", default="reference", help="or the folder of one that answers the same questions")
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--resamples", type=int, default=2000)
@@ -198,7 +199,7 @@ def main() -> None:
         for number in range(args.scenes)
         for kind in KINDS
     ]
-    parts = [(arms, scenes[start : start + 40]) for start in range(0, len(scenes), 40)]
+    parts = [(args.model, arms, scenes[start : start + 40]) for start in range(0, len(scenes), 40)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, context) as pool:
         done = list(tqdm(pool.map(answers, parts), total=len(parts), unit="40 scenes", disable=args.json))
