@@ -16,13 +16,13 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "narrow": {
         "vision": {
             "depth": 8,
-            "hidden_size": 96,
-            "intermediate_size": 288,
-            "num_heads": 3,
+            "hidden_size": 80,
+            "intermediate_size": 240,
+            "num_heads": 2,
             "out_hidden_size": 128,
             "deepstack_visual_indexes": [1, 3, 5],
         },
-        "text": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 6, "head_dim": 40},
+        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5, "head_dim": 40},
     },
 }
 """What differs from the reference model's configuration."""
