@@ -1,8 +1,9 @@
 """Which policy a model gets, and what has to be said of it: the one that was fitted to this model, or a general one.
 
-``auto`` takes, in this order: the user's own policy in the cache directory that was fitted to a model of this shape
-(equal weights first, then the newest), unless ``ADAPTIVE_FUSION_NO_USER_POLICY`` is set; a shipped policy that was
-fitted to this very model; the general ``balanced``, which holds for no model in particular. Knows policies and
+``auto`` takes, in this order: the user's own policy in the cache directory that was fitted to this model (equal weights
+before those that cannot be compared, then the newest); a shipped policy that was fitted to this very model; the user's
+own for other weights of this shape; the general ``balanced``, which holds for no model in particular. With
+``ADAPTIVE_FUSION_NO_USER_POLICY`` set the user's own are not looked at. Knows policies and
 fingerprints. Must not know models: it is told a `Fingerprint`.
 """
 
@@ -73,11 +74,14 @@ def choose(wanted: Policy | str | Path, model: Fingerprint, environ: Mapping[str
         policy = wanted if isinstance(wanted, Policy) else Policy.load(wanted)
         return _told(Chosen(policy, "given"), model)
     own, skipped = _users(environ)
-    if own := [each for each in own if each.policy.fitted.fits(model)]:
-        best = max(own, key=lambda each: (_same(each.policy.fitted, model) is True, each.written_s, each.policy.name))
+    best = _best([each for each in own if each.policy.fitted.fits(model)], model)
+    differs = best is not None and _same(best.policy.fitted, model) is False
+    if best is not None and not differs:
         found = Chosen(best.policy, "the user's own, fitted to this model", written_s=best.written_s)
     elif shipped := _shipped(model):
         found = Chosen(shipped, "shipped, fitted to this model")
+    elif best is not None:
+        found = Chosen(best.policy, "the user's own, fitted to a model of this shape", written_s=best.written_s)
     else:
         none = "no policy was fitted to this model"
         found = Chosen(
@@ -104,6 +108,16 @@ def _told(chosen: Chosen, model: Fingerprint) -> Chosen:
     what = f"{policy.name} was fitted to another model"
     note = f"{chosen.note}, fitted to another model: {long}"
     return replace(chosen, note=note, warning=f"{what}: {long}", remark=f"{what}: {short}")
+
+
+def _best(own: list[_Own], model: Fingerprint) -> _Own | None:
+    """Of those for models of this shape: equal weights, else such as cannot be compared, then the newest."""
+    nearness = {True: 2, None: 1, False: 0}
+    return max(
+        own,
+        key=lambda each: (nearness[_same(each.policy.fitted, model)], each.written_s, each.policy.name),
+        default=None,
+    )
 
 
 def _same(fitted: Fitted, model: Fingerprint) -> bool | None:

@@ -58,6 +58,7 @@ def test_of_the_users_own_equal_weights_come_first_and_then_the_newest(environ: 
     found = auto(environ)
     assert found.policy.name == "again" and not found.warning and not found.remark
     third = auto(environ, replace(HERE, digest="0" * 16))
+    assert third.note.startswith("the user's own, fitted to a model of this shape")
     assert third.policy.name == "tuned" and "other weights of this shape" in third.remark and not third.warning
     assert auto({**environ, NO_USER_POLICY: "0"}).policy.name == "again"
     assert auto({**environ, NO_USER_POLICY: "1"}).policy.name == "balanced"
@@ -86,6 +87,17 @@ def test_a_model_that_no_policy_was_fitted_to_gets_the_general_one_with_one_warn
     assert found.note == found.remark == "no policy was fitted to this model: general balanced"
     named = choose("balanced", HERE, environ)
     assert (named.warning, named.remark, named.note) == ("", "", "given")
+
+
+def test_a_policy_for_other_weights_does_not_take_the_place_of_one_for_this_very_model(environ: dict[str, str]) -> None:
+    reference = Policy.load("reference-balanced").fitted.model
+    assert reference is not None
+    own(environ, policy("tuned", replace(reference, digest="0" * 16)), 3e9)
+    assert auto(environ, reference).policy.name == "reference-balanced"
+    own(environ, policy("uncompared", replace(reference, digest="")), 1e9)
+    assert auto(environ, reference).policy.name == "uncompared"
+    own(environ, policy("mine", reference), 1e9)
+    assert auto(environ, reference).policy.name == "mine"
 
 
 def test_a_shipped_policy_is_for_its_model_alone(environ: dict[str, str]) -> None:
