@@ -90,6 +90,7 @@ class Wired(ModelFace):
         integer(encoder_cache_mb, "encoder_cache_mb", 0, MAX_MIB)
         self.encoder_cache = EncoderCache(encoder_cache_mb) if encoder_cache_mb else None
         self._encoder_keys = EncoderKeys(self.adapter)
+        self._executor.spare = self._spare
         self.conversations = Conversations()
         self._rng = random.Random(seed)
         if escalate not in (True, False, None):
@@ -190,6 +191,11 @@ class Wired(ModelFace):
         if self.encoder_cache is None or not request.digests:
             return None
         return self._encoder_keys.seen(self.encoder_cache, request.messages, request.digests, request.tenant)
+
+    def _spare(self) -> None:
+        """Give up what is kept for later requests, where memory has run out."""
+        if self.encoder_cache is not None:
+            self.encoder_cache.clear()
 
     def _cached_gb(self) -> float:
         """Memory of the model's device that the encoder cache takes; what lies in the machine's own is not counted."""

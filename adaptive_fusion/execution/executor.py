@@ -95,6 +95,8 @@ class Executor:
     def __init__(self, adapter: Adapter, meter: Meter, clock: Callable[[], float]) -> None:
         self.adapter, self.meter = adapter, meter
         self.timed = TimedModel(adapter, clock)
+        self.spare: Callable[[], None] = lambda: None
+        """Called where memory has run out: gives up what is kept for later requests."""
 
     def run(self, task: Task, controller: Controller, predict: Predict) -> Run:
         """Run the decided point and let the controller learn from what it took.
@@ -126,7 +128,7 @@ class Executor:
 
     def _first_or_second(self, tries: "Tries", steps: list[OperatingPoint]) -> Pass:
         """The pass that answers. Nothing of the first is alive any more when the second begins."""
-        run = partial(run_with_step_down, tries.attempt, on_oom=tries.out_of_memory, release=release)
+        run = partial(run_with_step_down, tries.attempt, on_oom=tries.out_of_memory, release=self.release)
         try:
             return run(steps)
         except Unsure:
@@ -173,6 +175,11 @@ class Executor:
                         run_with_step_down(attempt, [point], release=release)
         finally:
             self.meter.stop()
+
+    def release(self) -> None:
+        """Give up what is kept for later requests, and memory that is cached on the device."""
+        self.spare()
+        release()
 
     def _begin_measuring(self, budget: Budget) -> bool:
         """Start the meter where it is free of charge or memory is limited; whether it was started."""

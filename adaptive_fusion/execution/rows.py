@@ -235,7 +235,7 @@ def _generated(
         timed.generate(replace(batch, ended_s=encoded), {**options, "max_new_tokens": most, "stopping_criteria": rules})
 
     try:
-        run_with_step_down(attempt, [answers[0].encoding.point], release=release)
+        run_with_step_down(attempt, [answers[0].encoding.point], release=executor.release)
     except OutOfMemoryError:
         return "the batch ran out of memory"
     except Exception as error:  # whose fault it was shows where each runs alone

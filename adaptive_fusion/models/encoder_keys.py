@@ -25,6 +25,8 @@ from adaptive_fusion.models.reuse import Keys, Seen, Store
 from adaptive_fusion.point import NATIVE, OperatingPoint
 
 VERSION = "1"
+_TOLD_OTHERWISE = frozenset({"max_pixels", "max_fps", "downsample", "fusion", "layers", "adapter_rank"})
+"""Knobs that count by what they make of a medium or of its taps, or act on what is kept; others by their value."""
 _OF_ADAPTERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 """State of PEFT's layers that changes what they compute without changing a tensor."""
 
@@ -66,11 +68,12 @@ class EncoderKeys:
     ) -> list[Keys]:
         """Keys of each medium at a point, of which those are `made` that were asked for before."""
         computed = self._adapter.computed(point)
-        same = (*computed.encoder_key, computed.fusion, computed.layers, computed.adapter_rank)
+        same = tuple(getattr(computed, name) for name in computed.knobs() if name != "downsample")
         if same not in made:
             fusion, keys = self._fusion(computed), list[Keys]()
+            others = repr([(name, getattr(computed, name)) for name in computed.knobs() if name not in _TOLD_OTHERWISE])
             for part, digest in zip(parts, digests, strict=True):
-                merged = length_prefixed(VERSION, encoder, tenant, digest, *self._planned(part, computed))
+                merged = length_prefixed(VERSION, encoder, tenant, digest, others, *self._planned(part, computed))
                 taps = length_prefixed("taps", merged, fusion) if fusion else None
                 keys.append(Keys(merged, taps))
             made[same] = keys

@@ -14,6 +14,7 @@ from adaptive_fusion.errors import ConfigError, UnsupportedModelError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.models import Encoded, GridAdapter, Recorded
+from adaptive_fusion.models.encoder_keys import EncoderKeys
 from adaptive_fusion.point import NATIVE, OperatingPoint, knob
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.runner import AdaptiveRunner
@@ -44,6 +45,12 @@ class DimmingAdapter(GridAdapter):
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
         with self._dimmed(point):
             return super().encode(inputs, point, recorded)
+
+
+def with_adapter(runner: AdaptiveRunner, adapter: GridAdapter) -> None:
+    """Let a runner drive its model by another adapter."""
+    runner.adapter = runner._planner.adapter = runner._executor.adapter = runner._executor.timed.adapter = adapter
+    runner._encoder_keys = EncoderKeys(adapter)
 
 
 POINT = DimmedPoint("weighted", 6, 0.5, dim=0.5)
@@ -89,9 +96,19 @@ def test_it_runs_is_recorded_apart_and_labelled(tiny_dense: Any, processor: Any,
         outputs[point] = features[0]
     assert not torch.allclose(outputs[POINT], outputs[bright])
 
-    runner.adapter = runner._planner.adapter = runner._executor.adapter = runner._executor.timed.adapter = adapter
+    with_adapter(runner, adapter)
     rungs = [Rung(POINT), Rung(bright)]
     labelled = RunnerModel(runner, max_new_tokens=8).answers(Question(image, prompt), rungs)
     for rung in rungs:
         reply = runner.chat(image, prompt, point=rung.point, max_new_tokens=8, do_sample=False)
         assert reply.decision.point == rung.point and labelled[rung.name][0] == reply.text
+
+
+def test_what_is_kept_of_the_encoder_is_kept_apart(tiny_dense: Any, processor: Any, noise_image: Any) -> None:
+    runner, image = AdaptiveRunner(tiny_dense, processor, policy="native", encoder_cache_mb=8), noise_image(96, 64)
+    with_adapter(runner, DimmingAdapter(tiny_dense, processor))
+    found = []
+    for dim in (1.0, 0.5, 1.0, 0.5):
+        point = DimmedPoint(dim=dim)
+        found.append(runner.chat(image, "?", point=point, max_new_tokens=8).decision.encoder_cache)
+    assert found == ["miss", "miss", "hit", "hit"]

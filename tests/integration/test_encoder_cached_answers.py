@@ -1,11 +1,14 @@
 """What the encoder made of a medium is not made again, answers are what they were, and no medium passes for another."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import StoppingCriteria
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.estimators import ENCODED
@@ -171,6 +174,58 @@ def test_a_conversation_keeps_its_plan_until_the_question_or_the_budget_asks_for
     late = turn("Write a caption for this image.", budget=Budget(latency_ms=0.01))
     assert pixels(late) < pixels(again) or late.decision.point.downsample < again.decision.point.downsample
     assert late.decision.conversation["change"] == "falls" and "falls" in late.decision.reason
+
+
+def test_adapters_on_the_tower_have_entries_of_their_own(tiny_dense: Any, processor: Any, noise_image: Any) -> None:
+    torch.manual_seed(0)
+    adapted = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(tiny_dense), adapted).eval()
+    runner = AdaptiveRunner(model, processor, policy="native", encoder_cache_mb=8)
+    bare = AdaptiveRunner(tiny_dense, processor, policy="native")
+    image = noise_image(64, 64)
+
+    def found() -> str:
+        return asked(runner, image).decision.encoder_cache
+
+    assert [found(), found()] == ["miss", "hit"]
+    with model.disable_adapter():
+        assert [found(), found()] == ["miss", "hit"]
+        assert asked(runner, image).token_ids == asked(bare, image).token_ids
+    assert found() == "hit"
+    for layer in model.modules():
+        if isinstance(scaling := getattr(layer, "scaling", None), dict):
+            scaling["default"] = 3.0
+    assert found() == "miss"
+    model.merge_adapter()
+    assert found() == "miss"
+
+
+def test_beams_leave_what_is_kept_as_it_is(cached: AdaptiveRunner, plain: AdaptiveRunner, noise_image: Any) -> None:
+    media, beams = [noise_image(64, 48), noise_image(48, 64)], {"num_beams": 3, "do_sample": False}
+    for _ in range(2):
+        for more in (beams, {}):
+            for point in (NATIVE, HALF):
+                assert asked(cached, media, point, **more).token_ids == asked(plain, media, point, **more).token_ids
+
+
+def test_memory_that_runs_out_gets_back_what_is_kept(tiny_dense: Any, processor: Any, noise_image: Any) -> None:
+    runner, image = AdaptiveRunner(tiny_dense, processor, policy="native", encoder_cache_mb=8), noise_image(64, 64)
+    asked(runner, image)
+    held: list[int] = []
+
+    class Starved(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> bool:
+            held.append(runner.encoder_cache.nbytes)  # type: ignore[union-attr]
+            if len(held) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return False
+
+    other = noise_image(64, 80)
+    asked(runner, other, stopping_criteria=[Starved()])
+    both = held[0]
+    asked(runner, image)
+    asked(runner, other)
+    assert runner.encoder_cache is not None and 0 < held[1] < both <= runner.encoder_cache.nbytes
 
 
 def test_without_a_cache_nothing_is_said_of_one(plain: AdaptiveRunner, noise_image: Any) -> None:
