@@ -32,9 +32,13 @@ from adaptive_fusion.reference import model_path
 from adaptive_fusion.reference.screens import make_scene
 
 torch.set_num_threads(1)
-# How long an example takes says something of the machine, nothing of what is tested.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+# How long an example takes says something of the machine, nothing of what is tested. The same code is tested by the
+# same examples; HYPOTHESIS_PROFILE=explore draws others each time.
+for name, fixed in (("suite", True), ("explore", False)):
+    settings.register_profile(
+        name, deadline=None, derandomize=fixed, suppress_health_check=[HealthCheck.too_slow], database=None
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
 @pytest.fixture(scope="session")
