@@ -195,13 +195,14 @@ def outlook(decision: Decision, native_tokens: int) -> dict[str, Any]:
         "policy": decision.policy,
         "reason": decision.reason,
         "feasible": decision.feasible,
-        "escalated": False,
+        "escalated": decision.escalated is True,
         "batch": decision.batch,
         "budget": dict(decision.budget),
         "predicted": predicted(decision),
         "margin": decision.margin,
         "p_late": decision.p_late,
         "tokens": {"visual_native": native_tokens},
+        **({"escalation": dict(decision.escalation)} if decision.escalation else {}),
         **({"encoder_cache": decision.encoder_cache} if decision.encoder_cache else {}),
         **({"conversation": dict(decision.conversation)} if decision.conversation else {}),
         **({"audit": dict(decision.audit)} if decision.audit else {}),
@@ -241,13 +242,13 @@ def headers(decision: Decision, native_tokens: int, reply: Reply | None = None) 
         "rung": decision.rung,
         "lane": decision.lane,
         "policy": decision.policy,
-        "escalated": "false",
         "visual-tokens-native": native_tokens,
     }
     if decision.predicted is not None:
         values["predicted-ttft-ms"] = f"{decision.predicted.ttft_ms:.1f}"
         values["predicted-latency-ms"] = f"{decision.predicted.latency_ms:.1f}"
     if reply is not None:
+        values["escalated"] = str(decision.escalated is True).lower()
         values["visual-tokens"] = reply.measurement.visual_tokens
         values["ttft-ms"] = f"{reply.measurement.ttft_ms:.1f}"
         values["latency-ms"] = f"{reply.measurement.latency_ms:.1f}"

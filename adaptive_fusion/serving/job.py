@@ -85,8 +85,9 @@ def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> N
     """Count, log and keep what came of a request."""
     service, decision, took = job.service, reply.decision, reply.measurement
     e2e_s = service.runner.clock() - job.arrived_s
+    escalated = decision.escalated is True
     service.metrics.finished(
-        reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=False
+        reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=escalated
     )
     if job.had_to_wait and job.limit_s is not None:
         limit_ms = decision.budget.get("latency_ms")
@@ -107,7 +108,7 @@ def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> N
         policy=decision.policy,
         feasible=decision.feasible,
         met=reply.met,
-        escalated=False,
+        escalated=escalated,
         batch=decision.batch,
         prompt_tokens=took.prompt_tokens,
         new_tokens=took.new_tokens,

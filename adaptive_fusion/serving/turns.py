@@ -96,7 +96,7 @@ async def take(turn: ModelTurn) -> Reply:
                 "adaptive_fusion.queue_ms": job.waited_s * 1e3,
                 "adaptive_fusion.media": len(prepared.request.media),
                 "adaptive_fusion.visual_tokens_native": prepared.native_tokens,
-                "adaptive_fusion.escalated": False,
+                "adaptive_fusion.escalated": reply.decision.escalated is True,
                 "adaptive_fusion.batch": reply.decision.batch,
             },
         )

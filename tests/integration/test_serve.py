@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from openai import OpenAI
 from server import asking, client_of, data_url, image, mp4, png, serving, text
 from waits import MOST_S, joined, until
 
+from adaptive_fusion.policy.escalation import ANY, Escalation, Threshold
+from adaptive_fusion.policy.policy import LANES, Policy
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving import connection as connection_module
 from adaptive_fusion.serving import http
@@ -501,3 +505,29 @@ def test_the_example_of_the_docs_runs(reference_model: Any, processor: Any, caps
     with serving(runner) as server:
         exec(compile(snippet.replace(":8000/", f":{server.port}/"), str(docs), "exec"), {})
     assert "visual_saved" in capsys.readouterr().out
+
+
+def test_a_second_pass_is_said_wherever_it_is_told(
+    reference_model: Any, processor: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the answer, its header, a stream's last chunk, the metric and the server's log."""
+    rung = replace(Rung.parse("weighted6r4@0.5/25%"), quality=0.5)
+    policy = replace(
+        Policy.load("reference-balanced"),
+        lanes=dict.fromkeys(LANES, (rung,)),
+        escalation=Escalation(thresholds={ANY: {ANY: Threshold(0.0)}}),
+    )
+    runner = AdaptiveRunner(reference_model, processor, policy=policy)
+    messages = asking(image(), text("Describe the image."))
+    with serving(runner, max_new_tokens=4) as server:
+        asked = client_of(server)
+        raw = asked.chat.completions.with_raw_response.create(model=MODEL, messages=messages)
+        said = raw.parse().model_extra["adaptive_fusion"]
+        *_, last = asked.chat.completions.create(model=MODEL, messages=messages, stream=True)
+        told = get(f"http://127.0.0.1:{server.port}/metrics").text
+    assert said["escalated"] is True and said["escalation"]["first_rung"] == rung.name and said["plan"] == "native@1"
+    assert raw.headers["x-adaptive-fusion-escalated"] == "true"
+    assert last.model_extra["adaptive_fusion"]["escalated"] is True
+    assert "adaptive_fusion:escalations_total 2.0" in told
+    answers = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"event": "answer"' in line]
+    assert [line["escalated"] for line in answers] == [True, True]
