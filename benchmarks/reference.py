@@ -176,7 +176,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     for arm, row in result["arms"].items():
         cells = [f"{r['quality']:.3f}, {r['kept']:.3f}; {r['ttft_share']:.3f}" for r in row["kinds"].values()]
         out.append(f"| {arm} | " + " | ".join(cells) + " |")
-    kept = ["each draw's balanced share: " + ", ".join(f"{value:.3f}" for value in result["by_draw"])]
+    kept = [f"each draw's share, {result['first']}: " + ", ".join(f"{value:.3f}" for value in result["by_draw"])]
     return [*out, "", *(kept if result["by_draw"] else []), *(f"short: {line}" for line in result["shortfalls"])]
 
 
@@ -191,6 +191,16 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=2000)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if min(args.scenes, args.draws, args.jobs, args.resamples) < 1 or args.scenes > 10_000 or (args.seed or 0) < 0:
+        parser.error(
+            f"got {args.scenes} scenes, {args.draws} draws, {args.jobs} jobs, {args.resamples} resamples, seed {args.seed};"
+            " expected at least 1 of each, at most 10000 scenes, and a seed of at least 0"
+        )
+    for arm in args.arms:  # a name that is none is told before anything runs
+        if "@" in arm:
+            OperatingPoint.parse(arm)
+        elif arm != ESCALATION:
+            Policy.load(arm)
     seed = args.seed if args.seed is not None else time.time_ns() % 1_000_000
     arms = tuple(dict.fromkeys((NATIVE, *args.arms)))
     scenes = [
@@ -218,6 +228,7 @@ def main() -> None:
         "draws": args.draws,
         "scenes": args.scenes,
         "arms": found,
+        "first": first,
         "by_draw": by_draw,
         "shortfalls": shortfalls(found),
     }
