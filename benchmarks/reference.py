@@ -193,8 +193,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.scenes, args.draws, args.jobs, args.resamples) < 1 or args.scenes > 10_000 or (args.seed or 0) < 0:
         parser.error(
-            f"got {args.scenes} scenes, {args.draws} draws, {args.jobs} jobs, {args.resamples} resamples, seed {args.seed};"
-            " expected at least 1 of each, at most 10000 scenes, and a seed of at least 0"
+            f"got {args.scenes} scenes, {args.draws} draws, {args.jobs} jobs, {args.resamples} resamples and seed"
+            f" {args.seed}; expected at least 1 of each, at most 10000 scenes, and a seed of at least 0"
         )
     for arm in args.arms:  # a name that is none is told before anything runs
         if "@" in arm:
