@@ -1,5 +1,5 @@
-"""Connections: how many there may be, how long a request's head may take, and what is no HTTP gets an answer like all
-others.
+"""Connections: how many there may be, how long a request's head may take and an answer may lie unread, and what is no
+HTTP gets an answer like all others.
 
 Knows uvicorn's protocol. Must not know of routes, bodies (`http`) or what is served.
 """
@@ -20,17 +20,21 @@ HEAD_S = 10.0
 """How long a request's head may take from the moment it is waited for."""
 MAX_HEAD = 64 << 10
 """Bytes of a head."""
+UNREAD_S, UNREAD_RATE = 30.0, 16 << 10
+"""How long what was sent may lie unread: so many seconds, and one more for each so many bytes."""
 
 
 class Connection(H11Protocol):
     """One connection. Between two requests uvicorn's time for idle ones holds; in a request those of `http` do."""
 
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _begun = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Somebody came."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # whoever sends waits until all that it sent before has gone
         if len(self.connections) > MAX_CONNECTIONS:
             refusal = f"there are {MAX_CONNECTIONS} connections, the most there may be; try again later"
             self._refuse(Refusal(refusal, 503, code="too_many_connections", retry_s=1.0))
@@ -51,7 +55,23 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
         self._forget()
+        self.resume_writing()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client's side takes no more for now."""
+        super().pause_writing()
+        if self._unread is None:
+            most = UNREAD_S + self.transport.get_write_buffer_size() / UNREAD_RATE
+            # Also a closed connection stays until it is empty. Cut off, whoever sends is told that the client has gone.
+            self._unread = self.loop.call_later(most, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """All has gone."""
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+        super().resume_writing()
 
     def on_response_complete(self) -> None:
         """A response is out; the next head may take as long as the first."""

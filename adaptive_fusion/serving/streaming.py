@@ -70,7 +70,7 @@ async def _events(
     task: "asyncio.Task[Reply]",
     tokenizer: Any,
 ) -> AsyncIterator[ServerSentEvent]:
-    usage, shown = job.call.include_usage, StopFilter(asked.stops)
+    usage, shown, told = job.call.include_usage, StopFilter(asked.stops), False
     try:
         yield _event(answers.chunk(asked, decision, {"role": "assistant", "content": ""}, include_usage=usage))
         piece = first
@@ -81,16 +81,19 @@ async def _events(
         reply = task.result()
         if text := shown.flush():
             yield _event(answers.chunk(asked, decision, {"content": text}, include_usage=usage))
-        for event in await made(_last_events, asked, job, reply, tokenizer):
+        last = await made(_last_events, asked, job, reply, tokenizer)
+        told = True  # counted and logged
+        for event in last:
             yield event
     except Exception as error:
+        told = True
         server_log.error("a stream failed: %s", place_of(error))
         refusal = as_refusal(error)
         job.service.metrics.failed(refusal.code)
         yield _event(error_body(refusal))
     finally:
-        if not task.done():
-            task.cancel()
+        task.cancel()
+        if not told:  # the client has gone, or takes nothing
             job.service.metrics.failed("cancelled")
     yield ServerSentEvent(data="[DONE]", sep="\n")
 

@@ -328,6 +328,40 @@ def test_more_connections_than_there_may_be_are_told_to_come_back(
     assert get(f"http://127.0.0.1:{server.port}/health").status_code == 200
 
 
+def test_who_reads_nothing_is_cut_off_and_who_reads_late_gets_all(
+    server: DrainingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until(lambda: not server.server_state.connections, "the connections of other tests to end")
+    asked = 200
+    request = f"GET /openapi.json HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n".encode()
+    requests = (request + b"\r\n") * (asked - 1) + request + b"connection: close\r\n\r\n"
+
+    def deaf() -> socket.socket:
+        """A connection whose client wants far more than lies in buffers on the way, and reads nothing."""
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(MOST_S)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(requests)
+        return connection
+
+    def stuck() -> list[Any]:
+        return [each for each in server.server_state.connections if each.flow.write_paused]
+
+    with deaf() as late:
+        until(lambda: bool(stuck()), "an answer that is not read")
+        said = bytearray()
+        while piece := late.recv(1 << 20):
+            said += piece
+        assert said.count(b"HTTP/1.1 200") == asked
+    until(lambda: not server.server_state.connections, "the connection to end")
+    monkeypatch.setattr(connection_module, "UNREAD_S", 0.05)
+    monkeypatch.setattr(connection_module, "UNREAD_RATE", 1 << 30)
+    with deaf():
+        until(lambda: bool(stuck()), "an answer that is not read")
+        until(lambda: not server.server_state.connections, "the connection to be cut off")
+
+
 def test_decisions_without_answers(client: OpenAI) -> None:
     body = {"model": MODEL, "messages": asking(image(200, 160), text("?")), "adaptive_fusion": {"latency_ms": 9e5}}
     decided: Any = client.post("/adaptive_fusion/decide", body=body, cast_to=object)
