@@ -129,7 +129,10 @@ class EncoderKeys:
 
 def _state(module: nn.Module) -> str:
     """What tells that a module computes something else than before: its tensors, where they lie and how often they
-    were written to, a value of each, and what PEFT's layers are told."""
+    were written to, some values of each, and what PEFT's layers are told.
+
+    Writing through ``.data`` is not counted by torch: it is noticed by the values, unless it spares all that are looked
+    at."""
     tensors, told = list[Tensor](), list[Any]()
     for each in module.modules():
         tensors += _own_tensors(each)

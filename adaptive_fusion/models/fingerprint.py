@@ -22,6 +22,8 @@ from adaptive_fusion.policy.fitted import Fingerprint
 
 PARAMETERS, VALUES = 24, 32
 """How many parameters are sampled, and how many values of each."""
+SPREAD = 16
+"""Values of each tensor by which a change is noticed."""
 
 _VISION = {
     "depth": ("depth", "num_hidden_layers"),
@@ -133,16 +135,21 @@ def _places(size: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def sampled(tensors: Sequence[Tensor]) -> bytes:
-    """The value in the middle of each tensor, to notice by that one was changed; of what cannot be read nothing."""
+    """`SPREAD` values and a few of each tensor, evenly from the first one on, to notice by that one was changed; of
+    what cannot be read nothing."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for each in tensors:
         if each.numel() and not each.is_meta:
             try:
-                value = each.detach()[tuple([side // 2 for side in each.shape])]
+                own = each.detach()
+                if own.is_contiguous():
+                    values = own.view(-1)[:: max(1, own.numel() // SPREAD)]
+                else:  # flat it would be a copy
+                    values = own[tuple([side // 2 for side in own.shape])].view(1)
             except (RuntimeError, NotImplementedError, TypeError):  # a kind of tensor that cannot be indexed
                 continue
-            found.setdefault((value.device, value.dtype), []).append(value)
-    return b"".join(torch.stack(values).float().cpu().numpy().tobytes() for values in found.values())
+            found.setdefault((values.device, values.dtype), []).append(values)
+    return b"".join(torch.cat(values).float().cpu().numpy().tobytes() for values in found.values())
 
 
 @torch.no_grad()
