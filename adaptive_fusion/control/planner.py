@@ -333,7 +333,7 @@ class Planner:
             rung = next((rung for rung in ladders if rung.name == name), None) or Rung.parse(name)
             quality = rung.quality if needs is None else needs.quality_of(rung)
             plan = self.candidate(self.adapter.resolve(rung, info.sizes), quality, info, key=name)
-        return staying(candidates, plan, self.policy.tolerance)
+        return staying(candidates, plan, self.policy.tolerance, info.kept.point)
 
     def _choose_staying(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, stay: Staying | None

@@ -69,19 +69,22 @@ class Staying:
     Attributes:
         offers: First the plan that it has, where that is enough for the question, then it and all that give the media
             no less. If none of these fits, anything may be taken.
-        plan: What it has.
+        plan: What it has, for the media that there are now.
+        had: What the earlier media ran at. A share of pixels is one of the largest medium's, so that the same step
+            gives them more once a larger one has come.
     """
 
     offers: tuple[tuple[Candidate, ...], ...]
     plan: Candidate
+    had: OperatingPoint
 
     def changed(self, to: Candidate) -> str:
-        """What becomes of the plan."""
-        if to.point == self.plan.point:
+        """What becomes of the plan of the earlier media."""
+        if to.point == self.had:
             return STAYS
-        if below(to.point, self.plan.point):
+        if below(to.point, self.had):
             return FALLS
-        return RISES if below(self.plan.point, to.point) else SHIFTS
+        return RISES if below(self.had, to.point) else SHIFTS
 
     def said(self, to: Candidate) -> dict[str, Any]:
         """For the decision and the log: the plan before, and what becomes of it."""
@@ -89,26 +92,30 @@ class Staying:
 
     def in_words(self, to: Candidate) -> str:
         """For a decision's reason."""
+        changed = self.changed(to)
+        if changed == RISES and to.point == self.plan.point:
+            return f"the conversation's plan {self.plan.key} rises with the size of the largest image"
         return {
             STAYS: f"the conversation's plan {self.plan.key} stays",
             RISES: f"the conversation's plan rises from {self.plan.key}, which is not enough for the question",
             SHIFTS: f"the conversation's plan changes from {self.plan.key}, which is not enough for the question",
             FALLS: f"the conversation's plan falls from {self.plan.key}: the budget cannot be met otherwise",
-        }[self.changed(to)]
+        }[changed]
 
 
-def staying(candidates: Sequence[Candidate], plan: Candidate, tolerance: float) -> Staying:
+def staying(candidates: Sequence[Candidate], plan: Candidate, tolerance: float, had: OperatingPoint) -> Staying:
     """What there is for a request whose conversation has `plan`.
 
     Args:
         candidates: All that are on offer for it.
         plan: With the quality expected of it for this question.
         tolerance: Qualities that differ by this little count as equal.
+        had: What the media of the conversation ran at last.
     """
     no_less = [c for c in candidates if c.point != plan.point and not below(c.point, plan.point)]
     enough = all(c.quality - plan.quality <= tolerance for c in no_less)
     both = (plan, *no_less)
-    return Staying(((plan,), both) if enough else (both,), plan)
+    return Staying(((plan,), both) if enough else (both,), plan, had)
 
 
 def below(point: OperatingPoint, other: OperatingPoint) -> bool:

@@ -20,14 +20,19 @@ def offered(point: OperatingPoint, quality: float) -> Candidate:
 @given(
     st.lists(st.tuples(st.sampled_from(POINTS), st.floats(0, 1)), min_size=1, max_size=9, unique_by=lambda x: x[0]),
     st.sampled_from(POINTS),
+    st.sampled_from(POINTS),
     st.floats(0, 1),
     st.sampled_from((0.0, 0.02)),
 )
 def test_offers_take_nothing_away_and_change_nothing_that_is_enough(
-    others: list[tuple[OperatingPoint, float]], point: OperatingPoint, quality: float, tolerance: float
+    others: list[tuple[OperatingPoint, float]],
+    point: OperatingPoint,
+    had: OperatingPoint,
+    quality: float,
+    tolerance: float,
 ) -> None:
     plan, candidates = offered(point, quality), [offered(*other) for other in others]
-    found = staying(candidates, plan, tolerance)
+    found = staying(candidates, plan, tolerance, had)
     no_less = {each.point for each in candidates if not below(each.point, point)}
     for offer in found.offers:
         assert offer[0] is plan and not any(below(each.point, point) for each in offer)
@@ -36,8 +41,8 @@ def test_offers_take_nothing_away_and_change_nothing_that_is_enough(
     assert (found.offers[0] == (plan,)) == (best - quality <= tolerance)
     for each in candidates:
         change = found.changed(each)
-        assert (change == STAYS) == (each.point == point) and (change == FALLS) == below(each.point, point)
-        assert change != RISES or below(point, each.point)
+        assert (change == STAYS) == (each.point == had) and (change == FALLS) == below(each.point, had)
+        assert change != RISES or below(had, each.point)
         assert found.said(each) == {"from": plan.key, "to": each.key, "change": change} and found.in_words(each)
 
 
