@@ -232,7 +232,9 @@ def _generated(
         batch = together([answer.encoding for answer in answers])
         most = max(answer.row.most for answer in answers)
         rules = [_Ends(answers, ends, strings, timed.clock, ended)]
-        timed.generate(replace(batch, ended_s=encoded), {**options, "max_new_tokens": most, "stopping_criteria": rules})
+        # Strings of the model's own configuration are among those that are looked for here already.
+        own = {"max_new_tokens": most, "stop_strings": None, "stopping_criteria": rules}
+        timed.generate(replace(batch, ended_s=encoded), {**options, **own})
 
     try:
         run_with_step_down(attempt, [answers[0].encoding.point], release=executor.release)
