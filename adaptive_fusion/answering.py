@@ -19,7 +19,7 @@ from transformers import LogitsProcessorList
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.audits import audited
 from adaptive_fusion.control.candidates import Candidate, Choice
-from adaptive_fusion.control.planner import FIXED, HIT, PART, TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.planner import FIXED, HIT, MISS, PART, TEMPLATE_TOKENS, Planner, RequestInfo
 from adaptive_fusion.control.staying import Plan
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ContextLengthError
@@ -209,7 +209,7 @@ class Answering(Wired):
     def _reply(self, prepared: Prepared, run: Run, prompt: Callable[[], Tensor]) -> Reply:
         """What goes out; lengths learn from it and it is logged."""
         request, arguments = prepared.request, prepared.call.arguments
-        run = replace(run, decision=_with_cache_told(run))
+        run = replace(run, decision=_with_cache_told(run, len(request.media)))
         self._remember(request, run.decision)
         new = run.new_tokens
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -270,14 +270,17 @@ class Way:
         return {**options, "streamer": streamer}
 
 
-def _with_cache_told(run: Run) -> Decision:
-    """The decision with what became of the media: a later pass finds what the first has left."""
+def _with_cache_told(run: Run, media: int) -> Decision:
+    """The decision with what became of the media: a later pass finds what the first has left, and what was there may
+    have made room for others before its turn came."""
     decision, took = run.decision, run.measurement
     if not decision.encoder_cache or not took.visual_tokens:
         return decision
     if not took.patches:
         return replace(decision, encoder_cache=HIT)
-    return replace(decision, encoder_cache=PART if decision.encoder_cache == HIT else decision.encoder_cache)
+    if decision.encoder_cache != HIT:
+        return decision
+    return replace(decision, encoder_cache=MISS if media == 1 and not decision.escalated else PART)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batches import paying, together
 from peft import LoraConfig, get_peft_model
 from transformers import StoppingCriteria
 
@@ -15,6 +16,7 @@ from adaptive_fusion.control.estimators import ENCODED
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.prepared import Turn
 from adaptive_fusion.reference.screens import make_scene
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner
@@ -125,6 +127,11 @@ def test_what_changes_the_encoder_changes_the_key(
     try:
         weight.data.mul_(1.01)  # no version counter tells of this one
         assert not there() and there()
+        half = len(weight) // 2
+        weight.data[:half].mul_(1.01)  # nor of these, of which each spares the middle
+        assert not there() and there()
+        weight.data[half + 1 :].mul_(1.01)
+        assert not there() and there()
     finally:
         with torch.no_grad():
             weight.copy_(before)
@@ -174,6 +181,56 @@ def test_a_conversation_keeps_its_plan_until_the_question_or_the_budget_asks_for
     late = turn("Write a caption for this image.", budget=Budget(latency_ms=0.01))
     assert pixels(late) < pixels(again) or late.decision.point.downsample < again.decision.point.downsample
     assert late.decision.conversation["change"] == "falls" and "falls" in late.decision.reason
+
+
+def test_a_larger_image_in_a_conversation_gives_the_smaller_no_less_and_that_is_said(
+    reference_model: Any, processor: Any
+) -> None:
+    runner = AdaptiveRunner(reference_model, processor, policy="balanced", encoder_cache_mb=64)
+
+    def about(side: int) -> list[dict[str, Any]]:
+        image = make_scene("dense", 1, "eval", (side, side)).image
+        shown = {"type": "image", "image": image}
+        return [{"role": "user", "content": [shown, {"type": "text", "text": "Write a caption for this image."}]}]
+
+    said = about(256)
+    first = runner.chat(said, max_new_tokens=2)
+    assert first.decision.point.max_pixels
+    said += [{"role": "assistant", "content": "?"}, *about(448)]
+    second = runner.chat(said, max_new_tokens=2)
+    assert second.decision.rung == first.decision.rung  # the same step: a share of the largest image's pixels
+    assert (second.decision.point.max_pixels or 448 * 448) > first.decision.point.max_pixels
+    assert second.decision.conversation["change"] == "rises" and "size of the largest" in second.decision.reason
+    said += [{"role": "assistant", "content": "?"}, {"role": "user", "content": "Write a caption for both."}]
+    third = runner.chat(said, max_new_tokens=2)
+    assert third.decision.point == second.decision.point and third.decision.conversation["change"] == "stays"
+    assert third.decision.encoder_cache == "hit"
+
+
+def test_what_is_put_out_before_its_row_comes_is_encoded_again(
+    reference_model: Any, processor: Any, noise_image: Any, tower_runs: list[int]
+) -> None:
+    runner = AdaptiveRunner(
+        reference_model, processor, policy="native", profile=paying(), escalate=False, encoder_cache_mb=1
+    )
+    small, large = noise_image(64, 64), noise_image(384, 384)
+    expected = [asked(runner, each, do_sample=False).token_ids for each in (small, large)]
+    cache = runner.encoder_cache
+    assert cache is not None
+    cache.clear()
+    asked(runner, large, do_sample=False)
+    cache.max_bytes = cache.nbytes
+    cache._kept = type(cache._kept)(cache.nbytes, cache._kept.getsizeof)  # room for the large one alone
+    assert asked(runner, small, do_sample=False).decision.encoder_cache == "miss"
+    calls = [
+        runner.prepared(each, "What is shown?", point=NATIVE, max_new_tokens=4, do_sample=False)
+        for each in (large, small)
+    ]
+    assert calls[1].decide().encoder_cache == "hit"
+    tower_runs.clear()
+    rows = together([Turn(call) for call in calls])
+    assert [row.token_ids for row in rows] == expected[::-1] and tower_runs == [48 * 48, 8 * 8]
+    assert [(row.decision.batch, row.decision.encoder_cache) for row in rows] == [(2, "miss")] * 2
 
 
 def test_adapters_on_the_tower_have_entries_of_their_own(tiny_dense: Any, processor: Any, noise_image: Any) -> None:
