@@ -16,7 +16,7 @@ from adaptive_fusion.control.candidates import Choice
 from adaptive_fusion.control.planner import RequestInfo
 from adaptive_fusion.cost.model import Work
 from adaptive_fusion.decisions import Decision, Measurement, Prediction
-from adaptive_fusion.errors import OutOfMemoryError
+from adaptive_fusion.errors import OutOfMemoryError, RequestsFailed
 from adaptive_fusion.execution.executor import Run
 from adaptive_fusion.execution.merging import ROWS, shared_options
 from adaptive_fusion.execution.rows import Row, run_rows
@@ -61,15 +61,32 @@ class Batching(Answering):
 
     def _answer_several(self, calls: Sequence[Call]) -> list[Reply]:
         """Answer calls in order, `ROWS` at a time, so that media of no more than these are in memory. None of them
-        counts the time in which it waited for another."""
-        replies: list[Reply] = []
+        counts the time in which it waited for another, and none is lost because another fails.
+
+        Raises:
+            RequestsFailed: If any failed, when all others are answered.
+        """
+        outcomes: list[Reply | Exception] = []
         for start in range(0, len(calls), ROWS):
-            turns = []
+            turns: list[Turn] = []
+            found: list[Turn | Exception] = []
             for call in calls[start : start + ROWS]:
-                prepared = self._prepare(call)
-                turns.append(Turn(prepared, lead_s=self._clock() - prepared.arrived_s))
+                try:
+                    prepared = self._prepare(call)
+                except Exception as error:
+                    found.append(error)
+                else:
+                    turns.append(Turn(prepared, lead_s=self._clock() - prepared.arrived_s))
+                    found.append(turns[-1])
             self._answer_turns(turns)
-            replies += [turn.result.result() for turn in turns]
+            for each in found:
+                try:
+                    outcomes.append(each.result.result() if isinstance(each, Turn) else each)
+                except Exception as error:
+                    outcomes.append(error)
+        replies = [each for each in outcomes if isinstance(each, Reply)]
+        if len(replies) < len(outcomes):
+            raise RequestsFailed(outcomes) from next(each for each in outcomes if isinstance(each, Exception))
         return replies
 
     def _answer_alone(self, turn: Turn, why: str) -> None:

@@ -4,6 +4,7 @@ Knows nothing of models, media or budgets. Messages name the received value and 
 absolute path or network address, so they can be shown to a remote caller.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -61,6 +62,21 @@ class OutOfMemoryError(AdaptiveFusionError, MemoryError):
 
 class PolicyMismatchWarning(UserWarning):
     """The policy in use was fitted to another model, or to none, or brings fusion weights that do not fit."""
+
+
+class RequestsFailed(AdaptiveFusionError):
+    """Of several requests of one call some failed. `outcomes` has, in their order, the `Reply` of each that was
+    answered and the error of each that was not."""
+
+    def __init__(self, outcomes: Sequence[Any]) -> None:
+        self.outcomes = tuple(outcomes)
+        failed = [(index, each) for index, each in enumerate(self.outcomes) if isinstance(each, Exception)]
+        index, first = failed[0]
+        said = f": {first}" if isinstance(first, AdaptiveFusionError) else ""  # other messages may name files
+        super().__init__(
+            f"{len(failed)} of {len(self.outcomes)} requests failed, of which the first is number {index} "
+            f"({type(first).__name__}{said}); outcomes has the replies to the others"
+        )
 
 
 class Interrupted(AdaptiveFusionError):

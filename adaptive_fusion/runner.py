@@ -189,6 +189,8 @@ class AdaptiveRunner(Batching):
             The reply, or the list of replies to several requests.
 
         Raises:
+            RequestsFailed: For several requests, if any of them failed as said below, when the others are answered: its
+                ``outcomes`` have their replies.
             MediaError: For a medium that cannot be used.
             ConfigError: For an argument that does not go with chat or with the `point`, by name.
             UnsupportedModelError: For a `point` that the model cannot run.

@@ -16,7 +16,7 @@ from waits import MOST_S, until
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.calibrate import ANSWERS
 from adaptive_fusion.cost.model import CostModel, Work
-from adaptive_fusion.errors import ContextLengthError
+from adaptive_fusion.errors import ContextLengthError, MediaError, RequestsFailed
 from adaptive_fusion.execution.stream import Said
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
@@ -205,6 +205,37 @@ def test_a_row_that_fails_fails_alone(runner: AdaptiveRunner, noise_image: Any) 
     with pytest.raises(ContextLengthError):
         together(turns)
     assert [turns[i].result.result(0).text for i in (0, 2)] == [call.chat().text for call in calls]
+
+
+def test_of_several_requests_of_a_call_each_has_its_own_outcome(
+    runner: AdaptiveRunner, noise_image: Any, tmp_path: Any
+) -> None:
+    missing = tmp_path / "no.png"
+    media = [noise_image(64, 64, 0), missing, noise_image(64, 64, 1), None, noise_image(64, 64, 2), missing]
+    with pytest.raises(RequestsFailed, match=r"2 of 6 requests failed.*number 1 \(MediaError") as raised:
+        runner.chat(media, ["Describe."] * 6, max_new_tokens=4, **GREEDY)
+    assert str(tmp_path) not in str(raised.value) and isinstance(raised.value.__cause__, MediaError)
+    for one, outcome in zip(media, raised.value.outcomes, strict=True):
+        if one == missing:
+            assert isinstance(outcome, MediaError)
+        else:
+            assert outcome.text == runner.chat(one, "Describe.", max_new_tokens=4, **GREEDY).text
+    with pytest.raises(RequestsFailed, match="2 of 2"):
+        runner.chat([missing] * 2, ["?"] * 2)
+
+
+def test_strings_of_the_models_own_configuration_end_rows_in_one_batch(
+    runner: AdaptiveRunner, noise_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_new_tokens": 24, **GREEDY}
+    texts = [runner.prepared(noise_image(64, 64, i), "Describe.", **options).chat().text for i in range(2)]
+    stop = next(word for word in texts[0].split() if word not in texts[1])
+    monkeypatch.setattr(runner.model.generation_config, "stop_strings", [stop])
+    calls = [runner.prepared(noise_image(64, 64, i), "Describe.", **options) for i in range(2)]
+    alone = [call.chat() for call in calls]
+    rows = together([Turn(call) for call in calls])
+    assert [row.text for row in rows] == [one.text for one in alone] == [texts[0].partition(stop)[0] + stop, texts[1]]
+    assert {row.decision.batch for row in rows} == {2}
 
 
 @contextmanager
