@@ -155,7 +155,11 @@ class Answering(Wired):
             task = self._task(turn, way, info, decision, choice)
             with _seeded(call.seed, self.device):
                 run = self._run(info, task)
+            self._ran_alone(info, run)
         return self._reply(prepared, run, way.prompt)
+
+    def _ran_alone(self, info: RequestInfo, run: Run) -> None:
+        """Called with what came of a request that was answered alone; see `Batching`."""
 
     def _task(self, turn: Turn, way: "Way", info: RequestInfo, decision: Decision, choice: Choice) -> Task:
         """A decided request; whoever asked is told of the decision.

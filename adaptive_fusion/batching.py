@@ -7,13 +7,14 @@ anew with what the others make the model do, since the plan that is cheapest alo
 Knows turns, decisions and predicted costs. Must not know how rows are run or where the requests come from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from adaptive_fusion.answering import Answering, Way
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
-from adaptive_fusion.control.planner import RequestInfo
+from adaptive_fusion.control.planner import MISS, RequestInfo
 from adaptive_fusion.cost.model import Work
 from adaptive_fusion.decisions import Decision, Measurement, Prediction
 from adaptive_fusion.errors import OutOfMemoryError, RequestsFailed
@@ -117,8 +118,12 @@ class Batching(Answering):
         """The first with as many of the others as can share its batch without anybody's loss."""
         why = "nobody else could be decided"
         while len(alone) > 1:
-            if self._batch_ms(alone) > sum(self._predicted(each).latency_ms for each in alone):
+            singles_ms, batch_ms = sum(self._predicted(each).latency_ms for each in alone), self._batch_ms(alone)
+            if batch_ms * self.gain.factor > singles_ms:
                 why = "a batch would take longer than one after the other"
+                if batch_ms <= singles_ms:
+                    why += ", as others did"
+                    self.gain.refused()
                 fewer = [_without(alone, index) for index in range(1, len(alone))]
                 alone = min(fewer, key=lambda rows: self._batch_ms(rows) / len(rows))
                 continue
@@ -164,6 +169,25 @@ class Batching(Answering):
         whole = self._predicted(longest, longest.work.beside(beside))
         return sum(self._predicted(each).encode_ms for each in rows) + whole.prefill_ms + whole.decode_ms
 
+    def _ran_alone(self, info: RequestInfo, run: Run) -> None:
+        """Learn what one alone takes beside what is predicted for it; not where a part was done before or twice."""
+        took, decision = run.measurement, run.decision
+        if decision.encoder_cache in ("", MISS) and decision.escalated is None and not info.pixels_fixed:
+            work = self._planner.work(decision.point, replace(info, seen=None), float(took.new_tokens))
+            said = self._planner.cost.predict(self.adapter.computed(decision.point), work)
+            self.gain.ran_alone(took.encode_ms + took.prefill_ms + took.decode_ms, said.latency_ms)
+
+    def _ran_together(self, group: Sequence[_Placed], runs: Sequence[Run]) -> None:
+        """The same of a batch, of which every row ran as it was decided."""
+        if len(runs) < len(group) or any(
+            r.decision.point != p.decision.point for r, p in zip(runs, group, strict=True)
+        ):
+            return
+        took = [run.measurement for run in runs]
+        works = [replace(p.work, new_tokens=float(t.new_tokens)) for p, t in zip(group, took, strict=True)]
+        rows = [replace(placed, work=work) for placed, work in zip(group, works, strict=True)]
+        self.gain.ran_together(max(t.latency_ms - t.preprocess_ms for t in took), self._batch_ms(rows))
+
     def _measured_together(self, turns: Sequence[Turn]) -> tuple[Work, Measurement]:
         """Run turns as one batch whatever it costs, all with the same limit of tokens, which each answer reaches; what
         that made the model do, and what it took."""
@@ -182,11 +206,12 @@ class Batching(Answering):
     def _run_group(self, group: Sequence[_Placed]) -> tuple[list[Turn], str]:
         """Run a batch; turns for which it was not to be, and why."""
         rows: list[Row] = []
-        turns: list[Turn] = []
-        for placed in group:
+        those: list[_Placed] = []
+        runs: dict[int, Run] = {}
+        for index, placed in enumerate(group):
             try:
-                rows.append(self._row(placed))
-                turns.append(placed.turn)
+                rows.append(self._row(placed, partial(runs.__setitem__, index)))
+                those.append(placed)
             except Exception as error:
                 placed.turn.fail(error)
         arguments = group[0].turn.prepared.call.arguments
@@ -199,13 +224,16 @@ class Batching(Answering):
             stop_strings=arguments.end_strings(),
             tokenizer=getattr(self.processor, "tokenizer", None),
         )
-        return [turns[index] for index in over], why
+        self._ran_together(group, [runs[index] for index in sorted(runs)])
+        return [those[index].turn for index in over], why
 
-    def _row(self, placed: _Placed) -> Row:
+    def _row(self, placed: _Placed, ran: Callable[[Run], None]) -> Row:
+        """A row of a batch; `ran` is told what came of it."""
         turn, prepared = placed.turn, placed.turn.prepared
         way = Way(self, prepared)
 
         def done(run: Run) -> None:
+            ran(run)
             self.last = run.decision, run.measurement
             turn.settle(lambda: self._reply(prepared, run, way.prompt))
 

@@ -91,7 +91,7 @@ class AdaptiveRunner(Batching):
         )
         other.profile_note, other._warm, other._rng = self.profile_note, self._warm, self._rng
         other._learn_with(self.controller, self.lengths)
-        other.encoder_cache, other.conversations = self.encoder_cache, self.conversations
+        other.encoder_cache, other.conversations, other.gain = self.encoder_cache, self.conversations, self.gain
         return other
 
     @classmethod

@@ -22,6 +22,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.checks import integer
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import Asking
+from adaptive_fusion.control.gain import Gain
 from adaptive_fusion.control.planner import Planner, RequestInfo
 from adaptive_fusion.control.staying import Conversations
 from adaptive_fusion.cost.lengths import LengthModel
@@ -92,6 +93,7 @@ class Wired(ModelFace):
         self._encoder_keys = EncoderKeys(self.adapter)
         self._executor.spare = self._spare
         self.conversations = Conversations()
+        self.gain = Gain()
         self._rng = random.Random(seed)
         if escalate not in (True, False, None):
             raise ConfigError(f"escalate is {escalate!r}; expected True, False, or None for what the policy says")

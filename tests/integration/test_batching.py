@@ -22,6 +22,7 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy import Policy
 from adaptive_fusion.prepared import Turn
 from adaptive_fusion.reference.screens import make_scene
+from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner
 from tests.conftest import _random
 from tests.contract.test_model_adapters import qwen25, qwen35
@@ -179,6 +180,38 @@ def test_nobody_pays_for_a_batch(reference_model: Any, processor: Any, noise_ima
     # One that is left out with a limit is not overtaken by those behind it.
     group, _ = runner._group([Turn(calls[0]), Turn(replace(calls[0])), Turn(calls[1]), Turn(replace(calls[0]))])
     assert len(group) == 2
+
+
+def test_batches_that_turn_out_slower_are_given_up_and_tried_again(
+    reference_model: Any, processor: Any, noise_image: Any
+) -> None:
+    clock, rows_s = Hand(), [0.1]
+    runner = AdaptiveRunner(
+        reference_model, processor, policy="native", profile=paying(), escalate=False, clock=clock, budget=Budget()
+    )
+
+    def hook(_: Any, __: Any, given: dict[str, Any]) -> None:  # what a step takes: more for more rows
+        clock.now += 0.1 if len(given["inputs_embeds"]) == 1 else rows_s[0]
+
+    handle = reference_model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+
+        def both() -> Reply:
+            options: dict[str, Any] = {"max_new_tokens": 3, **GREEDY}
+            return runner.chat([noise_image(48, 48, i) for i in range(2)], ["?"] * 2, **options)[0]
+
+        runner.chat(None, "?", max_new_tokens=3, **GREEDY)
+        assert [both().decision.batch for _ in range(3)] == [2] * 3 and runner.gain.factor == pytest.approx(1.0, 0.01)
+        rows_s[0] = 0.5  # two rows cost five times one
+        batches = [both() for _ in range(24)]
+        assert batches[0].decision.batch == 2 and batches[-1].decision.batch == 1
+        assert "as others did" in batches[-1].decision.reason
+        rows_s[0] = 0.1
+        for _ in range(80):
+            runner.gain.refused()
+        assert both().decision.batch == 2
+    finally:
+        handle.remove()
 
 
 def test_a_row_whose_reader_breaks_at_its_end_fails_alone(runner: AdaptiveRunner, noise_image: Any) -> None:
