@@ -114,8 +114,6 @@ class Answering(Wired):
             return "its sampling is seeded"
         if self.budget.merge(call.budget).vram_gb is not None:
             return "its memory is limited"
-        if self.policy.explore > 0.0:
-            return "the policy explores"
         return why_alone(call.arguments)
 
     def _decide(self, prepared: Prepared, limits: Budget, wait_ms: float) -> Decision:
@@ -148,7 +146,7 @@ class Answering(Wired):
             # Decided once the model is free, so that waiting for it counts as elapsed.
             if call.arguments.see_prompt:
                 way.prompt()
-            info = self._info_of(prepared)
+            info = replace(self._info_of(prepared), request_id=turn.request_id)
             decision, choice = self._planned(self._within_context(info, call), limits, call)
             if remark:
                 decision = replace(decision, reason=f"{decision.reason}; {remark}")
@@ -171,7 +169,6 @@ class Answering(Wired):
         call = turn.prepared.call
         estimate = self._planner.work(decision.point, replace(info, beside=())).prompt_tokens - 2 * TEMPLATE_TOKENS
         self._require_context(call, max(1, estimate), "about ")
-        decision = replace(decision, request_id=turn.request_id)
         if turn.decided is not None:
             turn.decided(decision)
         whole = call.arguments.whole is not None
@@ -237,8 +234,8 @@ class Answering(Wired):
         )
 
     def _remember(self, request: ChatRequest, decision: Decision) -> None:
-        """Keep the plan of a conversation for its next question, if it was decided here."""
-        if request.turns.own and decision.lane != FIXED and not decision.audit:
+        """Keep the plan of a conversation for its next question, if it was decided here and not drawn at random."""
+        if request.turns.own and decision.lane != FIXED and not decision.audit and not decision.explored:
             self.conversations.keep(request.turns.own, Plan(decision.rung, decision.point))
 
 

@@ -14,6 +14,7 @@ from functools import partial
 from adaptive_fusion.answering import Answering, Way
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
+from adaptive_fusion.control.exploring import explores
 from adaptive_fusion.control.planner import MISS, RequestInfo
 from adaptive_fusion.cost.model import Work
 from adaptive_fusion.decisions import Decision, Measurement, Prediction
@@ -102,7 +103,9 @@ class Batching(Answering):
             return [], ""
         if why := first.prepared.apart:
             return [], why
-        like = [turn for turn in others if first.prepared.fits(turn.prepared)]
+        if self._draws(first):
+            return [], "it explores"
+        like = [turn for turn in others if first.prepared.fits(turn.prepared) and not self._draws(turn)]
         if not like:
             return [], "no other has the same arguments"
         placed = []
@@ -113,6 +116,10 @@ class Batching(Answering):
                 if turn is first:
                     return [], ""
         return self._paying(placed)
+
+    def _draws(self, turn: Turn) -> bool:
+        """Whether a turn is of the share that explores: what it takes must not hang on who waits beside it."""
+        return explores(turn.request_id, self.policy.explore, self._seed)
 
     def _paying(self, alone: list[_Placed]) -> tuple[list[_Placed], str]:
         """The first with as many of the others as can share its batch without anybody's loss."""
@@ -143,7 +150,7 @@ class Batching(Answering):
         one row would be one of all."""
         call = turn.prepared.call
         limits = replace(self.budget.merge(call.budget), on_infeasible="cheapest")
-        info = self._within_context(self._info_of(turn.prepared), call)
+        info = self._within_context(replace(self._info_of(turn.prepared), request_id=turn.request_id), call)
         if beside:
             asking = replace(info.asking, never=info.asking.never or NO_LOOK) if info.asking is not None else None
             info = replace(info, beside=tuple(beside), asking=asking)

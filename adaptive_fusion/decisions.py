@@ -77,8 +77,8 @@ class Decision:
 
     `p_complex` is P(complex), which decides the lane: that people judge it complex, or that the cheap plan loses by it.
     `complexity.score` is agreement with human judgement: two numbers. `propensity` is the probability with which
-    `point` was chosen (1.0 unless exploring), so that explored traffic can be evaluated off-policy. `rung` names the
-    ladder's step, the same for every size of input, where `point` holds the pixels of this one. `p_late` is the risk
+    `point` was chosen (1.0 unless exploring), so that explored traffic can be evaluated off-policy; `explored` says that
+    it was drawn at random. `rung` names the ladder's step, the same for every size of input, where `point` holds the pixels of this one. `p_late` is the risk
     taken that a limit is missed; the predicted times x `margin` are kept with the probability that the budget asks for
     (`attainment`). `needs` are the native pixels that the media have and that each thing in them needs for the
     question, by the policy; empty where it cannot say. `audit` is what would have been run, and saved by prediction,
@@ -110,6 +110,7 @@ class Decision:
     rung: str = ""
     feasible: bool = True
     propensity: float = 1.0
+    explored: bool = False
     margin: float = 1.0
     p_late: float = 0.0
     elapsed_ms: float = 0.0
@@ -191,6 +192,7 @@ def decision_record(
         rung=decision.rung,
         needs=dict(decision.needs),
         propensity=decision.propensity,
+        explored=decision.explored,
         policy=decision.policy,
         budget=dict(decision.budget),
         feasible=decision.feasible,

@@ -27,6 +27,7 @@ def open_runner(
     log: Path | None = None,
     options: Mapping[str, Any] | None = None,
     encoder_cache_mb: int = 0,
+    explore: float | None = None,
 ) -> "AdaptiveRunner":
     """Load policy and model, on the accelerator if there is one, or where the `options` of ``from_pretrained`` say.
     What `policy` is to be, ``auto`` leaves to the model.
@@ -64,6 +65,7 @@ def open_runner(
             device=device,
             log=DecisionLog(log) if log is not None else None,
             encoder_cache_mb=encoder_cache_mb,
+            explore=explore,
             **given,
         )
     except AdaptiveFusionError:

@@ -54,6 +54,7 @@ FIELDS = (
     Field("rung", "text", _DECISION),
     Field("needs", "json", _DECISION),
     Field("propensity", "number", _DECISION),
+    Field("explored", "boolean", _DECISION),
     Field("policy", "text", _DECISION),
     Field("budget", "json", _DECISION),
     Field("feasible", "boolean", _DECISION),

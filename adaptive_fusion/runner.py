@@ -10,6 +10,7 @@ that `wired` has put together, `batching` several at once, `model_face` stands i
 
 import asyncio
 import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -60,16 +61,20 @@ class AdaptiveRunner(Batching):
         log: A `DecisionLog` or a path for one; None logs nothing.
         meter: Measures the memory of requests; None takes the one of the model's device.
         clock: Seconds, monotonic.
-        seed: Of the exploring policies' choices.
+        seed: Of what is explored: with the same one the same request id is drawn alike everywhere, in any process.
         escalate: Whether a request goes on to the better plan where the model is not sure of what it would answer at
             the cheap one; None does as the policy says, which may have learned when.
         encoder_cache_mb: MiB in which to keep what the vision encoder made of media, so that it does not run again for
             one that comes back at the same pixels; 0 keeps nothing. On an accelerator it lies there, and counts against
             a request's memory budget.
+        explore: Share of requests, up to a quarter, that take a random point of those that fit their budget, so that
+            logs say what other policies would be worth (see ``docs/learn.md``); None does as the policy says, which
+            explores nothing unless it was made to.
 
     Raises:
         UnsupportedModelError: If the model cannot be driven.
         PolicyError: If the policy cannot be loaded.
+        ConfigError: For a value out of range.
     """
 
     def with_policy(self, policy: Policy | str | Path) -> "AdaptiveRunner":
@@ -88,8 +93,10 @@ class AdaptiveRunner(Batching):
             meter=self.meter,
             clock=self._clock,
             escalate=self._escalate,
+            seed=self._seed,
+            explore=self._explore,
         )
-        other.profile_note, other._warm, other._rng = self.profile_note, self._warm, self._rng
+        other.profile_note, other._warm = self.profile_note, self._warm
         other._learn_with(self.controller, self.lengths)
         other.encoder_cache, other.conversations, other.gain = self.encoder_cache, self.conversations, self.gain
         return other
@@ -107,6 +114,7 @@ class AdaptiveRunner(Batching):
         seed: int | None = None,
         escalate: bool | None = None,
         encoder_cache_mb: int = 0,
+        explore: float | None = None,
         **options: Any,
     ) -> "AdaptiveRunner":
         """Load a model and its processor with transformers and wrap them.
@@ -130,6 +138,7 @@ class AdaptiveRunner(Batching):
             seed=seed,
             escalate=escalate,
             encoder_cache_mb=encoder_cache_mb,
+            explore=explore,
         )
 
     # Asking
@@ -356,6 +365,7 @@ class AdaptiveRunner(Batching):
             batch=ids.shape[0],
             pixels_fixed=True,
             asking=self._asking(arguments, "", ids.shape[0]),
+            request_id=uuid.uuid4().hex,
         )
         with self._lock:
             decision, choice = self._planner.decide(info, limits, point, because)

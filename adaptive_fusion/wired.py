@@ -6,12 +6,12 @@ or how requests are asked: `answering` takes a request through these parts.
 
 import json
 import os
-import random
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.checks import integer
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import Asking
+from adaptive_fusion.control.exploring import check_share
 from adaptive_fusion.control.gain import Gain
 from adaptive_fusion.control.planner import Planner, RequestInfo
 from adaptive_fusion.control.staying import Conversations
@@ -69,6 +70,7 @@ class Wired(ModelFace):
         seed: int | None = None,
         escalate: bool | None = None,
         encoder_cache_mb: int = 0,
+        explore: float | None = None,
     ) -> None:
         if isinstance(model, Wired):
             raise ConfigError("model is an AdaptiveRunner; expected the model in it, its .model")
@@ -77,7 +79,8 @@ class Wired(ModelFace):
         self._where = self.device, self.dtype
         self.fingerprint = fingerprint(self.adapter)
         chosen = choose(policy, self.fingerprint, os.environ)
-        self.policy = chosen.policy
+        self._explore = None if explore is None else check_share(explore)
+        self.policy = chosen.policy if explore is None else replace(chosen.policy, explore=explore)
         self.chosen = chosen.without_weights(add_trained(self.adapter, self.policy.fusion_weights))
         self._own_budget = budget or Budget()
         self.budget = self._own_budget.merge(self.policy.budget, Budget.from_env(os.environ))
@@ -94,7 +97,7 @@ class Wired(ModelFace):
         self._executor.spare = self._spare
         self.conversations = Conversations()
         self.gain = Gain()
-        self._rng = random.Random(seed)
+        self._seed = seed
         if escalate not in (True, False, None):
             raise ConfigError(f"escalate is {escalate!r}; expected True, False, or None for what the policy says")
         self._escalate = escalate
@@ -114,7 +117,7 @@ class Wired(ModelFace):
     def _learn_with(self, controller: Controller, lengths: LengthModel) -> None:
         self.controller, self.lengths = controller, lengths
         cost, remark = CostModel(self.profile), self.chosen.remark
-        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, self._rng, remark)
+        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, remark, self._seed)
 
     def state(self) -> dict[str, Any]:
         """What was learned from requests, as plain values for JSON; `restore` reads it."""

@@ -8,7 +8,6 @@ the overhead is the median over pairs of the relative difference. Run it on an o
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -79,7 +78,7 @@ def decision_ms(repeats: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of features, of features + route + plan, and of `decide` with the medium's conversion."""
     runner = AdaptiveRunner.from_pretrained("reference", policy="reference-balanced", budget=Budget(latency_ms=500))
     cost = CostModel(runner.profile)
-    planner = Planner(runner.adapter, runner.policy, cost, Controller(), LengthModel(), random.Random(0))
+    planner = Planner(runner.adapter, runner.policy, cost, Controller(), LengthModel())
     prompt = PROMPTS["describe"]
     rng = np.random.default_rng(0)
     found = {}

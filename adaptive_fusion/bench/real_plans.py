@@ -4,7 +4,6 @@ A Qwen3-VL of published shape on the meta device, under the released processor's
 for. Knows policies and the planner. Must not know of readers, truth or rows.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +72,7 @@ class Planners:
             bytes_per_s=rate,
         )
         self._planners = {
-            name: Planner(adapter, policy, CostModel(profile), Controller(), LengthModel(), random.Random(0))
+            name: Planner(adapter, policy, CostModel(profile), Controller(), LengthModel())
             for name, policy in policies.items()
         }
 

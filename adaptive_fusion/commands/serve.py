@@ -141,6 +141,17 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = 0,
+    explore: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.25,
+            metavar="SHARE",
+            help="Share of requests that take a random point of those that fit their budget, so that logs say what "
+            "another policy would be worth; without it as the policy says, which as a rule is none.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     log: options.LogFile = None,
     state: Annotated[
         Path | None,
@@ -186,7 +197,7 @@ def serve(
             quantization.value if quantization else None,
             device_map,
         )
-        runner = open_runner(model, policy, log, given, encoder_cache_mb)
+        runner = open_runner(model, policy, log, given, encoder_cache_mb, explore)
         server = server_for(runner, settings, complain)
     server.run()
     if not server.started or server.failed:

@@ -18,7 +18,8 @@ def audited(
 ) -> tuple[Decision, Choice]:
     """The native decision, whose `audit` has the plan that `Planner.decide` would have chosen and what it would have
     saved by prediction."""
-    would = planner.decide(info, replace(limits, on_infeasible="cheapest"), point, because)[0]
+    peek = replace(info, request_id="")  # what would be done as a rule: nothing is explored that does not run
+    would = planner.decide(peek, replace(limits, on_infeasible="cheapest"), point, because)[0]
     decision, choice = planner.decide(info, limits, NATIVE)
     used, full = (planner.work(p, info).prompt_tokens for p in (would.point, NATIVE))
     saved: dict[str, Any] = {"tokens": full - used}

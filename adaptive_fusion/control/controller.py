@@ -87,6 +87,25 @@ class Controller:
                 candidate, feasible, margin, reason, weighing.rejected(others), budget, elapsed_ms, now, p_late
             )
 
+    def fitting(
+        self, candidates: Sequence[Candidate], own: Choice, *, free_memory_gb: float | None = None
+    ) -> list[Candidate]:
+        """Those that fit the budget of the `own` choice about as well as it does, itself first: each would be taken if it
+        were the only one, at no more risk than the budget allows or that choice has. Counts as no decision."""
+        budget, learned = own.budget, self._learned
+        most = max(1.0 - budget.attainment, own.p_late)
+        with self._lock:
+            rows, memory_gb = self._memory_left(weighing.valid_rows(candidates), budget, free_memory_gb)
+            limits = weighing.times_left(budget, own.elapsed_ms, learned)
+            price = learned.price(budget.attainment).value if limits else 0.0
+            found = [own.candidate]
+            for row in rows:
+                if row[4].point != own.point:
+                    [(candidate, risk, *_)], best = weighing.weigh([row], limits, memory_gb, price, learned)
+                    if best >= 0 and risk <= most:
+                        found.append(candidate)
+        return found
+
     def _valid(self, candidates: Sequence[Candidate]) -> list[Row]:
         """The candidates with a finite quality and prediction, sorted; the others are counted."""
         rows = weighing.valid_rows(candidates)

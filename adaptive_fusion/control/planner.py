@@ -3,7 +3,6 @@
 Wires policy, cost model and controller for one adapter. Runs nothing, loads nothing; every input is an argument.
 """
 
-import random
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import NO_SECOND, SURE, Asking, level, plans, told
+from adaptive_fusion.control.exploring import GREEDY, Drawn, draw
 from adaptive_fusion.control.staying import Plan, Staying, staying
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Work
@@ -61,6 +61,7 @@ class RequestInfo:
     seen: Callable[[OperatingPoint], Sequence[bool]] | None = None  # media whose encoder outputs are there at a point
     cached_gb: float = 0.0  # device memory that such outputs take, which counts against the budget
     kept: Plan | None = None  # what the conversation's media had before
+    request_id: str = ""  # of the decision; without one it is only asked what would be done, and nothing is explored
 
 
 class Planner:
@@ -73,12 +74,13 @@ class Planner:
         cost: CostModel,
         controller: Controller,
         lengths: LengthModel,
-        rng: random.Random,
         remark: str = "",
+        seed: int | None = None,
     ) -> None:
-        """`remark` is said in the reason of every decision: that the policy was fitted to another model."""
+        """`remark` is said in the reason of every decision: that the policy was fitted to another model. `seed` is of
+        what an exploring policy draws by the ids of requests."""
         self.adapter, self.policy, self.cost = adapter, policy, cost
-        self.controller, self.lengths, self._rng, self.remark = controller, lengths, rng, remark
+        self.controller, self.lengths, self.remark, self.seed = controller, lengths, remark, seed
 
     def decide(
         self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None, because: str | None = None
@@ -109,7 +111,7 @@ class Planner:
             self.adapter.require(point)
             _require_in_time(point, info)
             candidates = [self.candidate(point, 1.0, info)]
-            lane, propensity = FIXED, 1.0
+            lane, drawn = FIXED, GREEDY
             second = {"why": because or "the point was given"} if info.asking is not None else {}
             choice = self.controller.choose(candidates, limits, elapsed_ms=info.elapsed_ms)
             reason = because or "the point was given"
@@ -118,13 +120,15 @@ class Planner:
             choice = replace(choice, reason=reason, rejected=())
         else:
             lane = route.lane
-            all_of_them = info.full_detail or bool(unlike) or self.policy.explore > 0 or info.asking is not None
+            explores = self._may_explore(info, unlike)
+            all_of_them = info.full_detail or bool(unlike) or explores or info.asking is not None
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             stay = self._staying(candidates, info, needs)
-            choice, propensity, second = self._choose(candidates, limits, info, unlike, stay)
+            choice, second = self._choose(candidates, limits, info, unlike, stay)
+            choice, drawn = self._explored(candidates, choice, info) if explores else (choice, GREEDY)
         remarks = self._remarks(choice, second if lane != FIXED else {}, needs, stay)
         decision = Decision(
-            request_id=uuid.uuid4().hex,
+            request_id=info.request_id or uuid.uuid4().hex,
             kind=info.kind,
             complexity=hardest,
             p_complex=route.score if hardest is not None else None,
@@ -135,7 +139,8 @@ class Planner:
             policy=self.policy.name,
             rung=choice.candidate.key,
             feasible=choice.feasible,
-            propensity=propensity,
+            propensity=drawn.propensity,
+            explored=drawn.explored,
             margin=choice.margin,
             p_late=choice.p_late,
             elapsed_ms=info.elapsed_ms,
@@ -307,7 +312,7 @@ class Planner:
 
     def _choose(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str, stay: Staying | None
-    ) -> tuple[Choice, float, dict[str, Any]]:
+    ) -> tuple[Choice, dict[str, Any]]:
         """As `_choose_staying`, but at full compute where that was asked for or the image is unlike all known, and
         it fits; where it does not, the reason says so."""
         why = "full detail was asked for" if info.full_detail else unlike
@@ -317,10 +322,9 @@ class Planner:
         lenient = replace(budget, on_infeasible="cheapest")
         choice = self.controller.choose(full, lenient, elapsed_ms=info.elapsed_ms, free_memory_gb=info.free_memory_gb)
         if choice.feasible:
-            return replace(choice, reason=f"{why}; {choice.reason}"), 1.0, {}
-        choice, propensity, second = self._choose_staying(candidates, budget, info, stay)
-        reason = f"{why}, but full compute does not fit; {choice.reason}"
-        return replace(choice, reason=reason), propensity, second
+            return replace(choice, reason=f"{why}; {choice.reason}"), {}
+        choice, second = self._choose_staying(candidates, budget, info, stay)
+        return replace(choice, reason=f"{why}, but full compute does not fit; {choice.reason}"), second
 
     def _staying(self, candidates: list[Candidate], info: RequestInfo, needs: Needs | None) -> Staying | None:
         """What a conversation's plan leaves to choose from; None where it has none."""
@@ -337,39 +341,52 @@ class Planner:
 
     def _choose_staying(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, stay: Staying | None
-    ) -> tuple[Choice, float, dict[str, Any]]:
-        """As `_choose_or_explore`, but what a conversation's plan leaves comes first, as far as it meets the budget."""
+    ) -> tuple[Choice, dict[str, Any]]:
+        """As `_choose_once`, but what a conversation's plan leaves comes first, as far as it meets the budget."""
         for offered in stay.offers if stay is not None else ():
             lenient = replace(budget, on_infeasible="cheapest")
-            choice, propensity, second = self._choose_or_explore(list(offered), lenient, info)
+            choice, second = self._choose_once(list(offered), lenient, info)
             if choice.feasible and choice.p_late <= 1.0 - budget.attainment:
-                return replace(choice, budget=budget), propensity, second
-        return self._choose_or_explore(candidates, budget, info)
+                return replace(choice, budget=budget), second
+        return self._choose_once(candidates, budget, info)
 
-    def _choose_or_explore(
+    def _choose_once(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo
-    ) -> tuple[Choice, float, dict[str, Any]]:
-        """The controller's choice, or now and then a random point that fits, with the propensity of either and what is
-        said of a second pass."""
-        so_far: dict[str, Any] = {"elapsed_ms": info.elapsed_ms, "free_memory_gb": info.free_memory_gb}
-        lenient = replace(budget, on_infeasible="cheapest")
+    ) -> tuple[Choice, dict[str, Any]]:
+        """The controller's choice, and what is said of a second pass."""
+        asking = self._asks(info)
+        offered, doubles = self._plans(candidates, info, asking)
+        choice = self.controller.choose(offered, budget, elapsed_ms=info.elapsed_ms, free_memory_gb=info.free_memory_gb)
+        return choice, told(choice, asking, doubles > 0)
+
+    def _asks(self, info: RequestInfo) -> Asking | None:
+        """How the model may be asked; never where the policy explores, or a plan's worth would not be its point's."""
         asking = info.asking
         if asking is not None and not asking.never and self.policy.explore > 0.0:
-            asking = replace(asking, never="the policy explores, so what was drawn is what runs")
-        offered, doubles = self._plans(candidates, info, asking)
-        choice = self.controller.choose(offered, budget, **so_far)
-        second = told(choice, asking, doubles > 0)
-        explore = self.policy.explore
-        if explore == 0.0 or not choice.feasible:
-            return choice, 1.0, second
-        singles = [self.controller.choose([c], lenient, **so_far) for c in offered]
-        fitting = [single for single in singles if single.feasible]
-        share = explore / len(fitting)
-        if self._rng.random() < explore:
-            drawn = self._rng.choice(fitting)
-            greedy = drawn.point == choice.point
-            return replace(drawn, reason="exploring"), share + (1 - explore if greedy else 0.0), second
-        return choice, 1 - explore + share, second
+            return replace(asking, never="the policy explores, so what was drawn is what runs")
+        return asking
+
+    def _may_explore(self, info: RequestInfo, unlike: str) -> bool:
+        """Whether a request may take a random point: not where full detail was asked for, where the policy is careful
+        with an image, where a conversation has a plan, and where it is only asked what would be done."""
+        careful = info.full_detail or bool(unlike) or info.kept is not None
+        return self.policy.explore > 0.0 and bool(info.request_id) and not careful
+
+    def _explored(self, candidates: list[Candidate], own: Choice, info: RequestInfo) -> tuple[Choice, Drawn]:
+        """The controller's `own` choice or a random point that fits, with its propensity."""
+        if not own.feasible:
+            return own, GREEDY
+        offered, _ = self._plans(candidates, info, self._asks(info))
+        so_far: dict[str, Any] = {"elapsed_ms": own.elapsed_ms, "free_memory_gb": info.free_memory_gb}
+        fitting = self.controller.fitting(offered, own, free_memory_gb=info.free_memory_gb)
+        if len(fitting) == 1:
+            return own, GREEDY
+        taken, drawn = draw(fitting, own.candidate, info.request_id, self.policy.explore, self.seed)
+        if taken is own.candidate:
+            return own, drawn
+        choice = self.controller.choose([taken], replace(own.budget, on_infeasible="cheapest"), **so_far)
+        reason = f"exploring: one of {len(fitting)} that fit, drawn in place of {own.candidate.key}"
+        return replace(choice, reason=reason, budget=own.budget), drawn
 
     def _plans(
         self, candidates: list[Candidate], info: RequestInfo, asking: Asking | None

@@ -354,11 +354,15 @@ def test_calibrate_measures_a_batch_as_one(runner: AdaptiveRunner, noise_image: 
     assert work.prompt_tokens == 3 * max(each.prompt_tokens for each in single)
 
 
-def test_exploring_and_fitting_to_others(reference_model: Any, processor: Any, noise_image: Any) -> None:
-    policy = replace(Policy.load("reference-balanced"), explore=0.5)
+@pytest.mark.parametrize("explore", [1.0, 1e-9])
+def test_what_explores_runs_alone_and_others_go_together(
+    explore: float, reference_model: Any, processor: Any, noise_image: Any
+) -> None:
+    policy = replace(Policy.load("reference-balanced"), explore=explore)
     runner = AdaptiveRunner(reference_model, processor, policy=policy, profile=paying(), seed=0)
-    one, other = (runner.prepared(noise_image(48, 48, i), "?", max_new_tokens=2) for i in range(2))
-    assert one.apart == "the policy explores" and not one.fits(other)
+    replies = runner.chat([noise_image(48, 48, i) for i in range(2)], ["?", "?"], max_new_tokens=2)
+    assert {reply.decision.batch for reply in replies} == ({1} if explore == 1 else {2})
+    assert {reply.decision.explored for reply in replies} == {explore == 1}
 
 
 def test_requests_that_wait_for_the_server_go_in_together(runner: AdaptiveRunner) -> None:

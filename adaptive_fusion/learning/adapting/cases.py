@@ -3,7 +3,6 @@
 Knows questions, requests and planners. Must not know labels, fits or files of results.
 """
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -69,7 +68,7 @@ class Looked:
 
 def planner_for(adapter: Adapter, policy: Policy, profile: Profile) -> Planner:
     """A planner that has learned nothing yet: its decisions follow from its arguments."""
-    return Planner(adapter, policy, CostModel(profile), Controller(), LengthModel(), random.Random(0))
+    return Planner(adapter, policy, CostModel(profile), Controller(), LengthModel())
 
 
 def look(
