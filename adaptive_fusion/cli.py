@@ -21,6 +21,7 @@ from adaptive_fusion.commands import (
     evaluate,
     explain,
     label,
+    learn,
     logs,
     policies,
     run,
@@ -45,6 +46,7 @@ SUB_APPS = (
     logs.app,
     distil.app,
     adapt.app,
+    learn.app,
 )
 """An app without a name puts its command at the top level; one with a name is a group of commands."""
 

@@ -75,14 +75,14 @@ class Rejected:
 class Decision:
     """One routing and control decision.
 
-    `p_complex` is P(complex), which decides the lane: that people judge it complex, or that the cheap plan loses by it.
-    `complexity.score` is agreement with human judgement: two numbers. `propensity` is the probability with which
-    `point` was chosen (1.0 unless exploring), so that explored traffic can be evaluated off-policy; `explored` says that
-    it was drawn at random. `rung` names the ladder's step, the same for every size of input, where `point` holds the pixels of this one. `p_late` is the risk
-    taken that a limit is missed; the predicted times x `margin` are kept with the probability that the budget asks for
-    (`attainment`). `needs` are the native pixels that the media have and that each thing in them needs for the
-    question, by the policy; empty where it cannot say. `audit` is what would have been run, and saved by prediction,
-    where a request ran natively to find out; empty else.
+    `p_complex` is P(complex), which decides the lane: that people judge it complex, or that the cheap plan loses by
+    it. `complexity.score` is agreement with human judgement: two numbers. `propensity` is the probability with which
+    `point` was chosen (1.0 unless exploring), so that explored traffic can be evaluated off-policy; `explored` says
+    that it was drawn at random. `rung` names the ladder's step, the same for every size of input, where `point` holds
+    the pixels of this one. `p_late` is the risk taken that a limit is missed; the predicted times x `margin` are kept
+    with the probability that the budget asks for (`attainment`). `needs` are the native pixels that the media have and
+    that each thing in them needs for the question, by the policy; empty where it cannot say. `audit` is what would
+    have been run, and saved by prediction, where a request ran natively to find out; empty else.
 
     `batch` is the number of rows of the pass that it ran in: its own prompts, and requests put together with it.
 

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata, util
 from typing import Any, Literal
@@ -53,8 +53,9 @@ class Check:
     advice: str = ""
 
 
-def examine(model: str | None = None) -> Iterator[Check]:
-    """Run every check, cheapest first; those of a `model` (see `open_runner`) last, if one is named."""
+def examine(model: str | None = None, logs: Sequence[str] = (), policy: str | None = None) -> Iterator[Check]:
+    """Run every check, cheapest first; those of a `model` (see `open_runner`) last, if one is named, and before them
+    that of `logs`, if there are any, beside the data of a `policy`."""
     yield check_python(sys.version_info[:2])
     versions = installed_versions()
     yield from check_versions(versions)
@@ -73,6 +74,8 @@ def examine(model: str | None = None) -> Iterator[Check]:
     yield from check_optional()
     yield from check_policies()
     yield from check_reference()
+    if logs:
+        yield check_drift(logs, policy)
     if model is not None:
         yield from check_model(model)
 
@@ -250,6 +253,20 @@ def check_reference() -> Iterator[Check]:
     for runner in found:
         yield from check_policy(runner)
         yield check_profile(runner)
+
+
+def check_drift(logs: Sequence[str], policy: str | None) -> Check:
+    """Whether logs are like what a policy was trained on, or else like their earlier half."""
+    from adaptive_fusion.learning.judging.drift import drift
+
+    try:
+        found = drift(logs, policy)
+    except Exception as error:
+        return Check(
+            "drift", "broken", _said(error), "pip install 'adaptive-fusion[train]', and name logs that are there"
+        )
+    advice = "`adaptive-fusion learn` fits the policy again; `adaptive-fusion logs drift --plot` draws it"
+    return Check("drift", "note" if found.drifted else "ok", found.in_words(), advice if found.drifted else "")
 
 
 def check_model(model: str) -> Iterator[Check]:

@@ -19,15 +19,26 @@ _MARKS = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 
 
 @app.command()
-def doctor(model: Model = None, as_json: options.Json = False) -> None:
+def doctor(
+    model: Model = None,
+    logs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LOGS", help="Say whether these have drifted; may be given several times."),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy that --logs are compared with.", show_default=False)
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
     """Check versions, devices, attention backends, number formats and combinations known to be bad; with a model also
-    which policy it gets, what that was fitted to, and what does not fit.
+    which policy it gets, what that was fitted to, and what does not fit; with logs, whether those are still like what
+    their policy was fitted on.
 
     Exit code 1 if something is broken.
     """
     from adaptive_fusion.doctor import examine
 
-    checks = list(examine(model))
+    checks = list(examine(model, logs or (), policy))
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
         emit({"ok": not broken, "checks": [asdict(check) for check in checks]})

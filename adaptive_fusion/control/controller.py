@@ -90,8 +90,8 @@ class Controller:
     def fitting(
         self, candidates: Sequence[Candidate], own: Choice, *, free_memory_gb: float | None = None
     ) -> list[Candidate]:
-        """Those that fit the budget of the `own` choice about as well as it does, itself first: each would be taken if it
-        were the only one, at no more risk than the budget allows or that choice has. Counts as no decision."""
+        """Those that fit the budget of the `own` choice about as well as it does, itself first: each would be taken if
+        there were no other, at no more risk than the budget allows or that choice has. Counts as no decision."""
         budget, learned = own.budget, self._learned
         most = max(1.0 - budget.attainment, own.p_late)
         with self._lock:

@@ -382,10 +382,10 @@ class Planner:
         if len(fitting) == 1:
             return own, GREEDY
         taken, drawn = draw(fitting, own.candidate, info.request_id, self.policy.explore, self.seed)
-        if taken is own.candidate:
+        if not drawn.explored:
             return own, drawn
         choice = self.controller.choose([taken], replace(own.budget, on_infeasible="cheapest"), **so_far)
-        reason = f"exploring: one of {len(fitting)} that fit, drawn in place of {own.candidate.key}"
+        reason = f"exploring: drawn of {len(fitting)} that fit, else {own.candidate.key}"
         return replace(choice, reason=reason, budget=own.budget), drawn
 
     def _plans(

@@ -57,6 +57,7 @@ class Dataset:
         tolerance: Loss of quality above which the cheap lane is not good enough.
         report: What was read and left out, by name.
         model: Whose rungs were labelled; None where no label says so.
+        until_s: When the newest record of the logs was made, in seconds since the epoch; 0 where none says so.
     """
 
     names: tuple[str, ...]
@@ -80,6 +81,7 @@ class Dataset:
     tolerance: float = 0.02
     report: Mapping[str, int] = field(default_factory=dict)
     model: Fingerprint | None = None
+    until_s: float = 0.0
 
     def __len__(self) -> int:
         return len(self.y)

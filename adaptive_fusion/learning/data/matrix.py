@@ -18,7 +18,7 @@ from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
 from adaptive_fusion.features.prompts import PROMPT_FEATURE_NAMES, PROMPT_KINDS, PROMPT_VERSION
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset, FloatArray, IntArray, cap_weights
 from adaptive_fusion.learning.data.labels import MAX_WEIGHT, SOURCES, TRUSTED, join_labels
-from adaptive_fusion.learning.data.logs import LogTable, open_logs
+from adaptive_fusion.learning.data.logs import SECONDS, LogTable, open_logs
 from adaptive_fusion.policy.escalation import MOST_TOKENS
 from adaptive_fusion.policy.fitted import Fingerprint
 
@@ -65,7 +65,7 @@ def build_dataset(
     with open_logs(logs, memory_gb=memory_gb, threads=threads) as table:
         report = {"records": table.rows, "broken_lines": table.broken, **join_labels(table)}
         data = _fetch(table, (*rungs, *(_other_rungs(table, rungs) if all_rungs else ())))
-        data = replace(data, tolerance=tolerance, model=_model(table))
+        data = replace(data, tolerance=tolerance, model=model_of(table), until_s=_newest_s(table))
         y = data.loses(cheap)
         beyond = [i for i, name in enumerate(data.rungs) if name != NATIVE_NAME]  # which says nothing by itself
         said = np.isfinite(y) | np.isfinite(data.quality[:, beyond]).any(axis=1)
@@ -83,6 +83,10 @@ def build_dataset(
     return replace(data, weight=cap_weights(data, source_cap))
 
 
+def _newest_s(table: LogTable) -> float:
+    return float(table.connection.execute(f"SELECT max({SECONDS}) FROM log").fetchone()[0] or 0.0)
+
+
 def rungs_named(logs: Iterable[str | Path], *, threads: int = 2) -> list[str]:
     """Rungs that labels of trusted sources have a quality of, the most frequent first, at most `MAX_RUNGS`.
 
@@ -94,7 +98,7 @@ def rungs_named(logs: Iterable[str | Path], *, threads: int = 2) -> list[str]:
         return _other_rungs(table, ())
 
 
-def _model(table: LogTable) -> Fingerprint | None:
+def model_of(table: LogTable) -> Fingerprint | None:
     """Whose rungs the labels are of; None where none of them says so.
 
     Raises:

@@ -4,7 +4,8 @@ Knows tables of features by kind of data. Must not know where they come from, no
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,6 +35,10 @@ TAILS = (0.985, 0.998)
 SEEN = 0.98  # of a strange family: the share that should lie beyond 1
 INVERSE_RIDGE = 1.0  # of the linear log odds
 DIGITS = 4
+OWN = "own logs"
+"""Kind of the images that a policy was fitted to again."""
+LEAST_IMAGES = 150
+"""Of a kind of one's own: 30 % of them calibrate."""
 
 
 def fit_familiar(
@@ -87,6 +92,44 @@ def fit_familiar(
     parts = clouds.parts_of(space.rows(calibrating))
     distances = ((parts - np.asarray(middle)) / np.asarray(spread)).max(axis=1)
     return Familiar(clouds, middle, spread, tuple(sorted(map(float, distances))), alpha)
+
+
+def fitted_again(known: Familiar | None, rows: Matrix, names: Sequence[str], *, seed: int = 0) -> Familiar | None:
+    """A range of familiar images that holds those that a policy was fitted on now, beside those that it held before.
+
+    They become a kind of their own. Of those that are held out at most alpha lie outside afterwards: where the former
+    limit is too small for that, it becomes theirs.
+
+    Args:
+        known: The range before; None fits one to these images alone.
+        rows: (n, names) features of images; those with a feature that is not finite are left out.
+        names: Of the columns.
+
+    Returns:
+        The range; `known` where there are too few images to say anything.
+    """
+    columns = tuple(names) if known is None else known.clouds.space.names
+    if not set(columns) <= set(names):
+        return known
+    table = np.asarray(rows, np.float64)[:, [list(names).index(name) for name in columns]]
+    if known is None:
+        useful = np.isfinite(table).all(axis=0) & (np.ptp(table, axis=0) > 0) if len(table) else np.zeros(0, bool)
+        columns, table = tuple(name for name, use in zip(columns, useful, strict=False) if use), table[:, useful]
+    table = table[np.isfinite(table).all(axis=1)]
+    if len(table) < LEAST_IMAGES or not columns:
+        return known
+    if known is None:
+        return fit_familiar(columns, {OWN: table}, seed=seed)
+    order = np.random.default_rng(seed).permutation(len(table))
+    count = round(FITTED * len(table))
+    taken = {cloud.name for cloud in known.clouds.kinds} | {each.cloud.name for each in known.clouds.strange}
+    name = next(each for each in (OWN, *(f"{OWN} {n}" for n in range(2, 1000))) if each not in taken)
+    own = _cloud(name, known.clouds.space.rows(table[order[:count]]), RIDGE)
+    clouds = replace(known.clouds, kinds=(*known.clouds.kinds, own))
+    parts = clouds.parts_of(clouds.space.rows(table[order[count:]]))
+    distances = ((parts - np.asarray(known.middle)) / np.asarray(known.spread)).max(axis=1)
+    found = replace(known, clouds=clouds, calibration=tuple(sorted(map(float, distances))))
+    return found if found.limit > known.limit else replace(known, clouds=clouds)
 
 
 def _variants(rows: Matrix, width: int, name: str) -> Matrix:

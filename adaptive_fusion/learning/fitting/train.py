@@ -8,25 +8,37 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaptive_fusion.errors import ConfigError, GateRefused
+from adaptive_fusion.features.detail import DETAIL_FEATURES
+from adaptive_fusion.features.image import IMAGE_FEATURES
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, Dataset
 from adaptive_fusion.learning.data.labels import TRUSTED
 from adaptive_fusion.learning.data.matrix import build_dataset, rungs_named
+from adaptive_fusion.learning.data.samples import FILE as SAMPLE_FILE
+from adaptive_fusion.learning.data.samples import Sample
 from adaptive_fusion.learning.fitting.card import card, finite
+from adaptive_fusion.learning.fitting.familiar import fitted_again
 from adaptive_fusion.learning.fitting.fit import FittedPolicy, fit_policy
 from adaptive_fusion.learning.fitting.gate import Verdict, gate
 from adaptive_fusion.learning.fitting.search import ESTIMATORS, Classifier
+from adaptive_fusion.learning.judging.drift import training_sample
 from adaptive_fusion.policy.auto import GENERAL
 from adaptive_fusion.policy.files import AUTO, POLICY_FILE
 from adaptive_fusion.policy.policy import Policy
 
 ESTIMATOR_NAMES = tuple(ESTIMATORS)
 """Tried unless others are named."""
-FILES = ("README.md", "policy.toml", "quality.json", "report.json", "router.joblib", "router.json")
+RANGE_NAMES = (*IMAGE_FEATURES, *DETAIL_FEATURES)
+FILES = (
+    *("README.md", "familiar.json", "policy.toml", "quality.json", "report.json", "router.joblib", "router.json"),
+    *("sufficiency.json", SAMPLE_FILE),
+)
 """What a trained policy's folder may hold, fusion weights aside; stale ones of an earlier policy are
 removed."""
 
@@ -54,6 +66,7 @@ def train(
     source_cap: float = 0.02,
     leave_out: Sequence[str] = (),
     force: bool = False,
+    widen: bool = False,
     seed: int = 0,
     jobs: int = 2,
     n: int = 500,
@@ -77,6 +90,8 @@ def train(
         source_cap: Largest share of the weight of one labeller outside the trusted sources.
         leave_out: Features that the router must not read.
         force: Write the policy although the gate refuses it.
+        widen: Let the policy's range of familiar images hold those of the data too, see `fitted_again`; else it stays
+            `base`'s.
         seed: Of splits, fits and bootstraps.
         jobs: Threads.
         n: Resamples of the bootstraps.
@@ -89,25 +104,35 @@ def train(
     """
     _check_target(out := Path(out))
     paths = [Path(path) for path in logs]
-    start = _labelled_policy(paths, jobs) if base == AUTO else _loaded(base)
+    start = labelled_policy(paths, jobs) if base == AUTO else _loaded(base)
     against = start if incumbent is None else _loaded(incumbent)
     data = _read(paths, start, against, tolerance=tolerance, source_cap=source_cap, threads=jobs)
     options: dict[str, Any] = {"objective": objective, "estimators": estimators, "leave_out": leave_out}
     fitted = fit_policy(data, start, name=name, seed=seed, jobs=jobs, n=n, **options)
+    if widen:
+        fitted = replace(fitted, policy=_widened(fitted.policy, data, seed))
     verdict = gate(fitted.policy, against, data.take(data.split("test", seed)), trusted=trusted, seed=seed, n=n)
     if not verdict.accepted and not force:
         reasons = "; ".join(verdict.reasons)
         raise GateRefused(f"the new policy is worse than {against.name}: {reasons}", verdict)
     given = {"base": start.name, "name": name, "tolerance": f"{tolerance:g}", "seed": seed, "force": force, **options}
     command = _command(paths, {**given, "incumbent": None if incumbent is None else against.name})
-    return Trained(fitted, verdict, _write(out, fitted, verdict, against.name, command))
+    sample = training_sample(fitted.policy, data)
+    return Trained(fitted, verdict, _write(out, fitted, verdict, against.name, command, sample))
+
+
+def _widened(policy: Policy, data: Dataset, seed: int) -> Policy:
+    """The policy with a range that holds the images of the data, each content once."""
+    _, first = np.unique(data.group, return_index=True)
+    rows = data.take(first[~data.video[first]]).columns(RANGE_NAMES)
+    return replace(policy, familiar=fitted_again(policy.familiar, rows, RANGE_NAMES, seed=seed))
 
 
 def _loaded(policy: str | Path | Policy) -> Policy:
     return policy if isinstance(policy, Policy) else Policy.load(policy)
 
 
-def _labelled_policy(logs: Sequence[Path], threads: int) -> Policy:
+def labelled_policy(logs: Sequence[Path], threads: int) -> Policy:
     """The shipped policy that labels were made for: its cheap plan is among them, and most of its rungs. Of equals
     ``*-balanced`` is taken; of labels that are for none of them the general policy, which says so."""
     named = set(rungs_named(logs, threads=threads))
@@ -164,7 +189,7 @@ def _check_target(folder: Path) -> None:
         )
 
 
-def _write(folder: Path, fitted: FittedPolicy, verdict: Verdict, against: str, command: str) -> Path:
+def _write(folder: Path, fitted: FittedPolicy, verdict: Verdict, against: str, command: str, sample: Sample) -> Path:
     """All files are written beside their places first, so that a full disk leaves an earlier policy whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as beside:
@@ -173,6 +198,7 @@ def _write(folder: Path, fitted: FittedPolicy, verdict: Verdict, against: str, c
         found = {"incumbent": against, **asdict(verdict)}
         report = json.dumps(finite({**fitted.report, "gate": found}), indent=1, sort_keys=True, allow_nan=False)
         (new / "report.json").write_text(report + "\n", encoding="utf-8")
+        sample.save(new / SAMPLE_FILE)
         (new / "README.md").write_text(card(fitted, verdict, against, command), encoding="utf-8")
         for stale in FILES:
             if not (new / stale).exists():

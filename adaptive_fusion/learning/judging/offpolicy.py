@@ -1,7 +1,7 @@
 """What a policy would have been worth on traffic that another one served: IPS, SNIPS and doubly robust.
 
-Knows rewards, propensities and target probabilities; `off_policy` reads them from labelled logs. Must not
-know models.
+Knows rewards, propensities and target probabilities; `off_policy` reads them from labelled logs, and `served` what a
+policy was worth where it ran. Must not know models.
 
 With action a logged with probability p, reward r, and target policy pi, w = pi(a | x) / p:
 
@@ -14,7 +14,9 @@ With action a logged with probability p, reward r, and target policy pi, w = pi(
 The model is cross-fitted: a row's q comes from a fit that has not seen its content.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.evaluation.statistics import Interval, intervals
+from adaptive_fusion.evaluation.statistics import Interval, bootstrap_mean, intervals
 from adaptive_fusion.learning.data.dataset import Dataset, FloatArray, IntArray
+from adaptive_fusion.learning.data.labels import join_labels
+from adaptive_fusion.learning.data.logs import open_logs
 from adaptive_fusion.learning.judging.arms import lanes_of
 from adaptive_fusion.policy.policy import Policy
 
@@ -147,8 +151,13 @@ def off_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 1000) -
         n: Resamples.
 
     Raises:
-        ConfigError: Without decisions that have both a reward and a propensity, and as `estimate`.
+        ConfigError: For a policy whose choice within a lane hangs on what an input needs; without decisions that have both a reward and a propensity, and as `estimate`.
     """
+    if policy.sufficiency is not None:
+        raise ConfigError(
+            f"{policy.name} chooses within a lane by what an input needs, which logs do not hold; expected a policy that"
+            " takes the first rung of a lane"
+        )
     reward = np.where(data.taken >= 0, data.quality[np.arange(len(data)), np.maximum(data.taken, 0)], np.nan)
     rows = np.isfinite(reward) & (data.propensity > 0) & (data.propensity <= 1)
     if not rows.any():
@@ -170,3 +179,46 @@ def off_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 1000) -
         seed=seed,
         n=n,
     )
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a policy was worth where it ran: the mean quality of what it chose, explored decisions left out.
+
+    Attributes:
+        value: Mean and bootstrap interval over contents.
+        labels: How many labels that is.
+    """
+
+    value: Interval
+    labels: int
+
+    def agrees(self, estimate: Interval) -> bool:
+        """Whether it lies in the interval that was stated before."""
+        return estimate.low <= self.value.mean <= estimate.high
+
+
+_SERVED = """
+SELECT TRY_CAST(json_extract(l.quality, '$."' || l.rung || '"') AS DOUBLE) AS reward,
+  coalesce(s.content_hash, s.request_id) AS content
+FROM labels l JOIN log s ON s.rowid = l.subject
+WHERE s.event = 'decision' AND s.policy = $policy AND NOT coalesce(s.explored, false) AND l.rung IS NOT NULL
+ORDER BY content, reward
+"""
+
+
+def served(logs: Iterable[str | Path], policy: str, *, seed: int = 0, n: int = 1000) -> Served | None:
+    """What the policy of that name was worth on the logged decisions that feedback or shadow runs rated; None without
+    any.
+
+    Raises:
+        ConfigError: As `open_logs`.
+    """
+    with open_logs(logs) as table:
+        join_labels(table)
+        rows = table.connection.execute(_SERVED, {"policy": policy}).fetchall()
+    rated = [(reward, content) for reward, content in rows if reward is not None and 0 <= reward <= 1]
+    if not rated:
+        return None
+    rewards, contents = zip(*rated, strict=True)
+    return Served(bootstrap_mean(rewards, seed=seed, n=n, groups=contents), len(rated))

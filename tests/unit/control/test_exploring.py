@@ -88,7 +88,7 @@ def test_the_decision_follows_from_the_id(runner: AdaptiveRunner, noise_image: A
     reply = runner.chat(noise_image(64, 48), "Describe.", **SMALL)
     decision = reply.decision
     ladder = runner.policy.ladder(decision.lane)
-    assert decision.explored and decision.reason.startswith("exploring: one of ")
+    assert decision.explored and decision.reason.startswith("exploring: drawn of ")
     assert decision.propensity == pytest.approx(1 / int(decision.reason.split()[3]))
     assert decision.rung in {rung.name for rung in ladder}
     prepared = runner.prepared(noise_image(64, 48), "Describe.", **SMALL)
@@ -122,7 +122,7 @@ def test_what_is_never_explored(runner: AdaptiveRunner, noise_image: Any) -> Non
 def test_a_conversation_stays_with_what_was_chosen_not_with_what_was_drawn(
     runner: AdaptiveRunner, reference_model: Any, processor: Any, noise_image: Any
 ) -> None:
-    content = [{"type": "image", "image": noise_image(64, 48)}, {"type": "text", "text": "Describe."}]
+    content = [{"type": "image", "image": noise_image(48, 64)}, {"type": "text", "text": "Describe."}]
     first = [{"role": "user", "content": content}]
     answer = runner.chat(first, **SMALL)
     assert answer.decision.explored
