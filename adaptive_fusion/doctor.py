@@ -262,9 +262,7 @@ def check_drift(logs: Sequence[str], policy: str | None) -> Check:
     try:
         found = drift(logs, policy)
     except Exception as error:
-        return Check(
-            "drift", "broken", _said(error), "pip install 'adaptive-fusion[train]', and name logs that are there"
-        )
+        return Check("drift", "broken", _said(error), "expected logs that are there, and 'adaptive-fusion[train]'")
     advice = "`adaptive-fusion learn` fits the policy again; `adaptive-fusion logs drift --plot` draws it"
     return Check("drift", "note" if found.drifted else "ok", found.in_words(), advice if found.drifted else "")
 

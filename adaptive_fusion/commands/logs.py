@@ -11,9 +11,7 @@ from adaptive_fusion.commands.output import console, emit, printable, refusing
 DRIFTED = 1
 """Exit code where inputs or outcomes have changed."""
 
-app = typer.Typer(
-    name="logs", help="Pack decision logs and labels, and say whether they have changed.", no_args_is_help=True
-)
+app = typer.Typer(name="logs", help="Pack decision logs, and say whether they have changed.", no_args_is_help=True)
 
 
 @app.callback()

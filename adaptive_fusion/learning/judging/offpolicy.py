@@ -151,12 +151,13 @@ def off_policy(policy: Policy, data: Dataset, *, seed: int = 0, n: int = 1000) -
         n: Resamples.
 
     Raises:
-        ConfigError: For a policy whose choice within a lane hangs on what an input needs; without decisions that have both a reward and a propensity, and as `estimate`.
+        ConfigError: For a policy whose choice within a lane hangs on what an input needs; without decisions that have
+            both a reward and a propensity; and as `estimate`.
     """
     if policy.sufficiency is not None:
         raise ConfigError(
-            f"{policy.name} chooses within a lane by what an input needs, which logs do not hold; expected a policy that"
-            " takes the first rung of a lane"
+            f"{policy.name} chooses within a lane by what an input needs, which logs do not hold; expected a policy"
+            " that takes the first rung of a lane"
         )
     reward = np.where(data.taken >= 0, data.quality[np.arange(len(data)), np.maximum(data.taken, 0)], np.nan)
     rows = np.isfinite(reward) & (data.propensity > 0) & (data.propensity <= 1)

@@ -48,8 +48,8 @@ _BETTER = "quality_at_equal_cost"
 
 @dataclass(frozen=True)
 class Seen:
-    """An experiment, as it is now: ``running``, ``rolled_back``, ``aborted`` or ``promoted``, why, and how many requests
-    its candidate has had."""
+    """An experiment, as it is now: ``running``, ``rolled_back``, ``aborted`` or ``promoted``; why, and how many
+    requests its candidate has had."""
 
     status: str
     why: str
