@@ -19,7 +19,8 @@ from transformers import LogitsProcessorList
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.audits import audited
 from adaptive_fusion.control.candidates import Candidate, Choice
-from adaptive_fusion.control.planner import FIXED, HIT, MISS, PART, TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.planner import FIXED, Planner
+from adaptive_fusion.control.request_info import HIT, MISS, PART, TEMPLATE_TOKENS, RequestInfo
 from adaptive_fusion.control.staying import Plan
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ContextLengthError

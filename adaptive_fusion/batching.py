@@ -15,7 +15,7 @@ from adaptive_fusion.answering import Answering, Way
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
 from adaptive_fusion.control.exploring import explores
-from adaptive_fusion.control.planner import MISS, RequestInfo
+from adaptive_fusion.control.request_info import MISS, RequestInfo
 from adaptive_fusion.cost.model import Work
 from adaptive_fusion.decisions import Decision, Measurement, Prediction
 from adaptive_fusion.errors import OutOfMemoryError, RequestsFailed

@@ -24,7 +24,8 @@ from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import Asking
 from adaptive_fusion.control.exploring import check_share
 from adaptive_fusion.control.gain import Gain
-from adaptive_fusion.control.planner import Planner, RequestInfo
+from adaptive_fusion.control.planner import Planner
+from adaptive_fusion.control.request_info import RequestInfo
 from adaptive_fusion.control.staying import Conversations
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile

@@ -20,7 +20,8 @@ from PIL import Image
 
 from adaptive_fusion import AdaptiveRunner, Budget, measure_complexity
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.planner import Planner
+from adaptive_fusion.control.request_info import TEMPLATE_TOKENS, RequestInfo
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel
 from adaptive_fusion.models import Size

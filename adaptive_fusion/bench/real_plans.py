@@ -12,7 +12,8 @@ import torch
 from adaptive_fusion.bench.shapes import ShapeProcessor, shape
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.planner import Planner
+from adaptive_fusion.control.request_info import TEMPLATE_TOKENS, RequestInfo
 from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel

@@ -8,7 +8,8 @@ from typing import Any
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
-from adaptive_fusion.control.planner import Planner, RequestInfo
+from adaptive_fusion.control.planner import Planner
+from adaptive_fusion.control.request_info import RequestInfo
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.point import NATIVE, OperatingPoint
 

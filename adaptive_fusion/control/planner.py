@@ -1,11 +1,11 @@
-"""From what was measured on a request to a decision: route, candidates with predicted costs, choice.
+"""From what was measured on a request and what it is offered to a decision.
 
 Wires policy, cost model and controller for one adapter. Runs nothing, loads nothing; every input is an argument.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from adaptive_fusion.budget import Budget
@@ -13,58 +13,25 @@ from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.escalating import NO_SECOND, SURE, Asking, level, plans, told
 from adaptive_fusion.control.exploring import GREEDY, Drawn, draw
-from adaptive_fusion.control.staying import Plan, Staying, staying
+from adaptive_fusion.control.offering import Offering
+from adaptive_fusion.control.request_info import RequestInfo, found_in_cache, with_cache_counted
+from adaptive_fusion.control.staying import Staying, staying
 from adaptive_fusion.cost.lengths import LengthModel
-from adaptive_fusion.cost.model import CostModel, Work
-from adaptive_fusion.decisions import Decision, Prediction
+from adaptive_fusion.cost.model import CostModel
+from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.features.complexity import Complexity, is_still
-from adaptive_fusion.features.prompts import prompt_features, prompt_kind
-from adaptive_fusion.media.sampling import frames_at
-from adaptive_fusion.models.base import Adapter, Size
+from adaptive_fusion.features.prompts import prompt_features
+from adaptive_fusion.models.base import Adapter
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.rungs import Rung
-from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
+from adaptive_fusion.policy.sufficiency import Needs
 
-HIT, PART, MISS = "hit", "part", "miss"
-"""How many of a request's media need no encoder: all, some, none."""
 FIXED = "fixed"
 """The lane of requests whose point was not decided here."""
-SPARE = 4
-"""Of the steps that a request without limits will hardly need, every so many are predicted."""
-Rated = tuple[Rung, float]
-"""A step and the quality expected of it for a request."""
-TEMPLATE_TOKENS = 16
-"""What a chat template adds around a question, roughly; the prefill's share of it does not matter."""
 
 
-@dataclass(frozen=True)
-class RequestInfo:
-    """What the planner needs to know of a request; times in milliseconds."""
-
-    kind: str
-    sizes: Sequence[Size]
-    complexities: Sequence[Complexity]
-    prompt: str
-    max_new_tokens: int
-    text_tokens: int
-    durations_s: Sequence[float] = ()  # of the media, in order
-    frame_times_s: Sequence[Sequence[float]] = ()  # the same, of their frames; without them clips keep their frames
-    batch: int = 1
-    elapsed_ms: float = 0.0
-    free_memory_gb: float | None = None
-    pixels_fixed: bool = False  # preprocessing is over: the knobs before the encoder no longer apply
-    full_detail: bool = False  # the caller wants all pixels and tokens while the budget allows
-    asking: Asking | None = None  # whether the model may be asked if it is sure of a cheap plan's answer
-    beside: Sequence[Work] = ()  # what others make the model do that are in one batch with it
-    seen: Callable[[OperatingPoint], Sequence[bool]] | None = None  # media whose encoder outputs are there at a point
-    cached_gb: float = 0.0  # device memory that such outputs take, which counts against the budget
-    kept: Plan | None = None  # what the conversation's media had before
-    request_id: str = ""  # of the decision; without one it is only asked what would be done, and nothing is explored
-
-
-class Planner:
+class Planner(Offering):
     """Decides for one adapter with one policy."""
 
     def __init__(
@@ -79,8 +46,8 @@ class Planner:
     ) -> None:
         """`remark` is said in the reason of every decision: that the policy was fitted to another model. `seed` is of
         what an exploring policy draws by the ids of requests."""
-        self.adapter, self.policy, self.cost = adapter, policy, cost
-        self.controller, self.lengths, self.remark, self.seed = controller, lengths, remark, seed
+        super().__init__(adapter, policy, cost, lengths)
+        self.controller, self.remark, self.seed = controller, remark, seed
 
     def decide(
         self, info: RequestInfo, budget: Budget, point: OperatingPoint | None = None, because: str | None = None
@@ -103,7 +70,7 @@ class Planner:
             limits = replace(budget, on_infeasible="cheapest")
         second: dict[str, Any]
         stay: Staying | None = None
-        info = _with_cache_counted(info, budget)
+        info = with_cache_counted(info, budget)
         hardest, route = self.route(info)
         needs, unlike = self.needs(info), self.unlike(info)
         features = {k: v for k, v in prompt_features(info.prompt).items() if v} if info.prompt else {}
@@ -150,7 +117,7 @@ class Planner:
             rejected=choice.rejected,
             escalation=second,
             batch=info.batch + len(info.beside),
-            encoder_cache=_found(info, choice.point),
+            encoder_cache=found_in_cache(info, choice.point),
             conversation=stay.said(choice.candidate) if stay is not None else {},
         )
         return decision, choice
@@ -179,136 +146,6 @@ class Planner:
             policy=self.policy.name,
             budget=limits.to_dict(),
         )
-
-    def route(self, info: RequestInfo) -> tuple[Complexity | None, Route]:
-        """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""
-        if not info.complexities:
-            return None, self.policy.route(None)
-        routes = [(c, self.policy.route(c, info.prompt)) for c in info.complexities]
-        hardest, route = max(routes, key=lambda pair: (pair[1].lane == VIDEO, pair[1].lane == COMPLEX, pair[1].score))
-        return hardest, route
-
-    def needs(self, info: RequestInfo) -> Needs | None:
-        """Pixels and frames that are enough for the question, of all media; None where the policy cannot say.
-
-        After preprocessing there is nothing left to plan of them.
-        """
-        enough = self.policy.sufficiency
-        if enough is None or not info.complexities or info.pixels_fixed:
-            return None
-        kind = prompt_kind(info.prompt)
-        floor = self.policy.floors.get(kind, 0)
-        found = []
-        for size, complexity in zip(info.sizes, info.complexities, strict=True):
-            native, tokens = self.adapter.native_pixels(size), 0
-            if floor:
-                tokens = self.adapter.plan([replace(size, frames=1)], NATIVE).tokens
-            each = enough.needs(
-                kind,
-                complexity,
-                size.height * size.width,
-                native,
-                margin=self.policy.margin,
-                floor=floor * native / tokens if tokens else 0.0,
-            )
-            if each is None:
-                return None
-            found.append(each)
-        return together(found)
-
-    def unlike(self, info: RequestInfo) -> str:
-        """Why an image is like nothing that the policy was fitted on, in words; empty where all are like some."""
-        return next(filter(None, map(self.policy.unlike, info.complexities)), "")
-
-    def candidates(
-        self,
-        info: RequestInfo,
-        lane: str,
-        complexity: Complexity | None,
-        needs: Needs | None = None,
-        budget: Budget | None = None,
-    ) -> list[Candidate]:
-        """The lane's ladder on this model and these media, each point once, with predicted cost.
-
-        What the media need says what quality to expect, where it is known. With a `budget`, steps that could not be
-        chosen under it are left out, since every prediction takes time.
-        """
-        best: dict[OperatingPoint, tuple[float, str]] = {}
-        native = self.adapter.most_native_pixels(info.sizes)
-        rungs = self._rungs(info, lane, complexity)
-        rated = [(rung, rung.quality if needs is None else needs.quality_of(rung)) for rung in rungs]
-        for rung, quality in rated if budget is None else self._worth_costing(rated, budget):
-            point = self.adapter.resolve(rung, info.sizes, native)
-            if info.pixels_fixed and point.before_encoder:
-                point = point.without(point.before_encoder)
-            if point not in best or quality > best[point][0]:
-                best[point] = quality, rung.name
-        # The rung's name is the same for every size of image, so drift is learned per rung.
-        new_tokens = self.expected_tokens(info)
-        return [self.candidate(point, quality, info, new_tokens, name) for point, (quality, name) in best.items()]
-
-    def _worth_costing(self, rated: Sequence[Rated], budget: Budget) -> list[Rated]:
-        """Without steps that another one beats whatever they cost: of those within the tolerance that differ in pixels
-        alone, all but the fewest pixels. Where no time and no memory is asked for, of the steps below only some, for
-        want of memory.
-        """
-        best = max(quality for _, quality in rated)
-        enough = best - self.policy.tolerance
-        fewest: dict[OperatingPoint, Rated] = {}
-        below: list[Rated] = []
-        for rung, quality in rated:
-            if quality < enough:
-                below.append((rung, quality))
-            elif rung.point not in fewest or rung.pixel_share < fewest[rung.point][0].pixel_share:
-                fewest[rung.point] = rung, best  # as good as the best, or the tolerance would be taken off twice
-        asked = budget.latency_ms is not None or budget.ttft_ms is not None or budget.vram_gb is not None
-        few = len(below) <= 2 * SPARE
-        return [*fewest.values(), *(below if asked or few else below[::-SPARE])]  # the last is the cheapest
-
-    def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
-        """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
-        rungs = self.policy.ladder(lane, complexity, info.prompt)
-        if lane == VIDEO and complexity is not None and is_still(complexity):
-            few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
-            rungs = (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
-        return rungs
-
-    def expected_tokens(self, info: RequestInfo) -> float:
-        """How long an answer to this kind of prompt has been."""
-        return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
-
-    def candidate(
-        self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
-    ) -> Candidate:
-        """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
-        # In a batch it waits for what others have to encode.
-        encoded = _found(info, point) == HIT and not any(work.patches for work in info.beside)
-        return Candidate(point, quality, self._predicted(point, info, new_tokens), key, encoded=encoded)
-
-    def _predicted(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None) -> Prediction:
-        return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens))
-
-    def work(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None) -> Work:
-        """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected), with all that is
-        beside it."""
-        sizes = info.sizes
-        if point.max_fps is not None and info.frame_times_s and not info.pixels_fixed:
-            sizes = [
-                replace(size, frames=len(frames_at(times, duration, point.max_fps))) if size.clip else size
-                for size, times, duration in zip(sizes, info.frame_times_s, info.durations_s, strict=True)
-            ]
-        plan, segments = self.adapter.plan(sizes, point), None
-        if info.seen is not None and any(there := info.seen(point)):
-            sizes = [size for size, known in zip(sizes, there, strict=True) if not known]
-            segments = self.adapter.plan(sizes, point).segments
-        own = Work(
-            patches=plan.segments if segments is None else segments,
-            prompt_tokens=plan.tokens + info.text_tokens,
-            new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
-            batch=info.batch,
-            source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
-        )
-        return own.beside(info.beside)
 
     def _choose(
         self, candidates: list[Candidate], budget: Budget, info: RequestInfo, unlike: str, stay: Staying | None
@@ -419,22 +256,6 @@ class Planner:
         none = f"{NO_SECOND}{second['why']}" if second.get("why", SURE) != SURE else ""
         stays = stay.in_words(choice.candidate) if stay is not None else ""
         return [none, needs.in_words() if needs is not None else "", stays, untrained, self.remark]
-
-
-def _found(info: RequestInfo, point: OperatingPoint) -> str:
-    """How far what the encoder makes of the media at `point` is there; empty where nobody knows."""
-    if info.seen is None or not info.sizes:
-        return ""
-    there = info.seen(point)
-    return HIT if all(there) else PART if any(there) else MISS
-
-
-def _with_cache_counted(info: RequestInfo, budget: Budget) -> RequestInfo:
-    """`info` with the memory that cached encoder outputs take counted against the budget's."""
-    if not info.cached_gb or budget.vram_gb is None:
-        return info
-    left = max(0.0, budget.vram_gb - info.cached_gb)
-    return replace(info, free_memory_gb=left if info.free_memory_gb is None else min(left, info.free_memory_gb))
 
 
 def _require_in_time(point: OperatingPoint, info: RequestInfo) -> None:

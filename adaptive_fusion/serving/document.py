@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive_fusion.serving.fields import FIELDS, Use
-from adaptive_fusion.serving.schema import LIMITS, MAX_SEED, MAX_STOPS, MAX_TOP_LOGPROBS, PARTS, ROLES
+from adaptive_fusion.serving.generate_options import MAX_SEED, MAX_STOPS
+from adaptive_fusion.serving.schema import LIMITS, MAX_TOP_LOGPROBS, PARTS, ROLES
 
 Schema = dict[str, Any]
 

@@ -21,7 +21,7 @@ from adaptive_fusion.execution.encoder_cache import CacheCounts
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.policy import LANES, TEXT
 from adaptive_fusion.reply import Reply
-from adaptive_fusion.serving.media import REASONS
+from adaptive_fusion.serving.media_bytes import REASONS
 
 PREFIX = "adaptive_fusion:"
 OTHER = "other"

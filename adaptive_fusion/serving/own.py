@@ -14,8 +14,9 @@ from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.blame import blaming
 from adaptive_fusion.serving.chat import prepared_call
 from adaptive_fusion.serving.http import as_json, bodies_of, read_body
+from adaptive_fusion.serving.reading import checked
 from adaptive_fusion.serving.refusals import Refusal, json_response
-from adaptive_fusion.serving.schema import ChatCall, checked, read_chat, read_object
+from adaptive_fusion.serving.schema import ChatCall, read_chat, read_object
 from adaptive_fusion.serving.service import Service
 
 FEEDBACK_KEYS = ("request_id", "rating", "source_id")

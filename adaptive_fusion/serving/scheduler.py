@@ -6,48 +6,20 @@ errands themselves runs on one event loop, so that no lock is needed.
 
 import asyncio
 import contextlib
-import math
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+from adaptive_fusion.serving.durations import Durations
+from adaptive_fusion.serving.errands import Errand, do_together
 from adaptive_fusion.serving.refusals import Refusal
 
 T = TypeVar("T")
-_MEMORY = 0.2
-"""Weight of the newest errand in the mean time of errands."""
-_SURE = 2.0
-"""Mean deviations on top of the mean wait: what it is to exceed in one case of twenty."""
-_RECENT = 32
-"""Jobs of which the shortest says what one takes at least."""
 _RETRY_S = 1.0
 """When to try again while nothing is known."""
-
-
-class Errand(ABC, Generic[T]):
-    """Something to be done by the worker, alone or together with others that wait.
-
-    Attributes:
-        cancelled: Set once nobody wants it any more.
-        result: Set when it is done, which may be before the others are.
-    """
-
-    def __init__(self) -> None:
-        self.cancelled = threading.Event()
-        self.result: Future[T] = Future()
-
-    def fits(self, other: "Errand[Any]") -> bool:
-        """Whether `other` may be done together with this one."""
-        return False
-
-    @abstractmethod
-    def do(self, company: "Sequence[Any]") -> None:
-        """Called in the worker's thread: do this errand and those that it took along, and set each one's result."""
 
 
 @dataclass
@@ -105,8 +77,7 @@ class Scheduler:
         self._waiting: deque[_Waiter] = deque()
         self._busy_since: float | None = None
         self._running: tuple[Errand[Any], ...] = ()
-        self._mean_s, self._spread_s = 0.0, 0.0
-        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._durations = Durations()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -133,7 +104,7 @@ class Scheduler:
                 f"{self.admitted} requests are admitted, the most there may be; try again later",
                 429,
                 code="queue_full",
-                retry_s=max(self._mean_s, 0.1) if self._mean_s else _RETRY_S,
+                retry_s=max(self._durations.mean_s, 0.1) if self._durations.mean_s else _RETRY_S,
             )
         return Place(self)
 
@@ -154,8 +125,8 @@ class Scheduler:
 
     @property
     def least_s(self) -> float:
-        """What the shortest of the last errands took, of those done together its part; 0 before there was one."""
-        return min(self._recent, default=0.0)
+        """See `Durations.least_s`."""
+        return self._durations.least_s
 
     def expected_wait_s(self, place: Place) -> float:
         """How long those before `place` will keep the worker, by what errands took lately and how much that varied.
@@ -173,8 +144,7 @@ class Scheduler:
         gone = sum(errand.result.done() for errand in self._running)
         ahead += gone  # they have left their places, but not yet the worker
         together = min(max(len(self._running), 1), ahead)
-        past = min(done, together * self._mean_s)
-        return max(ahead * self._mean_s + _SURE * math.sqrt(ahead) * self._spread_s - past, 0.0)
+        return self._durations.ahead_s(ahead, together, done)
 
     async def run(self, errand: Errand[T], *, latest_s: float | None = None) -> T:
         """Wait for the worker, let it do `errand` with all that it takes along, and return the errand's result.
@@ -206,7 +176,7 @@ class Scheduler:
         company = self._company(errand)
         self._running = (errand, *company)
         try:
-            work = asyncio.get_running_loop().run_in_executor(self.thread, _do, errand, company)
+            work = asyncio.get_running_loop().run_in_executor(self.thread, do_together, errand, company)
         except BaseException as error:
             self._next_turn()
             for each in (errand, *company):
@@ -273,12 +243,7 @@ class Scheduler:
     def _finished(self, started: float, done: "asyncio.Future[Any]", errands: int) -> None:
         took = (self._clock() - started) / errands
         if not done.cancelled() and done.exception() is None:
-            self._recent.append(took)
-            for _ in range(errands):
-                weight = _MEMORY if self._mean_s else 1.0
-                off = abs(took - self._mean_s) if self._mean_s else 0.0
-                self._mean_s += weight * (took - self._mean_s)
-                self._spread_s += weight * (off - self._spread_s)
+            self._durations.observe(took, errands)
         self._next_turn()
 
     def _next_turn(self) -> None:
@@ -290,25 +255,6 @@ class Scheduler:
                 following.turn.set_result(True)
                 return
         self._busy_since = None
-
-
-def _do(errand: Errand[Any], company: Sequence[Errand[Any]]) -> None:
-    """Do errands together; none is left without a result.
-
-    Raises:
-        What `Errand.do` raises, which is also the result of those that it left without one.
-    """
-    failed: BaseException = RuntimeError("an errand was left without a result")
-    try:
-        errand.do(company)
-    except BaseException as error:
-        failed = error
-        raise
-    finally:
-        for each in (errand, *company):
-            if not each.result.done():
-                each.result.set_exception(failed)
-        del failed
 
 
 def too_late() -> Refusal:

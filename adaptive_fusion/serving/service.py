@@ -17,7 +17,7 @@ from adaptive_fusion.media.hashes import length_prefixed
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.access_log import AccessLog
-from adaptive_fusion.serving.media import MediaLimits
+from adaptive_fusion.serving.media_limits import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
 from adaptive_fusion.serving.refusals import Refusal

@@ -13,9 +13,9 @@ from adaptive_fusion.decisions import Decision
 from adaptive_fusion.execution.stream import Said
 from adaptive_fusion.prepared import Prepared, Turn, answer
 from adaptive_fusion.reply import Reply
+from adaptive_fusion.serving.errands import Errand
 from adaptive_fusion.serving.job import Job, tokenizer_of
 from adaptive_fusion.serving.refusals import Refusal
-from adaptive_fusion.serving.scheduler import Errand
 from adaptive_fusion.serving.tracing import reply_attributes, request_attributes, say, span
 
 

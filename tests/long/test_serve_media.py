@@ -15,7 +15,8 @@ from mutants import mutate, seeds
 
 from adaptive_fusion.errors import AdaptiveFusionError, MediaError
 from adaptive_fusion.execution.messages import read_messages
-from adaptive_fusion.serving.media import MediaLimits, check_media
+from adaptive_fusion.serving.media import check_media
+from adaptive_fusion.serving.media_limits import MediaLimits
 
 GROWTH_MIB = 50
 WARM = 300

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.planner import TEMPLATE_TOKENS, Planner, RequestInfo
+from adaptive_fusion.control.planner import Planner
+from adaptive_fusion.control.request_info import TEMPLATE_TOKENS, RequestInfo
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile
 from adaptive_fusion.errors import ConfigError

@@ -18,7 +18,9 @@ from adaptive_fusion.execution.messages import read_messages
 from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.media.load import read_header
 from adaptive_fusion.serving.fetcher import Address, Fetcher, allowed_origins
-from adaptive_fusion.serving.media import REASONS, MediaLimits, check_media
+from adaptive_fusion.serving.media import check_media
+from adaptive_fusion.serving.media_bytes import REASONS
+from adaptive_fusion.serving.media_limits import MediaLimits
 
 LIMITS = MediaLimits()
 PICTURE = encode(scene(), "PNG")

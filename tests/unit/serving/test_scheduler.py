@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waits import MOST_S
 
+from adaptive_fusion.serving.errands import Errand
 from adaptive_fusion.serving.refusals import Refusal
-from adaptive_fusion.serving.scheduler import Errand, Scheduler
+from adaptive_fusion.serving.scheduler import Scheduler
 
 KINDS = ("", "a", "b")
 

@@ -1,0 +1,171 @@
+"""What a policy offers a request: its lane's ladder on this model and these media, with expected quality and cost.
+
+Knows policy, cost model and lengths of answers for one adapter. Must not know how one is chosen from what is offered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Candidate
+from adaptive_fusion.control.request_info import HIT, RequestInfo, found_in_cache
+from adaptive_fusion.cost.lengths import LengthModel
+from adaptive_fusion.cost.model import CostModel, Work
+from adaptive_fusion.decisions import Prediction
+from adaptive_fusion.features.complexity import Complexity, is_still
+from adaptive_fusion.features.prompts import prompt_kind
+from adaptive_fusion.media.sampling import frames_at
+from adaptive_fusion.models.base import Adapter
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
+from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
+
+SPARE = 4
+"""Of the steps that a request without limits will hardly need, every so many are predicted."""
+Rated = tuple[Rung, float]
+"""A step and the quality expected of it for a request."""
+
+
+class Offering:
+    """What one adapter is offered by one policy.
+
+    Args:
+        adapter: The way to the model.
+        policy: Has the ladders.
+        cost: Predicts what a point takes.
+        lengths: Expects how long answers are.
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy, cost: CostModel, lengths: LengthModel) -> None:
+        self.adapter, self.policy, self.cost, self.lengths = adapter, policy, cost, lengths
+
+    def route(self, info: RequestInfo) -> tuple[Complexity | None, Route]:
+        """The most demanding medium and its route; a clip anywhere sends the request to the video lane."""
+        if not info.complexities:
+            return None, self.policy.route(None)
+        routes = [(c, self.policy.route(c, info.prompt)) for c in info.complexities]
+        hardest, route = max(routes, key=lambda pair: (pair[1].lane == VIDEO, pair[1].lane == COMPLEX, pair[1].score))
+        return hardest, route
+
+    def needs(self, info: RequestInfo) -> Needs | None:
+        """Pixels and frames that are enough for the question, of all media; None where the policy cannot say.
+
+        After preprocessing there is nothing left to plan of them.
+        """
+        enough = self.policy.sufficiency
+        if enough is None or not info.complexities or info.pixels_fixed:
+            return None
+        kind = prompt_kind(info.prompt)
+        floor = self.policy.floors.get(kind, 0)
+        found = []
+        for size, complexity in zip(info.sizes, info.complexities, strict=True):
+            native, tokens = self.adapter.native_pixels(size), 0
+            if floor:
+                tokens = self.adapter.plan([replace(size, frames=1)], NATIVE).tokens
+            each = enough.needs(
+                kind,
+                complexity,
+                size.height * size.width,
+                native,
+                margin=self.policy.margin,
+                floor=floor * native / tokens if tokens else 0.0,
+            )
+            if each is None:
+                return None
+            found.append(each)
+        return together(found)
+
+    def unlike(self, info: RequestInfo) -> str:
+        """Why an image is like nothing that the policy was fitted on, in words; empty where all are like some."""
+        return next(filter(None, map(self.policy.unlike, info.complexities)), "")
+
+    def candidates(
+        self,
+        info: RequestInfo,
+        lane: str,
+        complexity: Complexity | None,
+        needs: Needs | None = None,
+        budget: Budget | None = None,
+    ) -> list[Candidate]:
+        """The lane's ladder on this model and these media, each point once, with predicted cost.
+
+        What the media need says what quality to expect, where it is known. With a `budget`, steps that could not be
+        chosen under it are left out, since every prediction takes time.
+        """
+        best: dict[OperatingPoint, tuple[float, str]] = {}
+        native = self.adapter.most_native_pixels(info.sizes)
+        rungs = self._rungs(info, lane, complexity)
+        rated = [(rung, rung.quality if needs is None else needs.quality_of(rung)) for rung in rungs]
+        for rung, quality in rated if budget is None else self._worth_costing(rated, budget):
+            point = self.adapter.resolve(rung, info.sizes, native)
+            if info.pixels_fixed and point.before_encoder:
+                point = point.without(point.before_encoder)
+            if point not in best or quality > best[point][0]:
+                best[point] = quality, rung.name
+        # The rung's name is the same for every size of image, so drift is learned per rung.
+        new_tokens = self.expected_tokens(info)
+        return [self.candidate(point, quality, info, new_tokens, name) for point, (quality, name) in best.items()]
+
+    def _worth_costing(self, rated: Sequence[Rated], budget: Budget) -> list[Rated]:
+        """Without steps that another one beats whatever they cost: of those within the tolerance that differ in pixels
+        alone, all but the fewest pixels. Where no time and no memory is asked for, of the steps below only some, for
+        want of memory.
+        """
+        best = max(quality for _, quality in rated)
+        enough = best - self.policy.tolerance
+        fewest: dict[OperatingPoint, Rated] = {}
+        below: list[Rated] = []
+        for rung, quality in rated:
+            if quality < enough:
+                below.append((rung, quality))
+            elif rung.point not in fewest or rung.pixel_share < fewest[rung.point][0].pixel_share:
+                fewest[rung.point] = rung, best  # as good as the best, or the tolerance would be taken off twice
+        asked = budget.latency_ms is not None or budget.ttft_ms is not None or budget.vram_gb is not None
+        few = len(below) <= 2 * SPARE
+        return [*fewest.values(), *(below if asked or few else below[::-SPARE])]  # the last is the cheapest
+
+    def _rungs(self, info: RequestInfo, lane: str, complexity: Complexity | None) -> tuple[Rung, ...]:
+        """The lane's ladder; a clip in which nothing changes is offered at few frames too, as good as with many."""
+        rungs = self.policy.ladder(lane, complexity, info.prompt)
+        if lane == VIDEO and complexity is not None and is_still(complexity):
+            few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
+            rungs = (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
+        return rungs
+
+    def expected_tokens(self, info: RequestInfo) -> float:
+        """How long an answer to this kind of prompt has been."""
+        return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
+
+    def candidate(
+        self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
+    ) -> Candidate:
+        """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
+        # In a batch it waits for what others have to encode.
+        encoded = found_in_cache(info, point) == HIT and not any(work.patches for work in info.beside)
+        return Candidate(point, quality, self._predicted(point, info, new_tokens), key, encoded=encoded)
+
+    def _predicted(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None) -> Prediction:
+        return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens))
+
+    def work(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None) -> Work:
+        """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected), with all that is
+        beside it."""
+        sizes = info.sizes
+        if point.max_fps is not None and info.frame_times_s and not info.pixels_fixed:
+            sizes = [
+                replace(size, frames=len(frames_at(times, duration, point.max_fps))) if size.clip else size
+                for size, times, duration in zip(sizes, info.frame_times_s, info.durations_s, strict=True)
+            ]
+        plan, segments = self.adapter.plan(sizes, point), None
+        if info.seen is not None and any(there := info.seen(point)):
+            sizes = [size for size, known in zip(sizes, there, strict=True) if not known]
+            segments = self.adapter.plan(sizes, point).segments
+        own = Work(
+            patches=plan.segments if segments is None else segments,
+            prompt_tokens=plan.tokens + info.text_tokens,
+            new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
+            batch=info.batch,
+            source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
+        )
+        return own.beside(info.beside)
