@@ -15,7 +15,7 @@ from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.features.complexity import Complexity, is_still
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.media.sampling import frames_at
-from adaptive_fusion.models.base import Adapter
+from adaptive_fusion.models.base import Planned
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
 from adaptive_fusion.policy.rungs import Rung
@@ -37,7 +37,7 @@ class Offering:
         lengths: Expects how long answers are.
     """
 
-    def __init__(self, adapter: Adapter, policy: Policy, cost: CostModel, lengths: LengthModel) -> None:
+    def __init__(self, adapter: Planned, policy: Policy, cost: CostModel, lengths: LengthModel) -> None:
         self.adapter, self.policy, self.cost, self.lengths = adapter, policy, cost, lengths
 
     def route(self, info: RequestInfo) -> tuple[Complexity | None, Route]:

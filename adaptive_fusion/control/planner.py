@@ -21,7 +21,7 @@ from adaptive_fusion.cost.model import CostModel
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.prompts import prompt_features
-from adaptive_fusion.models.base import Adapter
+from adaptive_fusion.models.base import Planned
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.rungs import Rung
@@ -36,7 +36,7 @@ class Planner(Offering):
 
     def __init__(
         self,
-        adapter: Adapter,
+        adapter: Planned,
         policy: Policy,
         cost: CostModel,
         controller: Controller,

@@ -33,18 +33,18 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     """
     shared = [sample for sample in samples if sample[1].concurrency > 1]
     alone = [sample for sample in samples if sample[1].concurrency == 1] or list(samples)
-    encode, encode_ratios = _fit(
+    encode, encode_ratios = fit_stage(
         "encode", [(encode_terms(p, w), m.ttft_ms - m.prefill_ms) for p, w, m in alone if w.patches]
     )
-    prefill, prefill_ratios = _fit("prefill", [(prefill_terms(w), m.prefill_ms) for _, w, m in alone])
-    decode, decode_ratios = _fit(
+    prefill, prefill_ratios = fit_stage("prefill", [(prefill_terms(w), m.prefill_ms) for _, w, m in alone])
+    decode, decode_ratios = fit_stage(
         "decode", [(decode_terms(w), m.latency_ms - m.ttft_ms) for _, w, m in alone if w.new_tokens > 1]
     )
     peaks: dict[tuple[OperatingPoint, Work], list[float]] = {}
     for point, work, measured in alone:
         if 0.0 < measured.peak_memory_gb < math.inf:
             peaks.setdefault((point, work), []).append(measured.peak_memory_gb)
-    memory, _ = _fit("memory", [(memory_terms(p, w), median(found)) for (p, w), found in peaks.items()])
+    memory, _ = fit_stage("memory", [(memory_terms(p, w), median(found)) for (p, w), found in peaks.items()])
     memory_ratios = [
         peak / max(sum(map(mul, memory, memory_terms(p, w))), 1e-12)
         for (p, w), found in peaks.items()
@@ -81,7 +81,7 @@ def _median_error(ratios: Sequence[float]) -> float:
     return median(abs(ratio - 1.0) for ratio in ratios)
 
 
-def _fit(stage: str, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[tuple[float, ...], list[float]]:
+def fit_stage(stage: str, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[tuple[float, ...], list[float]]:
     """Non-negative coefficients of least absolute log error, and measured / predicted of every usable sample.
 
     Iteratively reweighted least squares: the absolute log error, unlike the squared relative one, neither

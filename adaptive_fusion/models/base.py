@@ -96,7 +96,71 @@ class Encoded:
     reused: int = 0
 
 
-class Adapter(ABC):
+class Planned(ABC):
+    """What a planner needs of a model, wherever it runs: which knobs apply, and what a point means for given media."""
+
+    #: Knobs of `OperatingPoint` that this model honours.
+    knobs: frozenset[str] = frozenset()
+    #: For knobs that are not honoured, the reason, in words for the user.
+    refusals: Mapping[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """Of the model, for messages."""
+        return type(self).__name__
+
+    @abstractmethod
+    def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
+        """Patches and tokens of `sizes` at `point`, from shapes alone."""
+
+    @abstractmethod
+    def native_pixels(self, size: Size) -> int:
+        """Pixels (per frame) that the processor itself would give this input."""
+
+    def restrict(self, point: OperatingPoint) -> tuple[OperatingPoint, tuple[str, ...]]:
+        """The nearest point this model can run, and the reason for every knob that was set aside."""
+        reasons = []
+        for knob, (_, neutral) in point.knobs().items():
+            if knob not in self.knobs and getattr(point, knob) != neutral:
+                point = replace(point, **{knob: neutral})
+                reasons.append(f"{knob}: {self.refusals.get(knob, 'the model has no such knob')}")
+        return point, tuple(reasons)
+
+    def most_native_pixels(self, sizes: Sequence[Size]) -> int:
+        """Pixels (per frame) that the processor itself would give the largest of these inputs; 1 without any."""
+        return max((self.native_pixels(size) for size in sizes), default=1)
+
+    def resolve(self, rung: Rung, sizes: Sequence[Size], native: int | None = None) -> OperatingPoint:
+        """The rung's point for media of these sizes, with the knobs that this model has.
+
+        A share of the native pixels is taken of the largest medium: one budget holds for all of a request. `native` are
+        `most_native_pixels`, where they are known already.
+        """
+        return self.restrict(rung.resolve(self.most_native_pixels(sizes) if native is None else native))[0]
+
+    def require(self, point: OperatingPoint) -> None:
+        """Refuse a point that the user asked for by name but this model cannot run.
+
+        Raises:
+            UnsupportedModelError: With the knob, its value and the documented reason.
+        """
+        _, reasons = self.restrict(point)
+        if reasons:
+            raise UnsupportedModelError(
+                f"{self.name} cannot run {point.name}: {'; '.join(reasons)}; "
+                f"knobs that apply: {', '.join(sorted(self.knobs))}"
+            )
+
+    def untrained(self, point: OperatingPoint) -> bool:
+        """Whether `point` fuses by a module that nobody trained for this model."""
+        return False
+
+    def computed(self, point: OperatingPoint) -> OperatingPoint:
+        """What is run, and what a prediction is for, at `point`."""
+        return point
+
+
+class Adapter(Planned):
     """One way of reaching a model; subclasses say which knobs apply and why the others do not.
 
     Attributes:
@@ -105,10 +169,6 @@ class Adapter(ABC):
             wrappers.
     """
 
-    #: Knobs of `OperatingPoint` that this model honours.
-    knobs: frozenset[str] = frozenset()
-    #: For knobs that are not honoured, the reason, in words for the user.
-    refusals: Mapping[str, str] = {}
     #: Whether encoder outputs are packed per medium, so that several encoded requests can become one batch.
     packed: bool = False
 
@@ -119,6 +179,10 @@ class Adapter(ABC):
         self._fusions: dict[FusionSpec, DeepStackFusion] = {}
         self._specs: dict[tuple[str, int, int], FusionSpec] = {}
         self._template = ChatTemplate(processor)
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
 
     @classmethod
     @abstractmethod
@@ -207,54 +271,12 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def plan(self, sizes: Sequence[Size], point: OperatingPoint) -> VisualPlan:
-        """Patches and tokens of `sizes` at `point`, from shapes alone."""
-
-    @abstractmethod
-    def native_pixels(self, size: Size) -> int:
-        """Pixels (per frame) that the processor itself would give this input."""
-
-    @abstractmethod
     def sizes(self, inputs: Mapping[str, Any]) -> list[Size]:
         """Sizes of the media in the processor's tensors."""
 
     @abstractmethod
     def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
         """Media put back together from the processor's tensors, subsampled: ``[H, W, 3]`` or ``[T, H, W, 3]``."""
-
-    def restrict(self, point: OperatingPoint) -> tuple[OperatingPoint, tuple[str, ...]]:
-        """The nearest point this model can run, and the reason for every knob that was set aside."""
-        reasons = []
-        for knob, (_, neutral) in point.knobs().items():
-            if knob not in self.knobs and getattr(point, knob) != neutral:
-                point = replace(point, **{knob: neutral})
-                reasons.append(f"{knob}: {self.refusals.get(knob, 'the model has no such knob')}")
-        return point, tuple(reasons)
-
-    def most_native_pixels(self, sizes: Sequence[Size]) -> int:
-        """Pixels (per frame) that the processor itself would give the largest of these inputs; 1 without any."""
-        return max((self.native_pixels(size) for size in sizes), default=1)
-
-    def resolve(self, rung: Rung, sizes: Sequence[Size], native: int | None = None) -> OperatingPoint:
-        """The rung's point for media of these sizes, with the knobs that this model has.
-
-        A share of the native pixels is taken of the largest medium: one budget holds for all of a request. `native` are
-        `most_native_pixels`, where they are known already.
-        """
-        return self.restrict(rung.resolve(self.most_native_pixels(sizes) if native is None else native))[0]
-
-    def require(self, point: OperatingPoint) -> None:
-        """Refuse a point that the user asked for by name but this model cannot run.
-
-        Raises:
-            UnsupportedModelError: With the knob, its value and the documented reason.
-        """
-        _, reasons = self.restrict(point)
-        if reasons:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot run {point.name}: {'; '.join(reasons)}; "
-                f"knobs that apply: {', '.join(sorted(self.knobs))}"
-            )
 
     def spec(self, point: OperatingPoint) -> FusionSpec | None:
         """What a fusion module for `point` is built for; None where nothing is fused: ``native``, ``top`` and models

@@ -1,0 +1,44 @@
+"""A policy's ladders where only pixels and frames can be chosen, as in front of somebody else's engine.
+
+What pools tokens becomes the share of the pixels that has as many tokens; how levels are fused is left to the model.
+Knows policies and rungs. Must not know of models or engines.
+"""
+
+from dataclasses import replace
+
+from adaptive_fusion.point import NATIVE
+from adaptive_fusion.policy.escalation import Escalation
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.rungs import Rung
+
+
+def projected(policy: Policy) -> tuple[Policy, str]:
+    """The policy with ladders of pixels and frames, and in words what of it cannot be had; empty where all can."""
+    names: dict[str, str] = {}
+    lanes, lost = {}, set[str]()
+    for lane, ladder in policy.lanes.items():
+        steps: dict[str, Rung] = {}
+        for rung in ladder:  # the best first: of two that become one it gives the quality
+            step = on_pixels(rung)
+            steps.setdefault(step.name, step)
+            names.setdefault(rung.name, step.name)
+            lost |= {
+                knob
+                for knob in ("fusion", "layers", "adapter_rank", "downsample")
+                if getattr(rung.point, knob) != getattr(NATIVE, knob)
+            }
+        lanes[lane] = tuple(steps.values())
+    if not lost:
+        return policy, ""
+    escalation = policy.escalation
+    if escalation is not None:
+        thresholds = {names.get(rung, rung): kinds for rung, kinds in escalation.thresholds.items()}
+        escalation = Escalation(escalation.k, escalation.alpha, thresholds)
+    said = f"{policy.name}'s {', '.join(sorted(lost))} cannot be had upstream: its ladder is one of pixels and frames"
+    return replace(policy, lanes=lanes, escalation=escalation, fusion_weights=()), said
+
+
+def on_pixels(rung: Rung) -> Rung:
+    """The same step with the model's own fusion, and fewer pixels in place of pooled tokens."""
+    point = replace(NATIVE, max_pixels=rung.point.max_pixels, max_fps=rung.point.max_fps)
+    return Rung(point, rung.quality, rung.pixel_share * rung.point.downsample**2)
