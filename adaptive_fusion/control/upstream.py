@@ -26,7 +26,6 @@ from adaptive_fusion.cost.model import CostModel, Profile, Work
 from adaptive_fusion.cost.upstream import Seen, guessed, learned
 from adaptive_fusion.decisions import Decision, Measurement
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.models.remote import Grid, RemoteAdapter
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.auto import choose
@@ -99,14 +98,14 @@ class Upstream:
             UnsupportedModelError: If `point` has a knob that cannot be chosen from here.
             InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
         """
-        limits = self.budget.merge(own) if own is not None else self.budget
-        if own is not None:
-            limits = own.merge(self.budget)
+        limits = self.budget.merge(own)
         if audit:
             return audited(self._planner, info, limits, point, None)
         return self._planner.decide(info, limits, point)
 
-    def took(self, choice: Choice, ran: Candidate, work: Work, kind: str, measured: Measurement, *, ended: bool) -> None:
+    def took(
+        self, choice: Choice, ran: Candidate, work: Work, kind: str, measured: Measurement, *, ended: bool
+    ) -> None:
         """Learn from an answer.
 
         Args:
@@ -192,8 +191,3 @@ def measured_from_outside(
         patches=0,
         peak_memory_gb=0.0,
     )
-
-
-def kind_of_question(prompt: str) -> str:
-    """As lengths are kept by."""
-    return prompt_kind(prompt)

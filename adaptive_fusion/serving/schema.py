@@ -102,7 +102,7 @@ def read_chat(body: Any) -> ChatCall:
     if top and not logprobs:
         raise refused("top_logprobs", f"top_logprobs is {top} without logprobs; expected logprobs true beside it")
     include_usage, options_ignored = _stream_options(given, stream)
-    budget, policy, point = _own(given.get("adaptive_fusion", {}))
+    budget, policy, point = read_own(given.get("adaptive_fusion", {}))
     return ChatCall(
         model=_model(given),
         messages=_messages(given.get("messages")),
@@ -188,7 +188,7 @@ def _stream_options(given: Mapping[str, Any], stream: bool) -> tuple[bool, tuple
     return flag(said, "include_usage"), ignored
 
 
-def _own(values: Any) -> tuple[Budget, str | None, OperatingPoint | None]:
+def read_own(values: Any) -> tuple[Budget, str | None, OperatingPoint | None]:
     """Budget, policy and point of ``adaptive_fusion``, whose keys are all ours: an unknown one is a mistake."""
     name = "adaptive_fusion"
     if not isinstance(values, Mapping):

@@ -1,0 +1,105 @@
+"""How sure a model upstream is of its first tokens, read from the log-probabilities in its answer, and these taken out
+of it again.
+
+Knows answers and events in OpenAI's form. Must not know of plans, thresholds or HTTP.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from adaptive_fusion.serving.gateway.splice import Body, Node, NotReadable
+
+ASKED = 20
+"""How many of the likeliest tokens are asked for, the most that OpenAI's API gives."""
+_CHOICE = {"logprobs": None, "*": None}
+SHAPE = {"choices": [_CHOICE], "*": None}
+MOST_HELD = 1 << 20
+"""Bytes of an answer that are held back for a verdict."""
+_END = b"\n\n"
+
+
+def entropies(choices: Sequence[Any]) -> list[float]:
+    """Of the tokens in an answer's or an event's first choice, each in nats; what is missing of the whole probability
+    counts as one more token, so an entropy is at least about this."""
+    found = list[float]()
+    first = choices[0] if choices and isinstance(choices[0], Mapping) else {}
+    logprobs = first.get("logprobs")
+    rows = logprobs.get("content") if isinstance(logprobs, Mapping) else None
+    for row in rows if isinstance(rows, list) else ():
+        top = row.get("top_logprobs") if isinstance(row, Mapping) else None
+        values = [each.get("logprob") for each in top if isinstance(each, Mapping)] if isinstance(top, list) else []
+        numbers = [float(each) for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+        if not numbers:
+            return found
+        shares = [math.exp(min(0.0, each)) for each in numbers]
+        shares.append(max(0.0, 1.0 - sum(shares)))
+        total = sum(shares)
+        found.append(-sum(p / total * math.log(p / total) for p in shares if p > 0))
+    return found
+
+
+def without_logprobs(data: bytes) -> bytes:
+    """A JSON answer or event with null in place of its log-probabilities, everything else as it was."""
+    try:
+        body = Body(data, SHAPE)
+    except NotReadable:
+        return data
+    choices = body.root.get("choices")
+    spans: list[tuple[Node, str]] = []
+    for choice in (choices.items if choices is not None else None) or ():
+        if (said := choice.get("logprobs")) is not None and said.value is not None:
+            spans.append((said, "null"))
+    return body.edited(spans)
+
+
+class Events:
+    """Server-sent events put together from the pieces in which they come."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    @property
+    def rest(self) -> bytes:
+        """The beginning of an event whose end has not come."""
+        return self._rest
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Whole events with their ends."""
+        data = self._rest + piece
+        at = 0
+        while True:
+            ends = [(found, mark) for mark in (_END, b"\r\n\r\n") if (found := data.find(mark, at)) >= 0]
+            if not ends:
+                break
+            found, mark = min(ends)
+            yield data[at : found + len(mark)]
+            at = found + len(mark)
+        self._rest = data[at:]
+
+
+def data_of(event: bytes) -> bytes | None:
+    """The data of an event that has it in one line; None for others."""
+    lines = [line for line in event.splitlines() if line.startswith(b"data:")]
+    return lines[0][5:].strip() if len(lines) == 1 else None
+
+
+def choices_of(data: bytes | None) -> list[Any]:
+    """The choices of an answer or of an event's data; none where it is no answer."""
+    if data is None or not data.startswith(b"{"):
+        return []
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    choices = found.get("choices") if isinstance(found, dict) else None
+    return choices if isinstance(choices, list) else []
+
+
+def event_without_logprobs(event: bytes) -> bytes:
+    """An event with null in place of its log-probabilities."""
+    data = data_of(event)
+    if data is None or b'"logprobs"' not in data:
+        return event
+    return event.replace(data, without_logprobs(data), 1)

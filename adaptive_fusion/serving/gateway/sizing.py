@@ -1,0 +1,155 @@
+"""Media of requests, measured once and made smaller once: what is kept between requests that show the same.
+
+Both are found by a hash of the encoded bytes, so the same image at the same plan has the same bytes in every turn of a
+conversation; what was forgotten is made again, and comes out the same. Knows bytes, sizes and budgets. Must not know of
+requests, policies or HTTP.
+"""
+
+import base64
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from adaptive_fusion.errors import AdaptiveFusionError
+from adaptive_fusion.features.complexity import Complexity, measure_complexity
+from adaptive_fusion.media.clips import Video
+from adaptive_fusion.media.load import load_media, read_header
+from adaptive_fusion.media.pixels import DEFAULT
+from adaptive_fusion.models.base import Size
+from adaptive_fusion.serving.gateway import reencode
+from adaptive_fusion.serving.gateway.processors import ImageGrid
+
+T = TypeVar("T")
+MOST_MEASURED = 8192
+MOST_MIB = 128
+"""Of media that were made smaller."""
+_LABELS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of a medium whose bytes are there.
+
+    Attributes:
+        name: Hash of its bytes.
+        size: Upright.
+        complexity: What was measured.
+        duration_s: Of a clip.
+        times_s: Of the frames of a clip that were looked at.
+    """
+
+    name: str
+    size: Size
+    complexity: Complexity
+    duration_s: float = 0.0
+    times_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a medium is given: pixels of an image or of each frame, and frames a second; None leaves what it has."""
+
+    max_pixels: int | None = None
+    max_fps: float | None = None
+
+
+class Kept(Generic[T]):
+    """The last values by key, least recently used out first, within a size; thread-safe.
+
+    Args:
+        most: The sum of sizes that is kept.
+        size_of: Of a value.
+    """
+
+    def __init__(self, most: int, size_of: Callable[[T], int] = lambda value: 1) -> None:
+        self._most, self._size_of = most, size_of
+        self._values: OrderedDict[Any, T] = OrderedDict()
+        self._lock, self.size = threading.Lock(), 0
+
+    def get(self, key: Any) -> T | None:
+        """The value of a key, which counts as used."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def keep(self, key: Any, value: T) -> T:
+        """Keep a value; what is larger than all may be is not kept."""
+        with self._lock:
+            if key in self._values:
+                self.size -= self._size_of(self._values.pop(key))
+            if self._size_of(value) <= self._most:
+                self._values[key] = value
+                self.size += self._size_of(value)
+            while self.size > self._most:
+                self.size -= self._size_of(self._values.popitem(last=False)[1])
+        return value
+
+
+class Sizing:
+    """Measures media and makes them smaller.
+
+    Args:
+        grid: How the model upstream resizes.
+        max_megapixels: Of a picture or frame that is looked at, in 10^6 pixels.
+        most_mib: Of smaller media that are kept.
+    """
+
+    def __init__(self, grid: ImageGrid, max_megapixels: float, most_mib: int = MOST_MIB) -> None:
+        self.grid, self._limits = grid, replace(DEFAULT, max_megapixels=max_megapixels)
+        self._measured: Kept[Measured] = Kept(MOST_MEASURED)
+        self._smaller: Kept[tuple[bytes | None]] = Kept(most_mib << 20, lambda made: len(made[0] or b"") + 256)
+
+    def measure(self, data: bytes, kind: str) -> Measured:
+        """What is known of a medium that is called an ``image`` or a ``video``.
+
+        Raises:
+            MediaError: If it is none that can be planned for.
+        """
+        name = hashlib.sha256(data).hexdigest()
+        if (known := self._measured.get(name)) is not None:
+            return known
+        found = read_header(data, limits=self._limits).kind
+        if found != kind:
+            raise NotPlanned(f"what is called an {kind} is a {found}" if kind == "image" else "it is a still image")
+        medium = load_media(data, limits=self._limits)
+        complexity = measure_complexity(medium)
+        if isinstance(medium, Video):
+            frames, height, width = medium.frames.shape[:3]
+            size = Size(frames, height, width, clip=True)
+            measured = Measured(name, size, complexity, medium.duration_s, medium.timestamps_s)
+        else:
+            measured = Measured(name, Size(1, medium.height, medium.width), complexity)
+        if max(measured.size.height, measured.size.width) > 200 * min(measured.size.height, measured.size.width):
+            raise NotPlanned("it is too narrow for the model upstream")
+        return self._measured.keep(name, measured)
+
+    def smaller(self, measured: Measured, data: bytes, given: Given, frames: int | None) -> bytes | None:
+        """The bytes that stand for a medium at what it is given; None where it stays as it is."""
+        if given == Given():
+            return None
+        key = (measured.name, given.max_pixels, frames)
+        if (known := self._smaller.get(key)) is None:
+            known = self._smaller.keep(key, (self._made(measured, data, given, frames),))
+        return known[0]
+
+    def _made(self, measured: Measured, data: bytes, given: Given, frames: int | None) -> bytes | None:
+        if measured.size.clip:
+            made = reencode.clip(data, frames, given.max_pixels)
+            return None if made is None else made.data
+        return None if given.max_pixels is None else reencode.image(data, given.max_pixels, self.grid)
+
+
+class NotPlanned(AdaptiveFusionError):
+    """A medium that is left as it is, and why."""
+
+
+def as_data_url(data: bytes, before: str) -> str:
+    """Bytes as a data URL, labelled as they were before where that was said, as what they are else."""
+    label = before.partition(",")[0].strip()[5:].partition(";")[0] if before[:5].lower() == "data:" else ""
+    if not label or not label.isascii() or not label.isprintable() or '"' in label or "\\" in label:
+        label = next((kind for magic, kind in _LABELS.items() if data.startswith(magic)), "application/octet-stream")
+    return f"data:{label};base64,{base64.b64encode(data).decode()}"
