@@ -13,7 +13,8 @@ path.
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
@@ -122,6 +123,23 @@ def read_header(data: bytes, *, limits: Limits = DEFAULT) -> Header:
         with _open_pillow(file.name, stream, form, limits) as image:
             moves = form in _ANIMATED and getattr(image, "is_animated", False)
             return Header("video" if moves else "image", *image.size)
+
+
+@contextmanager
+def opened_still(data: bytes, *, limits: Limits = DEFAULT) -> Iterator[Image.Image | None]:
+    """Within this context, an encoded picture whose header is within limits and whose pixels are not decoded yet; None
+    for what moves.
+
+    Raises:
+        MediaError: As `read_header`, and for whatever goes wrong when its pixels are decoded in the context.
+    """
+    file = _open_source(bytes(data))
+    form = _checked_format(file, limits)
+    if form in _DEMUXERS:
+        yield None
+        return
+    with decoding(file.name), file.open() as stream, _open_pillow(file.name, stream, form, limits) as image:
+        yield None if form in _ANIMATED and getattr(image, "is_animated", False) else image
 
 
 def kind(media: Media) -> Literal["image", "video"]:

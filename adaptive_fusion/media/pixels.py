@@ -18,7 +18,7 @@ from adaptive_fusion.media.scans import Samples, samples_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG = 0x0112
 _PILLOW_MAX_MEGAPIXELS = 178.0  # beyond twice PIL.Image.MAX_IMAGE_PIXELS Pillow itself refuses
 _FLOAT_SLACK = 1e-3  # resampling and arithmetic overshoot [0, 1] by this much in honest float images
 
@@ -122,7 +122,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     samples = samples_of(image)
     image.load()
-    if image.getexif().get(_ORIENTATION_TAG, 1) in range(2, 9):
+    if image.getexif().get(ORIENTATION_TAG, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F") or samples.dtype:
         return Image.fromarray(_grey(np.asarray(image), samples)).convert("RGB")

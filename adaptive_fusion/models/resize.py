@@ -100,10 +100,20 @@ def _rule(processor: Any) -> tuple[Callable[..., Any], bool]:
     """
     kind = type(processor)
     if kind not in _RULES:
-        found = (getattr(sys.modules.get(parent.__module__), "smart_resize", None) for parent in kind.__mro__)
-        rule = next(filter(None, found), smart_resize)
-        _RULES[kind] = rule, "num_frames" in signature(rule).parameters
+        rule = own_rule(processor) or smart_resize
+        _RULES[kind] = rule, counts_frames(rule)
     return _RULES[kind]
+
+
+def own_rule(processor: Any) -> Callable[..., Any] | None:
+    """The function that chooses a size in the module of a processor's class; None where it has none."""
+    found = (getattr(sys.modules.get(parent.__module__), "smart_resize", None) for parent in type(processor).__mro__)
+    return next(filter(None, found), None)
+
+
+def counts_frames(rule: Callable[..., Any]) -> bool:
+    """Whether the limits that a rule takes are for all frames together, a still counting as often as it is repeated."""
+    return "num_frames" in signature(rule).parameters
 
 
 def _factor(processor: Any) -> int:

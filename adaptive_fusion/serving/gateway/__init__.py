@@ -1,1 +1,1 @@
-"""A proxy in front of somebody else's engine that plans what is sent to it."""
+"""A proxy before any engine with OpenAI's API: images are brought to the size that their question needs."""
