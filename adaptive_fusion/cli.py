@@ -20,6 +20,7 @@ from adaptive_fusion.commands import (
     doctor,
     evaluate,
     explain,
+    gateway,
     label,
     learn,
     logs,
@@ -34,6 +35,7 @@ from adaptive_fusion.errors import AdaptiveFusionError, PolicyMismatchWarning
 SUB_APPS = (
     run.app,
     serve.app,
+    gateway.app,
     explain.app,
     demo.app,
     doctor.app,

@@ -210,6 +210,14 @@ def name_of(model: str) -> str:
 
 
 def _settings(**values: Any) -> Any:
+    require_serving()
+    from adaptive_fusion.serving.settings import Settings
+
+    return Settings(**values)
+
+
+def require_serving() -> None:
+    """Raises MissingExtraError where what servers are made of is not installed."""
     from adaptive_fusion.errors import MissingExtraError
 
     try:
@@ -219,6 +227,3 @@ def _settings(**values: Any) -> Any:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[serve]'") from error
-    from adaptive_fusion.serving.settings import Settings
-
-    return Settings(**values)

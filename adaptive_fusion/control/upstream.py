@@ -104,7 +104,15 @@ class Upstream:
         return self._planner.decide(info, limits, point)
 
     def took(
-        self, choice: Choice, ran: Candidate, work: Work, kind: str, measured: Measurement, *, ended: bool
+        self,
+        choice: Choice,
+        ran: Candidate,
+        work: Work,
+        kind: str,
+        measured: Measurement,
+        *,
+        ended: bool,
+        lost_ms: float = 0.0,
     ) -> None:
         """Learn from an answer.
 
@@ -115,13 +123,15 @@ class Upstream:
             kind: Of the question.
             measured: What it took as its client saw it; times that nobody saw are NaN.
             ended: Whether the answer ended by itself.
+            lost_ms: What a first pass took that was given up.
         """
-        self.controller.update(choice, measured, ran=ran)
+        self.controller.update(choice, measured, ran=ran, lost_ms=lost_ms)
         self.lengths.observe(kind, measured.new_tokens, finished=ended)
-        ttft_ms = measured.ttft_ms if measured.ttft_ms > 0 else None
+        before_ms = choice.elapsed_ms + lost_ms
+        ttft_ms = measured.ttft_ms - before_ms if measured.ttft_ms > before_ms else None
         with self._lock:
             done = replace(work, new_tokens=float(max(1, measured.new_tokens)))
-            self._seen.append(((done, ttft_ms, measured.latency_ms), ran))
+            self._seen.append(((done, ttft_ms, measured.latency_ms - before_ms), ran))
             self._count += 1
             again = self._count in LEARN_AT or self._count % KEPT == 0
         if again:

@@ -4,6 +4,7 @@ From outside two times are seen, to the first token and to the last, so encoding
 tokens. Knows work and times. Must not know of addresses, requests or files.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -35,10 +36,8 @@ def learned(samples: Sequence[Seen], before: Profile) -> Profile | None:
         return None
     prefill, ratios = fit_stage("prefill", [(prefill_terms(work), ms) for work, ms in first])
     decode, rest = before.decode, [(w, last - ms) for w, ms, last in samples if ms is not None and w.new_tokens > 1]
-    try:
+    with contextlib.suppress(ConfigError):  # answers of one token have no decoding
         decode, _ = fit_stage("decode", [(decode_terms(work), ms) for work, ms in rest])
-    except ConfigError:  # answers of one token have no decoding
-        pass
     errors = {"prefill": sorted(abs(ratio - 1.0) for ratio in ratios)[len(ratios) // 2]}
     return Profile(
         before.key, before.encode, prefill, decode, before.memory, before.memory_margin, 0.0, len(first), errors

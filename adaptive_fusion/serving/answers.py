@@ -252,11 +252,11 @@ def headers(decision: Decision, native_tokens: int, reply: Reply | None = None) 
         values["visual-tokens"] = reply.measurement.visual_tokens
         values["ttft-ms"] = f"{reply.measurement.ttft_ms:.1f}"
         values["latency-ms"] = f"{reply.measurement.latency_ms:.1f}"
-    named = {f"{HEADER}{name}": _plain(str(value)) for name, value in values.items()}
+    named = {f"{HEADER}{name}": plain(str(value)) for name, value in values.items()}
     return {"x-request-id": decision.request_id, "cache-control": "no-store", **named}
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Without what headers cannot carry."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
 

@@ -27,7 +27,7 @@ BODIES = 4
 """How many of the largest bodies there may be at a time, or as much in smaller ones."""
 BODY_S = 30
 """How long a body may take, in seconds."""
-_SMALL = 64 << 10
+SMALL = 64 << 10
 """Bytes of JSON that are read at once; more are read in a thread."""
 _GONE = 499
 log = logging.getLogger("adaptive_fusion.serving")
@@ -96,7 +96,7 @@ class Bodies:
 
         def grown(size: int) -> None:
             nonlocal mine
-            if size > _SMALL:
+            if size > SMALL:
                 if self._size + size - mine > self._most:
                     raise Refusal("too many large bodies are here; try again later", 429, code="busy", retry_s=1.0)
                 self._size += size - mine
@@ -132,22 +132,28 @@ async def read_body(request: Request, max_mib: int, grown: Callable[[int], None]
     most = max_mib << 20
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > most:
-        raise _too_large(max_mib)
+        raise too_large(max_mib)
     body = bytearray()  # not many pieces, whose memory the allocator would keep
     try:
         async with asyncio.timeout(BODY_S):
             async for block in request.stream():
                 if len(body) + len(block) > most:
-                    raise _too_large(max_mib)
+                    raise too_large(max_mib)
                 grown(len(body) + len(block))
                 body += block
     except TimeoutError:
-        raise Refusal(f"the body took longer than {BODY_S} s; expected it sooner", 408, code="body_too_slow") from None
+        raise too_slow() from None
     return bytes(body)
 
 
-def _too_large(max_mib: int) -> Refusal:
+def too_large(max_mib: int) -> Refusal:
+    """Of a body."""
     return Refusal(f"the body is larger than {max_mib} MiB; expected less", 413, code="body_too_large")
+
+
+def too_slow() -> Refusal:
+    """Of a body."""
+    return Refusal(f"the body took longer than {BODY_S} s; expected it sooner", 408, code="body_too_slow")
 
 
 async def as_json(body: bytes) -> Any:
@@ -156,7 +162,7 @@ async def as_json(body: bytes) -> Any:
     Raises:
         Refusal: 400 if it is none.
     """
-    return read_json(body) if len(body) <= _SMALL else await asyncio.to_thread(read_json, body)
+    return read_json(body) if len(body) <= SMALL else await asyncio.to_thread(read_json, body)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

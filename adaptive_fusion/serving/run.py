@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,7 +19,6 @@ from sse_starlette.sse import AppStatus
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.app import create_app
 from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
-from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.settings import Settings
 
 KEEP_ALIVE_S = 30
@@ -27,10 +27,18 @@ SWITCH_S = 0.0005
 long for the model's thread at each of its steps."""
 
 
+class Drains(Protocol):
+    """What is served, as far as its end goes."""
+
+    async def drain(self) -> None:
+        """Let nobody else in, and wait for those who are."""
+        ...
+
+
 class DrainingServer(uvicorn.Server):
     """Ends after those who were admitted are answered; a second Ctrl-C ends at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Drains) -> None:
         super().__init__(config)
         # Left on, streams would be cut off at the signal.
         AppStatus.enable_automatic_graceful_drain = False

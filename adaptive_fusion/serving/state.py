@@ -1,17 +1,26 @@
 """What was learned from requests, kept over a restart.
 
-Knows a runner's state and one file. A file that cannot be used is never an error: the server starts anew and says why.
+Knows a state and one file. A file that cannot be used is never an error: the server starts anew and says why.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.file_lock import write_whole
-from adaptive_fusion.runner import AdaptiveRunner
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
+
+
+class Learns(Protocol):
+    """What has a state: a runner, or what decides for an engine."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
 
 
 class StateFile:
@@ -22,7 +31,7 @@ class StateFile:
         runner: Whose state it has.
     """
 
-    def __init__(self, path: Path | None, runner: AdaptiveRunner) -> None:
+    def __init__(self, path: Path | None, runner: Learns) -> None:
         self.path, self.runner = path, runner
         self._last = ""
 

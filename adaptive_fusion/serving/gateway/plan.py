@@ -39,11 +39,12 @@ Memory = Mapping[str, Given]
 
 @dataclass(frozen=True)
 class Medium:
-    """One medium of a request as it is planned for: what is known of it, or why it is left as it is."""
+    """One medium of a request as it is planned for: what is known of it and its bytes, or why it is left as it is."""
 
     measured: Measured | None
     detail: str = ""
     why: str = ""
+    data: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class Planned:
         work: The same, as work.
         info: What the planner was told.
         native_tokens: Of all media that were measured, as they came.
+        media: In order.
         tokens: As they are sent.
+        second: What each medium gets where the model is not sure; None where it is not asked.
     """
 
     decision: Decision
@@ -70,8 +73,7 @@ class Planned:
     media: tuple[Medium, ...]
     native_tokens: int
     tokens: int
-    second: "tuple[Given, ...] | None" = None
-    remembered: dict[str, Given] = field(default_factory=dict)
+    second: tuple[Given, ...] | None = None
 
 
 class Plans:

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Send
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.serving.http import BODY_S, too_large, too_slow
 from adaptive_fusion.serving.refusals import Refusal, error_body
 
 Headers = list[tuple[bytes, bytes]]
@@ -62,7 +63,8 @@ class Address:
             port = parts.port
         except ValueError:
             parts, port = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        plain = not (parts.query or parts.fragment or parts.username)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
             raise ConfigError(f"upstream is {text[:200]!r}; expected an address such as http://127.0.0.1:8000")
         base = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts.scheme, parts.hostname, port or (443 if parts.scheme == "https" else 80), base)
@@ -96,7 +98,11 @@ class Upstream:
         self._pool = httpcore2.AsyncConnectionPool(max_connections=MOST_CONNECTIONS, keepalive_expiry=IDLE_S)
 
     async def send(
-        self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes | AsyncIterable[bytes] | None
+        self,
+        method: str,
+        target: bytes,
+        headers: Iterable[tuple[bytes, bytes]],
+        body: bytes | AsyncIterable[bytes] | None,
     ) -> httpcore2.Response:
         """A response whose body has not been read; whoever has it closes it.
 
@@ -239,6 +245,29 @@ class Incoming:
             if message.get("body"):
                 yield message["body"]
         self._read.set()
+
+    async def whole(self, max_mib: int, grown: Callable[[int], None]) -> bytes:
+        """The body, gathered.
+
+        Args:
+            max_mib: The largest that is read.
+            grown: Told of each piece how many bytes there are now; may refuse them.
+
+        Raises:
+            Refusal: 413 if it is larger, 408 if it takes longer than `BODY_S`.
+            ClientDisconnect: If the client goes away.
+        """
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for piece in self.pieces():
+                    if len(body) + len(piece) > max_mib << 20:
+                        raise too_large(max_mib)
+                    grown(len(body) + len(piece))
+                    body += piece
+        except TimeoutError:
+            raise too_slow() from None
+        return bytes(body)
 
     async def gone(self) -> None:
         """Wait until the client goes away after its body was read."""

@@ -180,8 +180,11 @@ def _whole(text: str) -> str:
 
 
 def _most_tokens(fields: Mapping[str, Any]) -> int:
-    said = [fields.get(name) for name in ("max_completion_tokens", "max_tokens")]
-    return next((each for each in said if is_integer(each) and 0 < each < 1 << 20), MAX_NEW_TOKENS)
+    for name in ("max_completion_tokens", "max_tokens"):
+        value: Any = fields.get(name)
+        if is_integer(value) and 0 < value < 1 << 20:
+            return int(value)
+    return MAX_NEW_TOKENS
 
 
 def _own(fields: Mapping[str, Any]) -> tuple[Budget, OperatingPoint | None]:

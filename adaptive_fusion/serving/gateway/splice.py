@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from json.decoder import scanstring
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
@@ -20,7 +19,8 @@ Shape = Mapping[str, Any] | Sequence[Any] | None
 """Where to look closer: of an object the keys (``*`` for all others) with the shape of each, of a list the shape of all
 of its items, None for what is taken as it is. Anything that has another form is taken as it is too."""
 _SPACE = re.compile(r"[ \t\n\r]*")
-_SCAN = json.JSONDecoder().scan_once
+_SCAN: Any = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+_STRING: Any = json.decoder.scanstring  # type: ignore[attr-defined]
 
 
 class NotReadable(ConfigError):
@@ -161,7 +161,7 @@ class _Reader:
         for begin in self._entries(node, "}"):
             if self._text[begin] != '"':
                 raise NotReadable("the body has a key that is no string")
-            key, end = scanstring(self._text, begin + 1, True)
+            key, end = _STRING(self._text, begin + 1, True)
             colon = self._skip(end)
             if self._text[colon] != ":":
                 raise NotReadable("the body has a key without a value")

@@ -124,7 +124,8 @@ def test_members_go_with_their_comma(text: str, removed: list[str], left: str) -
 
 
 def test_of_a_key_that_stands_twice_the_last_one_is_what_changes() -> None:
-    text = b'{"messages":[{"content":[{"image_url":{"url":"one"}}]}],"messages":[{"content":[{"image_url":{"url":"\\u0074wo"}}]}]}'
+    one, two = (b'"messages":[{"content":[{"image_url":{"url":"%s"}}]}]' % each for each in (b"one", b"\\u0074wo"))
+    text = b"{" + one + b"," + two + b"}"
     body = Body(text, SHAPE)
     ((_, url),) = leaves(body.root)
     assert url.value == "two"
@@ -133,10 +134,12 @@ def test_of_a_key_that_stands_twice_the_last_one_is_what_changes() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b" ", b"{", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1,', b"[1", b"[1,]", b'{"a":1,}', b"{1:2}", b'{"a" 1}', b"{}x",
-     b'{"a":"\n"}', b'{"messages":[{"content":[{]}]}', b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}", b'"\\x"', b"[" * 100_000,
-     b'{"messages":' * 5_000, b'{"a":' + b"1" * 5000 + b"}"],
-)  # fmt: skip
+    [
+        *(b"", b" ", b"{", b'{"a"', b'{"a":', b'{"a":1', b'{"a":1,', b"[1", b"[1,]", b'{"a":1,}', b"{1:2}", b'{"a" 1}'),
+        *(b"{}x", b'{"a":"\n"}', b'{"messages":[{"content":[{]}]}', b"\xff\xfe{\x00}\x00", b"\xef\xbb\xbf{}", b'"\\x"'),
+        *(b"[" * 100_000, b'{"messages":' * 5_000, b'{"a":' + b"1" * 5000 + b"}"),
+    ],
+)
 def test_what_is_no_json_is_refused(text: bytes) -> None:
     for shape in (SHAPE, {"*": None}, None, [None]):
         with pytest.raises(NotReadable):
