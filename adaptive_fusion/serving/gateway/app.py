@@ -121,7 +121,7 @@ async def passed_on(gateway: Gateway, scope: Scope, receive: Receive, send: Send
     async def both() -> None:
         body = incoming.pieces() if has_body else None
         response = await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], body)
-        await relay(response, send)
+        await relay(response, incoming.answering(send))
 
     with gateway.admitted():
         if not has_body:

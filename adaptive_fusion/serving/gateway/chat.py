@@ -81,7 +81,7 @@ async def chat_completions(gateway: Gateway, scope: Scope, receive: Receive, sen
     with gateway.admitted(), gateway.bodies.counting() as grown:
         body = await incoming.whole(gateway.settings.max_body_mib, grown)
         try:
-            await incoming.while_there(_answer(gateway, scope, send, body, arrived_s))
+            await incoming.while_there(_answer(gateway, scope, incoming.answering(send), body, arrived_s))
         except ClientDisconnect:
             metrics.failed("cancelled")
             raise

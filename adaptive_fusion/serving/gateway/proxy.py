@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpcore2
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.serving.http import BODY_S, too_large, too_slow
@@ -228,7 +228,16 @@ class Incoming:
     """A request's body as it comes, and whether its client is still there."""
 
     def __init__(self, receive: Receive) -> None:
-        self._receive, self._read = receive, asyncio.Event()
+        self._receive, self._read, self._answered = receive, asyncio.Event(), False
+
+    def answering(self, send: Send) -> Send:
+        """`send`, such that a client which goes away once it has all of its answer goes away too late to matter."""
+
+        async def sending(message: Message) -> None:
+            self._answered |= message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        return sending
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body, not gathered.
@@ -274,6 +283,8 @@ class Incoming:
         await self._read.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        if self._answered:  # what is left to be done is not the client's
+            await asyncio.get_running_loop().create_future()
 
     async def while_there(self, work: Awaitable[Any]) -> None:
         """Do `work`; it is cancelled once the client has gone.
