@@ -19,7 +19,10 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from adaptive_fusion.media.load import opened_still
 from adaptive_fusion.media.pixels import DEFAULT, ORIENTATION_TAG, Limits
+from adaptive_fusion.serving.gateway.clips import Reencoded, clip
 from adaptive_fusion.serving.gateway.processors import ImageGrid
+
+__all__ = ["Reencoded", "clip", "image", "left_alone", "target"]
 
 _SIDEWAYS = range(5, 9)
 """EXIF orientations that swap width and height."""
