@@ -20,7 +20,8 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.audits import audited
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.planner import Planner, RequestInfo
+from adaptive_fusion.control.planner import Planner
+from adaptive_fusion.control.request_info import RequestInfo
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile, Work
 from adaptive_fusion.cost.upstream import Seen, guessed, learned

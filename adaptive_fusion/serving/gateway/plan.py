@@ -13,7 +13,8 @@ from typing import Any
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.escalating import Asking
-from adaptive_fusion.control.planner import FIXED, TEMPLATE_TOKENS, RequestInfo
+from adaptive_fusion.control.planner import FIXED
+from adaptive_fusion.control.request_info import TEMPLATE_TOKENS, RequestInfo
 from adaptive_fusion.control.staying import FALLS, RISES, STAYS
 from adaptive_fusion.control.upstream import Upstream
 from adaptive_fusion.cost.model import Work

@@ -28,7 +28,7 @@ from adaptive_fusion.serving.gateway.reading import Call, Shown
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
 from adaptive_fusion.serving.gateway.sizing import Given, NotPlanned, Sizing
 from adaptive_fusion.serving.http import BODIES, Bodies
-from adaptive_fusion.serving.media import MediaLimits
+from adaptive_fusion.serving.media_limits import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
 from adaptive_fusion.serving.refusals import Refusal
