@@ -1,5 +1,6 @@
 """``adaptive-fusion serve``: an OpenAI-compatible server around one model."""
 
+import gc
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -200,6 +201,7 @@ def serve(
         runner = open_runner(model, policy, log, given, encoder_cache_mb, explore)
         server = server_for(runner, settings, complain)
     server.run()
+    gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
 

@@ -22,6 +22,8 @@ from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
 from adaptive_fusion.serving.settings import Settings
 
 KEEP_ALIVE_S = 30
+LAST_BYTES_S = 5
+"""How long clients may take to read the end of their answers once the server ends."""
 SWITCH_S = 0.0005
 """How long a thread of this process may keep others from running Python. At the interpreter's 5 ms a refusal waits that
 long for the model's thread at each of its steps."""
@@ -126,8 +128,7 @@ def server_for(
         log_level=logging.WARNING,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        # What still runs when draining ended is cut off.
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=LAST_BYTES_S,
     )
     found.append(DrainingServer(config, app.state.service))
     return found[0]

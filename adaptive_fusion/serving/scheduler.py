@@ -71,7 +71,7 @@ class Scheduler:
     ) -> None:
         self.queue, self.batch, self._clock, self._changed = queue, batch, clock, changed
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self.draining = False
+        self.draining = self._cut = False
         self._places: dict[int, None] = {}
         self._next = 0
         self._waiting: deque[_Waiter] = deque()
@@ -98,7 +98,7 @@ class Scheduler:
             Refusal: 429 if all places are taken, 503 while draining.
         """
         if self.draining:
-            raise Refusal("the server is shutting down", 503, code="draining", retry_s=_RETRY_S)
+            raise shutting_down()
         if self.admitted > self.queue:
             raise Refusal(
                 f"{self.admitted} requests are admitted, the most there may be; try again later",
@@ -173,6 +173,8 @@ class Scheduler:
 
     def _start(self, errand: Errand[Any]) -> None:
         """Have the worker do what has its turn."""
+        if self._cut:
+            errand.cancelled.set()
         company = self._company(errand)
         self._running = (errand, *company)
         try:
@@ -208,12 +210,24 @@ class Scheduler:
         """Let nobody else in."""
         self.draining = True
 
+    def cut_off(self) -> None:
+        """Begin nothing more: who waits is refused, and who runs is told that nobody wants it any more."""
+        self.draining = self._cut = True
+        for errand in self._running:
+            errand.cancelled.set()
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.turn.done():
+                waiter.turn.set_exception(shutting_down())
+
     async def until_idle(self) -> None:
         """Wait until every admitted request was answered."""
         await self._idle.wait()
 
     async def _turn(self, mine: _Waiter) -> bool:
         """Wait for the worker; whether it is there, or another has taken the errand along."""
+        if self._cut:
+            raise shutting_down()
         if self._busy_since is None:
             self._busy_since = self._clock()
             return True
@@ -228,7 +242,7 @@ class Scheduler:
             return leads
         except BaseException as error:
             # The turn may have come in the same moment: then it is the next one's.
-            if mine.turn.done() and not mine.turn.cancelled():
+            if mine.turn.done() and not mine.turn.cancelled() and mine.turn.exception() is None:
                 if mine.turn.result():
                     self._next_turn()
                 else:
@@ -255,6 +269,11 @@ class Scheduler:
                 following.turn.set_result(True)
                 return
         self._busy_since = None
+
+
+def shutting_down() -> Refusal:
+    """What a request is told that comes, or still waits, when the server ends."""
+    return Refusal("the server is shutting down", 503, code="draining", retry_s=_RETRY_S)
 
 
 def too_late() -> Refusal:

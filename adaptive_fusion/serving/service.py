@@ -22,13 +22,15 @@ from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
 from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.reserve import Reserve
-from adaptive_fusion.serving.scheduler import Scheduler
+from adaptive_fusion.serving.scheduler import Scheduler, shutting_down
 from adaptive_fusion.serving.settings import Settings
 from adaptive_fusion.serving.state import StateFile
 
 T = TypeVar("T")
 SAVE_S = 30.0
 """Seconds between two looks whether something was learned that is worth keeping."""
+CUT_OFF_S = 5.0
+"""Seconds for the last answers once the time to drain is over."""
 PREPARERS = 4
 """Threads that decode and measure media."""
 log = logging.getLogger("adaptive_fusion.serving")
@@ -112,12 +114,18 @@ class Service:
             log.warning(trouble)
 
     async def drain(self) -> None:
-        """Let nobody else in, and wait for those who are, at most the settings' time."""
-        self.scheduler.drain()
-        self.side.drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.drain_s):
-                await self.scheduler.until_idle()
+        """Let nobody else in, and wait for those who are, at most the settings' time; then who runs gets what there is,
+        and who waits is refused."""
+        queues = (self.scheduler, self.side)
+        for each in queues:
+            each.drain()
+        for wait_s in (self.settings.drain_s, CUT_OFF_S):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self.scheduler.until_idle()
+                    return
+            for each in queues:
+                each.cut_off()
 
     async def close(self) -> None:
         """Save and let the threads go."""
@@ -128,7 +136,7 @@ class Service:
     def require_ready(self) -> None:
         """Raises a Refusal, 503, until the model is warm and once the server ends."""
         if self.scheduler.draining:
-            raise Refusal("the server is shutting down", 503, code="draining", retry_s=1.0)
+            raise shutting_down()
         if not self.ready:
             raise Refusal("the model is being made ready", 503, code="not_ready", retry_s=1.0)
 

@@ -496,6 +496,29 @@ def test_who_was_admitted_is_answered_at_the_end(reference_model: Any, processor
     assert answers == ["stop" if answer == "stop" else "length" for answer in answers] and len(answers) == 3
 
 
+def test_who_is_not_answered_in_time_is_cut_off_at_the_end(reference_model: Any, processor: Any) -> None:
+    runner = AdaptiveRunner(reference_model, processor, policy="native")
+    asked = {"max_tokens": 900, "extra_body": {"ignore_eos": True, "repetition_penalty": 1.01}}  # alone
+    with serving(runner, drain_s=0.01) as server, ThreadPoolExecutor(1) as pool:
+        client = client_of(server)
+        stream = ask(client, asking(text("hi")), stream=True, **asked)
+        chunks = [next(iter(stream))]
+        waiting = pool.submit(ask, client, asking(text("hi")), **asked)
+        until(lambda: server.service.scheduler.admitted == 2, "one that waits for the model")
+        assert server.loop is not None
+        server.loop.call_soon_threadsafe(server.stop)
+        chunks += list(stream)
+        with pytest.raises(openai.InternalServerError) as refused:
+            waiting.result(MOST_S)
+    assert refused.value.status_code == 503 and refused.value.code == "draining"
+    last = chunks[-1]
+    assert (
+        last.choices[0].finish_reason == "length"
+        and last.model_extra["adaptive_fusion"]["finish_reason"] == "cancelled"
+    )
+    assert 1 < len(chunks) < 900 and last.model_extra["adaptive_fusion"]["tokens"]["new"] < 900
+
+
 def test_what_expires_while_it_waits_to_be_made_ready_is_refused(reference_model: Any, processor: Any) -> None:
     """The model is free all the time; the threads that decode and measure are not."""
     runner = AdaptiveRunner(reference_model, processor, policy="reference-balanced")

@@ -333,3 +333,25 @@ def test_one_of_several_is_there_before_the_others_and_none_is_left_without_a_re
         assert await scheduler.run(Doing(lambda cancelled: "next")) == "next"
 
     asyncio.run(main())
+
+
+def test_cut_off_nothing_more_begins_and_what_runs_is_told() -> None:
+    async def run() -> None:
+        scheduler, model, never = Scheduler(9, batch=2), Model(), threading.Event()
+        jobs = [model.job(number, never, kind) for number, kind in enumerate("aab")]
+        first = asyncio.create_task(scheduler.run(model.job(9, never, "b")))
+        await settle()
+        rest = [asyncio.create_task(scheduler.run(job)) for job in jobs]
+        await settle()
+        scheduler.cut_off()
+        assert await first == 9
+        for each in (*rest, asyncio.create_task(scheduler.run(model.job(8)))):
+            with pytest.raises(Refusal) as refused:
+                await each
+            assert (refused.value.status, refused.value.code) == (503, "draining")
+        with pytest.raises(Refusal):
+            scheduler.admit()
+        await free(scheduler)
+        assert model.ran == [9]
+
+    asyncio.run(run())
