@@ -22,6 +22,7 @@ FIELDS = (
     "waiting", "reason", "model", "version", "host", "port", "seconds",
 )  # fmt: skip
 """What a line may say, beside its time and event."""
+_KNOWN = frozenset(FIELDS)
 _LONGEST = 200
 
 
@@ -45,7 +46,7 @@ class AccessLog:
         Raises:
             ConfigError: For a field that no line has.
         """
-        if unknown := sorted(set(fields) - set(FIELDS)):
+        if unknown := sorted(fields.keys() - _KNOWN):
             raise ConfigError(f"log fields {unknown} are not known; expected some of {', '.join(FIELDS)}")
         line = json.dumps({"time_s": round(self._clock(), 3), "event": _plain(event), **_all_plain(fields)}) + "\n"
         with self._lock:

@@ -4,7 +4,7 @@ Knows replies, decisions and the ``openai`` package's types. Must not know of qu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from openai.types import CompletionUsage
@@ -17,7 +17,7 @@ from openai.types.chat.chat_completion_message import ChatCompletionMessage
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
-from adaptive_fusion.decisions import Decision
+from adaptive_fusion.decisions import Decision, Measurement, Prediction
 from adaptive_fusion.execution.logprobs import top_logprobs
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.serving.pieces import until_stop
@@ -221,7 +221,7 @@ def outcome(asked: Asked, reply: Reply, wait_s: float) -> dict[str, Any]:
             "prompt_used": took.prompt_tokens,
             "new": took.new_tokens,
         },
-        "actual": {"queue_ms": wait_s * 1e3, **asdict(took)},
+        "actual": {"queue_ms": wait_s * 1e3, **_numbers(took)},
         "met": reply.met,
         "finish_reason": reply.finish_reason,
         "ignored": list(asked.ignored),
@@ -231,7 +231,12 @@ def outcome(asked: Asked, reply: Reply, wait_s: float) -> dict[str, Any]:
 def predicted(decision: Decision) -> dict[str, float] | None:
     """Predicted times in ms and memory in GiB; None where nothing was predicted."""
     said = decision.predicted
-    return None if said is None else {**asdict(said), "ttft_ms": said.ttft_ms, "latency_ms": said.latency_ms}
+    return None if said is None else {**_numbers(said), "ttft_ms": said.ttft_ms, "latency_ms": said.latency_ms}
+
+
+def _numbers(record: Measurement | Prediction) -> dict[str, float]:
+    """Its fields by name; they are numbers, of which nothing need be copied."""
+    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def headers(decision: Decision, native_tokens: int, reply: Reply | None = None) -> dict[str, str]:
@@ -258,6 +263,8 @@ def headers(decision: Decision, native_tokens: int, reply: Reply | None = None) 
 
 def plain(text: str) -> str:
     """Without what headers cannot carry."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
 
 

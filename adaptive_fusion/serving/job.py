@@ -6,6 +6,7 @@ Knows the parts of the service. Must not know of bodies, media, or the form of a
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from opentelemetry.context import Context
@@ -45,7 +46,7 @@ class Job:
     had_to_wait: bool = False
     crowded: bool = False
 
-    @property
+    @cached_property
     def limits(self) -> Budget:
         """The limits that hold for it."""
         return self.service.runner.budget.merge(own_budget(self.service, self.call))

@@ -21,6 +21,7 @@ from adaptive_fusion.media.inline import characters_for, is_data_url
 from adaptive_fusion.serving.fetcher import Fetcher, allowed_origins, read_address
 from adaptive_fusion.serving.media_bytes import (
     LABEL_CHARACTERS,
+    Gates,
     Medium,
     Tally,
     at,
@@ -60,6 +61,16 @@ async def check_media(
     gates = gates_of(limits)
     if fetcher is None and any(medium.address for medium in request.media):
         fetcher = fetcher_of(limits)
+    if len(request.media) == 1:
+        await take(request.media[0], request, gates, fetcher)
+    elif request.media:
+        await _take_all(request, gates, fetcher)
+    check_pixels(request)
+    return checked
+
+
+async def _take_all(request: Tally, gates: Gates, fetcher: Fetcher | None) -> None:
+    """Take media side by side; the first that is refused ends it."""
     try:
         async with anyio.create_task_group() as tasks:
             for medium in request.media:
@@ -69,8 +80,6 @@ async def check_media(
         if own and len(own) == len(failed.exceptions):
             raise own[0] from None
         raise
-    check_pixels(request)
-    return checked
 
 
 def _message(where: str, message: Any, request: Tally) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from adaptive_fusion.serving.media_limits import MediaLimits
 
 REASONS = ("address", "count", "encoding", "fetch", "header", "pixels", "size")
 """Why a medium is refused: the `reason` of `MediaRefused`."""
+_SMALL = 64 << 10
+_STILL = (b"\x89PNG", b"\xff\xd8\xff")
+"""Media that are read on the event loop: so few characters, and of a form whose header is found at once."""
 LABEL_CHARACTERS = 256
 _LABELS_CHARACTERS = 1 << 14
 """Left for what stands before the data, in one data URL and in all of a request."""
@@ -105,19 +108,33 @@ async def take(medium: Medium, request: Tally, gates: Gates, fetcher: Fetcher | 
             assert fetcher is not None
             async with gates.fetches:
                 data = await fetcher.fetch(medium.address, limits.max_medium_bytes, request.spend)
-        data, medium.header = await anyio.to_thread.run_sync(_read, medium, data, limits, limiter=gates.decoders)
+        elif len(medium.text) <= _SMALL:
+            data = _decoded(medium, limits)
+        if len(data) <= _SMALL and data.startswith(_STILL):
+            medium.header = _header(data, limits)  # sooner done than told to a thread
+        else:
+            data, medium.header = await anyio.to_thread.run_sync(_read, medium, data, limits, limiter=gates.decoders)
         if medium.address is None:
             request.spend(len(data))
         medium.part[medium.kind], medium.text = data, ""
 
 
 def _read(medium: Medium, data: bytes, limits: MediaLimits) -> tuple[bytes, Header]:
-    """Bytes and header of a medium; what was not fetched is decoded from its text."""
-    if medium.address is None:
-        with _because("encoding"):
-            data = data_url_bytes(medium.text, limits.max_medium_bytes)
+    """Bytes and header of a medium, of which the first may be there already."""
+    if medium.address is None and not data:
+        data = _decoded(medium, limits)
+    return data, _header(data, limits)
+
+
+def _decoded(medium: Medium, limits: MediaLimits) -> bytes:
+    """The bytes in a data URL."""
+    with _because("encoding"):
+        return data_url_bytes(medium.text, limits.max_medium_bytes)
+
+
+def _header(data: bytes, limits: MediaLimits) -> Header:
     with _because("header"):
-        return data, read_header(data, limits=replace(DEFAULT, max_megapixels=limits.max_megapixels))
+        return read_header(data, limits=replace(DEFAULT, max_megapixels=limits.max_megapixels))
 
 
 def check_pixels(request: Tally) -> None:

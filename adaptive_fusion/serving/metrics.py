@@ -306,4 +306,4 @@ def _valid(value: float) -> float:
 
 def _observe(histogram: Histogram, value: float) -> None:
     if is_number(value) and value >= 0:
-        histogram.observe(_valid(value))
+        histogram.observe(float(min(value, MOST)))
