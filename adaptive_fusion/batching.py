@@ -125,25 +125,39 @@ class Batching(Answering):
         """The first with as many of the others as can share its batch without anybody's loss."""
         why = "nobody else could be decided"
         while len(alone) > 1:
-            singles_ms, batch_ms = sum(self._predicted(each).latency_ms for each in alone), self._batch_ms(alone)
-            if batch_ms * self.gain.factor > singles_ms:
-                why = "a batch would take longer than one after the other"
-                if batch_ms <= singles_ms:
-                    why += ", as others did"
-                    self.gain.refused()
-                fewer = [_without(alone, index) for index in range(1, len(alone))]
-                alone = min(fewer, key=lambda rows: self._batch_ms(rows) / len(rows))
+            singles_ms = sum(self._predicted(each).latency_ms for each in alone)
+            if slower := self._slower(alone, singles_ms):
+                why, alone = slower, self._one_less(alone)
                 continue
             together = list(alone)
             for index, each in enumerate(alone):
                 beside = [other.work for i, other in enumerate(together) if i != index]
                 together[index] = self._placed(each.turn, beside)
             losers = [i for i, each in enumerate(alone) if self._loses(each, together[i])]
-            if not losers:
+            if losers:
+                why = "a batch would cost limits or quality"
+                alone = _without(alone, max(losers[-1], 1))
+            elif slower := self._slower(together, singles_ms):  # other plans, such as one pass in place of a look
+                why, alone = slower, self._one_less(alone)
+            else:
                 return together, ""
-            why = "a batch would cost limits or quality"
-            alone = _without(alone, max(losers[-1], 1))
         return [], why
+
+    def _slower(self, rows: Sequence[_Placed], singles_ms: float) -> str:
+        """Why a batch would take longer than its requests one after the other, in words; empty if it would not."""
+        batch_ms = self._batch_ms(rows)
+        if batch_ms * self.gain.factor <= singles_ms:
+            return ""
+        why = "a batch would take longer than one after the other"
+        if batch_ms <= singles_ms:
+            self.gain.refused()
+            why += ", as others did"
+        return why
+
+    def _one_less(self, rows: Sequence[_Placed]) -> list[_Placed]:
+        """The first with all but that other without whom a batch takes the least for each."""
+        fewer = [_without(rows, index) for index in range(1, len(rows))]
+        return min(fewer, key=lambda left: self._batch_ms(left) / len(left))
 
     def _placed(self, turn: Turn, beside: Sequence[Work] = ()) -> _Placed:
         """A turn decided as if alone, or `beside` others. There the model is not asked if it is sure: a second pass of

@@ -1,7 +1,7 @@
 """Several requests in one pass: each row is what it would be alone, ends alone, and nobody pays for the others."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -180,6 +180,24 @@ def test_nobody_pays_for_a_batch(reference_model: Any, processor: Any, noise_ima
     # One that is left out with a limit is not overtaken by those behind it.
     group, _ = runner._group([Turn(calls[0]), Turn(replace(calls[0])), Turn(calls[1]), Turn(replace(calls[0]))])
     assert len(group) == 2
+
+
+def test_a_batch_is_weighed_by_the_plans_that_it_would_have(
+    reference_model: Any, processor: Any, noise_image: Any
+) -> None:
+    class Changing(AdaptiveRunner):
+        """Takes few pixels for a request alone, and all of them in a batch."""
+
+        def _placed(self, turn: Turn, beside: Sequence[Work] = ()) -> Any:
+            call = replace(turn.prepared.call, point=NATIVE if beside else OperatingPoint(max_pixels=4096))
+            return super()._placed(replace(turn, prepared=replace(turn.prepared, call=call)), beside)
+
+    for each_ms, together_ in ((0.0, 2), (1.0, 0)):
+        profile = replace(paying(), encode=(0.0, 0.0, each_ms, 0.0, 0.0, 0.0))
+        runner = Changing(reference_model, processor, policy="native", profile=profile, escalate=False)
+        calls = [runner.prepared(noise_image(128, 128, i), "?", max_new_tokens=3, **GREEDY) for i in range(2)]
+        group, why = runner._group([Turn(call) for call in calls])
+        assert len(group) == together_ and ("longer" in why) == (not group)
 
 
 def test_batches_that_turn_out_slower_are_given_up_and_tried_again(
