@@ -24,7 +24,7 @@ from adaptive_fusion.execution.stream import Stream
 from adaptive_fusion.learning.data.labels import shadow_record
 from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.learning.labelling.scoring import ModelScorer
-from adaptive_fusion.policy.policy import LANES
+from adaptive_fusion.policy.policy import COMPLEX, LANES
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner
@@ -57,6 +57,9 @@ class ShadowedRunner:
         runner: Answers the requests. Must have a log.
         share: Of requests that are labelled, 0 to 1.
         waiting: Most requests that wait for their shadow.
+        arms: Label the policy's cheap plan and the first of its strong lane as well, at two more prefills a label:
+            then every label says which of the two was enough, whatever the request ran at, and a policy can be trained
+            on shadows alone.
         seed: Of the sampling.
         clock: Seconds since the epoch, for the labels.
 
@@ -70,6 +73,7 @@ class ShadowedRunner:
         share: float,
         *,
         waiting: int = 8,
+        arms: bool = False,
         seed: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -79,6 +83,8 @@ class ShadowedRunner:
             raise ConfigError(f"share is {share!r}, waiting {waiting!r}; expected 0 to 1, and at least 1")
         self.runner, self.share, self.log = runner, share, runner.log
         self.counts = ShadowCounts()
+        both = (runner.policy.cheap_rung, runner.policy.lanes[COMPLEX][0])
+        self._arms = both if arms else ()
         self._most, self._clock, self._rng = waiting, clock, random.Random(seed)
         self._tasks: deque[_Task] = deque()
         self._live = 0
@@ -198,8 +204,9 @@ class ShadowedRunner:
     def _label(self, task: _Task) -> None:
         decided = task.reply.decision
         rung = Rung(decided.point)
-        scores = self._scorer.score(task.question, [rung])
-        quality = {decided.rung: scores.quality[rung.name]}
+        others = [other for other in dict.fromkeys(self._arms) if other.name != decided.rung]
+        scores = self._scorer.score(task.question, list({each.name: each for each in (rung, *others)}.values()))
+        quality = {decided.rung: scores.quality[rung.name], **{each.name: scores.quality[each.name] for each in others}}
         self.log.write(
             shadow_record(decided.request_id, quality, reference_quality=scores.reference_quality, time_s=self._clock())
         )

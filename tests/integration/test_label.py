@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from label_scenes import open_on_one_thread
@@ -26,6 +27,7 @@ from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.labelling.labeller import RunnerModel, describe
 from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.policy import COMPLEX, Policy
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import make_scene
 from adaptive_fusion.rollout.shadow import ShadowedRunner
@@ -286,6 +288,21 @@ def test_shadows_label_what_users_got_and_leave_requests_alone(
     names = sorted({rungs[s["request_id"]] for s in shadows})
     data = build_dataset([tmp_path], cheap=names[0], rungs=names)
     assert len(data) == counts.labelled and data.report["unjoined"] == 0
+
+
+def test_shadows_of_both_arms_say_which_was_enough(
+    reference_model: Any, processor: Any, screen: Image.Image, tmp_path: Path
+) -> None:
+    policy = Policy.load("reference-balanced")
+    live = AdaptiveRunner(reference_model, processor, policy=policy, log=tmp_path / "log.jsonl")
+    with ShadowedRunner(live, 1.0, arms=True) as front:
+        front.chat(screen, "Describe the screen.", max_new_tokens=2)
+        assert front.drain(120) and front.counts.labelled == 1
+    *_, shadow = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    arms = {policy.cheap_rung.name, policy.lanes[COMPLEX][0].name}
+    assert arms <= set(shadow["quality"]) and all(0 <= each <= 1 for each in shadow["quality"].values())
+    data = build_dataset([tmp_path], cheap=policy.cheap_rung.name, rungs=sorted(arms))
+    assert np.isfinite(data.y).all() and data.taken[0] in (-1, 0, 1)
 
 
 def test_shadows_that_fail_or_do_not_fit_are_counted_and_a_closed_front_still_answers(

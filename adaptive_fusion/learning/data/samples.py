@@ -74,11 +74,11 @@ class Sample:
             found = json.loads(file.read_text("utf-8"))
             if found.get("schema") != SCHEMA:
                 raise ConfigError(f"{file.name} has schema {found.get('schema')!r}; expected {SCHEMA}")
-            parts = (
+            features, outcomes = (
                 {str(name): np.asarray(values, np.float64) for name, values in found[part].items()}
                 for part in ("features", "outcomes")
             )
-            return cls(*parts, int(found["contents"]), float(found["until_s"]))
+            return cls(features, outcomes, int(found["contents"]), float(found["until_s"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file.name} cannot be read ({type(error).__name__}); train the policy again") from error
 
@@ -122,11 +122,11 @@ def sample_of(
 
 
 _CONTENTS = f"""
-SELECT max({SECONDS}) AS time_s, arg_max(features, {SECONDS}) AS features,
-  arg_max(detail_version, {SECONDS}) AS detail_version
+SELECT max({SECONDS}) AS last_s, arg_max(features::VARCHAR, ({SECONDS}, rowid)) AS measured,
+  arg_max(detail_version, ({SECONDS}, rowid)) AS version
 FROM log WHERE event = 'decision' AND kind = 'image' AND features_version = $image
 GROUP BY coalesce(content_hash, request_id, rowid::VARCHAR)
-ORDER BY time_s DESC, features::VARCHAR LIMIT {2 * NEWEST}
+ORDER BY last_s DESC, measured LIMIT {2 * NEWEST}
 """
 _OUTCOMES = f"""
 SELECT {SECONDS.replace("time_s", "s.time_s")} AS time_s, s.lane, l.source, l.rung, l.quality::VARCHAR
@@ -141,7 +141,7 @@ _Said = tuple[float, str, float]
 
 def _contents(table: LogTable) -> list[_Content]:
     """Time and features of each content, the newest first."""
-    found = []
+    found: list[_Content] = []
     for time_s, text, detail in table.connection.execute(_CONTENTS, {"image": VERSION}).fetchall():
         values = json.loads(text or "null")
         if isinstance(values, dict):

@@ -131,9 +131,10 @@ def compare(before: Sample, recent: Sample, policy: Policy | None = None, agains
         p = binomtest(int(outside.sum()), len(outside), alpha, alternative="greater").pvalue
         tested.append((RANGE, "range", share, float(p), alpha, share, (0, len(outside))))
     changes = []
-    for (name, kind, size, _, old, new, counts), p in zip(tested, holm([row[3] for row in tested]), strict=True):
-        large = size >= (2 * old if kind == "range" else LEAST)
-        changes.append(Change(name, kind, size, p, old, new, counts, large and p < LEVEL))
+    adjusted = holm([row[3] for row in tested])
+    for (name, kind, size, _, usual, now, counts), p in zip(tested, adjusted, strict=True):
+        large = size >= (2 * usual if kind == "range" else LEAST)
+        changes.append(Change(name, kind, size, p, usual, now, counts, large and p < LEVEL))
     changes.sort(key=lambda change: (not change.drifted, -change.size, change.name))
     note = "" if tested else f"too little to compare: {before.contents} images before and {recent.contents} recent ones"
     return Drift(tuple(changes), against, (before.contents, recent.contents), note, (before, recent))
