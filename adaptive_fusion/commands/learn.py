@@ -111,7 +111,7 @@ def _loop(
             policy = runner.policy.name
     name = f"{Path(model).name}-{fingerprint.digest[:8]}" if model and fingerprint else "logs"
     folder = out or user_cache_dir(os.environ) / "learning" / name
-    settings = Settings(policy, fingerprint, tolerance, objective, seed, jobs)
+    settings = Settings(policy, fingerprint, tolerance, objective, seed=seed, jobs=jobs)
     return Loop(logs, folder, settings)
 
 

@@ -2,7 +2,7 @@
 
 Knows names of requests, numbers and candidates. Must not know models, media or how a choice is weighed.
 
-The law, for a share e and the K points that fit a request's budget:
+The law, for a share e and the K points that fit a request's budget, of the few that `Offering` has beside its own:
 
 - with probability e, drawn from the request's id alone, one of the K is taken at random, each with e / K;
 - else the controller's own choice, whose propensity is therefore 1 - e + e / K;

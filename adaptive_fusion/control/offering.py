@@ -5,6 +5,7 @@ Knows policy, cost model and lengths of answers for one adapter. Must not know h
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate
@@ -17,7 +18,7 @@ from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.media.sampling import frames_at
 from adaptive_fusion.models.base import Planned
 from adaptive_fusion.point import NATIVE, OperatingPoint
-from adaptive_fusion.policy.policy import COMPLEX, VIDEO, Policy, Route
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy, Route
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
 
@@ -93,11 +94,35 @@ class Offering:
         What the media need says what quality to expect, where it is known. With a `budget`, steps that could not be
         chosen under it are left out, since every prediction takes time.
         """
-        best: dict[OperatingPoint, tuple[float, str]] = {}
-        native = self.adapter.most_native_pixels(info.sizes)
         rungs = self._rungs(info, lane, complexity)
         rated = [(rung, rung.quality if needs is None else needs.quality_of(rung)) for rung in rungs]
-        for rung, quality in rated if budget is None else self._worth_costing(rated, budget):
+        return self._costed(rated if budget is None else self._worth_costing(rated, budget), info)
+
+    def beside(
+        self, candidates: Sequence[Candidate], own: str, info: RequestInfo, lane: str, needs: Needs | None
+    ) -> list[Candidate]:
+        """What may be explored beside the step called `own`: what another router would take (the cheap plan and where
+        the lanes begin), and the lane's next cheaper step. Not the steps far below, which everybody knows to be bad,
+        and of which so many would leave little for each.
+
+        Args:
+            candidates: On offer already, with their predictions.
+        """
+        lanes, ladder = self.policy.lanes, self.policy.lanes[lane]
+        arms = [ladder[0]] if lane == VIDEO else [self.policy.cheap_rung, lanes[SIMPLE][0], lanes[COMPLEX][0]]
+        below = [after for rung, after in pairwise(ladder) if rung.name == own]
+        wanted = {rung.name: rung for rung in (*arms, *below)}
+        found = [candidate for candidate in candidates if candidate.key in wanted]
+        more = [rung for name, rung in wanted.items() if name not in {candidate.key for candidate in found}]
+        rated = [(rung, rung.quality if needs is None else needs.quality_of(rung)) for rung in more]
+        points = {candidate.point for candidate in found}
+        return [*found, *(each for each in self._costed(rated, info) if each.point not in points)]
+
+    def _costed(self, rated: Sequence[Rated], info: RequestInfo) -> list[Candidate]:
+        """Steps as candidates, each point once."""
+        best: dict[OperatingPoint, tuple[float, str]] = {}
+        native = self.adapter.most_native_pixels(info.sizes)
+        for rung, quality in rated:
             point = self.adapter.resolve(rung, info.sizes, native)
             if info.pixels_fixed and point.before_encoder:
                 point = point.without(point.before_encoder)

@@ -4,7 +4,7 @@ Wires policy, cost model and controller for one adapter. Runs nothing, loads not
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,11 +88,11 @@ class Planner(Offering):
         else:
             lane = route.lane
             explores = self._may_explore(info, unlike)
-            all_of_them = info.full_detail or bool(unlike) or explores or info.asking is not None
+            all_of_them = info.full_detail or bool(unlike) or info.asking is not None
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             stay = self._staying(candidates, info, needs)
             choice, second = self._choose(candidates, limits, info, unlike, stay)
-            choice, drawn = self._explored(candidates, choice, info) if explores else (choice, GREEDY)
+            choice, drawn = self._explored(candidates, choice, info, lane, needs) if explores else (choice, GREEDY)
         remarks = self._remarks(choice, second if lane != FIXED else {}, needs, stay)
         decision = Decision(
             request_id=info.request_id or uuid.uuid4().hex,
@@ -207,20 +207,22 @@ class Planner(Offering):
         """Whether a request may take a random point: not where full detail was asked for, where the policy is careful
         with an image, where a conversation has a plan, and where it is only asked what would be done."""
         careful = info.full_detail or bool(unlike) or info.kept is not None
-        return self.policy.explore > 0.0 and bool(info.request_id) and not careful
+        return self.policy.explore > 0.0 and bool(info.request_id) and bool(info.complexities) and not careful
 
-    def _explored(self, candidates: list[Candidate], own: Choice, info: RequestInfo) -> tuple[Choice, Drawn]:
-        """The controller's `own` choice or a random point that fits, with its propensity."""
+    def _explored(
+        self, candidates: Sequence[Candidate], own: Choice, info: RequestInfo, lane: str, needs: Needs | None
+    ) -> tuple[Choice, Drawn]:
+        """The controller's `own` choice or one of few others that fit, drawn, with its propensity."""
         if not own.feasible:
             return own, GREEDY
-        offered, _ = self._plans(candidates, info, self._asks(info))
-        so_far: dict[str, Any] = {"elapsed_ms": own.elapsed_ms, "free_memory_gb": info.free_memory_gb}
+        offered = self.beside(candidates, own.candidate.key, info, lane, needs)
         fitting = self.controller.fitting(offered, own, free_memory_gb=info.free_memory_gb)
         if len(fitting) == 1:
             return own, GREEDY
         taken, drawn = draw(fitting, own.candidate, info.request_id, self.policy.explore, self.seed)
         if not drawn.explored:
             return own, drawn
+        so_far: dict[str, Any] = {"elapsed_ms": own.elapsed_ms, "free_memory_gb": info.free_memory_gb}
         choice = self.controller.choose([taken], replace(own.budget, on_infeasible="cheapest"), **so_far)
         reason = f"exploring: drawn of {len(fitting)} that fit, else {own.candidate.key}"
         return replace(choice, reason=reason, budget=own.budget), drawn

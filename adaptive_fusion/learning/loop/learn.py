@@ -19,7 +19,7 @@ from adaptive_fusion.learning.data.dataset import NATIVE_NAME
 from adaptive_fusion.learning.data.logs import compact
 from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.card import finite
-from adaptive_fusion.learning.fitting.train import labelled_policy, train
+from adaptive_fusion.learning.fitting.train import ESTIMATOR_NAMES, labelled_policy, train
 from adaptive_fusion.learning.judging.drawing import plot_drift
 from adaptive_fusion.learning.judging.drift import drift
 from adaptive_fusion.learning.judging.offpolicy import off_policy, served
@@ -77,7 +77,7 @@ class Settings:
         policy: The policy in service: a name or a path; ``auto`` takes the candidate that the last round released, else
             the shipped one that the labels are for.
         model: Whose labels are wanted; None takes those of any one model.
-        tolerance, objective, seed: See `train`.
+        tolerance, objective, estimators, seed: See `train`.
         jobs: Threads.
         n: Resamples of the bootstraps.
     """
@@ -86,6 +86,7 @@ class Settings:
     model: Fingerprint | None = None
     tolerance: float = 0.02
     objective: str = "quality"
+    estimators: tuple[str, ...] = ESTIMATOR_NAMES
     seed: int = 0
     jobs: int = 2
     n: int = 500
@@ -169,7 +170,7 @@ class Loop:
         """What the steps of a round hang on beside the logs, of which it has a copy."""
         settings = self.settings
         model = settings.model.digest if settings.model is not None else ""
-        said = (policy.name, model, settings.tolerance, settings.objective, settings.seed)
+        said = (policy.name, model, settings.tolerance, settings.objective, *settings.estimators, settings.seed)
         return " ".join(map(str, said))
 
     # Doing it
@@ -275,6 +276,7 @@ class Loop:
                 name=name,
                 objective=settings.objective,
                 tolerance=settings.tolerance,
+                estimators=settings.estimators,
                 widen=True,
                 seed=settings.seed,
                 jobs=settings.jobs,

@@ -15,7 +15,7 @@ from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.familiar import Familiar
-from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, Policy
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -87,10 +87,10 @@ def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
 def test_the_decision_follows_from_the_id(runner: AdaptiveRunner, noise_image: Any) -> None:
     reply = runner.chat(noise_image(64, 48), "Describe.", **SMALL)
     decision = reply.decision
-    ladder = runner.policy.ladder(decision.lane)
     assert decision.explored and decision.reason.startswith("exploring: drawn of ")
     assert decision.propensity == pytest.approx(1 / int(decision.reason.split()[3]))
-    assert decision.rung in {rung.name for rung in ladder}
+    lanes = runner.policy.lanes
+    assert decision.rung in {rung.name for lane in (SIMPLE, COMPLEX) for rung in lanes[lane]}
     prepared = runner.prepared(noise_image(64, 48), "Describe.", **SMALL)
     info = replace(runner._info_of(prepared), request_id=decision.request_id)
     again, _ = runner._planner.decide(info, runner.budget)
@@ -99,6 +99,21 @@ def test_the_decision_follows_from_the_id(runner: AdaptiveRunner, noise_image: A
         decision.propensity,
         decision.request_id,
     )
+
+
+def test_what_another_router_would_take_is_explored_and_the_steps_far_below_are_not(
+    runner: AdaptiveRunner, noise_image: Any
+) -> None:
+    prepared = runner.prepared(noise_image(64, 48), "Describe.", **SMALL)
+    info = runner._info_of(prepared)
+    drawn = [runner._planner.decide(replace(info, request_id=str(i)), runner.budget)[0] for i in range(60)]
+    lanes, taken = runner.policy.lanes, {decision.rung for decision in drawn}
+    own = runner._planner.decide(info, runner.budget)[0]
+    names = [rung.name for rung in lanes[own.lane]]
+    below = names[names.index(own.rung) + 1 :][:1]
+    arms = {lanes[SIMPLE][0].name, lanes[COMPLEX][0].name, runner.policy.cheap_rung.name}
+    assert taken == {own.rung, *arms, *below}
+    assert sum(decision.propensity for decision in {d.rung: d for d in drawn}.values()) == pytest.approx(1.0)
 
 
 def never(decision: Decision) -> None:

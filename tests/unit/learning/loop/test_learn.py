@@ -58,8 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def settings(policy: Path) -> Settings:
+    return Settings(str(policy), estimators=("logistic",), n=40, jobs=1)
+
+
 def a_loop(folder: Path, out: Path, **more: Any) -> Loop:
-    return Loop([folder / "logs"], out, Settings(str(folder / "base"), n=60), clock=lambda: TIME_S, **more)
+    return Loop([folder / "logs"], out, settings(folder / "base"), clock=lambda: TIME_S, **more)
 
 
 @pytest.fixture(scope="module")
@@ -126,17 +130,17 @@ def test_a_candidate_that_is_not_better_is_refused_with_figures(
 ) -> None:
     """The second round has the same logs, so it can only find what the first one found."""
     out = whole[0]
-    settings = Settings(str(out / "round-0001" / CANDIDATE), n=60)
-    state = Loop([folder / "logs"], tmp_path, settings).run()
+    same = settings(out / "round-0001" / CANDIDATE)
+    state = Loop([folder / "logs"], tmp_path, same).run()
     assert state.status == REFUSED and state.done["train"]["candidate"] == "base-r1"
     assert "not better" in state.reason and "95 % interval" in state.reason
-    following = Loop([folder / "logs"], tmp_path, settings).run()
+    following = Loop([folder / "logs"], tmp_path, same).run()
     assert following.round == 2 and [past["status"] for past in following.history] == [REFUSED]
 
 
 def test_too_little_to_learn_from_is_said(folder: Path, tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "few.jsonl", oracle_labels(30, 2))
-    state = Loop([log], tmp_path / "out", Settings(str(folder / "base"))).run()
+    state = Loop([log], tmp_path / "out", settings(folder / "base")).run()
     assert state.status == WAITING and "nothing can be learned yet" in state.reason
 
 
