@@ -1,7 +1,9 @@
 """Off-policy estimates against the truth of a simulation in which plain averaging is wrong."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 from learning_data import CHEAP, RUNGS, base_policy, subject, write_jsonl
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.learning.data.labels import shadow_record
 from adaptive_fusion.learning.data.matrix import build_dataset
-from adaptive_fusion.learning.judging.offpolicy import estimate, off_policy, reward_model
+from adaptive_fusion.learning.judging.offpolicy import Served, estimate, off_policy, reward_model
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.predictors import LinearModel
 from adaptive_fusion.policy.router import Inputs, PlainRouter
 
@@ -141,3 +145,21 @@ def test_the_reward_model_has_not_seen_the_content_that_it_predicts() -> None:
     x, reward = rng.normal(size=(100, 15))[contents], rng.random(100)[contents]
     said = reward_model(x, np.zeros(200, np.int64), reward, contents, 1)[:, 0]
     assert said.std() > 0.05 and np.corrcoef(said, reward)[0, 1] < 0.2  # noise cannot be known in advance
+
+
+def test_what_is_estimated_before_a_rollout_is_measured_after_it(
+    load_benchmark: Callable[[str], ModuleType],
+) -> None:
+    """In few and small worlds; the benchmark has a hundred."""
+    benchmark = load_benchmark("offpolicy")
+    rows = [benchmark.rollout(seed, n=1500, share=0.25, measured=20_000, draws=200) for seed in range(12)]
+    agree = [value.doubly_robust.low <= after <= value.doubly_robust.high for value, after, _ in rows]
+    assert sum(agree) >= 10
+    assert sum(abs(value.logged.mean - after) < 0.03 for value, after, _ in rows) < 6  # the plain mean would not do
+    after = Served(Interval(0.5, 0.4, 0.6), 20)
+    assert after.agrees(Interval(0.6, 0.5, 0.7)) and not after.agrees(Interval(0.6, 0.51, 0.7))
+
+
+def test_a_policy_that_goes_by_needs_has_no_value_off_policy() -> None:
+    with pytest.raises(ConfigError, match="by what an input needs"):
+        off_policy(Policy.load("balanced"), None)  # type: ignore[arg-type]  # refused before they are looked at
