@@ -16,9 +16,14 @@ _WHY = "the engine upstream runs the model, where only pixels and frames can be 
 class Grid(Protocol):
     """How a model resizes what it is shown."""
 
-    patch: int
-    merge: int
-    temporal: int
+    @property
+    def patch(self) -> int: ...
+
+    @property
+    def merge(self) -> int: ...
+
+    @property
+    def temporal(self) -> int: ...
 
     def size(self, width: int, height: int, max_pixels: int | None = None) -> tuple[int, int]:
         """Width and height at which the model sees an image that is first brought to `max_pixels`."""

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,24 @@ from waits import MOST_S, until
 
 from adaptive_fusion.decision_log import text_hash
 from adaptive_fusion.media.inline import data_url_bytes
+from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.escalation import ANY, Escalation, Threshold
-from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.policy import LANES, Policy
+from adaptive_fusion.policy.router import constant_router
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.serving.run import DrainingServer
 
 RNG = np.random.default_rng(5)
 
 
 def photo(width: int, height: int, form: str = "JPEG") -> bytes:
-    """Smooth colours: what few pixels are enough for."""
-    small = RNG.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    """Large shapes of plain colours: what few pixels are enough for."""
+    picture = Image.new("RGB", (width, height), (240, 240, 240))
+    for colour in RNG.integers(0, 200, (3, 3)).tolist():
+        left, top = int(RNG.integers(0, width // 2)), int(RNG.integers(0, height // 2))
+        picture.paste(tuple(colour), (left, top, left + width // 3, top + height // 3))
     buffer = io.BytesIO()
-    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(buffer, form)
+    picture.save(buffer, form)
     return buffer.getvalue()
 
 
@@ -64,7 +69,7 @@ def before() -> Iterator[tuple[DrainingServer, Engine]]:
 
 def test_with_the_plan_native_bytes_and_chunks_pass_as_they_are() -> None:
     body = b'{ "messages":[{"role":"user","content":[{"image_url":{"url":"data:image\\/png;base64,iVBO\\u002bRw0="},'
-    body += b'"type":"image_url"},{"type":"text","text":"\\u00e9\xc3\xa9?"}]}],"x":1e2,"x":1E+2, "stream":true,"model":"m" }\n'
+    body += b'"type":"image_url"},{"type":"text","text":"\\u00e9\xc3\xa9?"}]}],"x":1e2,"x":1E+2, "stream":true }\n'
     with engine() as behind, gateway(behind.url, "native") as server:
         direct = httpx.post(f"{behind.url}/v1/chat/completions", content=body, timeout=MOST_S)
         passed = post(server, body, headers={"authorization": "Bearer k", "x-mine": "1", "te": "trailers"})
@@ -84,7 +89,7 @@ def test_an_image_is_sent_no_larger_than_its_question_needs(before: tuple[Draini
     got = behind.got[-1].json
     (small,) = sent_images(got)
     picture = Image.open(io.BytesIO(small))
-    assert picture.format == "JPEG" and picture.width * picture.height < 1600 * 1200 // 2
+    assert picture.format == "JPEG" and picture.width * picture.height < 0.8 * 1600 * 1200
     patches = (picture.width // 32) * (picture.height // 32)
     assert answer.headers["x-adaptive-fusion-visual-tokens"] == str(patches)
     got["messages"][0]["content"][0] = parts[0]
@@ -248,12 +253,11 @@ def test_earlier_images_of_a_conversation_keep_their_bytes_unless_their_plan_ris
     assert seen[4] == seen[3] and "stays" in said[4]
 
 
-def sure_only() -> Policy:
-    """A policy that asks the model after every cheap plan."""
-    policy = Policy.load("balanced")
-    return replace(
-        policy, escalation=Escalation(thresholds={ANY: {ANY: Threshold(0.1)}}), tolerance=0.0, sufficiency=None
-    )
+def asking_policy() -> Policy:
+    """A policy that begins cheaply and asks the model whether that was enough."""
+    rule = Threshold(0.1, auc=0.9, rows=100, loss=0.4, left=0.0, share=0.1)
+    lanes = dict.fromkeys(LANES, (Rung(NATIVE), Rung(NATIVE, 0.6, 0.25)))
+    return Policy("asking", constant_router(), 0.5, lanes, escalation=Escalation(thresholds={ANY: {ANY: rule}}))
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -264,12 +268,11 @@ def test_where_the_model_is_not_sure_the_better_plan_answers(
     log = tmp_path / "log.jsonl"
     with (
         engine(logprobs=lambda body: top) as behind,
-        gateway(behind.url, sure_only(), log, engine="vllm") as server,
+        gateway(behind.url, asking_policy(), log, engine="vllm") as server,
     ):
         data = photo(1600, 1200)
         body = {"model": "m", "stream": stream, "messages": asking(shown(data), text("What is it?"))}
-        limited = {**body, "adaptive_fusion": {"latency_ms": 1400}}
-        answer = post(server, limited)
+        answer = post(server, body)
         direct = httpx.post(f"{behind.url}/v1/chat/completions", json=body, timeout=MOST_S)
         first, *more = behind.got[:-1]
         rows = [json.loads(line) for line in log.read_text().splitlines()]
@@ -283,9 +286,8 @@ def test_where_the_model_is_not_sure_the_better_plan_answers(
 
 
 def test_an_engine_that_refuses_logprobs_is_asked_without_and_not_again() -> None:
-    with engine(logprobs=400) as behind, gateway(behind.url, sure_only(), engine="vllm") as server:
+    with engine(logprobs=400) as behind, gateway(behind.url, asking_policy(), engine="vllm") as server:
         body = {"model": "m", "messages": asking(shown(photo(1600, 1200)), text("?"))}
-        body["adaptive_fusion"] = {"latency_ms": 1400}
         assert [post(server, body).status_code for _ in range(2)] == [200, 200]
         assert ["logprobs" in got.json for got in behind.got] == [True, False, False]
 
