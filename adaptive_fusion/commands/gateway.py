@@ -1,6 +1,5 @@
 """``adaptive-fusion gateway``: a proxy before any engine with OpenAI's API that plans what is sent to it."""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from adaptive_fusion.commands import options
 from adaptive_fusion.commands.output import complain, refusing
-from adaptive_fusion.commands.serve import Mode
+from adaptive_fusion.commands.serve import Mode, hosts, require_serving
 
 app = typer.Typer()
 _ENGINE, _SERVER = "Engine", "Server"
@@ -140,8 +139,6 @@ def start(
 ) -> None:
     """Run a gateway until a signal comes."""
     with refusing((), False):
-        from adaptive_fusion.commands.serve import require_serving
-
         require_serving()
         from adaptive_fusion.decision_log import DecisionLog
         from adaptive_fusion.serving.gateway.run import gateway_server
@@ -165,8 +162,3 @@ def start(
     server.run()
     if not server.started or server.failed:
         raise typer.Exit(1)
-
-
-def hosts(given: list[str] | None) -> tuple[str, ...]:
-    """Hosts that were given one by one or with commas."""
-    return tuple(part for text in given or () for part in re.split(r"[,\s]+", text) if part)

@@ -1,6 +1,7 @@
 """``adaptive-fusion serve``: an OpenAI-compatible server around one model."""
 
 import gc
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,7 @@ from adaptive_fusion.commands import options
 from adaptive_fusion.commands.output import complain, refusing
 
 app = typer.Typer()
-_MODEL, _SERVER = "Model", "Server"
+_MODEL, _SERVER, _UPSTREAM = "Model", "Server", "Engine elsewhere"
 
 
 class Dtype(StrEnum):
@@ -164,11 +165,50 @@ def serve(
             "--calibrate", help="Measure this machine first, unless its profile is there.", rich_help_panel=_SERVER
         ),
     ] = False,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Serve no model but stand before the engine at this address; see `adaptive-fusion gateway`.",
+            rich_help_panel=_UPSTREAM,
+        ),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="Which engine that is.", rich_help_panel=_UPSTREAM)
+    ] = "openai",
+    processor: Annotated[
+        str,
+        typer.Option(
+            metavar="ID|PATH|PRESET", help="How the model upstream resizes images.", rich_help_panel=_UPSTREAM
+        ),
+    ] = "qwen3-vl",
 ) -> None:
     """Serve a model over HTTP as OpenAI's API has it, within deadlines.
 
     A line says when the first request can come. SIGTERM answers what was admitted, then ends.
     """
+    if upstream is not None:
+        from adaptive_fusion.commands.gateway import start
+
+        start(
+            upstream=upstream,
+            engine=engine,
+            processor=processor,
+            upstream_key=os.environ.get("ADAPTIVE_FUSION_UPSTREAM_KEY"),
+            mode=mode,
+            policy=policy,
+            latency_ms=latency_ms,
+            ttft_ms=ttft_ms,
+            attainment=attainment,
+            timeout_s=600.0,
+            host=host,
+            port=port,
+            api_key=api_key,
+            allowed_media_domains=allowed_media_domains,
+            log=log,
+            state=state,
+        )
+        return
     with refusing((), False):
         from adaptive_fusion.loading import cache_options, model_options, open_runner
 
@@ -180,9 +220,7 @@ def serve(
             host=host,
             port=port,
             api_key=api_key,
-            allowed_media_domains=tuple(
-                part for text in allowed_media_domains or () for part in re.split(r"[,\s]+", text) if part
-            ),
+            allowed_media_domains=hosts(allowed_media_domains),
             max_new_tokens=max_tokens,
             queue=queue,
             batch=batch,
@@ -204,6 +242,11 @@ def serve(
     gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
+
+
+def hosts(given: list[str] | None) -> tuple[str, ...]:
+    """Hosts that were given one by one or with commas."""
+    return tuple(part for text in given or () for part in re.split(r"[,\s]+", text) if part)
 
 
 def name_of(model: str) -> str:

@@ -17,6 +17,7 @@ from gateway import client_of, gateway, inside, url_of
 from openai import APIError
 from PIL import Image
 from server import asking, data_url, image, text
+from serving.test_fetcher import HOSTILE
 from upstream import Engine, engine
 from waits import MOST_S, until
 
@@ -345,3 +346,22 @@ def test_a_host_that_others_reach_needs_a_key(before: tuple[DrainingServer, Engi
         GatewaySettings(host="0.0.0.0", upstream="http://127.0.0.1:1")
     server, _ = before
     assert post(server, b"{}", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_no_address_leads_to_a_host_that_is_not_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine() as behind, gateway(behind.url, allowed_media_domains=("media.example.com",)) as server:
+        fetcher = inside(server)._fetcher
+        assert fetcher is not None
+        asked_for: list[Any] = []
+
+        async def fetched(address: Any, *rest: Any) -> bytes:
+            asked_for.append(address)
+            return b""
+
+        monkeypatch.setattr(fetcher, "fetch", fetched)
+        for address in HOSTILE:
+            part = {"type": "image_url", "image_url": {"url": address}}
+            body = json.dumps({"model": "m", "messages": asking(part, text("?"))}).encode()
+            answer = httpx.post(url_of(server), content=body, timeout=MOST_S)
+            assert answer.status_code == 200 and behind.got[-1].body == body
+        assert len(HOSTILE) >= 30 and not asked_for

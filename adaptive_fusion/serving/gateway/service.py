@@ -21,7 +21,7 @@ from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.fetcher import Address as MediaAddress
 from adaptive_fusion.serving.fetcher import Fetcher, allowed_origins, read_address
-from adaptive_fusion.serving.gateway import engines, processors, reencode
+from adaptive_fusion.serving.gateway import clips, engines, processors, reencode
 from adaptive_fusion.serving.gateway.plan import Medium, Plans
 from adaptive_fusion.serving.gateway.proxy import Address, Upstream
 from adaptive_fusion.serving.gateway.reading import Call, Shown
@@ -177,6 +177,8 @@ class Gateway:
     def _measure(self, shown: Shown, data: bytes | None) -> Medium:
         data = data_url_bytes(shown.text, self.limits.max_medium_bytes) if data is None else data
         if shown.kind == "image" and (why := reencode.left_alone(data)) is not None:
+            return Medium(None, shown.detail, why)
+        if shown.kind == "video" and (why := clips.unavailable()) is not None:
             return Medium(None, shown.detail, why)
         return Medium(self.sizing.measure(data, shown.kind), shown.detail, data=data)
 

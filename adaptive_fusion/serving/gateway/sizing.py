@@ -138,9 +138,11 @@ class Sizing:
 
     def _made(self, measured: Measured, data: bytes, given: Given, frames: int | None) -> bytes | None:
         if measured.size.clip:
-            made = reencode.clip(data, frames, given.max_pixels)
+            made = reencode.clip(data, frames, given.max_pixels, side=self.grid.side, limits=self._limits)
             return None if made is None else made.data
-        return None if given.max_pixels is None else reencode.image(data, given.max_pixels, self.grid)
+        return (
+            None if given.max_pixels is None else reencode.image(data, given.max_pixels, self.grid, limits=self._limits)
+        )
 
 
 class NotPlanned(AdaptiveFusionError):
@@ -150,6 +152,8 @@ class NotPlanned(AdaptiveFusionError):
 def as_data_url(data: bytes, before: str) -> str:
     """Bytes as a data URL, labelled as they were before where that was said, as what they are else."""
     label = before.partition(",")[0].strip()[5:].partition(";")[0] if before[:5].lower() == "data:" else ""
+    if data[4:8] == b"ftyp":  # whatever a clip was, it is written as this
+        return f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
     if not label or not label.isascii() or not label.isprintable() or '"' in label or "\\" in label:
         label = next((kind for magic, kind in _LABELS.items() if data.startswith(magic)), "application/octet-stream")
     return f"data:{label};base64,{base64.b64encode(data).decode()}"
