@@ -7,7 +7,6 @@ import typer
 
 from adaptive_fusion.commands import options
 from adaptive_fusion.commands.output import complain, refusing
-from adaptive_fusion.commands.serve import Mode, hosts, require_serving
 
 app = typer.Typer()
 _ENGINE, _SERVER = "Engine", "Server"
@@ -50,12 +49,12 @@ def gateway(
     processor: Processor = "qwen3-vl",
     upstream_key: UpstreamKey = None,
     mode: Annotated[
-        Mode,
+        options.Mode,
         typer.Option(
             help="audit sends everything as it came and logs what would have been done; it needs --log.",
             rich_help_panel=_SERVER,
         ),
-    ] = Mode.adaptive,
+    ] = options.Mode.adaptive,
     policy: options.PolicyName = "auto",
     latency_ms: options.LatencyMs = None,
     ttft_ms: options.TtftMs = None,
@@ -124,7 +123,7 @@ def start(
     engine: str,
     processor: str,
     upstream_key: str | None,
-    mode: Mode,
+    mode: options.Mode,
     policy: str,
     latency_ms: float | None,
     ttft_ms: float | None,
@@ -139,7 +138,7 @@ def start(
 ) -> None:
     """Run a gateway until a signal comes."""
     with refusing((), False):
-        require_serving()
+        options.require_serving()
         from adaptive_fusion.decision_log import DecisionLog
         from adaptive_fusion.serving.gateway.run import gateway_server
         from adaptive_fusion.serving.gateway.settings import GatewaySettings
@@ -155,7 +154,7 @@ def start(
             host=host,
             port=port,
             api_key=api_key,
-            allowed_media_domains=hosts(allowed_media_domains),
+            allowed_media_domains=options.hosts(allowed_media_domains),
             state=state,
         )
         server = gateway_server(settings, policy, None if log is None else DecisionLog(log), complain)

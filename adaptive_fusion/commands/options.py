@@ -3,6 +3,8 @@
 Knows typer and `Budget`. Must not know of models or files.
 """
 
+import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,14 @@ import typer
 from adaptive_fusion.budget import Budget
 
 _LIMITS = "Limits"
+
+
+class Mode(StrEnum):
+    """Whether decisions are carried out or only logged."""
+
+    adaptive = "adaptive"
+    audit = "audit"
+
 
 Files = Annotated[
     list[str],
@@ -65,3 +75,21 @@ def budget_of(
     """
     values = {"latency_ms": latency_ms, "ttft_ms": ttft_ms, "vram_gb": vram_gb, "attainment": attainment}
     return Budget.from_dict({name: value for name, value in values.items() if value is not None})
+
+
+def hosts(given: list[str] | None) -> tuple[str, ...]:
+    """Hosts that were given one by one or with commas."""
+    return tuple(part for text in given or () for part in re.split(r"[,\s]+", text) if part)
+
+
+def require_serving() -> None:
+    """Raises MissingExtraError where what servers are made of is not installed."""
+    from adaptive_fusion.errors import MissingExtraError
+
+    try:
+        import fastapi  # noqa: F401
+        import openai  # noqa: F401
+        import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[serve]'") from error

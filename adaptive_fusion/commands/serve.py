@@ -2,7 +2,6 @@
 
 import gc
 import os
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,13 +44,6 @@ class Quantization(StrEnum):
 
     eight = "8bit"
     four = "4bit"
-
-
-class Mode(StrEnum):
-    """Whether decisions are carried out or only logged."""
-
-    adaptive = "adaptive"
-    audit = "audit"
 
 
 @app.command()
@@ -111,12 +103,12 @@ def serve(
         typer.Option(metavar="NAME", help="The model's name for clients; else its own.", rich_help_panel=_SERVER),
     ] = None,
     mode: Annotated[
-        Mode,
+        options.Mode,
         typer.Option(
             help="audit runs every request natively and logs what would have been done and saved; it needs --log.",
             rich_help_panel=_SERVER,
         ),
-    ] = Mode.adaptive,
+    ] = options.Mode.adaptive,
     max_tokens: Annotated[
         int,
         typer.Option(min=1, help="Most tokens of an answer where the request does not say.", rich_help_panel=_SERVER),
@@ -220,7 +212,7 @@ def serve(
             host=host,
             port=port,
             api_key=api_key,
-            allowed_media_domains=hosts(allowed_media_domains),
+            allowed_media_domains=options.hosts(allowed_media_domains),
             max_new_tokens=max_tokens,
             queue=queue,
             batch=batch,
@@ -244,31 +236,13 @@ def serve(
         raise typer.Exit(1)
 
 
-def hosts(given: list[str] | None) -> tuple[str, ...]:
-    """Hosts that were given one by one or with commas."""
-    return tuple(part for text in given or () for part in re.split(r"[,\s]+", text) if part)
-
-
 def name_of(model: str) -> str:
     """The model's name for clients: of a folder its last part, which tells no more of this machine."""
     return Path(model).expanduser().name if Path(model).expanduser().is_dir() else model
 
 
 def _settings(**values: Any) -> Any:
-    require_serving()
+    options.require_serving()
     from adaptive_fusion.serving.settings import Settings
 
     return Settings(**values)
-
-
-def require_serving() -> None:
-    """Raises MissingExtraError where what servers are made of is not installed."""
-    from adaptive_fusion.errors import MissingExtraError
-
-    try:
-        import fastapi  # noqa: F401
-        import openai  # noqa: F401
-        import sse_starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[serve]'") from error
