@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -40,6 +40,9 @@ from adaptive_fusion.prepared import Call, Prepared, Turn
 from adaptive_fusion.pretrained import load_pretrained
 from adaptive_fusion.reference import model_path
 from adaptive_fusion.reply import Reply
+
+if TYPE_CHECKING:
+    from adaptive_fusion.serving.gateway.remote import Remote
 
 __all__ = ["AdaptiveRunner", "Prepared"]
 
@@ -139,6 +142,48 @@ class AdaptiveRunner(Batching):
             escalate=escalate,
             encoder_cache_mb=encoder_cache_mb,
             explore=explore,
+        )
+
+    @staticmethod
+    def remote(
+        url: str,
+        model: str,
+        *,
+        processor: str = "qwen3-vl",
+        engine: str = "openai",
+        policy: Policy | str | Path = AUTO,
+        budget: Budget | None = None,
+        log: DecisionLog | str | Path | None = None,
+        key: str | None = None,
+        seed: int | None = None,
+    ) -> "Remote":
+        """A model that an engine with OpenAI's API serves: ``chat``, ``stream`` and ``decide`` with the same decisions,
+        log and policies, applied to what is sent. See ``docs/remote.md``; needs the extra ``[serve]``.
+
+        Args:
+            url: Of the engine, such as ``http://127.0.0.1:8000/v1``.
+            model: Its name there.
+            processor: How it resizes: a preset, a folder or a hub id; see `serving.gateway.processors`.
+            engine: Which engine it is; see `serving.gateway.engines`.
+            policy, budget, log, seed: As for a model of one's own.
+            key: Sent as bearer token; None takes ``ADAPTIVE_FUSION_UPSTREAM_KEY`` of the environment.
+
+        Raises:
+            ConfigError: For an address, engine or processor that is none.
+        """
+        # The one import that goes up: what is given back stands on the server's parts.
+        from adaptive_fusion.serving.gateway.remote import Remote
+
+        return Remote(
+            url,
+            model,
+            processor=processor,
+            engine=engine,
+            policy=policy,
+            budget=budget,
+            log=log,
+            key=key,
+            seed=seed,
         )
 
     # Asking

@@ -1,19 +1,37 @@
 """``adaptive-fusion doctor``: whether this set-up is sound, and what to do where it is not."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from adaptive_fusion.commands import options
-from adaptive_fusion.commands.output import console, emit, printable
+from adaptive_fusion.commands.output import console, emit, printable, refusing
+
+if TYPE_CHECKING:
+    from adaptive_fusion.doctor import Check
 
 app = typer.Typer()
 
 Model = Annotated[
     str | None,
     typer.Option(help="Load this model too: a folder in Hugging Face format, or the id of a model on the Hub."),
+]
+Upstream = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Ask the engine at this address what it accepts, instead.", show_default=False),
+]
+UpstreamModel = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of the model upstream; else the first that the engine lists."),
+]
+Engine = Annotated[
+    str, typer.Option(metavar="NAME", help="Which engine it is: vllm, sglang, lmdeploy, transformers...")
+]
+Processor = Annotated[
+    str | None,
+    typer.Option(metavar="ID|PATH|PRESET", help="How its model resizes, to be compared with the tokens it counts."),
 ]
 _MARKS = {"ok": "ok", "note": "note", "broken": "BROKEN"}
 
@@ -28,17 +46,25 @@ def doctor(
     policy: Annotated[
         str | None, typer.Option(help="Policy that --logs are compared with.", show_default=False)
     ] = None,
+    upstream: Upstream = None,
+    upstream_model: UpstreamModel = None,
+    engine: Engine = "openai",
+    processor: Processor = None,
     as_json: options.Json = False,
 ) -> None:
     """Check versions, devices, attention backends, number formats and combinations known to be bad; with a model also
     which policy it gets, what that was fitted to, and what does not fit; with logs, whether those are still like what
-    their policy was fitted on.
+    their policy was fitted on. With --upstream, in place of all this, what an engine accepts, found by asking it.
 
     Exit code 1 if something is broken.
     """
-    from adaptive_fusion.doctor import examine
+    if upstream is None:
+        from adaptive_fusion.doctor import examine
 
-    checks = list(examine(model, logs or (), policy))
+        checks = list(examine(model, logs or (), policy))
+    else:
+        with refusing((), as_json):
+            checks = _asked(upstream, upstream_model, engine, processor)
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
         emit({"ok": not broken, "checks": [asdict(check) for check in checks]})
@@ -52,3 +78,13 @@ def doctor(
         console().print(f"{len(broken)} broken" if broken else "nothing is broken")
     if broken:
         raise typer.Exit(1)
+
+
+def _asked(upstream: str, model: str | None, engine: str, processor: str | None) -> "list[Check]":
+    """What the engine at an address accepts."""
+    from adaptive_fusion.commands.serve import require_serving
+
+    require_serving()
+    from adaptive_fusion.serving.gateway.probe import examine_upstream
+
+    return list(examine_upstream(upstream, model=model, engine=engine, processor=processor))

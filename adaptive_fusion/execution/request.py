@@ -130,6 +130,23 @@ def each_request(media: Any, prompt: Any) -> list[tuple[Any, str | None]] | None
     return None
 
 
+def conversation(media_or_messages: Any, prompt: str | None) -> list[Message]:
+    """What `build_request` takes, as checked messages whose media are not loaded; it says what is refused."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise ConfigError(f"prompt is {type(prompt).__name__}; expected a string")
+    if is_messages(media_or_messages):
+        raw = list(media_or_messages)
+        if prompt is not None:
+            raw.append({"role": "user", "content": prompt})
+    else:
+        sources = _as_list(media_or_messages)
+        if not sources and not prompt:
+            raise ConfigError("a request needs media or a prompt; got neither")
+        content = [source if isinstance(source, Mapping) else {"type": "media", "media": source} for source in sources]
+        raw = [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
+    return read_messages(raw)
+
+
 def build_request(
     media_or_messages: Any,
     prompt: str | None,
@@ -160,19 +177,7 @@ def build_request(
         MediaError: For a medium that cannot be used, or an address.
         ConfigError: For a message, part, key or value of an unknown form, or a request without media and prompt.
     """
-    if prompt is not None and not isinstance(prompt, str):
-        raise ConfigError(f"prompt is {type(prompt).__name__}; expected a string")
-    if is_messages(media_or_messages):
-        raw = list(media_or_messages)
-        if prompt is not None:
-            raw.append({"role": "user", "content": prompt})
-    else:
-        sources = _as_list(media_or_messages)
-        if not sources and not prompt:
-            raise ConfigError("a request needs media or a prompt; got neither")
-        content = [source if isinstance(source, Mapping) else {"type": "media", "media": source} for source in sources]
-        raw = [{"role": "user", "content": [*content, {"type": "text", "text": prompt or ""}]}]
-    messages = read_messages(raw)
+    messages = conversation(media_or_messages, prompt)
     continues = begun_answer(messages, continue_final_message)
     shown = [part for message in messages for part in message.media]
     media = [_load(part, to_run or exact) for part in shown]

@@ -1,7 +1,7 @@
 """Encoded videos made smaller: fewer frames, each no larger than asked for, at the times that they had.
 
-What comes out is MP4 with H.264, whatever came in, without sound. PyAV is the optional extra ``[video]``. The same bytes
-in give the same bytes out. Knows bytes and frames. Must not know of requests, plans or engines.
+What comes out is MP4 with H.264, whatever came in, without sound. PyAV is the optional extra ``[video]``. The same
+bytes in give the same bytes out. Knows bytes and frames. Must not know of requests, plans or engines.
 """
 
 from collections.abc import Iterator
@@ -75,12 +75,17 @@ def clip(
     smaller = max_pixels is not None and width * height > max_pixels
     if len(video.frames) == video.total_frames and not smaller:
         return None
+    return encoded(video, side)
+
+
+def encoded(video: Video, side: int = 2) -> Reencoded:
+    """Sampled frames as MP4 with H.264, each at its time; sides are multiples of `side`."""
     high, wide = (max(side, edge - edge % side) for edge in video.frames.shape[1:3])
     return Reencoded(_written(video, wide, high), len(video.frames), video.total_frames, wide, high)
 
 
 def _written(video: Video, width: int, height: int) -> bytes:
-    """The frames as MP4, each at its time; the last one lasts until the clip's end."""
+    """The frames, each at its time; the last one lasts until the clip's end."""
     import av
 
     out = BytesIO()

@@ -72,5 +72,5 @@ def test_image_tokens_are_read_where_they_are_counted(name: str) -> None:
 
 
 def test_an_unknown_engine_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="tgi.*vllm.*ollama"):
+    with pytest.raises(ConfigError, match=r"tgi.*vllm.*ollama"):
         find("tgi")

@@ -29,8 +29,8 @@ def test_tokens_are_those_that_the_processor_makes(width: int, height: int) -> N
 
 
 def test_a_folder_is_read_whatever_names_its_limits_have(tmp_path: Path) -> None:
-    for index, limits in enumerate(({"min_pixels": 3136, "max_pixels": 200704}, {"size": {"shortest_edge": 3136,
-                                                                                       "longest_edge": 200704}})):  # fmt: skip
+    old, new = {"min_pixels": 3136, "max_pixels": 200704}, {"shortest_edge": 3136, "longest_edge": 200704}
+    for index, limits in enumerate((old, {"size": new})):
         folder = tmp_path / str(index)
         folder.mkdir()
         kind = {"image_processor_type": "Qwen2VLImageProcessorFast", "patch_size": 14, "merge_size": 2}

@@ -1,0 +1,326 @@
+"""A model behind an address, asked from Python: the decisions, log and policies of a runner, the answers of an engine.
+
+`AdaptiveRunner.remote` makes one. A request is planned as the gateway plans it (`plan`), its media are brought to what
+the plan says, and the engine's answer comes back as a `Reply`. Knows requests and answers. Must not know how plans are
+made or media resized.
+"""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.upstream import Upstream, measured_from_outside
+from adaptive_fusion.decision_log import DecisionLog, text_hash
+from adaptive_fusion.decisions import Decision, Measurement, decision_record
+from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.execution.request import conversation
+from adaptive_fusion.execution.turns import turns_of
+from adaptive_fusion.features.prompts import prompt_kind
+from adaptive_fusion.media.inline import data_url_bytes
+from adaptive_fusion.media.pixels import DEFAULT
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.files import AUTO
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.serving.gateway import engines, processors
+from adaptive_fusion.serving.gateway.client import TIMEOUT_S, Client, UpstreamError, shortened
+from adaptive_fusion.serving.gateway.escalate import ASKED, Events, choices_of, data_of, entropies
+from adaptive_fusion.serving.gateway.outgoing import chat_body
+from adaptive_fusion.serving.gateway.plan import Medium, Planned, Plans
+from adaptive_fusion.serving.gateway.reading import Call, read_call
+from adaptive_fusion.serving.gateway.sizing import Given, Sizing, as_data_url
+
+__all__ = ["Remote", "RemoteStream", "UpstreamError"]
+
+
+@dataclass
+class _Answer:
+    """An answer as it came."""
+
+    text: str = ""
+    finish: str = ""
+    usage: Mapping[str, Any] | None = None
+    choices: Sequence[Any] = ()
+    first_s: float = math.nan
+    pieces: int = 0
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A planned request with its media as bytes."""
+
+    call: Call
+    media: tuple[Medium, ...]
+    data: tuple[bytes, ...]
+    planned: Planned
+    arrived_s: float
+
+
+class Remote:
+    """See `AdaptiveRunner.remote`; thread-safe."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        processor: str = "qwen3-vl",
+        engine: str = "openai",
+        policy: Policy | str | Path = AUTO,
+        budget: Budget | None = None,
+        log: DecisionLog | str | Path | None = None,
+        key: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        seed: int | None = None,
+    ) -> None:
+        self.client, self.model = Client(url, key, timeout_s), model
+        self.engine, self.grid = engines.find(engine), processors.find(processor)
+        self.upstream = Upstream(self.grid, model, policy=policy, budget=budget, seed=seed)
+        self.log = DecisionLog(log) if isinstance(log, str | Path) else log
+        self._plans = Plans(self.upstream, audit=False, gives_logprobs=self.engine.logprobs)
+        self._sizing = Sizing(self.grid, DEFAULT.max_megapixels)
+
+    @property
+    def policy(self) -> Policy:
+        """The policy with what can be chosen before an engine."""
+        return self.upstream.policy
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.client.close()
+
+    def __enter__(self) -> "Remote":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Asking
+
+    def chat(
+        self,
+        media: Any,
+        prompt: str | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int | None = None,
+        point: OperatingPoint | None = None,
+        **fields: Any,
+    ) -> Reply:
+        """Answer one request; arguments are those of `AdaptiveRunner.chat`, but `fields` are the engine's own.
+
+        Raises:
+            UpstreamError: If the engine does not answer.
+            MediaError: For a medium that cannot be used.
+            ConfigError: For an argument that cannot be said upstream.
+            UnsupportedModelError: For a `point` with a knob other than pixels and frames.
+            InfeasibleBudgetError: If nothing fits and the budget asks for a refusal.
+        """
+        ready = self._ready(media, prompt, budget, max_new_tokens, point, fields, stream=False)
+        second = ready.planned.choice.candidate.second
+        asked = {"logprobs": True, "top_logprobs": ASKED} if second is not None else {}
+        answer = self._whole(ready, ready.planned.given, asked)
+        decision, first_ms = ready.planned.decision, (time.monotonic() - ready.arrived_s) * 1e3
+        if second is None:
+            return self._reply(ready, answer, decision)
+        seen = entropies(answer.choices)[: second.k]
+        if not seen:
+            why = "the engine gave no log-probabilities"
+            return self._reply(ready, answer, replace(decision, escalation={**decision.escalation, "why": why}))
+        entropy = sum(seen) / len(seen)
+        escalation = {**decision.escalation, "entropy": entropy}
+        unsure = entropy > second.threshold
+        self.upstream.controller.looked_at(ready.planned.choice, math.nan, escalated=unsure)
+        if not unsure:
+            return self._reply(ready, answer, replace(decision, escalated=False, escalation=escalation))
+        assert ready.planned.second is not None
+        answer = self._whole(ready, ready.planned.second, {})
+        better, first = second.candidate, ready.planned.choice.candidate
+        said = f"went on to {better.key}: entropy {entropy:.3g}, above {second.threshold:.3g}"
+        decision = replace(
+            decision,
+            escalated=True,
+            escalation={**escalation, "first_rung": first.key, "first_ms": first_ms},
+            point=better.point,
+            rung=better.key,
+            predicted=better.predicted,
+            reason=f"{decision.reason}; {said}",
+        )
+        return self._reply(ready, answer, decision, learn=False)
+
+    def stream(
+        self,
+        media: Any,
+        prompt: str | None = None,
+        *,
+        budget: Budget | None = None,
+        max_new_tokens: int | None = None,
+        point: OperatingPoint | None = None,
+        **fields: Any,
+    ) -> "RemoteStream":
+        """As `chat`, as an iterator over pieces of text whose ``reply`` holds the `Reply` once it has ended. What a
+        stream begins with stands, so there is no second pass."""
+        ready = self._ready(media, prompt, budget, max_new_tokens, point, fields, stream=True)
+        return RemoteStream(self, ready)
+
+    def decide(
+        self, media: Any, prompt: str | None = None, *, budget: Budget | None = None, max_new_tokens: int | None = None
+    ) -> Decision:
+        """The decision `chat` would take, without asking the engine."""
+        return self._ready(media, prompt, budget, max_new_tokens, None, {}, stream=False).planned.decision
+
+    # How it is done
+
+    def _ready(
+        self,
+        media: Any,
+        prompt: str | None,
+        budget: Budget | None,
+        max_new_tokens: int | None,
+        point: OperatingPoint | None,
+        fields: Mapping[str, Any],
+        *,
+        stream: bool,
+    ) -> _Ready:
+        arrived = time.monotonic()
+        if stream and "stream" in fields:
+            raise ConfigError("stream is given; expected the method stream")
+        most = {} if max_new_tokens is None else {"max_tokens": max_new_tokens}
+        streaming: dict[str, Any] = {"stream": True} if stream else {}
+        if stream and self.engine.stream_usage:
+            streaming["stream_options"] = {"include_usage": True}
+        body = chat_body(self.model, conversation(media, prompt), {**streaming, **most, **fields})
+        call = read_call(body)
+        never = "a stream's answer begins at once" if stream else call.why_no_look
+        call = replace(call, budget=budget or Budget(), point=point, why_no_look=never)
+        data = tuple(data_url_bytes(each.text) for each in call.shown)
+        shown = tuple(
+            Medium(self._sizing.measure(each, found.kind), found.detail)
+            for each, found in zip(data, call.shown, strict=True)
+        )
+        names = [each.measured.name for each in shown if each.measured is not None]
+        turns = turns_of(call.messages, names, "")
+        planned = self._plans.decide(call, shown, turns, (time.monotonic() - arrived) * 1e3)
+        return _Ready(call, shown, data, planned, arrived)
+
+    def _sent(self, ready: _Ready, given: Sequence[Given], added: Mapping[str, Any]) -> bytes:
+        """The body with media at what they are given."""
+        edits = []
+        for medium, data, shown, each in zip(ready.media, ready.data, ready.call.shown, given, strict=True):
+            assert medium.measured is not None
+            frames = self._plans.frames(medium.measured, each)
+            small = self._sizing.smaller(medium.measured, data, each, frames)
+            if small is not None:
+                edits.append((shown.node, json.dumps(as_data_url(small, shown.text[:64]))))
+        return ready.call.body.edited(edits, dict(added))
+
+    def _whole(self, ready: _Ready, given: Sequence[Given], added: Mapping[str, Any]) -> _Answer:
+        found = self.client.json(self._sent(ready, given, added))
+        try:
+            choice = found["choices"][0]
+            text = choice["message"].get("content") or ""
+        except (TypeError, KeyError, IndexError, AttributeError) as error:
+            raise UpstreamError("the engine's answer is no chat completion", 502) from error
+        usage = found.get("usage")
+        return _Answer(text, choice.get("finish_reason") or "stop", usage, found["choices"])
+
+    def _pieces(self, ready: _Ready, answer: _Answer) -> Iterator[str]:
+        """The texts of a stream, kept in `answer` too."""
+        events = Events()
+        with self.client.asked(self._sent(ready, ready.planned.given, {})) as response:
+            for piece in response.iter_stream():
+                for event in events.feed(piece):
+                    yield from self._said(event, answer)
+            yield from self._said(events.rest, answer)
+        if not answer.finish:
+            raise UpstreamError("the engine ended in the middle of its answer", 502)
+
+    def _said(self, event: bytes, answer: _Answer) -> Iterator[str]:
+        data = data_of(event)
+        if data is None or not data.startswith(b"{"):
+            return
+        found = json.loads(data)
+        if found.get("error"):
+            raise UpstreamError(f"the engine broke off: {shortened(found['error'])}", 502)
+        answer.usage = found.get("usage") or answer.usage
+        for choice in choices_of(data)[:1]:
+            answer.finish = choice.get("finish_reason") or answer.finish
+            text = (choice.get("delta") or {}).get("content")
+            if text:
+                if math.isnan(answer.first_s):
+                    answer.first_s = time.monotonic()
+                answer.text += text
+                answer.pieces += 1
+                yield text
+
+    def _reply(self, ready: _Ready, answer: _Answer, decision: Decision, *, learn: bool = True) -> Reply:
+        """What goes out; costs and lengths learn from it and it is logged."""
+        planned, measured = ready.planned, self._measured(ready, answer)
+        ended = answer.finish != "length"
+        if learn:
+            kind = prompt_kind(ready.call.prompt)
+            self.upstream.took(planned.choice, planned.ran, planned.work, kind, measured, ended=ended)
+        if self.log is not None:
+            names = "+".join(each.measured.name for each in ready.media if each.measured is not None)
+            prompt = text_hash(ready.call.prompt)
+            record = decision_record(
+                decision,
+                measured,
+                time_s=time.time(),
+                content_hash=names or None,
+                prompt_hash=prompt,
+                finish_reason=answer.finish,
+            )
+            self.log.write(record)
+        return Reply(answer.text, answer.finish, decision, measured)
+
+    def _measured(self, ready: _Ready, answer: _Answer) -> Measurement:
+        usage = answer.usage if isinstance(answer.usage, Mapping) else {}
+        counted, work = self.engine.image_tokens(usage), ready.planned.work
+        prompt = usage.get("prompt_tokens")
+        new = usage.get("completion_tokens")
+        return measured_from_outside(
+            (answer.first_s - ready.arrived_s) * 1e3,
+            (time.monotonic() - ready.arrived_s) * 1e3,
+            ready.planned.tokens if counted is None else counted,
+            prompt if isinstance(prompt, int) else int(work.prompt_tokens),
+            new if isinstance(new, int) else answer.pieces or max(1, round(work.new_tokens)),
+        )
+
+
+class RemoteStream:
+    """Pieces of an answer as they come; `reply` once it has ended. Closing it ends the request."""
+
+    def __init__(self, remote: Remote, ready: _Ready) -> None:
+        self._remote, self._ready, self._answer = remote, ready, _Answer()
+        self._pieces = remote._pieces(ready, self._answer)
+        self._reply: Reply | None = None
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._pieces
+        with self._lock:
+            if self._reply is None:
+                self._reply = self._remote._reply(self._ready, self._answer, self._ready.planned.decision)
+
+    @property
+    def reply(self) -> Reply:
+        """The finished reply; reads what is left of the stream.
+
+        Raises:
+            UpstreamError: If the stream broke off or was closed before its end.
+        """
+        for _ in self:
+            pass
+        assert self._reply is not None
+        return self._reply
+
+    def close(self) -> None:
+        """End the request, whatever of it is left."""
+        self._pieces.close()  # type: ignore[attr-defined]
