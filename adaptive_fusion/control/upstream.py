@@ -6,7 +6,6 @@ frames can be chosen for. Knows plans and times. Must not know of media, message
 """
 
 import json
-import random
 import threading
 import time
 from collections import deque
@@ -69,7 +68,7 @@ class Upstream:
         self.policy, told = projected(chosen.policy)
         self.warning, self.remark = chosen.warning, "; ".join(filter(None, (chosen.remark, told)))
         self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(environ))
-        self.clock, self._rng, self._lock = clock, random.Random(seed), threading.Lock()
+        self.clock, self._seed, self._lock = clock, seed, threading.Lock()
         self._seen: deque[tuple[Seen, Candidate]] = deque(maxlen=KEPT)
         self._count = 0
         key = {"upstream": model, "patch": str(grid.patch), "merge": str(grid.merge)}
@@ -88,7 +87,7 @@ class Upstream:
     def _learn_with(self, profile: Profile, controller: Controller, lengths: LengthModel) -> None:
         self.profile, self.controller, self.lengths = profile, controller, lengths
         cost = CostModel(profile)
-        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, self._rng, self.remark)
+        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, self.remark, self._seed)
 
     def decide(
         self, info: RequestInfo, own: Budget | None = None, point: OperatingPoint | None = None, *, audit: bool = False
