@@ -37,7 +37,12 @@ def text_hash(text: str) -> str:
 
 
 def feedback_record(
-    request_id: str, rating: float | str, *, source_id: str | None = None, time_s: float | str | datetime = 0.0
+    request_id: str,
+    rating: float | str,
+    *,
+    source_id: str | None = None,
+    time_s: float | str | datetime = 0.0,
+    comment: str | None = None,
 ) -> dict[str, Any]:
     """A user's opinion of one answer as a log record: ``up``, ``down``, or a rating from 0 to 1.
 
@@ -53,6 +58,7 @@ def feedback_record(
         request_id=request_id,
         rating=float(value),
         source_id=source_id,
+        **({} if comment is None else {"comment": comment}),
     )
 
 
@@ -133,6 +139,7 @@ class DecisionLog:
         *,
         source_id: str | None = None,
         time_s: float | str | datetime | None = None,
+        comment: str | None = None,
     ) -> None:
         """Append a user's rating of the answer with that `request_id` (``reply.decision.request_id``).
 
@@ -141,12 +148,13 @@ class DecisionLog:
             rating: ``up``, ``down`` or a number from 0 to 1.
             source_id: Who rates, as a pseudonym: of each one's ratings of a request the last counts.
             time_s: Seconds since the epoch, or another form that `read_moment` reads; now, if left out.
+            comment: What they wrote. It is content, which the log has none of else: only where that is wanted.
 
         Raises:
             ConfigError: For another rating, or a time that cannot be read.
         """
         now = time.time() if time_s is None else time_s
-        self.write(feedback_record(request_id, rating, source_id=source_id, time_s=now))
+        self.write(feedback_record(request_id, rating, source_id=source_id, time_s=now, comment=comment))
 
     def _begin(self) -> None:
         """Each process counts its own, with a lock of its own: a fork may have copied one that was held."""

@@ -79,6 +79,7 @@ FIELDS = (
     Field("prompt_kind", "text", _LABEL),
     Field("target", "number", _LABEL),
     Field("rating", "number", _FEEDBACK),
+    Field("comment", "text", _FEEDBACK),
     Field("weight", "number", _LABEL),
     Field("model", "json", _LABEL),
     Field("votes", "json", _LABEL),

@@ -9,6 +9,7 @@ that `wired` has put together, `batching` several at once, `model_face` stands i
 """
 
 import asyncio
+import json
 import threading
 import uuid
 from collections.abc import Sequence
@@ -80,8 +81,13 @@ class AdaptiveRunner(Batching):
         ConfigError: For a value out of range.
     """
 
-    def with_policy(self, policy: Policy | str | Path) -> "AdaptiveRunner":
+    def with_policy(self, policy: Policy | str | Path, *, apart: bool = False) -> "AdaptiveRunner":
         """A runner of the same model with another policy, which learns together with this one.
+
+        Args:
+            policy: As the runner takes it.
+            apart: Whether it goes on by itself from what this one has learned so far: its faults then leave no trace in
+                this one's prices and drifts, and the plans of conversations are its own.
 
         Raises:
             PolicyError: If the policy cannot be loaded.
@@ -100,8 +106,12 @@ class AdaptiveRunner(Batching):
             explore=self._explore,
         )
         other.profile_note, other._warm = self.profile_note, self._warm
-        other._learn_with(self.controller, self.lengths)
-        other.encoder_cache, other.conversations, other.gain = self.encoder_cache, self.conversations, self.gain
+        other.encoder_cache, other.gain = self.encoder_cache, self.gain
+        if apart:
+            other.restore(json.loads(json.dumps(self.state())))
+        else:
+            other._learn_with(self.controller, self.lengths)
+            other.conversations = self.conversations
         return other
 
     @classmethod

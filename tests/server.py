@@ -16,13 +16,14 @@ from waits import MOST_S
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.run import DrainingServer, server_for
 from adaptive_fusion.serving.settings import Settings
+from adaptive_fusion.serving.trials import Trials
 
 
 @contextmanager
-def serving(runner: AdaptiveRunner, **settings: Any) -> Iterator[DrainingServer]:
+def serving(runner: AdaptiveRunner, trials: Trials | None = None, **settings: Any) -> Iterator[DrainingServer]:
     """A server that is ready; it drains at the end."""
     ready = threading.Event()
-    server = server_for(runner, Settings(port=0, **settings), lambda line: ready.set())
+    server = server_for(runner, Settings(port=0, **settings), lambda line: ready.set(), trials)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert ready.wait(MOST_S)

@@ -151,6 +151,22 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Keep what was learned here over a restart.", rich_help_panel=_SERVER),
     ] = None,
+    rollout: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Experiments with policies, which `adaptive-fusion rollout` starts and ends in this file.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    keep_comments: Annotated[
+        bool,
+        typer.Option(
+            "--keep-comments",
+            help="Log what people write beside a rating; without it only the rating is kept.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = False,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -218,6 +234,7 @@ def serve(
             batch=batch,
             state=state,
             calibrate=calibrate,
+            keep_comments=keep_comments,
             generate=cache_options(cache.value),
         )
         from adaptive_fusion.serving.run import server_for
@@ -229,11 +246,20 @@ def serve(
             device_map,
         )
         runner = open_runner(model, policy, log, given, encoder_cache_mb, explore)
-        server = server_for(runner, settings, complain)
+        server = server_for(runner, settings, complain, _trials(rollout, runner))
     server.run()
     gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
+
+
+def _trials(file: Path | None, runner: Any) -> Any:
+    if file is None:
+        return None
+    from adaptive_fusion.rollout.arms import Arms
+    from adaptive_fusion.rollout.live import Live
+
+    return Arms(runner, Live(file))
 
 
 def name_of(model: str) -> str:

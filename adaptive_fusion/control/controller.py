@@ -164,6 +164,12 @@ class Controller:
         with self._lock:
             return self._learned.ttft.factor(key)
 
+    def price(self, attainment: float) -> float:
+        """The price of a miss at an attainment level, in answers of quality 1."""
+        with self._lock:
+            found = self._learned.prices.get(attainment)
+            return found.value if found is not None else law.PRICE_START
+
     def share(self, key: str, before: float) -> float:
         """P(the better plan runs after a first pass), by the `key` of its `Second`; `before` was expected at first."""
         with self._lock:

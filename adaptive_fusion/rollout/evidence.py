@@ -3,7 +3,7 @@
 Knows numbers from 0 (good) to 1 (bad). Must not know what they are numbers of, or what follows from them.
 
 An e-process is a nonnegative process whose mean is at most 1 at any stopping time while its hypothesis holds. So it
-ever reaches 1 / alpha with probability at most alpha (Ville 1939), however often one looks, and may be acted on at once.
+reaches 1 / alpha, ever, with probability at most alpha (Ville 1939): one may look after every request and act at once.
 
 Two arms (`Unpaired`). Hypothesis: the mean of the canary's badness b is at most that of the control's a plus a margin
 m, in every block of requests, whatever the mean does from block to block. A block has n_a outcomes of the control and

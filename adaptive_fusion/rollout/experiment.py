@@ -209,7 +209,7 @@ class Course:
                 self.watches[name].pair(event.control[name], event.canary[name])
         else:
             touched = self._observe(event)
-        if self.status != RUNNING:
+        if self.status != RUNNING or self.experiment.kind == AUDIT:
             return None
         for name in touched:
             if why := self.watches[name].worse:

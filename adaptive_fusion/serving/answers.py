@@ -4,7 +4,7 @@ Knows replies, decisions and the ``openai`` package's types. Must not know of qu
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from openai.types import CompletionUsage
@@ -37,6 +37,7 @@ class Asked:
         native_tokens: Visual tokens of the request at native.
         stops: Strings at which the answer ends.
         ignored: Fields that changed nothing.
+        trial: What is said of its part in an experiment.
         top_logprobs: How many of the likeliest tokens are wanted; None wants no log-probabilities at all.
     """
 
@@ -46,6 +47,7 @@ class Asked:
     stops: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    trial: Mapping[str, Any] = field(default_factory=dict)
 
 
 def completion_id(decision: Decision) -> str:
@@ -225,6 +227,7 @@ def outcome(asked: Asked, reply: Reply, wait_s: float) -> dict[str, Any]:
         "met": reply.met,
         "finish_reason": reply.finish_reason,
         "ignored": list(asked.ignored),
+        **asked.trial,
     }
 
 

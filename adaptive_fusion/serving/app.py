@@ -14,13 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adaptive_fusion.runner import AdaptiveRunner
-from adaptive_fusion.serving import answers, chat, own
+from adaptive_fusion.serving import answers, chat, own, rollouts
 from adaptive_fusion.serving.chat import require_model
 from adaptive_fusion.serving.document import MODEL_PATH, descriptions
 from adaptive_fusion.serving.http import BODIES, Bodies, Guard, answering
 from adaptive_fusion.serving.refusals import Refusal, error_response, json_response
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.settings import Settings
+from adaptive_fusion.serving.trials import Trials
 
 Handler = Callable[[Request], Awaitable[Response]]
 OWN = "/v1/adaptive_fusion"
@@ -31,6 +32,7 @@ def create_app(
     settings: Settings | None = None,
     on_ready: Callable[[list[str]], None] = lambda notes: None,
     on_failure: Callable[[Exception], None] = lambda error: None,
+    trials: Trials | None = None,
 ) -> FastAPI:
     """An ASGI application that answers with `runner`.
 
@@ -39,12 +41,13 @@ def create_app(
         settings: How; None takes the defaults.
         on_ready: Called once the first request can come, with sentences that say what was found.
         on_failure: Called if the model cannot be made ready.
+        trials: Experiments with policies.
 
     Raises:
         ConfigError: For settings that do not go with the runner.
     """
     settings = settings if settings is not None else Settings()
-    service = Service(runner, settings)
+    service = Service(runner, settings, trials)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -94,6 +97,9 @@ def _routes() -> tuple[tuple[str, str, Handler], ...]:
         ("POST", f"{OWN}/points", own.points),
         ("GET", f"{OWN}/decisions", own.decisions),
         ("POST", f"{OWN}/feedback", own.feedback),
+        ("GET", f"{OWN}/rollout", rollouts.status),
+        ("POST", f"{OWN}/rollout/promote", rollouts.promote),
+        ("POST", f"{OWN}/rollout/abort", rollouts.abort),
         ("GET", "/health", _health),
         ("GET", "/ready", _ready),
         ("GET", "/metrics", _metrics),

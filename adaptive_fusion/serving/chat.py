@@ -25,10 +25,11 @@ from adaptive_fusion.serving.media import check_media
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, json_response
 from adaptive_fusion.serving.scheduler import Place
-from adaptive_fusion.serving.schema import ChatCall, read_chat
+from adaptive_fusion.serving.schema import SESSION_FIELDS, USER_FIELDS, ChatCall, read_chat
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.streaming import stream_answer
 from adaptive_fusion.serving.tracing import caller_context, request_attributes, span
+from adaptive_fusion.serving.trials import Trial
 from adaptive_fusion.serving.turns import ModelTurn, take
 
 
@@ -77,15 +78,20 @@ def require_model(service: Service, name: str) -> None:
 
 
 async def prepared_call(
-    service: Service, call: ChatCall, arrived_s: float | None = None, before: Callable[[], None] = lambda: None
+    service: Service,
+    call: ChatCall,
+    arrived_s: float | None = None,
+    before: Callable[[], None] = lambda: None,
+    trial: Trial | None = None,
 ) -> Prepared:
     """A request with its media loaded and measured, outside the event loop.
 
-    `before` is called in the thread that does it, when one is free; what it raises ends the request.
+    `before` is called in the thread that does it, when one is free; what it raises ends the request. In a `trial` the
+    runner of its arm prepares it.
     """
     require_model(service, call.model)
     messages = await check_media(call.messages, service.media_limits)
-    return await service.in_thread(_prepare, service, call, messages, arrived_s, before)
+    return await service.in_thread(_prepare, service, call, messages, arrived_s, before, trial)
 
 
 def _prepare(
@@ -94,9 +100,11 @@ def _prepare(
     messages: list[dict[str, Any]],
     arrived_s: float | None,
     before: Callable[[], None],
+    trial: Trial | None,
 ) -> Prepared:
     before()
-    settings, runner = service.settings, service.runner_for(call.policy)
+    settings = service.settings
+    runner = service.runner_for(call.policy) if trial is None else trial.runner()
     return runner.prepared(
         messages,
         budget=own_budget(service, call),
@@ -104,7 +112,7 @@ def _prepare(
         point=call.point,
         arrived_s=arrived_s,
         seed=call.seed,
-        audit=settings.mode == "audit",
+        audit=settings.mode == "audit" or (trial is not None and trial.audit),
         context=service.context,
         tenant=service.tenant,
         continue_final_message=call.continues,
@@ -125,15 +133,23 @@ async def _respond(service: Service, place: Place, arrived_s: float, body: bytes
     crowded = service.scheduler.admitted > 1
     call = read_chat(await as_json(body))
     job = Job(service, place, arrived_s, call, trace, crowded=crowded)
+    # A request that says itself how it is to be decided is in no experiment.
+    if service.trials is not None and call.policy is None and call.point is None:
+        job.trial = service.trials.begin(call.messages, user=call.user, session=call.session)
     with blaming(call):
-        return await _answered(job)
+        try:
+            return await _answered(job)
+        except BaseException as error:
+            job.failed(error)
+            raise
 
 
 async def _answered(job: Job) -> Response:
     service, call = job.service, job.call
     with span("prepare", request_attributes(service.settings.model), context=job.trace):
         _refuse_if_queue_is_too_long(job)
-        prepared = await prepared_call(service, call, job.arrived_s, before=job.refuse_if_expired)
+        prepared = await prepared_call(service, call, job.arrived_s, job.refuse_if_expired, job.trial)
+        job.made_ready = True
         if job.limit_s is not None and (wait_s := job.wait_s):
             job.had_to_wait = True
             await service.in_thread(_refuse_if_late, job, prepared, wait_s)
@@ -142,10 +158,17 @@ async def _answered(job: Job) -> Response:
         created=int(time.time()),
         native_tokens=prepared.native_tokens,
         stops=call.stops,
-        ignored=call.ignored,
+        ignored=_ignored(job),
+        trial=job.trial.said() if job.trial is not None else {},
         top_logprobs=call.top_logprobs if call.logprobs else None,
     )
     return await (stream_answer if call.stream else _whole)(job, prepared, asked)
+
+
+def _ignored(job: Job) -> tuple[str, ...]:
+    """Fields that changed nothing; what an experiment went by did."""
+    used = {"user": USER_FIELDS, "session": SESSION_FIELDS}.get(job.trial.unit if job.trial is not None else "", ())
+    return tuple(name for name in job.call.ignored if name not in used)
 
 
 def _refuse_if_queue_is_too_long(job: Job) -> None:

@@ -149,7 +149,13 @@ _FEEDBACK: Schema = {
         "request_id": _TEXT,
         "rating": {"anyOf": [{"enum": ["up", "down"]}, {"type": "number", "minimum": 0, "maximum": 1}]},
         "source_id": {"type": ["string", "null"], "minLength": 1, "maxLength": 200},
+        "comment": {"type": ["string", "null"], "minLength": 1, "maxLength": 2000},
     },
+}
+_WHY: Schema = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"why": {"type": "string", "maxLength": 500}},
 }
 _OWN = "/v1/adaptive_fusion"
 MODEL_PATH = "/v1/models/{name:path}"
@@ -166,6 +172,9 @@ def descriptions(model: str) -> Mapping[str, Schema]:
         f"{_OWN}/decide": chat,
         f"{_OWN}/points": chat,
         f"{_OWN}/feedback": {"requestBody": _body(_FEEDBACK), "responses": _RESPONSES},
+        f"{_OWN}/rollout": {"responses": _RESPONSES},
+        f"{_OWN}/rollout/promote": {"requestBody": _body(_WHY), "responses": _RESPONSES},
+        f"{_OWN}/rollout/abort": {"requestBody": _body(_WHY), "responses": _RESPONSES},
         f"{_OWN}/decisions": {"parameters": [n], "responses": _RESPONSES},
         MODEL_PATH: {"parameters": [name], "responses": _RESPONSES},
         "/ready": {"responses": _RESPONSES},

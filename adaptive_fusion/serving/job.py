@@ -12,14 +12,18 @@ from typing import Any, TypeVar
 from opentelemetry.context import Context
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import Prepared
 from adaptive_fusion.serving.answers import Asked
+from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.scheduler import Place, too_late
 from adaptive_fusion.serving.schema import ChatCall
 from adaptive_fusion.serving.service import Service
+from adaptive_fusion.serving.trials import Trial
 
 T = TypeVar("T")
+TOO_LATE = ("deadline_passed", "deadline_unreachable")
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Job:
         trace: The caller's trace.
         waited_s: How long it waited for the model, once it has it.
         had_to_wait: Whether others were before it when it had been made ready.
+        trial: Its part in an experiment.
+        made_ready: Whether its media were loaded: what goes wrong before is the client's.
         crowded: Whether others were there when it came, with whom it shares the threads that make ready.
     """
 
@@ -45,6 +51,8 @@ class Job:
     waited_s: float = 0.0
     had_to_wait: bool = False
     crowded: bool = False
+    trial: Trial | None = None
+    made_ready: bool = False
 
     @cached_property
     def limits(self) -> Budget:
@@ -76,6 +84,17 @@ class Job:
         if self.crowded and self.latest_s is not None and self.service.runner.clock() >= self.latest_s:
             raise too_late()
 
+    def failed(self, error: BaseException) -> None:
+        """It ended in an error, or nobody waits for it any more."""
+        if self.trial is None:
+            return
+        if isinstance(error, Refusal):
+            (self.trial.turned_away if error.code in TOO_LATE else self.trial.left_out)()
+        elif isinstance(error, ConfigError) and not self.made_ready:
+            self.trial.left_out()  # the request's own fault, whoever would have answered
+        else:
+            self.trial.failed(error, self.limits.to_dict())
+
 
 def own_budget(service: Service, call: ChatCall) -> Budget:
     """The server's limits with the request's put over them."""
@@ -93,6 +112,8 @@ def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> N
     if job.had_to_wait and job.limit_s is not None:
         limit_ms = decision.budget.get("latency_ms")
         service.reserve.observe(reply.met is not False and (limit_ms is None or e2e_s * 1e3 <= limit_ms))
+    if job.trial is not None:
+        job.trial.answered(reply, e2e_s * 1e3)
     service.records.add(decision.request_id, {"created": asked.created, **fields})
     service.access_log.write(
         "answer",

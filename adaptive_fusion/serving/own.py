@@ -19,7 +19,8 @@ from adaptive_fusion.serving.refusals import Refusal, json_response
 from adaptive_fusion.serving.schema import ChatCall, read_chat, read_object
 from adaptive_fusion.serving.service import Service
 
-FEEDBACK_KEYS = ("request_id", "rating", "source_id")
+FEEDBACK_KEYS = ("request_id", "rating", "source_id", "comment")
+MAX_COMMENT = 2000
 
 
 async def decide(request: Request) -> Response:
@@ -82,15 +83,26 @@ async def feedback(request: Request) -> Response:
     rating = checked(
         "rating", lambda: feedback_record(named, body.get("rating", "nothing"), source_id=source)["rating"]
     )
+    comment = _comment(body.get("comment"))
     log = service.runner.log
     if log is None:
         raise Refusal("the server keeps no log; start it with --log FILE to rate answers", 400, code="no_log")
     request_id = answers.request_id(named)
     service.records.require(request_id)
     new = service.records.rated(request_id, source, rating)
+    kept = comment if service.settings.keep_comments else None
     if new:
-        await service.in_thread(lambda: log.feedback(request_id, rating, source_id=source))
-    return json_response({"request_id": request_id, "rating": rating, "recorded": new})
+        await service.in_thread(lambda: log.feedback(request_id, rating, source_id=source, comment=kept))
+        if service.trials is not None:
+            await service.in_thread(service.trials.rated, request_id, rating)
+    said = {"comment_kept": new and kept is not None} if comment is not None else {}
+    return json_response({"request_id": request_id, "rating": rating, "recorded": new, **said})
+
+
+def _comment(given: object) -> str | None:
+    if given is not None and (not isinstance(given, str) or not 0 < len(given) <= MAX_COMMENT):
+        raise Refusal(f"comment is no text of 1 to {MAX_COMMENT} characters; expected one, or none", param="comment")
+    return given
 
 
 async def _measured(request: Request) -> tuple[Service, Prepared, ChatCall]:

@@ -20,6 +20,7 @@ from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.app import create_app
 from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
 from adaptive_fusion.serving.settings import Settings
+from adaptive_fusion.serving.trials import Trials
 
 KEEP_ALIVE_S = 30
 LAST_BYTES_S = 5
@@ -90,7 +91,10 @@ class DrainingServer(uvicorn.Server):
 
 
 def server_for(
-    runner: AdaptiveRunner, settings: Settings, announce: Callable[[str], None] = lambda line: None
+    runner: AdaptiveRunner,
+    settings: Settings,
+    announce: Callable[[str], None] = lambda line: None,
+    trials: Trials | None = None,
 ) -> DrainingServer:
     """A server that is not listening yet; ``run()`` listens until a signal comes.
 
@@ -98,6 +102,7 @@ def server_for(
         runner: Answers.
         settings: How.
         announce: Called with one line once the first request can come.
+        trials: Experiments with policies.
     """
     found: list[DrainingServer] = []
 
@@ -115,7 +120,7 @@ def server_for(
         announce(f"the model cannot be made ready: {type(error).__name__}: {error}")
         found[0].failed = found[0].should_exit = True
 
-    app: FastAPI = create_app(runner, settings, ready, failed)
+    app: FastAPI = create_app(runner, settings, ready, failed, trials)
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -23,6 +23,8 @@ PARTS: Mapping[str, str] = {"text": "text", "image_url": "image_url", "video_url
 OWN_KEYS = ("budget", "policy", "point")
 LIMITS = ("latency_ms", "ttft_ms", "vram_gb", "attainment", "on_infeasible", "on_deadline")
 MAX_TOP_LOGPROBS, MAX_MESSAGES = 20, 2000
+USER_FIELDS, SESSION_FIELDS = ("user", "safety_identifier"), ("prompt_cache_key", "metadata")
+"""Fields that name who asks, and in which session, for experiments by user or session."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class ChatCall:
         policy: Name of the policy to decide by; None takes the server's.
         point: Exactly what to run; None decides.
         ignored: Names of fields that change nothing.
+        user: Key of who asks: of ``user`` or ``safety_identifier``; empty where neither is given.
+        session: Key of the session: of ``prompt_cache_key`` or ``session_id`` in ``metadata``.
     """
 
     model: str
@@ -62,6 +66,8 @@ class ChatCall:
     policy: str | None = None
     point: OperatingPoint | None = None
     ignored: tuple[str, ...] = ()
+    user: str = ""
+    session: str = ""
 
 
 def read_json(text: bytes) -> Any:
@@ -119,7 +125,20 @@ def read_chat(body: Any) -> ChatCall:
         policy=policy,
         point=point,
         ignored=(*ignored, *options_ignored),
+        user=key_of(body, *USER_FIELDS),
+        session=key_of(body, *SESSION_FIELDS),
     )
+
+
+def key_of(body: Mapping[str, Any], *names: str) -> str:
+    """The first of these fields that is a text; of ``metadata`` its session."""
+    for name in names:
+        value = body.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("session_id")
+        if isinstance(value, str) and value:
+            return value
+    return ""
 
 
 def _model(given: Mapping[str, Any]) -> str:

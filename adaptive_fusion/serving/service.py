@@ -25,6 +25,7 @@ from adaptive_fusion.serving.reserve import Reserve
 from adaptive_fusion.serving.scheduler import Scheduler, shutting_down
 from adaptive_fusion.serving.settings import Settings
 from adaptive_fusion.serving.state import StateFile
+from adaptive_fusion.serving.trials import Trials
 
 T = TypeVar("T")
 SAVE_S = 30.0
@@ -42,15 +43,16 @@ class Service:
     Args:
         runner: Answers.
         settings: How.
+        trials: Experiments with policies; None makes none.
 
     Raises:
         ConfigError: If requests are to be audited and there is no log to say what would have been done.
     """
 
-    def __init__(self, runner: AdaptiveRunner, settings: Settings) -> None:
+    def __init__(self, runner: AdaptiveRunner, settings: Settings, trials: Trials | None = None) -> None:
         if settings.mode == "audit" and runner.log is None:
             raise ConfigError("mode is 'audit' and the runner keeps no log; expected a log to write the audit to")
-        self.runner, self.settings = runner, settings
+        self.runner, self.settings, self.trials = runner, settings, trials
         rungs = [rung.name for ladder in runner.policy.lanes.values() for rung in ladder]
         self.metrics = Metrics(rungs)
         self.access_log = AccessLog()
@@ -112,6 +114,8 @@ class Service:
         """Save what was learned, if it can be."""
         if (trouble := await asyncio.to_thread(self.state.save)) is not None:
             log.warning(trouble)
+        if self.trials is not None:
+            await asyncio.to_thread(self.trials.save)
 
     async def drain(self) -> None:
         """Let nobody else in, and wait for those who are, at most the settings' time; then who runs gets what there is,

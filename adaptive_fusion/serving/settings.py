@@ -35,6 +35,7 @@ class Settings:
         queue: Most requests that wait for the model or are made ready for it, beside the one that runs.
         max_body_mib: Largest body of a request, in MiB.
         keep_decisions: How many of the last decisions can be asked for and rated.
+        keep_comments: Whether what people write beside a rating goes into the log; it may say anything of anybody.
         drain_s: How long admitted requests may take after a signal to end, in seconds.
         state: File in which what was learned is kept over a restart; None keeps nothing.
         calibrate: Measure this machine before the first request, unless a profile of it is there.
@@ -56,6 +57,7 @@ class Settings:
     queue: int = 64
     max_body_mib: int = 64
     keep_decisions: int = 1000
+    keep_comments: bool = False
     drain_s: float = 60.0
     state: Path | None = None
     calibrate: bool = False

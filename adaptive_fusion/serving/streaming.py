@@ -89,11 +89,13 @@ async def _events(
         told = True
         server_log.error("a stream failed: %s", place_of(error))
         refusal = as_refusal(error)
+        job.failed(error)
         job.service.metrics.failed(refusal.code)
         yield _event(error_body(refusal))
     finally:
         task.cancel()
         if not told:  # the client has gone, or takes nothing
+            job.failed(asyncio.CancelledError())
             job.service.metrics.failed("cancelled")
     yield ServerSentEvent(data="[DONE]", sep="\n")
 

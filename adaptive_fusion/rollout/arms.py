@@ -1,0 +1,155 @@
+"""The arms of an experiment on one model: for each a runner with its own policy and its own controller.
+
+Arms that shared prices, drifts and answer lengths would hide a canary's faults: the control would pay for them. The
+canary begins with what the control had learned, so that it does not pay for being new. What it learned itself is kept
+in the store over a restart.
+
+Knows runners, policies and the hook. Must not know of HTTP or of evidence.
+"""
+
+import logging
+import sqlite3
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.reply import Reply
+from adaptive_fusion.rollout import outcomes
+from adaptive_fusion.rollout.assignment import CANARY
+from adaptive_fusion.rollout.live import Assignment, Live, conversation_key
+from adaptive_fusion.runner import AdaptiveRunner
+
+log = logging.getLogger("adaptive_fusion.rollout")
+
+
+class Arms:
+    """Runners by arm, and what comes of requests told to the hook.
+
+    Args:
+        runner: The control: the server's own.
+        live: The hook.
+    """
+
+    def __init__(self, runner: AdaptiveRunner, live: Live) -> None:
+        self.runner, self.live = runner, live
+        self._lock = threading.Lock()
+        self._experiment = 0
+        self._canary: AdaptiveRunner | None = None
+
+    def runner_for(self, given: Assignment) -> AdaptiveRunner:
+        """The runner of an assignment. A canary that cannot be loaded is taken back, and the control answers. Reads
+        files at the first request of an experiment: not for the event loop."""
+        if given.policy is None:
+            return self.runner
+        with self._lock:
+            if self._experiment != given.experiment or self._canary is None:
+                self._canary, self._experiment = None, given.experiment
+                try:
+                    self._canary = self._loaded(given)
+                except (AdaptiveFusionError, OSError) as error:
+                    log.error("the canary cannot be used: %s", type(error).__name__)
+                    self.live.broken(given, f"the canary cannot be loaded: {error}"[:500])
+                    return self.runner
+            return self._canary
+
+    def _loaded(self, given: Assignment) -> AdaptiveRunner:
+        found = self.runner.with_policy(Policy.load(given.candidate or given.policy or ""), apart=True)
+        state = self.live.store.learned(given.experiment, given.arm)
+        if state is not None:
+            try:
+                found.restore(state)
+            except ConfigError:
+                log.warning("what the canary had learned belongs to another model or profile; it begins anew")
+        return found
+
+    def begin(self, messages: Any = (), *, user: str = "", session: str = "") -> "Trial":
+        """A request that comes in: which arm it has.
+
+        Args:
+            messages: The conversation in OpenAI's form.
+            user: Key of the user.
+            session: Key of the session.
+        """
+        conversation, follows = conversation_key(messages)
+        return Trial(self, self.live.assign(conversation=conversation, follows=follows, user=user, session=session))
+
+    def rated(self, request_id: str, rating: float | str) -> bool:
+        """Somebody's rating of an answer joins the evidence; whether it is the first one of it."""
+        return self.live.late(request_id, outcomes.of_rating(rating))
+
+    def served(self, request_id: str) -> bool:
+        """Whether that request was answered within an experiment."""
+        return self.live.served(request_id)
+
+    def status(self) -> dict[str, Any]:
+        """See `Live.status`."""
+        return self.live.status()
+
+    def command(self, what: str, who: str, why: str) -> bool:
+        """``promote`` or ``abort``; whether that changed anything."""
+        return self.live.ledger.command(what, who, why)
+
+    def save(self) -> None:
+        """Keep what the canary has learned."""
+        with self._lock:
+            canary, number = self._canary, self._experiment
+        if canary is not None:
+            try:
+                self.live.store.keep_learned(number, CANARY, canary.state())
+            except sqlite3.Error:
+                self.live.dropped += 1
+
+
+class Trial:
+    """A request's part in an experiment, from its arm to its outcome, which is told once.
+
+    Args:
+        arms: Of the experiment.
+        given: What it was given.
+    """
+
+    def __init__(self, arms: Arms, given: Assignment) -> None:
+        self._arms, self.given = arms, given
+        self._runner = arms.runner
+        self._told = False
+        course = arms.live.ledger.course if given.observed else None
+        self.unit = course.experiment.unit if course is not None else ""
+        self.name = course.experiment.name if course is not None else ""
+
+    @property
+    def audit(self) -> bool:
+        """Whether it is decided and logged, and run natively."""
+        return self.given.audit
+
+    def runner(self) -> AdaptiveRunner:
+        """Who answers it. May read files."""
+        self._runner = self._arms.runner_for(self.given)
+        return self._runner
+
+    def said(self) -> dict[str, Any]:
+        """For the answer: experiment and arm; empty without one."""
+        return {"rollout": {"experiment": self.name, "arm": self.given.arm}} if self.name else {}
+
+    def answered(self, reply: Reply, e2e_ms: float) -> None:
+        """It was answered, `e2e_ms` after it came."""
+        metrics = outcomes.of_reply(reply, self._runner.controller, e2e_ms=e2e_ms)
+        self._tell(reply.decision.request_id, metrics)
+
+    def failed(self, error: BaseException, budget: Mapping[str, Any]) -> None:
+        """It ended in an error, or was cancelled."""
+        self._tell(None, outcomes.of_error(error, budget))
+
+    def turned_away(self) -> None:
+        """Its deadline could not be met, so it did not run."""
+        self._tell(None, outcomes.missed())
+
+    def left_out(self) -> None:
+        """It says nothing of its arm."""
+        self._tell(None, None)
+
+    def _tell(self, request_id: str | None, metrics: Mapping[str, float] | None) -> None:
+        if not self._told:
+            self._told = True
+            self._arms.live.finished(self.given, request_id, metrics)

@@ -1,0 +1,265 @@
+"""Where experiments are kept: one SQLite file in WAL mode, which processes of a machine share and a kill does not harm.
+
+Knows tables and transactions. Must not know what an event means or what follows from it: `ledger` folds events.
+
+Every event is one row, in the order that all processes agree on; the course of an experiment is what folding its rows
+makes of it, so that nothing is lost with a process. The control record has the present status and share with a
+generation number that grows with every change. Who asks whether anything changed pays for one pragma
+(``data_version``). Changes of the control record are synced to the disk before they hold; of outcomes a power failure
+may take the newest, never a part of one.
+"""
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adaptive_fusion.errors import ConfigError
+
+SCHEMA = 1
+BUSY_MS = 2000
+"""How long a write waits for another process's."""
+_TABLES = """
+CREATE TABLE IF NOT EXISTS experiments (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, created_s REAL NOT NULL,
+  who TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS control (
+  one INTEGER PRIMARY KEY CHECK (one = 1), generation INTEGER NOT NULL, experiment INTEGER NOT NULL,
+  status TEXT NOT NULL, step INTEGER NOT NULL, share REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, experiment INTEGER NOT NULL, kind TEXT NOT NULL, arm TEXT NOT NULL,
+  request TEXT, data TEXT NOT NULL, time_s REAL NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS once ON events (request, kind) WHERE request IS NOT NULL;
+CREATE TABLE IF NOT EXISTS history (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, experiment INTEGER NOT NULL, event INTEGER NOT NULL,
+  generation INTEGER NOT NULL, time_s REAL NOT NULL, status TEXT NOT NULL, step INTEGER NOT NULL, share REAL NOT NULL,
+  who TEXT NOT NULL, why TEXT NOT NULL, UNIQUE (experiment, event));
+CREATE TABLE IF NOT EXISTS snapshots (
+  experiment INTEGER NOT NULL, event INTEGER NOT NULL, time_s REAL NOT NULL, state TEXT NOT NULL, rows TEXT NOT NULL,
+  PRIMARY KEY (experiment, event));
+CREATE TABLE IF NOT EXISTS learned (
+  experiment INTEGER NOT NULL, arm TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (experiment, arm));
+"""
+
+
+class Control(NamedTuple):
+    """The control record; `experiment` 0 is none."""
+
+    generation: int
+    experiment: int
+    status: str
+    step: int
+    share: float
+
+
+class Row(NamedTuple):
+    """An event as it is stored."""
+
+    id: int
+    kind: str
+    arm: str
+    data: Mapping[str, Any]
+
+
+NOTHING = Control(0, 0, "", 0, 0.0)
+
+
+class Store:
+    """The file; threads share it, processes each have their own.
+
+    Args:
+        path: The file; its folder is made if need be.
+
+    Raises:
+        ConfigError: If it cannot be opened, or is of another version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._connect()
+
+    def _connect(self) -> None:
+        name = self.path.name
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._pid = os.getpid()
+            self._db = sqlite3.connect(
+                self.path, timeout=BUSY_MS / 1e3, isolation_level=None, check_same_thread=False, cached_statements=64
+            )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA):
+                raise ConfigError(f"{name} is of version {version}; expected {SCHEMA}")
+            if version == 0:
+                with self.changing():
+                    for statement in _TABLES.split(";"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version={SCHEMA}")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{name} cannot be used as a rollout's file ({error}); expected one to write") from error
+        self._version = -1
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """A transaction that nobody else writes in; what is done inside holds together, and is on the disk after."""
+        with self._lock:
+            if self._db.in_transaction:  # inside another
+                yield
+                return
+            self._db.execute("PRAGMA synchronous=FULL")
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                except BaseException:
+                    self._db.execute("ROLLBACK")
+                    raise
+                self._db.execute("COMMIT")
+            finally:
+                self._db.execute("PRAGMA synchronous=NORMAL")
+
+    def changed(self) -> bool:
+        """Whether another process has written since the last look."""
+        with self._lock:
+            if self._pid != os.getpid():  # a fork must not use its parent's connection
+                self._connect()
+            version = self._db.execute("PRAGMA data_version").fetchone()[0]
+            before, self._version = self._version, version
+            return bool(version != before)
+
+    def control(self) -> Control:
+        """The control record."""
+        with self._lock:
+            found = self._db.execute("SELECT generation, experiment, status, step, share FROM control").fetchone()
+        return Control(*found) if found else NOTHING
+
+    def begin(self, name: str, spec: Mapping[str, Any], who: str, time_s: float) -> int:
+        """Keep a new experiment; its number.
+
+        Raises:
+            ConfigError: If there has been one of that name.
+        """
+        with self._lock:
+            try:
+                found = self._db.execute(
+                    "INSERT INTO experiments (name, spec, created_s, who) VALUES (?, ?, ?, ?)",
+                    (name, json.dumps(spec), time_s, who),
+                )
+            except sqlite3.IntegrityError:
+                raise ConfigError(f"name is {name!r}, which another experiment has; expected a new one") from None
+            return int(found.lastrowid or 0)
+
+    def experiment(self, number: int) -> tuple[Mapping[str, Any], float, str]:
+        """An experiment as it was given, when it began and by whom."""
+        with self._lock:
+            found = self._db.execute("SELECT spec, created_s, who FROM experiments WHERE id = ?", (number,)).fetchone()
+        return json.loads(found[0]), float(found[1]), str(found[2])
+
+    def add(
+        self, experiment: int, kind: str, arm: str, data: Mapping[str, Any], time_s: float, request: str | None = None
+    ) -> int | None:
+        """Append an event; its number, or None if there is one of that kind for that request."""
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+        with self._lock:
+            done = self._db.execute(
+                "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s) VALUES (?, ?, ?, ?, ?, ?)",
+                (experiment, kind, arm, request, text, time_s),
+            )
+            return int(done.lastrowid or 0) if done.rowcount else None
+
+    def after(self, experiment: int, event: int) -> list[Row]:
+        """Events of an experiment after that one, oldest first."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT id, kind, arm, data FROM events WHERE experiment = ? AND id > ? ORDER BY id",
+                (experiment, event),
+            ).fetchall()
+        return [Row(number, kind, arm, json.loads(data)) for number, kind, arm, data in found]
+
+    def served(self, request: str) -> tuple[int, str] | None:
+        """Experiment and arm of an answered request; None of one that nobody knows."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT experiment, arm FROM events WHERE request = ? AND kind = 'outcome'", (request,)
+            ).fetchone()
+        return (int(found[0]), str(found[1])) if found else None
+
+    def change(
+        self, experiment: int, event: int, status: str, step: int, share: float, who: str, why: str, time_s: float
+    ) -> bool:
+        """Set the control record as an event has made it, with a line of history; whether nobody had done so yet."""
+        with self.changing():
+            generation = self.control().generation + 1
+            done = self._db.execute(
+                "INSERT OR IGNORE INTO history (experiment, event, generation, time_s, status, step, share, who, why) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (experiment, event, generation, time_s, status, step, share, who, why),
+            )
+            if not done.rowcount:
+                return False
+            self._db.execute(
+                "INSERT OR REPLACE INTO control VALUES (1, ?, ?, ?, ?, ?)",
+                (generation, experiment, status, step, share),
+            )
+            return True
+
+    def history(self, experiment: int | None = None) -> list[dict[str, Any]]:
+        """Who changed what and why, oldest first; of all experiments without a number."""
+        names = ("generation", "time_s", "experiment", "status", "step", "share", "who", "why")
+        where, values = ("", ()) if experiment is None else (" WHERE h.experiment = ?", (experiment,))
+        with self._lock:
+            found = self._db.execute(
+                "SELECT h.generation, h.time_s, e.name, h.status, h.step, h.share, h.who, h.why FROM history h "
+                f"JOIN experiments e ON e.id = h.experiment{where} ORDER BY h.id",
+                values,
+            ).fetchall()
+        return [dict(zip(names, row, strict=True)) for row in found]
+
+    def snapshot(self, experiment: int, event: int, state: Mapping[str, Any], rows: Any, time_s: float) -> None:
+        """Keep a course as it was after an event: where the next process goes on, and a point of the curves."""
+        with self._lock:
+            self._db.execute(
+                "INSERT OR IGNORE INTO snapshots VALUES (?, ?, ?, ?, ?)",
+                (experiment, event, time_s, json.dumps(state), json.dumps(rows)),
+            )
+
+    def last_snapshot(self, experiment: int) -> tuple[int, Mapping[str, Any]] | None:
+        """The newest, with its event."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT event, state FROM snapshots WHERE experiment = ? ORDER BY event DESC LIMIT 1", (experiment,)
+            ).fetchone()
+        return (int(found[0]), json.loads(found[1])) if found else None
+
+    def series(self, experiment: int, most: int = 200) -> list[dict[str, Any]]:
+        """What the newest snapshots found, oldest first."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT event, time_s, rows FROM snapshots WHERE experiment = ? ORDER BY event DESC LIMIT ?",
+                (experiment, most),
+            ).fetchall()
+        return [{"event": event, "time_s": time_s, **json.loads(rows)} for event, time_s, rows in reversed(found)]
+
+    def keep_learned(self, experiment: int, arm: str, state: Mapping[str, Any]) -> None:
+        """Keep what an arm's controller has learned."""
+        with self._lock:
+            self._db.execute("INSERT OR REPLACE INTO learned VALUES (?, ?, ?)", (experiment, arm, json.dumps(state)))
+
+    def learned(self, experiment: int, arm: str) -> Mapping[str, Any] | None:
+        """What an arm's controller had learned."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT state FROM learned WHERE experiment = ? AND arm = ?", (experiment, arm)
+            ).fetchone()
+        return json.loads(found[0]) if found else None
+
+    def close(self) -> None:
+        """Let the file go."""
+        with self._lock:
+            self._db.close()
