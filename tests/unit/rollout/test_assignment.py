@@ -39,7 +39,9 @@ def test_another_process_with_another_hash_seed_gives_the_same_arms() -> None:
     )
     here = "".join(arm_of("salt", f"user-{i}", 0.3)[1] for i in range(200))
     env = {**os.environ, "PYTHONHASHSEED": "77"}
-    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60
+    )
     assert found.stdout.strip() == here
 
 

@@ -103,7 +103,9 @@ def test_one_mean_above_a_limit_is_found_and_one_below_is_not() -> None:
     assert worse.peak > math.log(200.0) > math.log(10.0) > alike.peak
 
 
-@given(st.lists(st.tuples(st.booleans(), st.sampled_from((0.0, 0.0, 0.0, 1.0, 0.3))), max_size=120), st.integers(0, 119))
+@given(
+    st.lists(st.tuples(st.booleans(), st.sampled_from((0.0, 0.0, 0.0, 1.0, 0.3))), max_size=120), st.integers(0, 119)
+)
 def test_a_process_goes_on_where_it_was_kept(outcomes: list[tuple[bool, float]], cut: int) -> None:
     whole, looked = Unpaired(binary=False), Unpaired(binary=False)
     for process in (whole, looked):
