@@ -1,4 +1,4 @@
-"""How rollouts decide: false alarms, how soon a worse canary is found, how surely a better one is promoted, what it costs.
+"""How rollouts decide: false alarms, how soon a worse canary is found, how surely a better one rises, what it costs.
 
     python benchmarks/rollout.py [--runs 400] [--requests 5000] [--jobs 2] [--json]
 

@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.policy.policy import Policy
@@ -20,6 +20,9 @@ from adaptive_fusion.rollout import outcomes
 from adaptive_fusion.rollout.assignment import CANARY
 from adaptive_fusion.rollout.live import Assignment, Live, conversation_key
 from adaptive_fusion.runner import AdaptiveRunner
+
+if TYPE_CHECKING:
+    from adaptive_fusion.rollout.shadow import PairedShadow
 
 log = logging.getLogger("adaptive_fusion.rollout")
 
@@ -37,12 +40,18 @@ class Arms:
         self._lock = threading.Lock()
         self._experiment = 0
         self._canary: AdaptiveRunner | None = None
+        self._beside: PairedShadow | None = None
 
     def runner_for(self, given: Assignment) -> AdaptiveRunner:
         """The runner of an assignment. A canary that cannot be loaded is taken back, and the control answers. Reads
         files at the first request of an experiment: not for the event loop."""
+        if given.shadow:
+            self._shadow_of(given)
         if given.policy is None:
             return self.runner
+        return self._canary_of(given) or self.runner
+
+    def _canary_of(self, given: Assignment) -> AdaptiveRunner | None:
         with self._lock:
             if self._experiment != given.experiment or self._canary is None:
                 self._canary, self._experiment = None, given.experiment
@@ -51,8 +60,25 @@ class Arms:
                 except (AdaptiveFusionError, OSError) as error:
                     log.error("the canary cannot be used: %s", type(error).__name__)
                     self.live.broken(given, f"the canary cannot be loaded: {error}"[:500])
-                    return self.runner
             return self._canary
+
+    def _shadow_of(self, given: Assignment) -> None:
+        """Have the experiment's shadow ready."""
+        canary, before = self._canary_of(given), self._beside
+        if canary is None or (before is not None and before.canary is canary):
+            return
+
+        def tell(request_id: str, control: float, new: float) -> None:
+            self.live.pair(given, request_id, {"quality": control}, {"quality": new})
+
+        from adaptive_fusion.rollout.shadow import PairedShadow  # only where one runs: it brings what labels need
+
+        try:
+            self._beside = PairedShadow(self.runner, canary, tell)
+        except ConfigError as error:
+            self.live.broken(given, f"the canary cannot be run beside: {error}"[:500])
+        if before is not None:
+            before.close()
 
     def _loaded(self, given: Assignment) -> AdaptiveRunner:
         found = self.runner.with_policy(Policy.load(given.candidate or given.policy or ""), apart=True)
@@ -64,16 +90,27 @@ class Arms:
                 log.warning("what the canary had learned belongs to another model or profile; it begins anew")
         return found
 
-    def begin(self, messages: Any = (), *, user: str = "", session: str = "") -> "Trial":
+    def begin(self, messages: Any = (), *, user: str = "", session: str = "", fixed: bool = False) -> "Trial":
         """A request that comes in: which arm it has.
 
         Args:
             messages: The conversation in OpenAI's form.
             user: Key of the user.
             session: Key of the session.
+            fixed: Whether the request says itself how it is to be decided: it has no arm, but what runs beside waits.
         """
+        if self._beside is not None:
+            self._beside.arrive()
+        if fixed:
+            return Trial(self, Assignment(), self._beside)
         conversation, follows = conversation_key(messages)
-        return Trial(self, self.live.assign(conversation=conversation, follows=follows, user=user, session=session))
+        given = self.live.assign(conversation=conversation, follows=follows, user=user, session=session)
+        return Trial(self, given, self._beside)
+
+    def shadow(self, messages: Any, reply: Reply) -> None:
+        """Judge the canary beside an answer, once no request is live."""
+        if self._beside is not None:
+            self._beside.offer(messages, None, reply)
 
     def rated(self, request_id: str, rating: float | str) -> bool:
         """Somebody's rating of an answer joins the evidence; whether it is the first one of it."""
@@ -108,12 +145,14 @@ class Trial:
     Args:
         arms: Of the experiment.
         given: What it was given.
+        beside: The shadow that waits for its end.
     """
 
-    def __init__(self, arms: Arms, given: Assignment) -> None:
-        self._arms, self.given = arms, given
+    def __init__(self, arms: Arms, given: Assignment, beside: "PairedShadow | None" = None) -> None:
+        self._arms, self.given, self._waits = arms, given, beside
         self._runner = arms.runner
         self._told = False
+        self._messages: Any = None
         course = arms.live.ledger.course if given.observed else None
         self.unit = course.experiment.unit if course is not None else ""
         self.name = course.experiment.name if course is not None else ""
@@ -123,8 +162,9 @@ class Trial:
         """Whether it is decided and logged, and run natively."""
         return self.given.audit
 
-    def runner(self) -> AdaptiveRunner:
-        """Who answers it. May read files."""
+    def runner(self, messages: Any = None) -> AdaptiveRunner:
+        """Who answers it. May read files. What runs beside gets the `messages`, as `chat` takes them, afterwards."""
+        self._messages = messages if self.given.shadow else None
         self._runner = self._arms.runner_for(self.given)
         return self._runner
 
@@ -135,7 +175,8 @@ class Trial:
     def answered(self, reply: Reply, e2e_ms: float) -> None:
         """It was answered, `e2e_ms` after it came."""
         metrics = outcomes.of_reply(reply, self._runner.controller, e2e_ms=e2e_ms)
-        self._tell(reply.decision.request_id, metrics)
+        if self._tell(reply.decision.request_id, metrics) and self.given.shadow and self._messages is not None:
+            self._arms.shadow(self._messages, reply)
 
     def failed(self, error: BaseException, budget: Mapping[str, Any]) -> None:
         """It ended in an error, or was cancelled."""
@@ -149,7 +190,11 @@ class Trial:
         """It says nothing of its arm."""
         self._tell(None, None)
 
-    def _tell(self, request_id: str | None, metrics: Mapping[str, float] | None) -> None:
-        if not self._told:
-            self._told = True
-            self._arms.live.finished(self.given, request_id, metrics)
+    def _tell(self, request_id: str | None, metrics: Mapping[str, float] | None) -> bool:
+        if self._told:
+            return False
+        self._told = True
+        self._arms.live.finished(self.given, request_id, metrics)
+        if self._waits is not None:
+            self._waits.leave()
+        return True

@@ -74,8 +74,7 @@ class Unpaired:
         self._logs = [math.log(weight) for weight in (EAGER_WEIGHTS if far else WEIGHTS)]
         self._waiting: tuple[deque[float], deque[float]] = (deque(), deque())
         self._n, self._sum, self._squares = [0, 0], [0.0, 0.0], [0.0, 0.0]
-        self._plan: _Plan | None = None
-        self._clean = 0  # blocks without anything bad by that plan, which are not in the logarithms yet
+        self._plans: dict[tuple[int, int], _Plan] = {}  # by the size of a block, until something bad is seen
 
     @property
     def log_e(self) -> float:
@@ -105,14 +104,14 @@ class Unpaired:
         controls, canaries = self._waiting
         a = [controls.popleft() for _ in range(n_a)]
         b = [canaries.popleft() for _ in range(n_b)]
-        plan = self._plan
-        if plan is None or plan.size != (n_a, n_b) or plan.left <= 0:
+        plan = self._plans.get((n_a, n_b))
+        if plan is None or plan.left <= 0:
             plan = self._replan(n_a, n_b)
         self._n[0] += n_a
         self._n[1] += n_b
         if self.margin >= 0.0 and not any(a) and not any(b):
             # It cannot raise the process: a clean block says that the canary is no worse. Counted, not computed.
-            self._clean += 1
+            plan.clean_blocks += 1
             plan.left -= 1
             return
         self._settle()
@@ -122,13 +121,14 @@ class Unpaired:
         for arm, values in enumerate((a, b)):
             self._sum[arm] += math.fsum(values)
             self._squares[arm] += math.fsum([value * value for value in values])
-        self._plan = None
+        self._plans.clear()
 
     def _settle(self) -> None:
         """Put the clean blocks into the logarithms."""
-        if self._plan is not None and self._clean:
-            self._logs = [log + self._clean * clean for log, clean in zip(self._logs, self._plan.clean, strict=True)]
-            self._clean = 0
+        for plan in self._plans.values():
+            if plan.clean_blocks:
+                self._logs = [log + plan.clean_blocks * one for log, one in zip(self._logs, plan.clean, strict=True)]
+                plan.clean_blocks = 0
 
     def _replan(self, n_a: int, n_b: int) -> "_Plan":
         """Bets for blocks of that size, from blocks past: they hold until something bad was seen, or for some time."""
@@ -140,8 +140,9 @@ class Unpaired:
             n = sum(self._n)
             plain = sum(self._sum) / n if n else 0.0
             spread = max((sum(self._squares) - n * plain * plain + spread) / (n + 1.0), 1e-4)
-        self._plan = _Plan(self._ratios, n_a, n_b, mean, self.margin, spread, 1 + sum(self._n) // 16)
-        return self._plan
+        plan = _Plan(self._ratios, n_a, n_b, mean, self.margin, spread, 1 + sum(self._n) // 16)
+        self._plans[n_a, n_b] = plan
+        return plan
 
     def state(self) -> dict[str, Any]:
         """Everything, in plain values for JSON; `restore` goes on with the same numbers."""
@@ -149,7 +150,7 @@ class Unpaired:
         return {
             "logs": list(self._logs), "waiting": [list(waiting) for waiting in self._waiting], "n": list(self._n),
             "sum": list(self._sum), "squares": list(self._squares), "to_one": self.to_one, "peak": self.peak,
-            "plan": None if self._plan is None else [*self._plan.given, self._plan.left],
+            "plans": [[*plan.given, plan.left] for plan in self._plans.values()],
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -157,21 +158,23 @@ class Unpaired:
         self._logs = [float(value) for value in state["logs"]]
         self._waiting = (deque(state["waiting"][0]), deque(state["waiting"][1]))
         self._n, self._sum, self._squares = list(state["n"]), list(state["sum"]), list(state["squares"])
-        self.to_one, self.peak, self._clean = int(state["to_one"]), float(state["peak"]), 0
-        self._plan = None if state["plan"] is None else _Plan(self._ratios, *state["plan"])
+        self.to_one, self.peak = int(state["to_one"]), float(state["peak"])
+        plans = [_Plan(self._ratios, *plan) for plan in state["plans"]]
+        self._plans = {plan.size: plan for plan in plans}
 
 
 class _Plan:
     """The bets of a block of `n_a` and `n_b` outcomes, of which `mean` and variance `spread` are expected; they are to
-    hold for so many `left`. `x` and `y` are the means of both arms at the edge of the hypothesis."""
+    hold for so many `left`. `x` and `y` are the means of both arms at the edge of the hypothesis. `clean_blocks` have
+    come by it with nothing bad in them, and are not in the logarithms yet."""
 
-    __slots__ = ("bets", "clean", "given", "left", "size", "x", "y")
+    __slots__ = ("bets", "clean", "clean_blocks", "given", "left", "size", "x", "y")
 
     def __init__(
         self, ratios: Sequence[float], n_a: int, n_b: int, mean: float, margin: float, spread: float, left: int
     ) -> None:
         self.given, self.left = (n_a, n_b, mean, margin, spread), left
-        self.size, n = (n_a, n_b), n_a + n_b
+        self.size, self.clean_blocks, n = (n_a, n_b), 0, n_a + n_b
         if margin >= 0.0:
             self.x, self.y = min(mean, 0.999 - margin), min(mean, 0.999 - margin) + margin
             # Where the canary is `ratio` times as bad, and both together are as bad as they are, its own mean is that.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import ConfigError, Interrupted
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.execution.stream import Stream
@@ -105,22 +106,22 @@ class ShadowedRunner:
         """See `AdaptiveRunner.chat`."""
         with self._living():
             reply = self.runner.chat(media, prompt, **options)
-        self._offer(media, prompt, reply)
+        self.offer(media, prompt, reply)
         return reply
 
     def stream(self, media: Any, prompt: str | None = None, **options: Any) -> "ShadowedStream":
         """See `AdaptiveRunner.stream`; the request is live until the stream has ended or is closed."""
-        self._arrive()
+        self.arrive()
         try:
             stream = self.runner.stream(media, prompt, **options)
         except BaseException:
-            self._leave()
+            self.leave()
             raise
 
         def ended(reply: Reply | None) -> None:
-            self._leave()
+            self.leave()
             if reply is not None:
-                self._offer(media, prompt, reply)
+                self.offer(media, prompt, reply)
 
         return ShadowedStream(stream, ended)
 
@@ -148,25 +149,28 @@ class ShadowedRunner:
 
     # How it is done
 
-    def _arrive(self) -> None:
+    def arrive(self) -> None:
+        """A live request is there: what runs here stops at its next token. `leave` follows."""
         with self._changed:
             self._live += 1
             self._cancelled.set()
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """A live request has ended."""
         with self._changed:
             self._live -= 1
             self._changed.notify_all()
 
     @contextmanager
     def _living(self) -> Iterator[None]:
-        self._arrive()
+        self.arrive()
         try:
             yield
         finally:
-            self._leave()
+            self.leave()
 
-    def _offer(self, media: Any, prompt: str | None, reply: Reply) -> None:
+    def offer(self, media: Any, prompt: str | None, reply: Reply) -> None:
+        """An answered request, of which a share is labelled once no request is live."""
         decided = reply.decision
         if decided.lane not in LANES or reply.finish_reason not in ("stop", "length"):
             return  # text alone, a point that was given, or an answer that was cut off: nothing to learn for routing
@@ -210,6 +214,40 @@ class ShadowedRunner:
         self.log.write(
             shadow_record(decided.request_id, quality, reference_quality=scores.reference_quality, time_s=self._clock())
         )
+
+
+class PairedShadow(ShadowedRunner):
+    """A shadow of another policy: what it would have run is judged beside what the user got, on the same request.
+
+    Args:
+        runner: Answers the requests. Must have a log, where the label of what the user got goes, as ever.
+        canary: Decides by the other policy; the same model.
+        tell: Called with the request's id and both qualities, that of `runner` first.
+        waiting: Most requests that wait for their shadow.
+    """
+
+    def __init__(
+        self,
+        runner: AdaptiveRunner,
+        canary: AdaptiveRunner,
+        tell: Callable[[str, float, float], None],
+        *,
+        waiting: int = 8,
+    ) -> None:
+        self.canary, self._tell = canary, tell
+        super().__init__(runner, 1.0, waiting=waiting)
+
+    def _label(self, task: _Task) -> None:
+        decided, question = task.reply.decision, task.question
+        budget = Budget.from_dict(dict(decided.budget))
+        other = self.canary.decide(question.media, question.prompt or None, budget=budget)
+        mine, theirs = Rung(decided.point), Rung(other.point)
+        scores = self._scorer.score(question, [mine] if theirs.name == mine.name else [mine, theirs])
+        quality = {decided.rung: scores.quality[mine.name], other.rung: scores.quality[theirs.name]}
+        self.log.write(
+            shadow_record(decided.request_id, quality, reference_quality=scores.reference_quality, time_s=self._clock())
+        )
+        self._tell(decided.request_id, scores.quality[mine.name], scores.quality[theirs.name])
 
 
 class ShadowedStream:

@@ -104,7 +104,8 @@ def _prepare(
 ) -> Prepared:
     before()
     settings = service.settings
-    runner = service.runner_for(call.policy) if trial is None else trial.runner()
+    apart = trial is None or call.policy is not None
+    runner = service.runner_for(call.policy) if apart or trial is None else trial.runner(messages)
     return runner.prepared(
         messages,
         budget=own_budget(service, call),
@@ -133,9 +134,10 @@ async def _respond(service: Service, place: Place, arrived_s: float, body: bytes
     crowded = service.scheduler.admitted > 1
     call = read_chat(await as_json(body))
     job = Job(service, place, arrived_s, call, trace, crowded=crowded)
-    # A request that says itself how it is to be decided is in no experiment.
-    if service.trials is not None and call.policy is None and call.point is None:
-        job.trial = service.trials.begin(call.messages, user=call.user, session=call.session)
+    if service.trials is not None:
+        # A request that says itself how it is to be decided is in no experiment.
+        fixed = call.policy is not None or call.point is not None
+        job.trial = service.trials.begin(call.messages, user=call.user, session=call.session, fixed=fixed)
     with blaming(call):
         try:
             return await _answered(job)

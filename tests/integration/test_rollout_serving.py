@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 from server import asking, client_of, image, serving, text
 from typer.testing import CliRunner
-from waits import MOST_S
+from waits import MOST_S, until
 
 from adaptive_fusion.cli import app
 from adaptive_fusion.policy.policy import Policy
@@ -171,3 +171,24 @@ def test_the_command_starts_shows_and_ends_an_experiment(tmp_path: Path) -> None
     rows = [json.loads(line) for line in rollout("history", "--json").stdout.splitlines()]
     assert [(row["status"], row["share"]) for row in rows] == [("running", 0.01), ("promoted", 1.0), ("aborted", 0.0)]
     assert rows[2]["why"] == "no" and "to see" in rollout("history").stdout
+
+
+def test_a_shadow_judges_both_policies_on_the_same_requests_and_answers_none(
+    runner: AdaptiveRunner, tmp_path: Path
+) -> None:
+    file = tmp_path / "r.db"
+    with served(runner, file) as (client, own):
+        Live(file).start(trial("native", {"name": "quality"}, kind="shadow", steps=(1.0,)))
+        for index in range(3):
+            found = ask(client, f"What is shown? {index}")
+            assert (found["policy"], found["rollout"]["arm"]) == ("reference-balanced", "control")
+            until(partial(labelled, own, index + 1), "its label")
+        row = get(f"{own}/rollout").json()["guardrails"][0]
+    assert row["canary"]["mean"] == 1.0  # what runs natively is what all else is compared with
+    assert row["control"]["mean"] <= 1.0 and row["difference"]["high"] > 0.0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum(line.get("event") == "shadow" for line in lines) == 3
+
+
+def labelled(own: str, count: int) -> bool:
+    return bool(get(f"{own}/rollout").json()["guardrails"][0]["canary"]["n"] == count)
