@@ -76,7 +76,10 @@ def _summary(name: str, row: Sequence[Asked], direct: Sequence[Asked], seed: int
         "row": name,
         "questions": len(row),
         "ttft_ms": {"mean": float(np.mean([a.ttft_ms for a in row])), "median": median(a.ttft_ms for a in row)},
-        "latency_ms": {"mean": float(np.mean([a.latency_ms for a in row])), "median": median(a.latency_ms for a in row)},
+        "latency_ms": {
+            "mean": float(np.mean([a.latency_ms for a in row])),
+            "median": median(a.latency_ms for a in row),
+        },
         "ttft_ratio": ratio("ttft_ms"),
         "ttft_median_ratio": median(a.ttft_ms for a in row) / median(a.ttft_ms for a in direct),
         "latency_ratio": ratio("latency_ms"),
