@@ -6,6 +6,7 @@ question, gets those. Within a conversation an image keeps what it had: it rises
 only where the budget cannot be met otherwise. Knows measured media and decisions. Must not know of bytes, JSON or HTTP.
 """
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,6 +179,7 @@ class Plans:
             elapsed_ms=elapsed_ms,
             full_detail=any(each.detail == "high" for each in media),
             asking=self._asking(call),
+            request_id=uuid.uuid4().hex,
         )
 
     def _asking(self, call: Call) -> Asking | None:
