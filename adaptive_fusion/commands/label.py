@@ -12,6 +12,7 @@ from adaptive_fusion.policy.files import AUTO
 
 if TYPE_CHECKING:
     from adaptive_fusion.evaluation.questions import Question
+    from adaptive_fusion.learning.labelling.oracle import Scorer
     from adaptive_fusion.learning.labelling.scoring import ModelScorer
     from adaptive_fusion.policy.policy import Policy
     from adaptive_fusion.policy.rungs import Rung
@@ -81,6 +82,19 @@ def label(
     model: Model = "reference",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask the engine at this address, for the model that --model names there, in place of loading one:"
+            " answers are compared as texts.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="Which engine is upstream.")] = "openai",
+    processor: Annotated[
+        str, typer.Option(metavar="ID|PATH|PRESET", help="How the model upstream resizes.")
+    ] = "qwen3-vl",
     human: Human = None,
     rater: Rater = None,
     feedback: Feedback = None,
@@ -99,12 +113,16 @@ def label(
         notes: list[str] = []
         result, failed = _said_by_people(human, rater, feedback, out, notes)
         if inputs:
-            named = _rungs(points, policy)
+            named = _rungs(points, policy if upstream is None else AUTO)
             questions, unknown = _questions(inputs, prompt, references, metric)
             failed += unknown
             if questions:
                 # One process loads the model before anything else, so that a wrong name ends the command at once.
-                scorer, rungs = _scorer(model, policy, max_new_tokens, named, loaded=jobs == 1)
+                scorer: Scorer
+                if upstream is None:
+                    scorer, rungs = _scorer(model, policy, max_new_tokens, named, loaded=jobs == 1)
+                else:
+                    scorer, rungs = _remote_scorer(upstream, model, engine, processor, policy, max_new_tokens, named)
                 found, refused = _scored(scorer, questions, rungs, out, jobs, Path(model).name, as_json)
                 result, failed = {**result, **found}, [*failed, *refused]
     _print(out, result, notes, failed, as_json)
@@ -183,8 +201,38 @@ def _scorer(
     return ModelScorer(runs), rungs if rungs is not None else _ladders(runs.runner.policy)
 
 
+def _remote_scorer(
+    url: str,
+    model: str,
+    engine: str,
+    processor: str,
+    policy: str,
+    max_new_tokens: int,
+    rungs: "list[Rung] | None",
+) -> "tuple[Scorer, list[Rung]]":
+    """What scores rungs by an engine's answers, and the rungs: without any the policy's, as far as they can be had."""
+    from adaptive_fusion.commands.serve import require_serving
+
+    require_serving()
+    from adaptive_fusion.learning.labelling.by_text import TextScorer
+    from adaptive_fusion.learning.labelling.scoring import RungTiming
+    from adaptive_fusion.runner import AdaptiveRunner
+
+    remote = AdaptiveRunner.remote(url, model, engine=engine, processor=processor, policy=policy)
+    usable = _ladders(remote.policy) if rungs is None else rungs
+    for rung in usable:
+        remote.upstream.adapter.require(rung.point)
+
+    def asked(question: "Question", rung: "Rung") -> tuple[str, RungTiming]:
+        text, took, unsure = remote.answer_at(question.load(), question.prompt or None, rung, max_new_tokens)
+        timing = RungTiming(took.ttft_ms, took.latency_ms, None, took.visual_tokens, took.new_tokens, entropies=unsure)
+        return text, timing
+
+    return TextScorer(asked), usable
+
+
 def _scored(
-    scorer: "ModelScorer",
+    scorer: "Scorer",
     questions: "list[Question]",
     rungs: "list[Rung]",
     out: Path,

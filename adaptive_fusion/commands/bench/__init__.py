@@ -1,5 +1,6 @@
 """``adaptive-fusion bench``: what each operating point answers (`quality`), what it takes (`cost`), how well
-budgets are kept (`budget`), what policies keep of real images (`real`), and what a gateway saves before an engine (`gateway`).
+budgets are kept (`budget`), what policies keep of real images (`real`), and what a gateway saves before an engine
+(`gateway`).
 
 One module a command: it parses options, shows progress and prints. The work is in `adaptive_fusion.bench`, imported
 when a command runs.

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from adaptive_fusion.decision_log import DecisionLog, text_hash
 from adaptive_fusion.decisions import Decision, Measurement, decision_record
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.execution.request import conversation
-from adaptive_fusion.execution.turns import turns_of
+from adaptive_fusion.execution.turns import Turns, turns_of
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.media.inline import data_url_bytes
 from adaptive_fusion.media.pixels import DEFAULT
-from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy.escalation import MOST_TOKENS
 from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.serving.gateway import engines, processors
 from adaptive_fusion.serving.gateway.client import TIMEOUT_S, Client, UpstreamError, shortened
@@ -49,6 +51,7 @@ class _Answer:
     choices: Sequence[Any] = ()
     first_s: float = math.nan
     pieces: int = 0
+    entropies: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,27 @@ class Remote:
         """The decision `chat` would take, without asking the engine."""
         return self._ready(media, prompt, budget, max_new_tokens, None, {}, stream=False).planned.decision
 
+    def answer_at(
+        self, media: Any, prompt: str | None, rung: Rung, max_new_tokens: int
+    ) -> tuple[str, Measurement, tuple[float, ...]]:
+        """The greedy answer at a rung, for a label: nothing is decided, learned or logged. What it took, and the
+        entropies of its first tokens in nats, where the engine gives log-probabilities.
+
+        Raises:
+            UnsupportedModelError: For a rung with knobs other than pixels and frames.
+        """
+        ready = self._ready(media, prompt, None, max_new_tokens, NATIVE, {"temperature": 0}, stream=True)
+        adapter, sizes = self.upstream.adapter, ready.planned.info.sizes
+        adapter.require(rung.point)
+        point = adapter.resolve(rung, sizes)
+        planned = self._plans.decide(replace(ready.call, point=point), ready.media, Turns(), 0.0)
+        answer, began_s = _Answer(), time.monotonic()
+        ready = replace(ready, planned=planned, arrived_s=began_s)
+        asked = {"logprobs": True, "top_logprobs": ASKED} if self.engine.logprobs else {}
+        for _ in self._pieces(ready, answer, asked):
+            pass
+        return answer.text.strip(), self._measured(ready, answer), tuple(answer.entropies[:MOST_TOKENS])
+
     # How it is done
 
     def _ready(
@@ -230,10 +254,10 @@ class Remote:
         usage = found.get("usage")
         return _Answer(text, choice.get("finish_reason") or "stop", usage, found["choices"])
 
-    def _pieces(self, ready: _Ready, answer: _Answer) -> Iterator[str]:
+    def _pieces(self, ready: _Ready, answer: _Answer, added: Mapping[str, Any] | None = None) -> Iterator[str]:
         """The texts of a stream, kept in `answer` too."""
         events = Events()
-        with self.client.asked(self._sent(ready, ready.planned.given, {})) as response:
+        with self.client.asked(self._sent(ready, ready.planned.given, added or {})) as response:
             for piece in response.iter_stream():
                 for event in events.feed(piece):
                     yield from self._said(event, answer)
@@ -251,6 +275,7 @@ class Remote:
         answer.usage = found.get("usage") or answer.usage
         for choice in choices_of(data)[:1]:
             answer.finish = choice.get("finish_reason") or answer.finish
+            answer.entropies += entropies([choice])
             text = (choice.get("delta") or {}).get("content")
             if text:
                 if math.isnan(answer.first_s):

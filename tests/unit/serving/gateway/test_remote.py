@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from pictures import encoded, opened, scene
+from typer.testing import CliRunner
 
+from adaptive_fusion.cli import app
 from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import ConfigError, MediaError, UnsupportedModelError
 from adaptive_fusion.point import OperatingPoint
@@ -187,3 +189,19 @@ def test_doctor_finds_out_what_the_engine_takes(engine: Engine) -> None:
     engine.status = 422
     (models, chat) = examine_upstream(url, model="m")
     assert models.status == "note" and chat.status == "broken" and "422: no such model" in chat.found
+
+
+def test_labels_compare_texts_with_the_full_answer(engine: Engine, tmp_path: Path) -> None:
+    picture, out = tmp_path / "a.jpg", tmp_path / "labels.jsonl"
+    picture.write_bytes(PICTURE)
+    url = f"http://127.0.0.1:{engine.server_address[1]}"
+    said = ["label", str(picture), "--out", str(out), "--upstream", url, "--model", "m", "--engine", "vllm"]
+    done = CliRunner().invoke(app, [*said, "--points", "native@1/25%", "--points", "native@1/50%", "--json"])
+    assert done.exit_code == 0, done.output
+    (label,) = map(json.loads, out.read_text().splitlines())
+    assert set(label["quality"]) == {"native@1", "native@1/25%", "native@1/50%"}
+    assert label["quality"]["native@1"] == label["reference_quality"] == 1.0
+    assert label["quality"]["native@1/25%"] < 1, "this engine says the size that it sees"
+    assert label["measurement"]["native@1/25%"]["visual_tokens"] < label["measurement"]["native@1"]["visual_tokens"]
+    whole, *_ = sorted((sizes(body)[0] for body in engine.bodies), reverse=True)
+    assert whole == (2400, 1800) and all(body["temperature"] == 0 for body in engine.bodies)
