@@ -82,7 +82,7 @@ def doctor(
 
 def _asked(upstream: str, model: str | None, engine: str, processor: str | None) -> "list[Check]":
     """What the engine at an address accepts."""
-    from adaptive_fusion.commands.serve import require_serving
+    from adaptive_fusion.commands.options import require_serving
 
     require_serving()
     from adaptive_fusion.serving.gateway.probe import examine_upstream

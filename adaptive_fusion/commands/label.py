@@ -211,7 +211,7 @@ def _remote_scorer(
     rungs: "list[Rung] | None",
 ) -> "tuple[Scorer, list[Rung]]":
     """What scores rungs by an engine's answers, and the rungs: without any the policy's, as far as they can be had."""
-    from adaptive_fusion.commands.serve import require_serving
+    from adaptive_fusion.commands.options import require_serving
 
     require_serving()
     from adaptive_fusion.learning.labelling.by_text import TextScorer

@@ -60,7 +60,7 @@ def gateway(
             raise ConfigError(f"form is {form!r}; expected {', '.join(_FORMS)}")
         if upstream is not None and upstream_model is None:
             raise ConfigError("upstream_model is not given; expected the name of the model upstream")
-        from adaptive_fusion.commands.serve import require_serving
+        from adaptive_fusion.commands.options import require_serving
 
         require_serving()
         result = _measured(upstream, upstream_model, engine, processor, policy, scenes, seed, form, as_json)

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from adaptive_fusion.doctor import Check
+from adaptive_fusion.doctor import Check, Status
 from adaptive_fusion.serving.gateway import engines, processors
 from adaptive_fusion.serving.gateway.client import Client, UpstreamError
 from adaptive_fusion.serving.gateway.engines import Agreed
@@ -21,7 +21,7 @@ from adaptive_fusion.serving.gateway.escalate import ASKED, entropies
 TIMEOUT_S = 120.0
 _LARGE, _SMALL = 512, 256
 """Sides of the pictures that are sent, in pixels: 4 times as many tokens, on every grid."""
-_NO = "note"
+_NO: Status = "note"
 
 
 def examine_upstream(
