@@ -1,7 +1,7 @@
 """A gateway on a free port of this machine, in a thread."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,23 @@ from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.serving.gateway.run import gateway_server
 from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
+from adaptive_fusion.serving.gateway.side import Side
 from adaptive_fusion.serving.run import DrainingServer
+from adaptive_fusion.serving.trials import Trials
 
 
 @contextmanager
 def gateway(
-    upstream: str, policy: Policy | str = "balanced", log: Path | None = None, **settings: Any
+    upstream: str,
+    policy: Policy | str = "balanced",
+    log: Path | None = None,
+    trials: Callable[[Side], Trials] | None = None,
+    **settings: Any,
 ) -> Iterator[DrainingServer]:
     """A gateway that listens; it drains at the end."""
     ready, chosen = threading.Event(), GatewaySettings(port=0, upstream=upstream, **settings)
-    server = gateway_server(chosen, policy, None if log is None else DecisionLog(log), lambda line: ready.set())
+    kept = None if log is None else DecisionLog(log)
+    server = gateway_server(chosen, policy, kept, lambda line: ready.set(), trials)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     assert ready.wait(MOST_S)

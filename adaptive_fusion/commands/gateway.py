@@ -1,5 +1,6 @@
 """``adaptive-fusion gateway``: a proxy before any engine with OpenAI's API that plans what is sent to it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,7 @@ def gateway(
         Path | None,
         typer.Option(metavar="FILE", help="Keep what was learned here over a restart.", rich_help_panel=_SERVER),
     ] = None,
+    rollout: options.Rollout = None,
 ) -> None:
     """Stand before an engine with OpenAI's API and send it images no larger than their question needs.
 
@@ -114,6 +116,7 @@ def gateway(
         allowed_media_domains=allowed_media_domains,
         log=log,
         state=state,
+        rollout=rollout,
     )
 
 
@@ -135,6 +138,7 @@ def start(
     allowed_media_domains: list[str] | None,
     log: Path | None,
     state: Path | None,
+    rollout: Path | None = None,
 ) -> None:
     """Run a gateway until a signal comes."""
     with refusing((), False):
@@ -157,7 +161,9 @@ def start(
             allowed_media_domains=options.hosts(allowed_media_domains),
             state=state,
         )
-        server = gateway_server(settings, policy, None if log is None else DecisionLog(log), complain)
+        kept = None if log is None else DecisionLog(log)
+        trials = None if rollout is None else partial(options.trials_in, rollout)
+        server = gateway_server(settings, policy, kept, complain, trials)
     server.run()
     if not server.started or server.failed:
         raise typer.Exit(1)

@@ -31,6 +31,14 @@ Files = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of tables.")]
+Rollout = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Experiments with policies, which `adaptive-fusion rollout` starts and ends in this file.",
+        rich_help_panel="Server",
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(help="'reference' (embedded), a folder in Hugging Face format, or the id of a model on the Hub."),
@@ -93,3 +101,11 @@ def require_serving() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[serve]'") from error
+
+
+def trials_in(file: Path, runner: Any) -> Any:
+    """The experiments of a file, with what decides now as the old policy."""
+    from adaptive_fusion.rollout.arms import Arms
+    from adaptive_fusion.rollout.live import Live
+
+    return Arms(runner, Live(file))

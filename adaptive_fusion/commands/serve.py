@@ -151,14 +151,7 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="Keep what was learned here over a restart.", rich_help_panel=_SERVER),
     ] = None,
-    rollout: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Experiments with policies, which `adaptive-fusion rollout` starts and ends in this file.",
-            rich_help_panel=_SERVER,
-        ),
-    ] = None,
+    rollout: options.Rollout = None,
     keep_comments: Annotated[
         bool,
         typer.Option(
@@ -246,20 +239,11 @@ def serve(
             device_map,
         )
         runner = open_runner(model, policy, log, given, encoder_cache_mb, explore)
-        server = server_for(runner, settings, complain, _trials(rollout, runner))
+        server = server_for(runner, settings, complain, None if rollout is None else options.trials_in(rollout, runner))
     server.run()
     gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
-
-
-def _trials(file: Path | None, runner: Any) -> Any:
-    if file is None:
-        return None
-    from adaptive_fusion.rollout.arms import Arms
-    from adaptive_fusion.rollout.live import Live
-
-    return Arms(runner, Live(file))
 
 
 def name_of(model: str) -> str:

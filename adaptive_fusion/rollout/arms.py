@@ -11,8 +11,9 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reply import Reply
@@ -27,22 +28,32 @@ if TYPE_CHECKING:
 log = logging.getLogger("adaptive_fusion.rollout")
 
 
+class Learner(Protocol):
+    """What decides by a policy and learns: a runner, or a gateway's side."""
+
+    @property
+    def controller(self) -> Controller: ...
+    def with_policy(self, policy: Policy, *, apart: bool) -> "Learner": ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Arms:
-    """Runners by arm, and what comes of requests told to the hook.
+    """What decides in each arm, and what comes of requests told to the hook.
 
     Args:
-        runner: The control: the server's own.
+        runner: The control: the server's own runner, or the gateway's side.
         live: The hook.
     """
 
-    def __init__(self, runner: AdaptiveRunner, live: Live) -> None:
+    def __init__(self, runner: Learner, live: Live) -> None:
         self.runner, self.live = runner, live
         self._lock = threading.Lock()
         self._experiment = 0
-        self._canary: AdaptiveRunner | None = None
+        self._canary: Learner | None = None
         self._beside: PairedShadow | None = None
 
-    def runner_for(self, given: Assignment) -> AdaptiveRunner:
+    def runner_for(self, given: Assignment) -> Learner:
         """The runner of an assignment. A canary that cannot be loaded is taken back, and the control answers. Reads
         files at the first request of an experiment: not for the event loop."""
         if given.shadow:
@@ -51,7 +62,7 @@ class Arms:
             return self.runner
         return self._canary_of(given) or self.runner
 
-    def _canary_of(self, given: Assignment) -> AdaptiveRunner | None:
+    def _canary_of(self, given: Assignment) -> Learner | None:
         with self._lock:
             if self._experiment != given.experiment or self._canary is None:
                 self._canary, self._experiment = None, given.experiment
@@ -71,6 +82,9 @@ class Arms:
         def tell(request_id: str, control: float, new: float) -> None:
             self.live.pair(given, request_id, {"quality": control}, {"quality": new})
 
+        if not isinstance(self.runner, AdaptiveRunner) or not isinstance(canary, AdaptiveRunner):
+            self.live.broken(given, "a shadow is run on the model itself, which a gateway does not have")
+            return
         from adaptive_fusion.rollout.shadow import PairedShadow  # only where one runs: it brings what labels need
 
         try:
@@ -80,7 +94,7 @@ class Arms:
         if before is not None:
             before.close()
 
-    def _loaded(self, given: Assignment) -> AdaptiveRunner:
+    def _loaded(self, given: Assignment) -> Learner:
         found = self.runner.with_policy(Policy.load(given.candidate or given.policy or ""), apart=True)
         state = self.live.store.learned(given.experiment, given.arm)
         if state is not None:
@@ -162,7 +176,7 @@ class Trial:
         """Whether it is decided and logged, and run natively."""
         return self.given.audit
 
-    def runner(self, messages: Any = None) -> AdaptiveRunner:
+    def runner(self, messages: Any = None) -> Any:
         """Who answers it. May read files. What runs beside gets the `messages`, as `chat` takes them, afterwards."""
         self._messages = messages if self.given.shadow else None
         self._runner = self._arms.runner_for(self.given)

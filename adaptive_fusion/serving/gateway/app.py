@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.serving import own as shared
+from adaptive_fusion.serving import rollouts
 from adaptive_fusion.serving.gateway import own
 from adaptive_fusion.serving.gateway.chat import chat_completions, target_of
 from adaptive_fusion.serving.gateway.proxy import Cut, Incoming, relay
@@ -29,6 +30,9 @@ ROUTES: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
     ("POST", f"{OWN}/points"): own.points,
     ("GET", f"{OWN}/decisions"): shared.decisions,
     ("POST", f"{OWN}/feedback"): shared.feedback,
+    ("GET", f"{OWN}/rollout"): rollouts.status,
+    ("POST", f"{OWN}/rollout/promote"): rollouts.promote,
+    ("POST", f"{OWN}/rollout/abort"): rollouts.abort,
     ("GET", "/health"): own.health,
     ("GET", "/ready"): own.ready,
     ("GET", "/metrics"): own.metrics,

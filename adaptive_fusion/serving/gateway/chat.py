@@ -40,10 +40,14 @@ from adaptive_fusion.serving.gateway.plan import Planned
 from adaptive_fusion.serving.gateway.proxy import Headers, Incoming, closed, is_stream, relay
 from adaptive_fusion.serving.gateway.reading import OWN, Call, read_call
 from adaptive_fusion.serving.gateway.service import Gateway, media_names
+from adaptive_fusion.serving.gateway.side import Side
 from adaptive_fusion.serving.gateway.sizing import Given, as_data_url
 from adaptive_fusion.serving.gateway.splice import Node, NotReadable
 from adaptive_fusion.serving.gateway.watch import Watch
 from adaptive_fusion.serving.http import SMALL
+from adaptive_fusion.serving.refusals import Refusal
+from adaptive_fusion.serving.schema import SESSION_FIELDS, USER_FIELDS, key_of
+from adaptive_fusion.serving.trials import Trial
 
 REASON_CHARACTERS = 500
 _LOGPROBS = {"logprobs": True, "top_logprobs": ASKED}
@@ -62,6 +66,8 @@ class Exchange:
         planned: What was decided.
         turns: Its place in its conversation.
         watch: What its answer takes.
+        side: What has decided it.
+        trial: Its part in an experiment.
     """
 
     scope: Scope
@@ -70,6 +76,8 @@ class Exchange:
     planned: Planned
     turns: Turns
     watch: Watch
+    side: Side
+    trial: Trial | None = None
     lost_ms: float = 0.0
 
 
@@ -96,31 +104,63 @@ async def _answer(gateway: Gateway, scope: Scope, send: Send, body: bytes, arriv
     if call is None:  # whatever it is, the engine is to say so
         await relay(await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], body), send)
         return
-    planned, turns = await planned_call(gateway, call, arrived_s)
+    trial = _trial(gateway, call)
+    try:
+        side: Side = gateway.side if trial is None else await gateway.in_thread(trial.runner)
+        planned, turns = await planned_call(gateway, call, arrived_s, side, audit=trial is not None and trial.audit)
+    except BaseException as error:
+        _failed(gateway, trial, call, error)
+        raise
     gateway.metrics.decided(gateway.clock() - arrived_s)
-    exchange = Exchange(scope, send, call, planned, turns, Watch(gateway.clock, arrived_s, call.stream))
+    exchange = Exchange(scope, send, call, planned, turns, Watch(gateway.clock, arrived_s, call.stream), side, trial)
     try:
         await _exchange(gateway, exchange)
-    except asyncio.CancelledError:
-        gateway.deciding.controller.miss(planned.choice, exchange.watch.elapsed_ms, kind="cancelled", ran=planned.ran)
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError):
+            side.controller.miss(planned.choice, exchange.watch.elapsed_ms, kind="cancelled", ran=planned.ran)
+        _failed(gateway, trial, call, error)
         raise
 
 
-async def planned_call(gateway: Gateway, call: Call, arrived_s: float) -> tuple[Planned, Turns]:
+def _trial(gateway: Gateway, call: Call) -> Trial | None:
+    """A request's part in an experiment; one that says itself what to run is in none."""
+    if gateway.trials is None:
+        return None
+    raw = call.body.root.plain()
+    users, sessions = key_of(raw, *USER_FIELDS), key_of(raw, *SESSION_FIELDS)
+    return gateway.trials.begin(raw.get("messages") or (), user=users, session=sessions, fixed=call.point is not None)
+
+
+def _failed(gateway: Gateway, trial: Trial | None, call: Call, error: BaseException) -> None:
+    """A request came to nothing. What the client is to blame for, and that the engine cannot be reached at all, says
+    nothing of its arm."""
+    if trial is None:
+        return
+    if isinstance(error, Refusal):
+        trial.left_out()
+    else:
+        trial.failed(error, gateway.deciding.budget.merge(call.budget).to_dict())
+
+
+async def planned_call(
+    gateway: Gateway, call: Call, arrived_s: float, side: Side | None = None, *, audit: bool = False
+) -> tuple[Planned, Turns]:
     """What is decided for a request, and its place in its conversation."""
-    media = await gateway.measured(call)
+    side = gateway.side if side is None else side
+    plans = side.audited if audit else side.plans
+    media = await gateway.measured(call, side, audit=audit)
     turns = turns_of(call.messages, media_names(media), gateway.tenant) if media else Turns()
     elapsed_ms = (gateway.clock() - arrived_s) * 1e3
     if any(each.measured is not None for each in media):
-        return await gateway.in_thread(gateway.plans.decide, call, media, turns, elapsed_ms), turns
-    return gateway.plans.decide(call, media, turns, elapsed_ms), turns
+        return await gateway.in_thread(plans.decide, call, media, turns, elapsed_ms), turns
+    return plans.decide(call, media, turns, elapsed_ms), turns
 
 
 async def _exchange(gateway: Gateway, exchange: Exchange) -> None:
     planned, call = exchange.planned, exchange.call
     given = planned.given
     second = planned.choice.candidate.second
-    asks = second is not None and planned.second is not None and gateway.plans.gives_logprobs
+    asks = second is not None and planned.second is not None and exchange.side.plans.gives_logprobs
     if asks and (kept := await _looked(gateway, exchange)) is not None:
         await kept
         return
@@ -178,7 +218,7 @@ async def _relayed(
     """Pass an answer on, watch it, and learn from it once it is over."""
     watch = exchange.watch
     watch.stream = is_stream(response.headers)
-    added = headers_of(exchange.planned, decision)
+    added = [*headers_of(exchange.planned, decision), *_arm_of(exchange.trial)]
     await relay(
         response,
         exchange.send,
@@ -203,7 +243,7 @@ def _learn(gateway: Gateway, exchange: Exchange, decision: Decision, ran: Candid
     finish = watch.finish_reason or "stop"
     finish = finish if finish in ("stop", "length") else "stop"
     if answered:
-        gateway.deciding.took(
+        exchange.side.deciding.took(
             planned.choice, ran, planned.work, kind, measured, ended=finish == "stop", lost_ms=exchange.lost_ms
         )
         reply = Reply("", finish, decision, measured)
@@ -215,8 +255,12 @@ def _learn(gateway: Gateway, exchange: Exchange, decision: Decision, ran: Candid
             native_visual_tokens=planned.native_tokens,
             escalated=decision.escalated is True,
         )
+        if exchange.trial is not None:
+            exchange.trial.answered(reply, watch.elapsed_ms)
     else:
         gateway.metrics.failed("upstream_error")
+        if exchange.trial is not None:
+            _unanswered(exchange.trial, status, planned.decision.budget)
     gateway.records.add(decision.request_id, {**answers.outlook(decision, planned.native_tokens), "status": status})
     gateway.access_log.write(
         "answer",
@@ -253,6 +297,14 @@ def _learn(gateway: Gateway, exchange: Exchange, decision: Decision, ran: Candid
         gateway.log.write(row)
 
 
+def _unanswered(trial: Trial, status: int, budget: Mapping[str, Any]) -> None:
+    """The engine gave no answer; below 500 it says that the client is to blame."""
+    if 400 <= status < 500:
+        trial.left_out()
+    else:
+        trial.failed(RuntimeError(f"the engine answered with status {status}"), budget)
+
+
 # A look at the first token
 
 
@@ -270,7 +322,7 @@ async def _looked(gateway: Gateway, exchange: Exchange) -> Any:
     if response.status != 200:
         if ours and response.status in _REFUSED:
             await closed(response)
-            gateway.plans.gives_logprobs = False
+            exchange.side.plans.gives_logprobs = False
             return None
         return _relayed(gateway, exchange, response, planned.decision, planned.ran)
     stream = is_stream(response.headers)
@@ -285,13 +337,13 @@ async def _looked(gateway: Gateway, exchange: Exchange) -> Any:
     why = "" if found else "the engine gave no log-probabilities"
     entropy = fmean(found) if found else None
     if entropy is not None and entropy > second.threshold:
-        limits = gateway.deciding.budget.merge(call.budget)
-        why = gateway.deciding.controller.too_late_for(second.candidate, limits, first_ms)
+        limits = exchange.side.deciding.budget.merge(call.budget)
+        why = exchange.side.controller.too_late_for(second.candidate, limits, first_ms)
         if not why:
             await closed(response)
             return await _second(gateway, exchange, entropy, first_ms)
     if entropy is not None:
-        gateway.deciding.controller.looked_at(planned.choice, first_ms - planned.choice.elapsed_ms, escalated=False)
+        exchange.side.controller.looked_at(planned.choice, first_ms - planned.choice.elapsed_ms, escalated=False)
         decision = replace(decision, escalated=False, escalation={**decision.escalation, "entropy": entropy})
     if why:
         decision = replace(decision, escalation={**decision.escalation, "why": why})
@@ -348,7 +400,7 @@ async def _second(gateway: Gateway, exchange: Exchange, entropy: float, first_ms
     planned, call = exchange.planned, exchange.call
     second = planned.choice.candidate.second
     assert second is not None and planned.second is not None
-    gateway.deciding.controller.looked_at(planned.choice, first_ms - planned.choice.elapsed_ms, escalated=True)
+    exchange.side.controller.looked_at(planned.choice, first_ms - planned.choice.elapsed_ms, escalated=True)
     exchange.lost_ms = first_ms - planned.choice.elapsed_ms
     decision = planned.decision
     decision = replace(
@@ -364,7 +416,7 @@ async def _second(gateway: Gateway, exchange: Exchange, entropy: float, first_ms
             "first_ms": exchange.lost_ms,
         },
     )
-    gateway.plans.rise(exchange.turns, planned.media, planned.second)
+    exchange.side.plans.rise(exchange.turns, planned.media, planned.second)
     body = await _body(gateway, call, planned, planned.second)
     response = await gateway.upstream.send(
         exchange.scope["method"], target_of(exchange.scope), exchange.scope["headers"], body
@@ -396,6 +448,12 @@ def headers_of(planned: Planned, decision: Decision) -> Headers:
         values[f"{answers.HEADER}media"] = ", ".join(told)
     values[f"{answers.HEADER}reason"] = decision.reason[:REASON_CHARACTERS]
     return [(name.encode(), answers.plain(value).encode()) for name, value in values.items()]
+
+
+def _arm_of(trial: Trial | None) -> Headers:
+    """The arm of an experiment, and which; nothing without one."""
+    told = trial.said().get("rollout", {}) if trial is not None else {}
+    return [(f"{answers.HEADER}{name}".encode(), answers.plain(value).encode()) for name, value in told.items()]
 
 
 def said_of(given: Given) -> str:

@@ -16,7 +16,9 @@ from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
 from adaptive_fusion.serving.gateway.app import Application
 from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
+from adaptive_fusion.serving.gateway.side import Side
 from adaptive_fusion.serving.run import KEEP_ALIVE_S, DrainingServer
+from adaptive_fusion.serving.trials import Trials
 
 
 class _Server(DrainingServer):
@@ -44,6 +46,7 @@ def gateway_server(
     policy: Policy | str | Path = AUTO,
     log: DecisionLog | None = None,
     announce: Callable[[str], None] = lambda line: None,
+    trials: Callable[[Side], Trials] | None = None,
 ) -> DrainingServer:
     """A gateway that is not listening yet; ``run()`` listens until a signal comes.
 
@@ -52,8 +55,11 @@ def gateway_server(
         policy: As for `AdaptiveRunner`.
         log: The decision log.
         announce: Called with one line once the first request can come.
+        trials: Makes experiments with policies, of which the one given is the old one.
     """
     gateway = Gateway(settings, policy, log)
+    if trials is not None:
+        gateway.trials = trials(gateway.side)
     config = uvicorn.Config(
         Application(gateway),
         host=settings.host,

@@ -22,10 +22,11 @@ from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.fetcher import Address as MediaAddress
 from adaptive_fusion.serving.fetcher import Fetcher, allowed_origins, read_address
 from adaptive_fusion.serving.gateway import clips, engines, processors, reencode
-from adaptive_fusion.serving.gateway.plan import Medium, Plans
+from adaptive_fusion.serving.gateway.plan import Medium
 from adaptive_fusion.serving.gateway.proxy import Address, Upstream
 from adaptive_fusion.serving.gateway.reading import Call, Shown
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
+from adaptive_fusion.serving.gateway.side import Side
 from adaptive_fusion.serving.gateway.sizing import Given, NotPlanned, Sizing
 from adaptive_fusion.serving.http import BODIES, Bodies
 from adaptive_fusion.serving.media_limits import MediaLimits
@@ -34,6 +35,7 @@ from adaptive_fusion.serving.records import Records
 from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.service import SAVE_S, log
 from adaptive_fusion.serving.state import StateFile
+from adaptive_fusion.serving.trials import Trials
 
 T = TypeVar("T")
 MOST_FETCHES = 16
@@ -65,8 +67,13 @@ class Gateway:
         self.settings, self.log, self.clock = settings, log, clock
         self.address, self.engine = Address.read(settings.upstream), engines.find(settings.engine)
         grid = processors.find(settings.processor)
-        self.deciding = Deciding(grid, settings.model, policy=policy, budget=settings.budget, clock=clock)
-        self.plans = Plans(self.deciding, audit=settings.mode == "audit", gives_logprobs=self.engine.logprobs)
+
+        def make(by: Policy | str | Path) -> Deciding:
+            return Deciding(grid, settings.model, policy=by, budget=settings.budget, clock=clock)
+
+        self.side = Side(make, policy, audit=settings.mode == "audit", gives_logprobs=self.engine.logprobs)
+        self.deciding, self.plans = self.side.deciding, self.side.plans
+        self.trials: Trials | None = None
         self.limits = MediaLimits(allowed_domains=settings.allowed_media_domains)
         self.sizing = Sizing(grid, self.limits.max_megapixels)
         self.bodies = Bodies(BODIES * settings.max_body_mib << 20)
@@ -132,6 +139,8 @@ class Gateway:
         """Save what was learned, if it can be."""
         if (trouble := await asyncio.to_thread(self.state.save)) is not None:
             log.warning(trouble)
+        if self.trials is not None:
+            await asyncio.to_thread(self.trials.save)
 
     async def close(self) -> None:
         """Save, hang up, let the threads go."""
@@ -141,9 +150,10 @@ class Gateway:
 
     # Media
 
-    async def measured(self, call: Call) -> list[Medium]:
-        """All that a request shows, measured where its bytes are there; what cannot be says why. Refuses nothing."""
-        if self.deciding.always_full and not self.plans.audit and call.point is None:
+    async def measured(self, call: Call, side: Side, *, audit: bool = False) -> list[Medium]:
+        """All that a request shows, measured where its bytes are there and the side has a use for that; what cannot be
+        says why. Refuses nothing."""
+        if side.deciding.always_full and not (audit or side.plans.audit) and call.point is None:
             return [Medium(None, each.detail, "the policy takes nothing away") for each in call.shown]
         return list(await asyncio.gather(*(self._medium(call, index) for index in range(len(call.shown)))))
 
