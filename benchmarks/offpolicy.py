@@ -111,12 +111,14 @@ def logged(found: World, n: int, share: float, rng: np.random.Generator, name: s
     )
 
 
-def rollout(seed: int, *, n: int, share: float, measured: int, draws: int) -> tuple[OffPolicyValue, float, float]:
-    """An estimate, what was measured afterwards, and the truth."""
+def rollout(
+    seed: int, *, n: int, share: float, measured: int, draws: int, truth: int = 200_000
+) -> tuple[OffPolicyValue, float, float]:
+    """An estimate, what was measured afterwards, and the truth, from that many more requests."""
     rng = np.random.default_rng(seed)
     found = world(rng)
     value = off_policy(found.candidate, logged(found, n, share, rng, str(seed)), seed=seed, n=draws)
-    x = rng.normal(size=(200_000, len(NAMES)))
+    x = rng.normal(size=(max(truth, measured), len(NAMES)))
     worth = found.quality(x)[np.arange(len(x)), found.chosen(found.candidate, x)]
     after = (rng.random(measured) < worth[:measured]).mean()
     return value, float(after), float(worth.mean())

@@ -152,10 +152,10 @@ def test_what_is_estimated_before_a_rollout_is_measured_after_it(
 ) -> None:
     """In few and small worlds; the benchmark has a hundred."""
     benchmark = load_benchmark("offpolicy")
-    rows = [benchmark.rollout(seed, n=1500, share=0.25, measured=20_000, draws=200) for seed in range(12)]
+    rows = [benchmark.rollout(seed, n=1500, share=0.25, measured=20_000, draws=100, truth=20_000) for seed in range(8)]
     agree = [value.doubly_robust.low <= after <= value.doubly_robust.high for value, after, _ in rows]
-    assert sum(agree) >= 10
-    assert sum(abs(value.logged.mean - after) < 0.03 for value, after, _ in rows) < 6  # the plain mean would not do
+    assert sum(agree) >= 7
+    assert sum(abs(value.logged.mean - after) < 0.03 for value, after, _ in rows) < 5  # the plain mean would not do
     after = Served(Interval(0.5, 0.4, 0.6), 20)
     assert after.agrees(Interval(0.6, 0.5, 0.7)) and not after.agrees(Interval(0.6, 0.51, 0.7))
 
