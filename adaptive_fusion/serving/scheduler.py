@@ -177,6 +177,7 @@ class Scheduler:
             errand.cancelled.set()
         company = self._company(errand)
         self._running = (errand, *company)
+        started = self._clock()
         try:
             work = asyncio.get_running_loop().run_in_executor(self.thread, do_together, errand, company)
         except BaseException as error:
@@ -184,7 +185,6 @@ class Scheduler:
             for each in (errand, *company):
                 each.result.set_exception(error)
             return
-        started = self._clock()
         work.add_done_callback(lambda done: self._finished(started, done, 1 + len(company)))
 
     def _company(self, errand: Errand[Any]) -> list[Errand[Any]]:

@@ -308,6 +308,7 @@ def test_what_is_no_http_and_heads_without_end_are_answered_like_all_else(
     assert status == 408 and error["code"] == "head_too_slow"
     with socket.create_connection(("127.0.0.1", server.port), timeout=MOST_S) as silent:
         assert silent.recv(4096) == b""
+    monkeypatch.setattr(connection_module, "HEAD_S", MOST_S)
     with httpx.Client(timeout=MOST_S) as client:  # a connection that is kept has as long for its next head
         url = f"http://127.0.0.1:{server.port}/health"
         assert [client.get(url).status_code for _ in range(3)] == [200] * 3
