@@ -37,6 +37,8 @@ from adaptive_fusion.prepared import Call, Prepared, Turn
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.wired import Wired
 
+PIECE = 16_384
+"""Characters of a text whose tokens are counted at a time."""
 WARM_UP_SIDES, WARM_UP_PIXELS = (200, 180), 8192
 """Width and height of the warm-up's image, run in full once, and what other points make of it. Both are resized."""
 
@@ -70,7 +72,11 @@ class Answering(Wired):
     def _text_tokens(self, request: ChatRequest) -> int:
         tokenizer = getattr(self.processor, "tokenizer", None)
         said = "\n".join(request.texts)
-        return (len(tokenizer(said).input_ids) if tokenizer and said else 0) + TEMPLATE_TOKENS
+        if not tokenizer or not said:
+            return TEMPLATE_TOKENS
+        first, *others = _pieces(said)
+        more = sum(len(tokenizer(piece, add_special_tokens=False).input_ids) for piece in others)
+        return len(tokenizer(first).input_ids) + more + TEMPLATE_TOKENS
 
     def _chat_info(
         self, request: ChatRequest, arguments: Arguments, arrived: float, text_tokens: int | None = None
@@ -270,6 +276,18 @@ class Way:
             repeating = Repeating(reduced.shape[-1], streamer.said)
             options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), repeating])
         return {**options, "streamer": streamer}
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most `PIECE` characters, cut between words where there are some: counting the tokens of a
+    very long one at once would take some two hundred times its memory."""
+    begin = 0
+    while len(text) - begin > PIECE:
+        cut = text.rfind(" ", begin + 1, begin + PIECE)
+        end = cut if cut > 0 else begin + PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _with_cache_told(run: Run, media: int) -> Decision:

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import DynamicCache, GenerationConfig
 from waits import MOST_S, joined
 
+from adaptive_fusion import answering
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.errors import (
     BudgetError,
@@ -19,6 +20,7 @@ from adaptive_fusion.errors import (
     MediaError,
     UnsupportedModelError,
 )
+from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import make_scene
@@ -305,6 +307,19 @@ def test_what_generate_returns_and_ends_by_is_understood(runner: AdaptiveRunner,
     several = GenerationConfig(num_return_sequences=3, do_sample=True)
     with pytest.raises(ConfigError, match="num_return_sequences is 3"):
         runner.chat(screen, "Describe the screen.", generation_config=several)
+
+
+def test_tokens_of_a_long_text_are_counted_piece_by_piece(
+    runner: AdaptiveRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["many words of a text " * 9, "x" * 333, " " * 100, "a b", "é\n" * 80]
+    for text in texts:
+        whole = runner._text_tokens(build_request(None, text))
+        with monkeypatch.context() as patched:
+            patched.setattr(answering, "PIECE", 50)
+            pieces = list(answering._pieces(text))
+            assert "".join(pieces) == text and max(map(len, pieces)) <= 50
+            assert abs(runner._text_tokens(build_request(None, text)) - whole) <= 2 * (len(pieces) - 1)
 
 
 def test_the_whole_conversation_counts_in_the_prediction(runner: AdaptiveRunner, screen: Image.Image) -> None:
