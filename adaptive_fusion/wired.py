@@ -49,7 +49,7 @@ from adaptive_fusion.models.trained import add_trained
 from adaptive_fusion.models.unwrap import lock_of
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.auto import choose
-from adaptive_fusion.policy.escalation import Escalation
+from adaptive_fusion.policy.escalation import UNFITTED, Escalation
 from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
 
@@ -212,10 +212,12 @@ class Wired(ModelFace):
     def _asking(self, arguments: Arguments, prompt: str, rows: int = 1) -> Asking | None:
         """Whether and how the model may be asked if it is sure of a cheap answer; None where that is switched off."""
         rules = self.policy.escalation or (Escalation() if self._escalate else None)
+        if self.chosen.doubt:
+            rules = UNFITTED
         if rules is None or self._escalate is False:
             return None
         kind = prompt_kind(prompt) if prompt else ""  # nobody knows the text of a prompt that is given as tokens
-        return Asking(rules, kind, why_never(arguments, rules.k, rows, self.adapter.model))
+        return Asking(rules, kind, why_never(arguments, rules.k, rows, self.adapter.model), self.chosen.doubt)
 
     def _run(self, info: RequestInfo, task: Task) -> Run:
         """Run a decided request; the caller holds the lock."""

@@ -6,7 +6,7 @@ Knows typer and `Budget`. Must not know of models or files.
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 

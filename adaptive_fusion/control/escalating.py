@@ -14,15 +14,26 @@ MOST_SECONDS = 2
 """Better plans that are tried for a cheap one, the best first: the next is for budgets that the best does not fit."""
 NO_SECOND = "no second pass: "
 SURE = "the plan counts as good as any"
+UNTRUSTED = "what the policy calls enough is not trusted"
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Whether and how one request may ask the model; `never` says in words why it may not, empty where it may."""
+    """Whether and how one request may ask the model.
+
+    Attributes:
+        thresholds: With what.
+        kind: Of the question.
+        never: Why it may not, in words; empty where it may.
+        doubt: Why a plan that counts as good as any is not trusted either, in words; empty where it is.
+        p_complex: What the router says of the request.
+    """
 
     thresholds: Escalation
     kind: str
     never: str = ""
+    doubt: str = ""
+    p_complex: float = 0.0
 
 
 def plans(
@@ -78,6 +89,52 @@ def plans(
             elif better is full:
                 at_once[better.key] = better
     singles += at_once.values()
+    return level(singles, doubles, tolerance), len(doubles)
+
+
+def doubted(
+    candidates: Sequence[Candidate],
+    full: Candidate,
+    asking: Asking,
+    *,
+    tolerance: float,
+    share: Callable[[str, float], float],
+    new_tokens: float,
+) -> tuple[list[Candidate], int]:
+    """What the controller chooses from where the policy was not fitted to this model, so that its qualities are a guess.
+
+    Nothing below full compute is trusted on its own. What counts as good as any, within the tolerance, is asked about:
+    such a plan of two passes is on offer where it takes less time on average than full compute from the start, with
+    P(going on) at first the router's P(complex), or the kind of question's own where that is higher, and then as it
+    was seen. One pass without a verdict is for budgets that nothing else fits.
+
+    Args:
+        candidates: The lane's, with the policy's own expected qualities.
+        full: Full compute.
+        asking: With what thresholds.
+        tolerance: Qualities within it of another count as equal to it.
+        share: P(going on) by a key and what is expected.
+        new_tokens: Expected length of an answer.
+
+    Returns:
+        The plans, and how many of these have two passes.
+    """
+    enough = max(full.quality, *(candidate.quality for candidate in candidates)) - tolerance
+    singles, doubles = list[Candidate](), list[Candidate]()
+    for candidate in candidates:
+        if candidate.point.is_full:
+            singles.append(candidate)
+            continue
+        rule = asking.thresholds.threshold(candidate.key, asking.kind)
+        singles.append(replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
+        if asking.never or rule.threshold is None or candidate.quality < enough:
+            continue
+        rule = replace(rule, share=max(rule.share, asking.p_complex))
+        both = _in_two(candidate, full, rule, asking, share, new_tokens)
+        if both.mean_ms < full.predicted.latency_ms:
+            doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))
+    if not any(candidate.point.is_full for candidate in singles):
+        singles.append(full)
     return level(singles, doubles, tolerance), len(doubles)
 
 
@@ -139,9 +196,12 @@ def told(choice: Choice, asking: Asking | None, offered: bool) -> dict[str, obje
         return {}
     second = choice.candidate.second
     if second is not None:
-        return {"to": second.candidate.key, "k": second.k, "threshold": second.threshold, "share": second.share}
+        plan = {"to": second.candidate.key, "k": second.k, "threshold": second.threshold, "share": second.share}
+        return {**plan, "doubt": asking.doubt} if asking.doubt else plan
     if asking.never:
         return {"why": asking.never}
+    if asking.doubt and not offered:
+        return {"why": f"{UNTRUSTED}, and asking would cost more than full compute", "doubt": asking.doubt}
     if not offered:
         return {"why": SURE}
     refused = [each.reason for each in choice.rejected if each.reason.startswith(("two passes", "memory", "overload"))]

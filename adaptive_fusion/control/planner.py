@@ -11,7 +11,7 @@ from typing import Any
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate, Choice
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.escalating import NO_SECOND, SURE, Asking, level, plans, told
+from adaptive_fusion.control.escalating import NO_SECOND, SURE, UNTRUSTED, Asking, doubted, level, plans, told
 from adaptive_fusion.control.exploring import GREEDY, Drawn, draw
 from adaptive_fusion.control.offering import Offering
 from adaptive_fusion.control.request_info import RequestInfo, found_in_cache, with_cache_counted
@@ -89,6 +89,8 @@ class Planner(Offering):
             lane = route.lane
             explores = self._may_explore(info, unlike)
             all_of_them = info.full_detail or bool(unlike) or info.asking is not None
+            if info.asking is not None:
+                info = replace(info, asking=replace(info.asking, p_complex=route.score))
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             stay = self._staying(candidates, info, needs)
             choice, second = self._choose(candidates, limits, info, unlike, stay)
@@ -235,18 +237,15 @@ class Planner(Offering):
         Qualities within the policy's tolerance of the best count as equal to it.
         """
         tolerance = self.policy.tolerance
-        if asking is None or asking.never:
+        if asking is None or (asking.never and not asking.doubt):
             return level(candidates, (), tolerance), 0
         new_tokens = self.expected_tokens(info)
-        return plans(
-            candidates,
-            self.candidate(NATIVE, 1.0, info, new_tokens),
-            asking,
-            tolerance=tolerance,
-            share=self.controller.share,
-            new_tokens=new_tokens,
-            trusted=self.policy.sufficiency is not None and self.policy.sufficiency.own is not None,
-        )
+        full = self.candidate(NATIVE, 1.0, info, new_tokens)
+        learned: dict[str, Any] = {"share": self.controller.share, "new_tokens": new_tokens}
+        if asking.doubt:
+            return doubted(candidates, full, asking, tolerance=tolerance, **learned)
+        trusted = self.policy.sufficiency is not None and self.policy.sufficiency.own is not None
+        return plans(candidates, full, asking, tolerance=tolerance, trusted=trusted, **learned)
 
     def _remarks(
         self, choice: Choice, second: Mapping[str, Any], needs: Needs | None, stay: Staying | None
@@ -256,6 +255,8 @@ class Planner(Offering):
         if self.adapter.untrained(choice.point):
             untrained = f"{choice.point.fusion} is untrained for this model: the native computation"
         none = f"{NO_SECOND}{second['why']}" if second.get("why", SURE) != SURE else ""
+        if "doubt" in second:
+            none = f"{none} ({second['doubt']})" if none else f"{UNTRUSTED} ({second['doubt']}), so the model is asked"
         stays = stay.in_words(choice.candidate) if stay is not None else ""
         return [none, needs.in_words() if needs is not None else "", stays, untrained, self.remark]
 

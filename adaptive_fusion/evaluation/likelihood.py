@@ -15,11 +15,13 @@ from adaptive_fusion.models.caches import cache_name
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one answer: its log-likelihood, the mean of it per token, and the share of its tokens that rank first."""
+    """Of one answer: its log-likelihood, the mean of it per token, the share of its tokens that rank first, and the
+    entropy of the distribution that each of its tokens comes from, in nats."""
 
     total: float
     mean: float
     ranked_first: float
+    entropies: tuple[float, ...]
 
 
 @torch.no_grad()
@@ -56,9 +58,11 @@ def after_prompt(model: Any, prompt: Any, answers: Sequence[Sequence[int]]) -> l
 
 
 def _likelihood(logits: Tensor, answer: Tensor) -> Likelihood:
-    likely = torch.log_softmax(logits.float(), dim=-1).gather(1, answer[:, None])
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    likely = log_p.gather(1, answer[:, None])
     right = (logits.argmax(-1) == answer).float()
-    return Likelihood(float(likely.sum()), float(likely.mean()), float(right.mean()))
+    unsure = torch.special.entr(log_p.exp()).sum(-1)
+    return Likelihood(float(likely.sum()), float(likely.mean()), float(right.mean()), tuple(unsure.tolist()))
 
 
 def teacher_forced(model: Any, inputs: Mapping[str, Any], answers: Sequence[Tensor]) -> list[Tensor]:

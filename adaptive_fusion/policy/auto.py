@@ -33,6 +33,7 @@ class Chosen:
         remark: What every decision says of it; empty where there is nothing.
         skipped: Policies of the user that could not be read, each with the reason.
         written_s: When a user's own was written, in seconds since the epoch; None for others.
+        doubt: See `doubt`.
     """
 
     policy: Policy
@@ -41,6 +42,7 @@ class Chosen:
     remark: str = ""
     skipped: tuple[str, ...] = ()
     written_s: float | None = None
+    doubt: str = ""
 
     def without_weights(self, unfit: Mapping[str, str]) -> "Chosen":
         """The same, saying which fusion weights do not fit the model, by file name with the reason."""
@@ -94,9 +96,21 @@ def choose(wanted: Policy | str | Path, model: Fingerprint, environ: Mapping[str
     return replace(found, warning="; ".join(filter(None, (found.warning, *skipped))), skipped=skipped)
 
 
+def doubt(policy: Policy, model: Fingerprint) -> str:
+    """Why what the policy calls enough is a guess for `model`, in words; empty where it was fitted to that model, where
+    nothing says that the weights are others, and where it is general and says nothing of needs."""
+    fitted = policy.fitted
+    if fitted.is_general:
+        return "its needs are a reader's, not this model's" if policy.sufficiency is not None else ""
+    if not fitted.fits(model):
+        return "it was fitted to another model"
+    return "it was fitted to other weights" if _same(fitted, model) is False else ""
+
+
 def _told(chosen: Chosen, model: Fingerprint) -> Chosen:
     """With what differs between `model` and the one that the policy was fitted to."""
     policy = chosen.policy
+    chosen = replace(chosen, doubt=doubt(policy, model))
     differences = policy.fitted.differences(model)
     if not differences:
         return chosen

@@ -20,6 +20,8 @@ MOST_TOKENS = 4
 GENERAL_THRESHOLD = 0.1
 """Nats above which an answer is not trusted where nothing was learned. On fresh scenes of the reference model it keeps
 0.35 to 0.38 of the answers of cheap plans and loses 0.011 to 0.017 of quality (``benchmarks/escalation.py``)."""
+UNFITTED_THRESHOLD = 0.1
+"""Nats above which an answer at a plan that a policy fitted to no such model calls enough is not trusted."""
 GENERAL_SHARE = 0.65
 """Share of requests that is expected to be above it, until it is known better."""
 LEAST_AUC = 0.7
@@ -122,6 +124,18 @@ class Escalation:
             raise PolicyError(f"thresholds of escalation is {rungs!r}; expected tables by rung and kind of question")
         read = {str(rung): {str(kind): _read(each) for kind, each in kinds.items()} for rung, kinds in rungs.items()}
         return cls(table.get("k", 1), table.get("alpha", 0.05), read)
+
+
+UNFITTED = Escalation(
+    thresholds={
+        ANY: {
+            "describe": Threshold(UNFITTED_THRESHOLD, loss=0.1, left=0.01, share=0.1),
+            ANY: Threshold(UNFITTED_THRESHOLD, loss=0.3, left=0.01, share=GENERAL_SHARE),
+        }
+    }
+)
+"""For policies that were not fitted to the model at hand, whose sufficient plans are a guess: what keeping every such
+answer may lose, what is lost after the verdict, and how many go on at the least until it is known better."""
 
 
 def _read(values: Any) -> Threshold:

@@ -46,7 +46,7 @@ def released() -> Any:
 @pytest.fixture(scope="module")
 def runner_of(tiny_dense: Any, released: Any) -> Callable[..., AdaptiveRunner]:
     def build(policy: str, **options: Any) -> AdaptiveRunner:
-        return AdaptiveRunner(tiny_dense, released, policy=policy, seed=0, **options)
+        return AdaptiveRunner(tiny_dense, released, policy=policy, seed=0, **{"escalate": False, **options})
 
     return build
 

@@ -159,9 +159,8 @@ class RunnerModel:
         for each in self._encode(question, rungs):
             with self._exclusively():
                 prompt, prefill_ms = self._timed.prefill(each.encoding)
-                first = tuple(entropies(prompt.logits[:, -1]).tolist())
                 [likelihood] = after_prompt(self.runner.adapter.outer, prompt, [answer])
-            timing = each.timing(each.ready_ms + prefill_ms, entropies=first)
+            timing = each.timing(each.ready_ms + prefill_ms, entropies=likelihood.entropies[:MOST_TOKENS])
             found |= {name: (likelihood.mean, timing) for name in each.names}
         return {rung.name: found[rung.name] for rung in rungs}
 
