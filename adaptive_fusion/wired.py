@@ -213,7 +213,7 @@ class Wired(ModelFace):
         """Whether and how the model may be asked if it is sure of a cheap answer; None where that is switched off."""
         rules = self.policy.escalation or (Escalation() if self._escalate else None)
         if self.chosen.doubt:
-            rules = UNFITTED
+            rules = UNFITTED if rows == 1 else replace(UNFITTED, k=1)  # of several rows only first tokens can be seen
         if rules is None or self._escalate is False:
             return None
         kind = prompt_kind(prompt) if prompt else ""  # nobody knows the text of a prompt that is given as tokens

@@ -4,7 +4,7 @@ Knows candidates, thresholds and what share of requests goes on. Must not know h
 weighed: `execution.escalation` does the first, `weighing` the second.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from adaptive_fusion.control.candidates import Candidate, Choice, Second
@@ -27,6 +27,7 @@ class Asking:
         never: Why it may not, in words; empty where it may.
         doubt: Why a plan that counts as good as any is not trusted either, in words; empty where it is.
         p_complex: What the router says of the request.
+        worth_asking: Keys of plans that may be asked about on doubt beside those that count as good as any.
     """
 
     thresholds: Escalation
@@ -34,6 +35,7 @@ class Asking:
     never: str = ""
     doubt: str = ""
     p_complex: float = 0.0
+    worth_asking: Collection[str] = ()
 
 
 def plans(
@@ -101,12 +103,12 @@ def doubted(
     share: Callable[[str, float], float],
     new_tokens: float,
 ) -> tuple[list[Candidate], int]:
-    """What the controller chooses from where the policy was not fitted to this model, so that its qualities are a guess.
+    """What the controller chooses from where the policy was not fitted to this model: its qualities are a guess.
 
-    Nothing below full compute is trusted on its own. What counts as good as any, within the tolerance, is asked about:
-    such a plan of two passes is on offer where it takes less time on average than full compute from the start, with
-    P(going on) at first the router's P(complex), or the kind of question's own where that is higher, and then as it
-    was seen. One pass without a verdict is for budgets that nothing else fits.
+    Nothing below full compute is trusted on its own. What counts as good as any, within the tolerance, is asked about,
+    as is what is worth asking: such a plan of two passes is on offer where it takes less time on average than full
+    compute from the start, with P(going on) at first the router's P(complex), or the kind of question's own where that
+    is higher, and then as it was seen. One pass without a verdict is for budgets that nothing else fits.
 
     Args:
         candidates: The lane's, with the policy's own expected qualities.
@@ -127,7 +129,9 @@ def doubted(
             continue
         rule = asking.thresholds.threshold(candidate.key, asking.kind)
         singles.append(replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
-        if asking.never or rule.threshold is None or candidate.quality < enough:
+        if asking.never or rule.threshold is None:
+            continue
+        if candidate.quality < enough and candidate.key not in asking.worth_asking:
             continue
         rule = replace(rule, share=max(rule.share, asking.p_complex))
         both = _in_two(candidate, full, rule, asking, share, new_tokens)

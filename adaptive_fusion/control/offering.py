@@ -3,6 +3,7 @@
 Knows policy, cost model and lengths of answers for one adapter. Must not know how one is chosen from what is offered.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -24,6 +25,8 @@ from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
 
 SPARE = 4
 """Of the steps that a request without limits will hardly need, every so many are predicted."""
+SPARED_OCTAVES = 0.45
+"""About half an octave, which the steps of a ladder meet only nearly."""
 Rated = tuple[Rung, float]
 """A step and the quality expected of it for a request."""
 
@@ -157,6 +160,14 @@ class Offering:
             few = [replace(rung.point, max_fps=min(STILL_FPS, rung.point.max_fps or STILL_FPS)) for rung in rungs]
             rungs = (*rungs, *(replace(rung, point=point) for rung, point in zip(rungs, few, strict=True)))
         return rungs
+
+    def worth_asking(self, route: Route) -> frozenset[str]:
+        """Rungs that are worth a look at the model on doubt: of the lane of simple images, for which the router thinks
+        the cheap plan good enough, those that have half an octave of pixels more than that one."""
+        if route.lane != SIMPLE:
+            return frozenset()
+        least = math.log2(self.policy.cheap_rung.pixel_share) + SPARED_OCTAVES
+        return frozenset(r.name for r in self.policy.lanes[SIMPLE] if math.log2(r.pixel_share) >= least)
 
     def expected_tokens(self, info: RequestInfo) -> float:
         """How long an answer to this kind of prompt has been."""

@@ -20,8 +20,9 @@ MOST_TOKENS = 4
 GENERAL_THRESHOLD = 0.1
 """Nats above which an answer is not trusted where nothing was learned. On fresh scenes of the reference model it keeps
 0.35 to 0.38 of the answers of cheap plans and loses 0.011 to 0.017 of quality (``benchmarks/escalation.py``)."""
-UNFITTED_THRESHOLD = 0.1
-"""Nats above which an answer at a plan that a policy fitted to no such model calls enough is not trusted."""
+UNFITTED_THRESHOLD = 0.05
+"""Nats above which an answer is not trusted whose plan was chosen by a policy that was not fitted to the model: the
+mean of `MOST_TOKENS` first tokens, since a caption's first token is often certain whatever follows."""
 GENERAL_SHARE = 0.65
 """Share of requests that is expected to be above it, until it is known better."""
 LEAST_AUC = 0.7
@@ -127,12 +128,13 @@ class Escalation:
 
 
 UNFITTED = Escalation(
+    k=MOST_TOKENS,
     thresholds={
         ANY: {
             "describe": Threshold(UNFITTED_THRESHOLD, loss=0.1, left=0.01, share=0.1),
-            ANY: Threshold(UNFITTED_THRESHOLD, loss=0.3, left=0.01, share=GENERAL_SHARE),
+            ANY: Threshold(UNFITTED_THRESHOLD, loss=0.3, left=0.01, share=0.8),
         }
-    }
+    },
 )
 """For policies that were not fitted to the model at hand, whose sufficient plans are a guess: what keeping every such
 answer may lose, what is lost after the verdict, and how many go on at the least until it is known better."""

@@ -123,8 +123,17 @@ def test_a_policy_of_another_model_runs_and_says_so(tiny_dense: Any, processor: 
         assert decision is not None
         assert "fitted to another model: another vision shape, another text shape" in decision.reason
         assert "weighted6r4.safetensors, gated12r8.safetensors" in decision.reason
-    fused = runner.decide(image, "Describe.")
-    assert fused.point.fusion in ("weighted", "gated") and "untrained for this model" in fused.reason
+    careful = runner.decide(image, "Describe.")
+    assert careful.point.is_full and "not trusted" in careful.reason
+    assert careful.escalation["doubt"] == "it was fitted to another model"
+    with pytest.warns(PolicyMismatchWarning):
+        trusting = AdaptiveRunner(tiny_dense, processor, policy="reference-balanced", escalate=False)
+    fused = trusting.decide(image, "Describe.")
+    assert (
+        fused.escalation == {}
+        and fused.point.fusion in ("weighted", "gated")
+        and "untrained for this model" in fused.reason
+    )
 
 
 def test_other_weights_of_the_shape_are_a_note_and_the_fusion_weights_are_used(same_shape: Any, processor: Any) -> None:

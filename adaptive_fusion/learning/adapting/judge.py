@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Choice
 from adaptive_fusion.control.escalating import Asking
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import ConfigError
@@ -86,10 +87,17 @@ def take(adapter: Adapter, policy: Policy, profile: Profile, answers: Answers, *
                 passes.append(str(second["to"]))
         places = [column[name] for name in passes]
         found.quality[row] = answers.quality[row, places[-1]]
-        found.cost[row] = answers.cost[row, places].sum()
+        found.cost[row] = answers.cost[row, places].sum() + _waited_ms(choice, answers.cost[row, places[0]])
         found.tokens[row] = answers.tokens[row, places].sum()
         found.second[row] = len(places) > 1
     return found
+
+
+def _waited_ms(choice: Choice, first_ms: float) -> float:
+    """What looking at more than the first token adds to the time to a first one that took so long: as much of it as
+    is predicted."""
+    second = choice.candidate.second
+    return 0.0 if second is None else first_ms * second.wait_ms / choice.candidate.predicted.ttft_ms
 
 
 def cross_fitted(

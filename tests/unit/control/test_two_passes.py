@@ -13,10 +13,10 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control import weighing
 from adaptive_fusion.control.candidates import Candidate, Second
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.control.escalating import Asking, plans, told
+from adaptive_fusion.control.escalating import UNTRUSTED, Asking, doubted, plans, told
 from adaptive_fusion.control.learned import Corrections
 from adaptive_fusion.point import NATIVE
-from adaptive_fusion.policy.escalation import ANY, GENERAL, Escalation, Threshold
+from adaptive_fusion.policy.escalation import ANY, GENERAL, UNFITTED, Escalation, Threshold
 
 FULL = replace(candidate(100, 1.0, 2.0), point=NATIVE, key="native@1")
 CHEAP = candidate(20, 0.8, key="cheap")
@@ -165,3 +165,55 @@ def test_a_plan_that_is_enough_by_the_models_own_needs_is_not_asked_whatever_its
 
     assert offered(True) == {"native@1": 1.0, "enough": 1.0, "short": 0.7}
     assert offered(False)["enough"] == 0.7
+
+
+@given(
+    qualities=st.lists(shares, min_size=1, max_size=4),
+    latencies=st.lists(st.floats(1.0, 150.0), min_size=4, max_size=4),
+    p=shares,
+    kind=st.sampled_from(["describe", "read", ""]),
+    asked=st.booleans(),
+)
+def test_where_the_policy_is_a_guess_nothing_below_full_compute_is_as_good_without_a_verdict(
+    qualities: list[float], latencies: list[float], p: float, kind: str, asked: bool
+) -> None:
+    lane = [candidate(ms, q, key=f"cheap{i}") for i, (ms, q) in enumerate(zip(latencies, qualities, strict=False))]
+    asking = Asking(UNFITTED, kind, "" if asked else "num_beams is 2", "a guess", p, ("cheap0",))
+    found, count = doubted(
+        lane,
+        FULL,
+        asking,
+        tolerance=0.02,
+        share=lambda _, expected: expected,
+        new_tokens=10,
+    )
+    best = max(each.quality for each in found)
+    for each in found:
+        assert each.point.is_full or each.second is not None or each.quality < best
+        if each.second is not None:
+            assert asked and each.second.candidate is FULL and each.second.k == UNFITTED.k
+            assert each.second.share >= p and each.mean_ms < FULL.predicted.latency_ms
+            assert each.key == "cheap0" or dict(zip(map(str, range(4)), qualities, strict=False))[each.key[-1]] >= 0.98
+    assert count == sum(each.second is not None for each in found)
+    assert any(each.point.is_full for each in found)
+
+
+def test_doubt_prefers_full_compute_from_the_start_where_most_go_on_and_says_so() -> None:
+    enough, controller = candidate(60, 1.0, key="enough"), Controller(clock=lambda: 0.0)
+
+    def chosen(p_complex: float, limits: Budget = LOOSE) -> tuple[Candidate, dict[str, object]]:
+        asking = Asking(UNFITTED, "describe", "", "a guess", p_complex)
+        offered, count = doubted([enough], FULL, asking, tolerance=0.02, share=controller.share, new_tokens=10)
+        choice = controller.choose(offered, limits)
+        return choice.candidate, told(choice, asking, count > 0)
+
+    asks, said = chosen(0.1)
+    assert asks.key == "enough" and asks.second is not None and said["to"] == "native@1" and said["doubt"] == "a guess"
+    sure, said = chosen(0.8)
+    assert sure is not enough and sure.point.is_full and UNTRUSTED in str(said["why"]) and said["doubt"] == "a guess"
+    cheap, _ = chosen(0.8, Budget(latency_ms=80.0))  # nothing else fits
+    assert cheap.key == "enough" and cheap.second is None
+    first = controller.choose([asks], LOOSE)
+    for _ in range(40):
+        controller.looked_at(first, asks.predicted.ttft_ms, escalated=True)
+    assert chosen(0.1)[0].point.is_full  # what was seen of this model speaks against it

@@ -136,3 +136,15 @@ def test_any_other_number_of_a_shape_is_a_warning(
 def test_auto_is_no_policy_by_itself() -> None:
     with pytest.raises(PolicyError, match=r"'auto', which a model decides.*expected a path or one of balanced"):
         Policy.load("auto")
+
+
+def test_what_was_not_fitted_to_these_weights_is_doubted(environ: dict[str, str]) -> None:
+    exact, other = policy("exact"), policy("other", replace(HERE, text={**HERE.text, "depth": 36}))
+    unread = replace(HERE, digest="")
+    assert not choose(exact, HERE, environ).doubt and not choose(exact, unread, environ).doubt
+    assert "other weights" in choose(exact, TUNED, environ).doubt
+    assert "another model" in choose(other, HERE, environ).doubt
+    assert "needs" in auto(environ).doubt and "needs" in choose("quality", HERE, environ).doubt
+    assert not choose("native", HERE, environ).doubt  # it says nothing of needs
+    own(environ, exact, 1e9)
+    assert not auto(environ).doubt and "other weights" in auto(environ, TUNED).doubt
