@@ -103,9 +103,11 @@ def doubted(
     share: Callable[[str, float], float],
     new_tokens: float,
 ) -> tuple[list[Candidate], int]:
-    """What the controller chooses from where the policy was not fitted to this model: its qualities are a guess.
+    """What the controller chooses from where plans that count as good as any are asked about as well: the policy was
+    not fitted to this model and its qualities are a guess, or that is how they were learned.
 
-    Nothing below full compute is trusted on its own. What counts as good as any, within the tolerance, is asked about,
+    Nothing below full compute is trusted on its own but kinds of question that need not be asked about by what was
+    learned. What counts as good as any, within the tolerance, is asked about,
     as is what is worth asking: such a plan of two passes is on offer where it takes less time on average than full
     compute from the start, with P(going on) at first the router's P(complex), or the kind of question's own where that
     is higher, and then as it was seen. One pass without a verdict is for budgets that nothing else fits.
@@ -128,12 +130,14 @@ def doubted(
             singles.append(candidate)
             continue
         rule = asking.thresholds.threshold(candidate.key, asking.kind)
-        singles.append(replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
+        sure = rule.threshold is None and not asking.doubt  # with what was learned of this model
+        singles.append(candidate if sure else replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
         if asking.never or rule.threshold is None:
             continue
-        if candidate.quality < enough and candidate.key not in asking.worth_asking:
+        if candidate.quality < enough and (rule.learned or candidate.key not in asking.worth_asking):
             continue
-        rule = replace(rule, share=max(rule.share, asking.p_complex))
+        if not rule.learned:
+            rule = replace(rule, share=max(rule.share, asking.p_complex))
         both = _in_two(candidate, full, rule, asking, share, new_tokens)
         if both.mean_ms < full.predicted.latency_ms:
             doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))

@@ -238,12 +238,13 @@ class Planner(Offering):
         Qualities within the policy's tolerance of the best count as equal to it.
         """
         tolerance = self.policy.tolerance
-        if asking is None or (asking.never and not asking.doubt):
+        always = asking is not None and asking.thresholds.always
+        if asking is None or (asking.never and not always):
             return level(candidates, (), tolerance), 0
         new_tokens = self.expected_tokens(info)
         full = self.candidate(NATIVE, 1.0, info, new_tokens)
         learned: dict[str, Any] = {"share": self.controller.share, "new_tokens": new_tokens}
-        if asking.doubt:
+        if always:
             return doubted(candidates, full, asking, tolerance=tolerance, **learned)
         trusted = self.policy.sufficiency is not None and self.policy.sufficiency.own is not None
         return plans(candidates, full, asking, tolerance=tolerance, trusted=trusted, **learned)

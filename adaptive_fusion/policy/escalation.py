@@ -83,6 +83,7 @@ class Escalation:
             before anything is shown.
         alpha: Loss of quality to the better plan that the thresholds keep to on average.
         thresholds: By rung, then by kind of question; `ANY` stands for all others.
+        always: Whether plans that count as good as any are asked about as well, full compute being the better plan.
 
     Raises:
         PolicyError: For a value out of range or an unknown kind of question.
@@ -91,10 +92,13 @@ class Escalation:
     k: int = 1
     alpha: float = 0.05
     thresholds: Mapping[str, Mapping[str, Threshold]] = field(default_factory=dict)
+    always: bool = False
 
     def __post_init__(self) -> None:
         integer(self.k, "k of escalation", 1, MOST_TOKENS, error=PolicyError)
         object.__setattr__(self, "alpha", number(self.alpha, "alpha", above=0, below=1, error=PolicyError))
+        if not isinstance(self.always, bool):
+            raise PolicyError(f"always of escalation is {self.always!r}; expected true or false")
         for rung, kinds in self.thresholds.items():
             for kind in kinds:
                 if kind != ANY and kind not in PROMPT_KINDS:
@@ -114,21 +118,23 @@ class Escalation:
         tables = {
             rung: {kind: each.to_dict() for kind, each in kinds.items()} for rung, kinds in self.thresholds.items()
         }
-        return {"k": self.k, "alpha": self.alpha, "thresholds": tables}
+        always = {"always": True} if self.always else {}
+        return {"k": self.k, "alpha": self.alpha, **always, "thresholds": tables}
 
     @classmethod
     def from_dict(cls, values: Any) -> "Escalation":
         """Read `to_dict`'s form; raises PolicyError where it is not one."""
-        table = check_keys(values, "escalation", (), ("k", "alpha", "thresholds"))
+        table = check_keys(values, "escalation", (), ("k", "alpha", "always", "thresholds"))
         rungs = table.get("thresholds", {})
         if not isinstance(rungs, Mapping) or not all(isinstance(kinds, Mapping) for kinds in rungs.values()):
             raise PolicyError(f"thresholds of escalation is {rungs!r}; expected tables by rung and kind of question")
         read = {str(rung): {str(kind): _read(each) for kind, each in kinds.items()} for rung, kinds in rungs.items()}
-        return cls(table.get("k", 1), table.get("alpha", 0.05), read)
+        return cls(table.get("k", 1), table.get("alpha", 0.05), read, table.get("always", False))
 
 
 UNFITTED = Escalation(
     k=MOST_TOKENS,
+    always=True,
     thresholds={
         ANY: {
             "describe": Threshold(UNFITTED_THRESHOLD, loss=0.1, left=0.01, share=0.1),

@@ -5,12 +5,14 @@ Knows results and Markdown. Must not know how anything was fitted or judged.
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.fit import Adapted
 from adaptive_fusion.learning.adapting.needs import BOUND, FOLDS
 from adaptive_fusion.learning.fitting.card import escalation_lines, lane_lines
+from adaptive_fusion.policy.escalation import Escalation
 
 FIGURES = (
     ("quality kept of full compute's", "kept"),
@@ -24,8 +26,7 @@ def card(found: Adapted, figures: Mapping[str, Interval], answers: Answers, gene
     """The README, Markdown."""
     policy = found.policy
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(answers.kinds).items()))
-    asked = policy.escalation
-    learned = {} if asked is None or not asked.thresholds else {**asked.to_dict(), "images": answers.images}
+    learned = _learned(policy.escalation, answers.images)
     return "\n".join(
         [
             f"# {policy.name}",
@@ -38,7 +39,8 @@ def card(found: Adapted, figures: Mapping[str, Interval], answers: Answers, gene
             "",
             *figure_lines(figures),
             f"Each image by a policy that was fitted on the other {FOLDS - 1} fifths, with 95 % bootstrap intervals"
-            f" over images; without a limit on time. `{general}` with the same steps beside it.",
+            f" over images, the lower end of what is kept no higher than {answers.images} images can promise; without a"
+            f" limit on time, each side asking where it is not sure. `{general}` with the same steps beside it.",
             "",
             "## What is its own",
             "",
@@ -63,6 +65,17 @@ def card(found: Adapted, figures: Mapping[str, Interval], answers: Answers, gene
             "",
         ]
     )
+
+
+def _learned(rules: Escalation | None, images: int) -> dict[str, Any]:
+    """The thresholds that were learned, for the table; nothing where there are none."""
+    if rules is None:
+        return {}
+    found = {
+        rung: {kind: each.to_dict() for kind, each in kinds.items() if each.learned}
+        for rung, kinds in rules.thresholds.items()
+    }
+    return {**rules.to_dict(), "thresholds": found, "images": images} if any(found.values()) else {}
 
 
 def figure_lines(figures: Mapping[str, Interval]) -> list[str]:

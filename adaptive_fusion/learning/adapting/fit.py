@@ -11,12 +11,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adaptive_fusion.learning.adapting.answers import NAMES, Answers
+from adaptive_fusion.learning.adapting.asking import choose_asking
 from adaptive_fusion.learning.adapting.needs import fit_own_needs
 from adaptive_fusion.learning.adapting.router import fit_router
-from adaptive_fusion.learning.data.dataset import FloatArray
-from adaptive_fusion.learning.fitting.escalation import cheap_rungs, fit_escalation
 from adaptive_fusion.learning.fitting.fit import fitted_to
-from adaptive_fusion.policy.escalation import Escalation
+from adaptive_fusion.policy.escalation import UNFITTED
 from adaptive_fusion.policy.familiar import Familiar
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, Policy
 from adaptive_fusion.policy.rungs import Rung
@@ -72,8 +71,7 @@ def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path])
         fusion_weights=tuple(weights),
         lanes={lane: _qualities(base.lanes[lane], answers) for lane in base.lanes},
     )
-    policy, planned = _with_needs(policy, answers, parts)
-    policy = _with_escalation(policy, answers, planned, parts)
+    policy = _with_needs(policy, answers, parts)
     return Adapted(_with_familiar(policy, answers, parts), parts)
 
 
@@ -89,38 +87,30 @@ def _qualities(ladder: Sequence[Rung], answers: Answers) -> tuple[Rung, ...]:
     return tuple(out)
 
 
-def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> tuple[Policy, FloatArray]:
-    """The policy with the model's own needs; and log2 of the share that is planned for each row."""
+def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> Policy:
+    """The policy with the model's own needs, and what is asked about them; with too few images what is enough stays a
+    guess, and is asked about as for a model that nothing was fitted to."""
     enough = policy.sufficiency
+    policy = replace(policy, escalation=UNFITTED)
+    parts["escalation"] = f"general: with {answers.images} images nothing below full compute is trusted without a look"
     if enough is None:
         parts["needs"] = "general: the base policy has none"
-        return policy, answers.octaves
-    own, planned = fit_own_needs(answers, enough.text.per_octave)
+        return policy
+    own, octaves = fit_own_needs(answers, enough.text.per_octave)
     if own is None:
         parts["needs"] = (
             f"general, with its margin of {policy.margin:g}: {answers.images} images are too few for another"
         )
-        return policy, planned
+        return policy
     parts["needs"] = f"own, by kind of question ({', '.join(own.kinds)}), in place of the reader's margin"
-    return replace(policy, sufficiency=replace(enough, own=own)), planned
-
-
-def _with_escalation(policy: Policy, answers: Answers, planned: FloatArray, parts: dict[str, str]) -> Policy:
-    """Thresholds on the entropy for rungs that are asked; else the general threshold, which is a policy's as well.
-
-    A rung that has all the pixels that are planned for a row is not asked there, so such rows teach nothing.
-    """
-    data = answers.dataset(policy.cheap_rung.name)
-    entropy = np.array(data.entropy)
-    for column, rung in enumerate(answers.rungs):
-        if policy.sufficiency is not None and policy.sufficiency.own is not None:
-            entropy[np.log2(rung.pixel_share) >= planned - 1e-9, column] = np.nan
-    found = fit_escalation(replace(data, entropy=entropy), cheap_rungs(policy))
-    learned = [] if found is None else [rung for rung in cheap_rungs(policy) if rung in found.thresholds]
-    parts["escalation"] = f"own thresholds at {len(learned)} of {len(cheap_rungs(policy))} rungs, else the general one"
-    if not learned:
-        parts["escalation"] = "the general threshold: too few images for another"
-    return replace(policy, escalation=found or Escalation())
+    asked = choose_asking(answers, octaves)
+    if asked is not None:
+        kinds = {kind: value + asked.margins[kind] for kind, value in own.kinds.items()}
+        own = replace(own, kinds=kinds, margin=0.0)
+        policy = replace(policy, escalation=asked.rules)
+        looked = [kind for kind in kinds if asked.rules.threshold("", kind).threshold is not None]
+        parts["escalation"] = f"own thresholds for {', '.join(looked)}" if looked else "not needed at these margins"
+    return replace(policy, sufficiency=replace(enough, own=own))
 
 
 def _with_familiar(policy: Policy, answers: Answers, parts: dict[str, str]) -> Policy:

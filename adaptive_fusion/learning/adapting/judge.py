@@ -14,9 +14,10 @@ from adaptive_fusion.control.candidates import Choice
 from adaptive_fusion.control.escalating import Asking
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.evaluation.statistics import Interval, intervals
+from adaptive_fusion.evaluation.statistics import Interval, intervals, most_mean
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.cases import planner_for
+from adaptive_fusion.learning.adapting.needs import by_image
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.policy.auto import doubt
@@ -24,6 +25,8 @@ from adaptive_fusion.policy.escalation import UNFITTED
 from adaptive_fusion.policy.policy import Policy
 
 FOLDS = 5
+SURE = 0.975
+"""Confidence of a lower end, as that of a 95 % interval."""
 GAIN = 0.01
 """Share of native's cost by which a policy must at least be cheaper to replace another one that keeps as much."""
 
@@ -115,7 +118,8 @@ def cross_fitted(
 def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: int = 500) -> dict[str, Interval]:
     """Of every side: quality ``kept`` of native's, ``ttft`` and ``tokens`` as shares of native's, share of ``second``
     passes; and of every side but the first the differences of the first to it. With 95 % bootstrap intervals over
-    images, all sides on the same resamples."""
+    images, all sides on the same resamples. What is kept has no lower end that so few images cannot promise, whatever
+    they showed (`most_mean`)."""
     native = [rung.name for rung in answers.rungs].index("native@1")
     full_cost, full_tokens = answers.cost[:, native], answers.tokens[:, native]
     first, *others = sides
@@ -132,23 +136,29 @@ def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: i
                 found[f"{what} over {name}"] = found[f"{first} {what}"] - found[f"{name} {what}"]
         return found
 
-    return intervals(statistics, answers.group, seed=seed, n=n)
+    found = dict(intervals(statistics, answers.group, seed=seed, n=n))
+    for name, taken in sides.items():
+        kept = found[f"{name} kept"]
+        surely = 1.0 - most_mean(by_image(1.0 - taken.quality, answers.group), level=SURE)
+        found[f"{name} kept"] = replace(kept, low=min(kept.low, surely))
+    return found
 
 
 def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
     """Why a policy must not take the place of `other`, in words; empty where it may.
 
-    It may not if it keeps less than the tolerance allows, or less than the other by more than the tolerance, with its
-    whole interval; or if it is both dearer and no better, with both whole intervals.
+    It may not if it keeps less than the tolerance allows with its whole interval; if it keeps less than the other by
+    more than the tolerance, as far as can be seen: few images hide a loss, so the benefit of the doubt is not its own;
+    or if it is dearer and not surely better.
     """
     kept, more, tokens = found["adapted kept"], found[f"kept over {other}"], found[f"tokens over {other}"]
     floor = min(1.0 - tolerance, found[f"{other} kept"].mean)
     if kept.high < floor:
         return f"it keeps {_said(kept)} of the answers at full compute; expected {floor:.3f} or more"
-    if more.high < -tolerance:
+    if more.mean < -tolerance:
         return f"it keeps {_said(more)} over {other}; expected {-tolerance:g} or more"
-    if tokens.low > GAIN and more.low <= 0:
-        return f"it takes {_said(tokens)} more visual tokens than {other} (of native's) and surely keeps no more"
+    if tokens.mean > GAIN and more.low <= 0:
+        return f"it takes {_said(tokens)} more visual tokens than {other} (of native's) and does not surely keep more"
     return ""
 
 

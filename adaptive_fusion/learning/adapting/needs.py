@@ -66,8 +66,8 @@ class Needs:
 
 
 def fit_own_needs(answers: Answers, general_per_octave: float) -> tuple[OwnNeeds | None, FloatArray]:
-    """The model's own needs with their margin, None for too few images; and for each row log2 of the share that is
-    planned for it by fits on other images, ``[n]``.
+    """The model's own needs with their margin, None for too few images; and for each row m by fits on other images,
+    without the margin, ``[n]``.
 
     Args:
         answers: The model's own.
@@ -89,7 +89,7 @@ def fit_own_needs(answers: Answers, general_per_octave: float) -> tuple[OwnNeeds
         margin,
         per_octave(answers, general_per_octave),
     )
-    return own, unseen + margin
+    return own, unseen
 
 
 def out_of_fold(answers: Answers) -> FloatArray:
@@ -106,7 +106,7 @@ def choose_margin(answers: Answers, octaves: FloatArray) -> float | None:
     n, best = answers.images, None
     for margin in MARGINS[::-1]:
         loss = planned_loss(answers, octaves + margin)
-        mean = float(_by_image(loss, answers.group).mean())
+        mean = float(by_image(loss, answers.group).mean())
         if mean > answers.tolerance or (n * mean + 1) / (n + 1) > BOUND + _TINY:
             break
         best = float(margin)
@@ -207,7 +207,7 @@ def _standard(answers: Answers, middle: FloatArray, scale: FloatArray) -> FloatA
     return found
 
 
-def _by_image(values: FloatArray, group: IntArray) -> FloatArray:
+def by_image(values: FloatArray, group: IntArray) -> FloatArray:
     """The mean of each image's rows."""
     _, place = np.unique(group, return_inverse=True)
     means: FloatArray = np.bincount(place, weights=values) / np.bincount(place)

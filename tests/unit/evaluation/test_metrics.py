@@ -17,6 +17,7 @@ from adaptive_fusion.evaluation.statistics import (
     bootstrap_diff,
     bootstrap_mean,
     bootstrap_ratio,
+    most_mean,
     won_back,
 )
 from adaptive_fusion.evaluation.text import (
@@ -298,3 +299,22 @@ def test_what_is_won_back_is_a_share_of_a_sure_loss() -> None:
     assert some is not None and (some.low, some.mean, some.high) == pytest.approx((asked.low, asked.mean, asked.high))
     for unsure in (full, full + rng.normal(0, 0.1, 60)):
         assert won_back(full, unsure, full, seed=1, n=200) is None
+
+
+@given(st.integers(1, 300), st.floats(0.5, 0.99))
+def test_where_nothing_was_lost_the_bound_is_that_of_a_rare_event(n: int, level: float) -> None:
+    assert most_mean(np.zeros(n), level=level) == pytest.approx(1 - (1 - level) ** (1 / n), rel=1e-6)
+    assert most_mean(np.ones(n), level=level) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("n", "true"), [(25, 0.05), (100, 0.02), (40, 0.5)])
+def test_the_bound_on_a_mean_holds_as_often_as_it_says(n: int, true: float) -> None:
+    draws = np.random.default_rng(0).random((400, n)) < true
+    bounds = [most_mean(row.astype(float), level=0.9) for row in draws]
+    assert np.mean(np.array(bounds) >= true) >= 0.9
+    assert np.mean(bounds) < true + 3 / np.sqrt(n)
+
+
+def test_a_bound_on_a_mean_is_for_shares() -> None:
+    with pytest.raises(ConfigError, match="values reach from 0 to 2; expected 0 to 1"):
+        most_mean([0.0, 2.0])

@@ -45,6 +45,7 @@ def test_a_number_alone_is_a_threshold() -> None:
     ("table", "said"),
     [
         ({"k": 5}, "k of escalation is 5; expected an integer from 1 to 4"),
+        ({"always": 1}, "always of escalation is 1; expected true or false"),
         ({"alpha": 0}, "alpha is 0; expected a number above 0, below 1"),
         ({"thresholds": {"a": 1}}, "expected tables by rung and kind"),
         ({"thresholds": {"a": {ANY: {"threshold": -1}}}}, "threshold is -1; expected a number of at least 0"),
