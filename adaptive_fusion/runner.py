@@ -67,7 +67,8 @@ class AdaptiveRunner(Batching):
         clock: Seconds, monotonic.
         seed: Of what is explored: with the same one the same request id is drawn alike everywhere, in any process.
         escalate: Whether a request goes on to the better plan where the model is not sure of what it would answer at
-            the cheap one; None does as the policy says, which may have learned when.
+            the cheap one; None does as the policy says, which may have learned when, and always asks where the policy
+            was not fitted to this model.
         encoder_cache_mb: MiB in which to keep what the vision encoder made of media, so that it does not run again for
             one that comes back at the same pixels; 0 keeps nothing. On an accelerator it lies there, and counts against
             a request's memory budget.

@@ -4,14 +4,14 @@
 
 A pool of synthetic screens (half simple, the rest dense and reading) is answered once, at the shares that `adapt` would
 run, in a work folder that a later run goes on with. Then for each number of images, and each of several draws of them
-from the pool, a policy is fitted and judged on all other images of the pool, beside the general policy, the general one
-with escalation, and an oracle that knows the smallest share that is good enough. Figures are shares of native's.
+from the pool, a policy is fitted and judged on all other images of the pool. Beside it: the general policy where it is
+trusted (``escalate=False``), the general policy with escalation, which is what a model gets that nothing was fitted to,
+and an oracle that knows the smallest share that is good enough. Figures are shares of native's.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,6 @@ from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.fit import adapt_policy
 from adaptive_fusion.learning.adapting.judge import Taken, take
 from adaptive_fusion.loading import open_runner
-from adaptive_fusion.policy.escalation import Escalation
 from adaptive_fusion.reference.screens import Kind, make_scene
 
 KINDS: tuple[Kind, ...] = ("simple", "dense", "simple", "reading")
@@ -53,12 +52,12 @@ def main() -> None:
     work = Adaptation(runner, list(scenes(options.images)), options.out, name, measure=False)
     pool = work.answered()
     judge = partial(take, runner.adapter, profile=runner.profile)
+    trusted = judge(policy=work.base, answers=pool, asks=False)
     general = judge(policy=work.base, answers=pool)
-    asking = judge(policy=replace(work.base, escalation=Escalation()), answers=pool)
     print(f"{pool.images} images, {len(pool)} questions, shares {', '.join(f'{share:g}' for share in pool.shares)}")
     everything = np.ones(len(pool), dtype=bool)
-    show("general", [figures(pool, general, everything)])
-    show("general, escalating", [figures(pool, asking, everything)])
+    show("general, trusted", [figures(pool, trusted, everything)])
+    show("general, escalating", [figures(pool, general, everything)])
     show("oracle", [figures(pool, oracle(pool), everything)])
     for count in COUNTS:
         if pool.images - count < HELD:
@@ -70,7 +69,7 @@ def main() -> None:
             found.append(figures(pool, scattered(judge(policy=policy, answers=pool.take(~rows)), ~rows), ~rows))
             beside.append(figures(pool, general, ~rows))
         show(f"adapted, {count} images", found)
-        show("  general on the same images", beside)
+        show("  general, escalating, on the same images", beside)
 
 
 def scenes(count: int) -> Iterator[Question]:
