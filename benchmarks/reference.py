@@ -52,7 +52,8 @@ def runner_of(arm: str, first: AdaptiveRunner | None, model: str) -> AdaptiveRun
     """The arm on a shared model."""
     if arm == ESCALATION:
         policy = Policy.load("reference-balanced")
-        policy = replace(policy, router=constant_router(), threshold=0.75, escalation=policy.escalation or Escalation())
+        rules = replace(policy.escalation or Escalation(), sure={})  # nobody vouches for anything without a router
+        policy = replace(policy, router=constant_router(), threshold=0.75, escalation=rules)
     else:
         policy = Policy.load(("reference-balanced" if model == "reference" else NATIVE) if "@" in arm else arm)
     if first is None:

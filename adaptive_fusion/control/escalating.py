@@ -28,6 +28,7 @@ class Asking:
         doubt: Why a plan that counts as good as any is not trusted either, in words; empty where it is.
         p_complex: What the router says of the request.
         worth_asking: Keys of plans that may be asked about on doubt beside those that count as good as any.
+        sure: Keys of plans that the router has vouched for: they count as good as any.
     """
 
     thresholds: Escalation
@@ -36,6 +37,7 @@ class Asking:
     doubt: str = ""
     p_complex: float = 0.0
     worth_asking: Collection[str] = ()
+    sure: Collection[str] = ()
 
 
 def plans(
@@ -50,7 +52,7 @@ def plans(
 ) -> tuple[list[Candidate], int]:
     """What the controller chooses from: one pass, and two where the better plan may improve on an answer.
 
-    A plan that is as good as any, within the tolerance, is sure and gets no second pass. What two passes are worth is
+    A plan that is as good as any, within the tolerance, or that the router vouches for is sure and gets no second pass. What two passes are worth is
     what going on at random would be worth. Where the threshold was learned, its rows say more: what is lost where every
     answer is kept, which one pass is not better than, and what is still lost after the better plan. Two such
     passes that take longer on average than the better plan alone give way to it.
@@ -73,6 +75,10 @@ def plans(
     singles, doubles, at_once = list[Candidate](), list[Candidate](), dict[str, Candidate]()
     enough = max(candidate.quality for candidate in pool) - tolerance
     for candidate in candidates:
+        if candidate.key in asking.sure:
+            candidate = replace(candidate, quality=max(candidate.quality, enough))
+            singles.append(candidate)
+            continue
         if trusted and candidate.quality >= enough:
             singles.append(candidate)
             continue

@@ -169,6 +169,13 @@ class Offering:
         least = math.log2(self.policy.cheap_rung.pixel_share) + SPARED_OCTAVES
         return frozenset(r.name for r in self.policy.lanes[SIMPLE] if math.log2(r.pixel_share) >= least)
 
+    def sure(self, route: Route) -> frozenset[str]:
+        """The rung that needs no look at the model, since the router sends such requests there for good reason."""
+        rules = self.policy.escalation
+        if rules is None or route.score > rules.sure.get(route.lane, -1.0):
+            return frozenset()
+        return frozenset({self.policy.lanes[route.lane][0].name})
+
     def expected_tokens(self, info: RequestInfo) -> float:
         """How long an answer to this kind of prompt has been."""
         return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)

@@ -91,6 +91,7 @@ class Planner(Offering):
             all_of_them = info.full_detail or bool(unlike) or info.asking is not None
             if info.asking is not None:
                 told_so = {"p_complex": route.score, "worth_asking": self.worth_asking(route)}
+                told_so["sure"] = self.sure(route)
                 info = replace(info, asking=replace(info.asking, **told_so))
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             stay = self._staying(candidates, info, needs)

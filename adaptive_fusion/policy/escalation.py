@@ -84,6 +84,8 @@ class Escalation:
         alpha: Loss of quality to the better plan that the thresholds keep to on average.
         thresholds: By rung, then by kind of question; `ANY` stands for all others.
         always: Whether plans that count as good as any are asked about as well, full compute being the better plan.
+        sure: By lane, P(complex) up to which its first rung is taken without asking: there the answers kept as much as
+            the policy was to keep, so that a second pass would only cost.
 
     Raises:
         PolicyError: For a value out of range or an unknown kind of question.
@@ -93,12 +95,17 @@ class Escalation:
     alpha: float = 0.05
     thresholds: Mapping[str, Mapping[str, Threshold]] = field(default_factory=dict)
     always: bool = False
+    sure: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         integer(self.k, "k of escalation", 1, MOST_TOKENS, error=PolicyError)
         object.__setattr__(self, "alpha", number(self.alpha, "alpha", above=0, below=1, error=PolicyError))
         if not isinstance(self.always, bool):
             raise PolicyError(f"always of escalation is {self.always!r}; expected true or false")
+        if not isinstance(self.sure, Mapping):
+            raise PolicyError(f"sure of escalation is {self.sure!r}; expected a table of P(complex) by lane")
+        for lane, p in self.sure.items():
+            number(p, f"sure of escalation for the lane {lane}", 0, 1, error=PolicyError)
         for rung, kinds in self.thresholds.items():
             for kind in kinds:
                 if kind != ANY and kind not in PROMPT_KINDS:
@@ -119,17 +126,18 @@ class Escalation:
             rung: {kind: each.to_dict() for kind, each in kinds.items()} for rung, kinds in self.thresholds.items()
         }
         always = {"always": True} if self.always else {}
-        return {"k": self.k, "alpha": self.alpha, **always, "thresholds": tables}
+        sure = {"sure": dict(self.sure)} if self.sure else {}
+        return {"k": self.k, "alpha": self.alpha, **always, **sure, "thresholds": tables}
 
     @classmethod
     def from_dict(cls, values: Any) -> "Escalation":
         """Read `to_dict`'s form; raises PolicyError where it is not one."""
-        table = check_keys(values, "escalation", (), ("k", "alpha", "always", "thresholds"))
+        table = check_keys(values, "escalation", (), ("k", "alpha", "always", "sure", "thresholds"))
         rungs = table.get("thresholds", {})
         if not isinstance(rungs, Mapping) or not all(isinstance(kinds, Mapping) for kinds in rungs.values()):
             raise PolicyError(f"thresholds of escalation is {rungs!r}; expected tables by rung and kind of question")
         read = {str(rung): {str(kind): _read(each) for kind, each in kinds.items()} for rung, kinds in rungs.items()}
-        return cls(table.get("k", 1), table.get("alpha", 0.05), read, table.get("always", False))
+        return cls(table.get("k", 1), table.get("alpha", 0.05), read, table.get("always", False), table.get("sure", {}))
 
 
 UNFITTED = Escalation(

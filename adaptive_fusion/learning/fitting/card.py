@@ -196,6 +196,9 @@ def escalation_lines(found: Mapping[str, Any]) -> list[str]:
             kind = "any" if kind == ANY else kind
             lost = f"{v['loss']:.4f} | {v['left']:.4f} | {v['share']:.1%}"
             lines.append(f"| `{rung}` | {kind} | {v['rows']} | {told} | {value} | {lost} |")
+    if sure := found.get("sure"):
+        where = ", ".join(f"`{lane}` up to P(complex) {p:.4g}" for lane, p in sure.items())
+        lines += ["", f"Not asked, since such answers keep to the tolerance as they are: the first rung of {where}."]
     return [*lines, ""]
 
 

@@ -28,7 +28,7 @@ from adaptive_fusion.learning.judging.arms import MIN_ROWS, arm_names, judges, s
 from adaptive_fusion.learning.judging.curve import RoutingCurve
 from adaptive_fusion.learning.judging.evaluate import evaluate_policy
 from adaptive_fusion.policy.fitted import Fitted
-from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.policy import SIMPLE, VIDEO, Policy
 from adaptive_fusion.policy.router import Router
 
 TASK = "task"
@@ -100,6 +100,7 @@ def fit_policy(
         unseen = data.take(~data.split("test", seed))
         escalation = fit_escalation(unseen, cheap_rungs(policy), seed=seed)
         if escalation is not None:
+            escalation = replace(escalation, sure=_sure(policy, threshold, unseen, slack=objective == "cost"))
             policy = replace(policy, escalation=escalation)
         if data.model is not None:
             policy = replace(policy, fitted=fitted_to(data))
@@ -251,6 +252,22 @@ def _threshold(p: FloatArray, judged: Dataset, base: Policy, options: dict[str, 
     """The threshold that the judging rows choose, whose P(complex) is `p`."""
     arms, _, rows = two_arms(judged, *arm_names(base))
     return choose_threshold(p[rows], arms, **options)
+
+
+def _sure(policy: Policy, threshold: Threshold, data: Dataset, *, slack: bool) -> dict[str, float]:
+    """By lane, up to which P(complex) its first rung needs no second pass: where the threshold was chosen so that what
+    stays below it keeps to the tolerance, and for clips where they keep to it as a whole (with `slack`, within a
+    standard error)."""
+    found = {SIMPLE: min(1.0, threshold.value.mean)} if threshold.met else {}
+    name = policy.lanes[VIDEO][0].name
+    if name not in data.rungs:
+        return found
+    lost = (data.reference - data.quality[:, data.rungs.index(name)])[data.video]
+    lost = lost[np.isfinite(lost)]
+    error = float(lost.std(ddof=1)) / len(lost) ** 0.5 if slack and len(lost) > 1 else 0.0
+    if len(lost) >= MIN_ROWS and float(lost.mean()) - error <= data.tolerance:
+        found[VIDEO] = 1.0
+    return found
 
 
 def _prompt_gain(search: _Search, parts: _Parts, base: Policy, options: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def policy_arms(policy: Policy, data: Dataset) -> tuple[Arms, FloatArray, BoolAr
     """
     cheap, strong = arm_names(policy)
     arms, y, rows = two_arms(data, cheap, strong)
-    unsure = goes_on(policy, data, cheap)[rows]
+    unsure = (goes_on(policy, data, cheap) & ~sure(policy, data))[rows]
     both = replace(
         arms,
         cheap=np.where(unsure, arms.strong, arms.cheap),
@@ -99,6 +99,15 @@ def goes_on(policy: Policy, data: Dataset, rung: str) -> BoolArray:
         limit = rules.threshold(rung, PROMPT_KINDS[code] if code >= 0 else "").threshold
         if limit is not None:
             found |= (data.asked == code) & (entropy > limit)
+    return found
+
+
+def sure(policy: Policy, data: Dataset) -> BoolArray:
+    """The rows ``[n]`` whose lane's first rung is taken without asking the model."""
+    limits = {} if policy.escalation is None else policy.escalation.sure
+    p, found = scores(policy, data), np.zeros(len(data), dtype=bool)
+    for lane, rows in lanes_of(policy, data).items():
+        found |= rows & (p <= limits.get(lane, -1.0))
     return found
 
 

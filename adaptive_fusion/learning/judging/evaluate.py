@@ -20,7 +20,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.learning.data.dataset import NATIVE_NAME, BoolArray, Dataset, FloatArray
 from adaptive_fusion.learning.data.matrix import build_dataset
-from adaptive_fusion.learning.judging.arms import arm_names, goes_on, judges, policy_arms, scores, two_arms
+from adaptive_fusion.learning.judging.arms import arm_names, goes_on, judges, policy_arms, scores, sure, two_arms
 from adaptive_fusion.learning.judging.compare import Requests, best_static, compare
 from adaptive_fusion.learning.judging.curve import Arms, Curve, calibration_error
 from adaptive_fusion.learning.judging.offpolicy import OffPolicyValue, off_policy
@@ -219,7 +219,7 @@ def _traffic(policy: Policy, data: Dataset, seed: int, n: int) -> tuple[dict[str
 
     first = (policy.cheap_rung, policy.lanes[VIDEO][0], policy.lanes[COMPLEX][0])
     (low, low_cost), (clip, clip_cost), (high, high_cost) = map(offer, first)
-    unsure = goes_on(policy, data, first[0].name)
+    unsure = goes_on(policy, data, first[0].name) & ~sure(policy, data)
     low, low_cost = np.where(unsure, high, low), np.where(unsure, low_cost + high_cost, low_cost)
     low, low_cost = np.where(data.video, clip, low), np.where(data.video, clip_cost, low_cost)
     high, high_cost = np.where(data.video, native, high), np.where(data.video, native_cost, high_cost)
