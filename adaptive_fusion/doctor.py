@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata, util
 from typing import Any, Literal
@@ -53,16 +53,18 @@ class Check:
     advice: str = ""
 
 
-def examine(model: str | None = None, logs: Sequence[str] = (), policy: str | None = None) -> Iterator[Check]:
-    """Run every check, cheapest first; those of a `model` (see `open_runner`) last, if one is named, and before them
-    that of `logs`, if there are any, beside the data of a `policy`."""
+def examine(model: str | None = None) -> Iterator[Check]:
+    """Run every check, cheapest first; those of a `model` (see `open_runner`) last, if one is named."""
     yield check_python(sys.version_info[:2])
     versions = installed_versions()
     yield from check_versions(versions)
     torch_error = import_error("torch")
     if torch_error is not None:
         yield Check(
-            "torch imports", "broken", _said(torch_error), "reinstall torch for this platform: pytorch.org/get-started"
+            "torch imports",
+            "broken",
+            in_short(torch_error),
+            "reinstall torch for this platform: pytorch.org/get-started",
         )
         return
     # Asked of the module: PyPI's metadata leaves out the build (+cpu, +cu130) that matters here.
@@ -74,8 +76,6 @@ def examine(model: str | None = None, logs: Sequence[str] = (), policy: str | No
     yield from check_optional()
     yield from check_policies()
     yield from check_reference()
-    if logs:
-        yield check_drift(logs, policy)
     if model is not None:
         yield from check_model(model)
 
@@ -142,9 +142,9 @@ def check_torchvision(torch: str | None, torchvision: str | None, error: BaseExc
         if "torchvision::nms" in str(error):
             why = "torchvision's operators were built for another torch (often PyPI's beside a CPU-only torch)"
             return Check(
-                name, "broken", f"{pair}: {_said(error)}", f"{fix} ({why}; every Qwen processor fails without it)"
+                name, "broken", f"{pair}: {in_short(error)}", f"{fix} ({why}; every Qwen processor fails without it)"
             )
-        return Check(name, "broken", f"{pair}: {_said(error)}", fix)
+        return Check(name, "broken", f"{pair}: {in_short(error)}", fix)
     if not torchvision.startswith(f"{wanted}."):
         return Check(name, "broken", f"{pair}, expected {wanted}", fix)
     return Check(name, "ok", pair)
@@ -154,7 +154,9 @@ def check_opencv(versions: Mapping[str, str | None], error: BaseException | None
     """OpenCV imports, and only one of its builds is installed: they overwrite each other's files."""
     both = [name for name in ("opencv-python", "opencv-python-headless") if versions.get(name)]
     if error is not None:
-        return Check("opencv imports", "broken", _said(error), "pip install --force-reinstall opencv-python-headless")
+        return Check(
+            "opencv imports", "broken", in_short(error), "pip install --force-reinstall opencv-python-headless"
+        )
     if len(both) > 1:
         return Check(
             "opencv imports", "note", " and ".join(both), "pip uninstall opencv-python; both write to the folder cv2"
@@ -176,7 +178,7 @@ def check_devices() -> Iterator[Check]:
         try:
             count = backend.device_count() if backend.is_available() else 0
         except Exception as error:
-            yield Check(f"device {kind}", "broken", _said(error), "check the driver against torch's build")
+            yield Check(f"device {kind}", "broken", in_short(error), "check the driver against torch's build")
             continue
         for index in range(count):
             yield Check(f"device {kind}:{index}", "ok", f"{_device_name(backend, index)}; {_dtypes(f'{kind}:{index}')}")
@@ -199,7 +201,7 @@ def check_attention() -> Check:
     for name, module in (("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")):
         if util.find_spec(module) is not None:
             error = import_error(module)
-            backends.append(name if error is None else f"{name} fails to import ({_said(error)})")
+            backends.append(name if error is None else f"{name} fails to import ({in_short(error)})")
     broken = any("fails" in name for name in backends)
     advice = "reinstall flash-attn for this torch, or uninstall it" if broken else ""
     return Check("attention", "broken" if broken else "ok", ", ".join(backends), advice)
@@ -216,7 +218,7 @@ def check_optional() -> Iterator[Check]:
             yield (
                 Check(name, "ok", _version(module) or "found")
                 if error is None
-                else Check(name, "broken", _said(error), how)
+                else Check(name, "broken", in_short(error), how)
             )
 
 
@@ -253,18 +255,6 @@ def check_reference() -> Iterator[Check]:
     for runner in found:
         yield from check_policy(runner)
         yield check_profile(runner)
-
-
-def check_drift(logs: Sequence[str], policy: str | None) -> Check:
-    """Whether logs are like what a policy was trained on, or else like their earlier half."""
-    from adaptive_fusion.learning.judging.drift import drift
-
-    try:
-        found = drift(logs, policy)
-    except Exception as error:
-        return Check("drift", "broken", _said(error), "expected logs that are there, and 'adaptive-fusion[train]'")
-    advice = "`adaptive-fusion learn` fits the policy again; `adaptive-fusion logs drift --plot` draws it"
-    return Check("drift", "note" if found.drifted else "ok", found.in_words(), advice if found.drifted else "")
 
 
 def check_model(model: str) -> Iterator[Check]:
@@ -310,7 +300,7 @@ def _try(name: str, work: Callable[[], str], advice: str) -> Check:
     try:
         return Check(name, "ok", work())
     except Exception as error:
-        return Check(name, "broken", _said(error), advice)
+        return Check(name, "broken", in_short(error), advice)
 
 
 def _dtypes(device: str) -> str:
@@ -343,6 +333,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _said(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,5 +1,6 @@
 """``adaptive-fusion doctor``: whether this set-up is sound, and what to do where it is not."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,9 @@ def doctor(
     if upstream is None:
         from adaptive_fusion.doctor import examine
 
-        checks = list(examine(model, logs or (), policy))
+        checks = list(examine(model))
+        if logs:
+            checks.append(_drifted(logs, policy))
     else:
         with refusing((), as_json):
             checks = _asked(upstream, upstream_model, engine, processor)
@@ -88,3 +91,16 @@ def _asked(upstream: str, model: str | None, engine: str, processor: str | None)
     from adaptive_fusion.serving.gateway.probe import examine_upstream
 
     return list(examine_upstream(upstream, model=model, engine=engine, processor=processor))
+
+
+def _drifted(logs: Sequence[str], policy: str | None) -> "Check":
+    """Whether logs are like what a policy was trained on, or else like their earlier half."""
+    from adaptive_fusion.doctor import Check, in_short
+    from adaptive_fusion.learning.judging.drift import drift
+
+    try:
+        found = drift(logs, policy)
+    except Exception as error:
+        return Check("drift", "broken", in_short(error), "expected logs that are there, and 'adaptive-fusion[train]'")
+    advice = "`adaptive-fusion learn` fits the policy again; `adaptive-fusion logs drift --plot` draws it"
+    return Check("drift", "note" if found.drifted else "ok", found.in_words(), advice if found.drifted else "")

@@ -52,10 +52,10 @@ def plans(
 ) -> tuple[list[Candidate], int]:
     """What the controller chooses from: one pass, and two where the better plan may improve on an answer.
 
-    A plan that is as good as any, within the tolerance, or that the router vouches for is sure and gets no second pass. What two passes are worth is
-    what going on at random would be worth. Where the threshold was learned, its rows say more: what is lost where every
-    answer is kept, which one pass is not better than, and what is still lost after the better plan. Two such
-    passes that take longer on average than the better plan alone give way to it.
+    A plan that is as good as any, within the tolerance, or that the router vouches for is sure and gets no second pass.
+    What two passes are worth is what going on at random would be worth. Where the threshold was learned, its rows say
+    more: what is lost where every answer is kept, which one pass is not better than, and what is still lost after the
+    better plan. Two such passes that take longer on average than the better plan alone give way to it.
 
     Args:
         candidates: The lane's, with the policy's own expected qualities.

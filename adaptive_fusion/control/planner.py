@@ -90,9 +90,9 @@ class Planner(Offering):
             explores = self._may_explore(info, unlike)
             all_of_them = info.full_detail or bool(unlike) or info.asking is not None
             if info.asking is not None:
-                told_so = {"p_complex": route.score, "worth_asking": self.worth_asking(route)}
-                told_so["sure"] = self.sure(route)
-                info = replace(info, asking=replace(info.asking, **told_so))
+                worth, sure = self.worth_asking(route), self.sure(route)
+                asking = replace(info.asking, p_complex=route.score, worth_asking=worth, sure=sure)
+                info = replace(info, asking=asking)
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             stay = self._staying(candidates, info, needs)
             choice, second = self._choose(candidates, limits, info, unlike, stay)
