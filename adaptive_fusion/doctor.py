@@ -63,7 +63,7 @@ def examine(model: str | None = None) -> Iterator[Check]:
         yield Check(
             "torch imports",
             "broken",
-            in_short(torch_error),
+            brief(torch_error),
             "reinstall torch for this platform: pytorch.org/get-started",
         )
         return
@@ -142,9 +142,9 @@ def check_torchvision(torch: str | None, torchvision: str | None, error: BaseExc
         if "torchvision::nms" in str(error):
             why = "torchvision's operators were built for another torch (often PyPI's beside a CPU-only torch)"
             return Check(
-                name, "broken", f"{pair}: {in_short(error)}", f"{fix} ({why}; every Qwen processor fails without it)"
+                name, "broken", f"{pair}: {brief(error)}", f"{fix} ({why}; every Qwen processor fails without it)"
             )
-        return Check(name, "broken", f"{pair}: {in_short(error)}", fix)
+        return Check(name, "broken", f"{pair}: {brief(error)}", fix)
     if not torchvision.startswith(f"{wanted}."):
         return Check(name, "broken", f"{pair}, expected {wanted}", fix)
     return Check(name, "ok", pair)
@@ -154,9 +154,7 @@ def check_opencv(versions: Mapping[str, str | None], error: BaseException | None
     """OpenCV imports, and only one of its builds is installed: they overwrite each other's files."""
     both = [name for name in ("opencv-python", "opencv-python-headless") if versions.get(name)]
     if error is not None:
-        return Check(
-            "opencv imports", "broken", in_short(error), "pip install --force-reinstall opencv-python-headless"
-        )
+        return Check("opencv imports", "broken", brief(error), "pip install --force-reinstall opencv-python-headless")
     if len(both) > 1:
         return Check(
             "opencv imports", "note", " and ".join(both), "pip uninstall opencv-python; both write to the folder cv2"
@@ -178,7 +176,7 @@ def check_devices() -> Iterator[Check]:
         try:
             count = backend.device_count() if backend.is_available() else 0
         except Exception as error:
-            yield Check(f"device {kind}", "broken", in_short(error), "check the driver against torch's build")
+            yield Check(f"device {kind}", "broken", brief(error), "check the driver against torch's build")
             continue
         for index in range(count):
             yield Check(f"device {kind}:{index}", "ok", f"{_device_name(backend, index)}; {_dtypes(f'{kind}:{index}')}")
@@ -201,7 +199,7 @@ def check_attention() -> Check:
     for name, module in (("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")):
         if util.find_spec(module) is not None:
             error = import_error(module)
-            backends.append(name if error is None else f"{name} fails to import ({in_short(error)})")
+            backends.append(name if error is None else f"{name} fails to import ({brief(error)})")
     broken = any("fails" in name for name in backends)
     advice = "reinstall flash-attn for this torch, or uninstall it" if broken else ""
     return Check("attention", "broken" if broken else "ok", ", ".join(backends), advice)
@@ -218,7 +216,7 @@ def check_optional() -> Iterator[Check]:
             yield (
                 Check(name, "ok", _version(module) or "found")
                 if error is None
-                else Check(name, "broken", in_short(error), how)
+                else Check(name, "broken", brief(error), how)
             )
 
 
@@ -300,7 +298,7 @@ def _try(name: str, work: Callable[[], str], advice: str) -> Check:
     try:
         return Check(name, "ok", work())
     except Exception as error:
-        return Check(name, "broken", in_short(error), advice)
+        return Check(name, "broken", brief(error), advice)
 
 
 def _dtypes(device: str) -> str:
@@ -333,7 +331,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def in_short(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """An error's type and the first line of what it says."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

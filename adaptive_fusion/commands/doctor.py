@@ -95,12 +95,12 @@ def _asked(upstream: str, model: str | None, engine: str, processor: str | None)
 
 def _drifted(logs: Sequence[str], policy: str | None) -> "Check":
     """Whether logs are like what a policy was trained on, or else like their earlier half."""
-    from adaptive_fusion.doctor import Check, in_short
+    from adaptive_fusion.doctor import Check, brief
     from adaptive_fusion.learning.judging.drift import drift
 
     try:
         found = drift(logs, policy)
     except Exception as error:
-        return Check("drift", "broken", in_short(error), "expected logs that are there, and 'adaptive-fusion[train]'")
+        return Check("drift", "broken", brief(error), "expected logs that are there, and 'adaptive-fusion[train]'")
     advice = "`adaptive-fusion learn` fits the policy again; `adaptive-fusion logs drift --plot` draws it"
     return Check("drift", "note" if found.drifted else "ok", found.in_words(), advice if found.drifted else "")
