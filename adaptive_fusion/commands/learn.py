@@ -16,12 +16,12 @@ from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaptive_fusion.learning.loop.ahead import Ahead
-    from adaptive_fusion.learning.loop.learn import Loop
+    from adaptive_fusion.learning.loop.learn import Loop, Rollout
     from adaptive_fusion.learning.loop.state import State
 
 REFUSED = 1
 """Exit code when there is no better policy; bad input ends with 2."""
-_HOUR_S = 3600.0
+_HOUR_S, _LOOK_S = 3600.0, 300.0
 
 app = typer.Typer()
 
@@ -57,6 +57,15 @@ def learn(
         float | None,
         typer.Option(min=0.01, metavar="HOURS", help="Go on so, until stopped; needs --yes where nobody can be asked."),
     ] = None,
+    rollout: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="That of `adaptive-fusion serve --rollout`: a better candidate becomes its next experiment, first a"
+            " shadow, then a canary. Without it the round ends at the gate.",
+            show_default=False,
+        ),
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Loss of quality that is accepted, 0 to 1.")] = 0.02,
     objective: Annotated[
         str, typer.Option(help="cost or quality: what the threshold is to keep, see `train`.")
@@ -75,7 +84,7 @@ def learn(
     with refusing([str(out) if out else ""], as_json):
         if every is not None and not yes and not sys.stdin.isatty():
             raise ConfigError("every needs --yes where nobody can be asked")
-        loop = _loop(logs, model, policy, out, tolerance, objective, seed, jobs)
+        loop = _loop(logs, model, policy, out, tolerance, objective, seed, jobs, rollout)
         _say_ahead(loop.ahead(), as_json, final=not yes)
         if not yes:
             if as_json or not sys.stdin.isatty():
@@ -97,6 +106,7 @@ def _loop(
     objective: str,
     seed: int,
     jobs: int,
+    rollout: Path | None,
 ) -> "Loop":
     from adaptive_fusion.learning.loop.learn import Loop, Settings
     from adaptive_fusion.user_cache import user_cache_dir
@@ -112,7 +122,20 @@ def _loop(
     name = f"{Path(model).name}-{fingerprint.digest[:8]}" if model and fingerprint else "logs"
     folder = out or user_cache_dir(os.environ) / "learning" / name
     settings = Settings(policy, fingerprint, tolerance, objective, seed=seed, jobs=jobs)
-    return Loop(logs, folder, settings)
+    return Loop(logs, folder, settings, rollout=_handover(rollout))
+
+
+def _handover(file: Path | None) -> "Rollout | None":
+    """What brings candidates into service, by the file that servers share."""
+    if file is None:
+        return None
+    from adaptive_fusion.rollout.handover import Handover
+    from adaptive_fusion.rollout.ledger import Ledger
+    from adaptive_fusion.rollout.store import Store
+
+    if not file.exists():
+        raise ConfigError(f"{file.name} does not exist; expected the file of `adaptive-fusion serve --rollout`")
+    return Handover(Ledger(Store(file)))
 
 
 def _once(loop: "Loop", as_json: bool) -> "State":
@@ -129,9 +152,11 @@ def _on_a_timer(loop: "Loop", every_s: float, as_json: bool) -> None:
     ended = threading.Event()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda *_: ended.set())
-    while not ended.wait(every_s):
+    wait_s = every_s
+    while not ended.wait(wait_s):
         try:
-            _once(loop, as_json)
+            # What a rollout has found is looked at sooner than the next round is due.
+            wait_s = min(every_s, _LOOK_S) if _once(loop, as_json).status == "running" else every_s
         except (ConfigError, OSError) as error:
             complain(f"{type(error).__name__}: {error}")
 
@@ -204,4 +229,4 @@ def _go_on(loop: "Loop", state: "State") -> str:
         return ""
     name = state.done["train"]["candidate"]
     folder = loop.folder.of_round(state.round) / CANDIDATE
-    return f"adaptive-fusion rollout start {name} --kind shadow --policy {folder}"
+    return f"adaptive-fusion rollout start {folder} --kind shadow --name {name}-shadow"

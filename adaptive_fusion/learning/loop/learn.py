@@ -216,7 +216,7 @@ class Loop:
     def _begin(self, state: State, policy: Policy) -> State:
         """A new round; one that was begun on other terms is given up."""
         history = [*state.history, *([self._summary(state)] if state.round else [])]
-        if state.status == RUNNING:
+        if state.status == RUNNING and "judge" not in state.done:  # else servers may run its candidate
             shutil.rmtree(self._place(state), ignore_errors=True)
         new = State(state.round + 1, RUNNING, "", self._terms(policy), history=history, records=state.records)
         shutil.rmtree(self._place(new), ignore_errors=True)
@@ -339,7 +339,10 @@ class Loop:
         name, candidate = f"{state.done['train']['candidate']}-{kind}", self._place(state) / CANDIDATE
         if rollout.look(name) is None:
             control = named.name if isinstance(named, Policy) else Policy.load(named).name
-            rollout.start(kind, name, str(candidate.resolve()), control)
+            try:
+                rollout.start(kind, name, str(candidate.resolve()), control)
+            except ConfigError as error:  # somebody else's runs
+                return {"pending": f"the {kind} {name} waits: {error}"}
         seen = rollout.look(name)
         if seen is None or seen.status == RUNNING:
             if kind == "shadow" and seen is not None and seen.requests >= SHADOWED:

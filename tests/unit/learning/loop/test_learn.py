@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from learning_data import COSTS, RUNGS, base_policy, oracle_labels, subject, write_jsonl
+from learning_data import RUNGS, base_policy, oracle_labels, subject, write_jsonl
 from typer.testing import CliRunner, Result
 
 from adaptive_fusion.cli import app
@@ -17,6 +17,10 @@ from adaptive_fusion.learning.data.labels import shadow_record
 from adaptive_fusion.learning.loop.learn import CANDIDATE, SHADOWED, SNAPSHOT, STEPS, Loop, Seen, Settings
 from adaptive_fusion.learning.loop.state import READY, REFUSED, RELEASED, ROLLED_BACK, RUNNING, WAITING
 from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.rollout.experiment import Experiment, Pair
+from adaptive_fusion.rollout.handover import WHO, Handover
+from adaptive_fusion.rollout.ledger import Ledger
+from adaptive_fusion.rollout.store import Store
 
 TIME_S = 1_700_000_000.0
 
@@ -208,6 +212,32 @@ def test_what_a_rollout_takes_back_ends_the_round(folder: Path, tmp_path: Path) 
     assert (state.status, state.reason) == (ROLLED_BACK, "shadow: misses went up")
 
 
+# On a real ledger
+
+
+def test_a_ledger_takes_candidates_on(folder: Path, tmp_path: Path) -> None:
+    ledger = Ledger(Store(tmp_path / "rollout.db"))
+    other = Experiment("other", "ab", "balanced", steps=(0.5,))
+    ledger.start(other)
+    loop = a_loop(folder, tmp_path / "loop", rollout=Handover(Ledger(Store(tmp_path / "rollout.db"))))
+    assert "shadow base-r1-shadow waits: experiment 'other' is running" in loop.run().reason
+    ledger.command("abort")
+    assert "is under way, 0 requests so far" in loop.run().reason
+    course = ledger.status()
+    assert (course["experiment"]["kind"], course["experiment"]["control"]) == ("shadow", "base")
+    assert course["started_by"] == WHO and Path(course["experiment"]["canary"]).name == CANDIDATE
+    same = dict.fromkeys(("quality", "late"), 0.0)
+    for i in range(SHADOWED):
+        ledger.append(course["number"], Pair(same, same), f"request-{i}")
+    assert "canary base-r1-canary is under way" in loop.run().reason
+    ledger.refresh()
+    assert [row["status"] for row in ledger.status()["history"]] == ["running"]
+    assert ledger.store.history(course["number"])[-1]["who"] == WHO
+    ledger.command("promote", why="by the test")
+    state = loop.run()
+    assert (state.status, state.reason) == (RELEASED, "by the test")
+
+
 # The command
 
 
@@ -226,5 +256,5 @@ def test_the_command_asks_first_and_ends_at_the_gate_with_the_next_one(folder: P
     done = call(*given, "--yes", "--json")
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["status"] == READY and "rollout start base-r1" in told["next"] and COSTS
+    assert told["status"] == READY and told["next"].endswith("--name base-r1-shadow")
     assert told["steps"]["judge"]["estimate"]["decisions"] > 0
