@@ -12,7 +12,7 @@ from adaptive_fusion.commands import options
 from adaptive_fusion.commands.output import complain, refusing
 
 app = typer.Typer()
-_MODEL, _SERVER, _UPSTREAM = "Model", "Server", "Engine elsewhere"
+_MODEL, _SERVER, _UPSTREAM, _REPLICAS = "Model", "Server", "Engine elsewhere", "Replicas"
 
 
 class Dtype(StrEnum):
@@ -183,11 +183,33 @@ def serve(
             metavar="ID|PATH|PRESET", help="How the model upstream resizes images.", rich_help_panel=_UPSTREAM
         ),
     ] = "qwen3-vl",
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="Serve by so many processes of this machine, each with the model, under Ray Serve; --log is then a "
+            "name beside which each writes its own. SIGHUP replaces them one after the other.",
+            show_default=False,
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            help="With --replicas: most that there may be, started as requests come.",
+            show_default=False,
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API has it, within deadlines.
 
     A line says when the first request can come. SIGTERM answers what was admitted, then ends.
     """
+    given = {name: value for name, value in locals().items() if value is not None}
     if upstream is not None:
         from adaptive_fusion.commands.gateway import start
 
@@ -209,6 +231,10 @@ def serve(
             log=log,
             state=state,
         )
+        return
+    if replicas is not None or max_replicas is not None:
+        beside = ("port", "upstream", "engine", "processor")
+        _serve_replicas({name: value for name, value in given.items() if name not in beside}, port)
         return
     with refusing((), False):
         from adaptive_fusion.loading import cache_options, model_options, open_runner
@@ -232,18 +258,49 @@ def serve(
         )
         from adaptive_fusion.serving.run import server_for
 
-        given = model_options(
+        loading = model_options(
             dtype.value if dtype else None,
             attn.value if attn else None,
             quantization.value if quantization else None,
             device_map,
         )
-        runner = open_runner(model, policy, log, given, encoder_cache_mb, explore)
+        runner = open_runner(model, policy, log, loading, encoder_cache_mb, explore)
         server = server_for(runner, settings, complain, None if rollout is None else options.trials_in(rollout, runner))
     server.run()
     gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
+
+
+def _serve_replicas(given: dict[str, Any], port: int) -> None:
+    """Serve by several processes; `given` are the command's options."""
+    with refusing((), False):
+        options.require_serving()
+        from adaptive_fusion.serving.ray_run import serve_replicas
+        from adaptive_fusion.serving.replica_options import ReplicaOptions
+
+        values = {name: str(value) if isinstance(value, Path | StrEnum) else value for name, value in given.items()}
+        domains = values.pop("allowed_media_domains", None)
+        count, most = values.pop("replicas", 1), values.get("max_replicas")
+        gpus = _accelerators()
+        told = ReplicaOptions(
+            replicas=count,
+            cpus=max(1, (os.cpu_count() or 1) // (most or count)),
+            gpus=min(1.0, gpus / (most or count)),
+            surge_percent=0 if gpus else 100,  # there is room for one more model in memory, but not on an accelerator
+            allowed_media_domains=options.hosts(domains),
+            **values,
+        )
+        answered = serve_replicas(told, port, complain)
+    if not answered:
+        raise typer.Exit(1)
+
+
+def _accelerators() -> int:
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if found is not None and found.type == "cuda" else 0
 
 
 def name_of(model: str) -> str:

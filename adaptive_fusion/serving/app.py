@@ -33,6 +33,7 @@ def create_app(
     on_ready: Callable[[list[str]], None] = lambda notes: None,
     on_failure: Callable[[Exception], None] = lambda error: None,
     trials: Trials | None = None,
+    service_for: Callable[..., Service] = Service,
 ) -> FastAPI:
     """An ASGI application that answers with `runner`.
 
@@ -42,12 +43,13 @@ def create_app(
         on_ready: Called once the first request can come, with sentences that say what was found.
         on_failure: Called if the model cannot be made ready.
         trials: Experiments with policies.
+        service_for: Makes the service of runner, settings and trials.
 
     Raises:
         ConfigError: For settings that do not go with the runner.
     """
     settings = settings if settings is not None else Settings()
-    service = Service(runner, settings, trials)
+    service = service_for(runner, settings, trials)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ from adaptive_fusion.runner import AdaptiveRunner, Prepared
 from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.answers import Asked
 from adaptive_fusion.serving.blame import blaming
-from adaptive_fusion.serving.http import as_json, bodies_of, read_body, while_connected
+from adaptive_fusion.serving.http import ELAPSED, as_json, bodies_of, read_body, while_connected
 from adaptive_fusion.serving.job import Job, made, own_budget, record, tokenizer_of
 from adaptive_fusion.serving.media import check_media
 from adaptive_fusion.serving.metrics import Metrics
@@ -36,7 +36,7 @@ from adaptive_fusion.serving.turns import ModelTurn, take
 async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     service: Service = request.app.state.service
-    metrics, arrived_s = service.metrics, service.runner.clock()
+    metrics, arrived_s = service.metrics, service.runner.clock() - request.scope.get(ELAPSED, 0.0)
     metrics.arrived()
     try:
         with bodies_of(request).counting() as grown:

@@ -30,6 +30,8 @@ BODY_S = 30
 SMALL = 64 << 10
 """Bytes of JSON that are read at once; more are read in a thread."""
 _GONE = 499
+ELAPSED = "adaptive_fusion.elapsed_s"
+"""Key of a request's scope: seconds that it had been on its way when it came here, where something stands before."""
 log = logging.getLogger("adaptive_fusion.serving")
 
 

@@ -65,7 +65,7 @@ async def decisions(request: Request) -> Response:
     count = int(text) if text.isascii() and text.isdigit() and len(text) < 8 else None
     if count is None or not 1 <= count <= service.settings.keep_decisions:
         raise Refusal(f"n is {text[:80]!r}; expected a number from 1 to {service.settings.keep_decisions}", param="n")
-    return json_response({"decisions": service.records.last(count)})
+    return json_response({"decisions": await service.records.last(count)})
 
 
 async def feedback(request: Request) -> Response:
@@ -88,8 +88,8 @@ async def feedback(request: Request) -> Response:
     if log is None:
         raise Refusal("the server keeps no log; start it with --log FILE to rate answers", 400, code="no_log")
     request_id = answers.request_id(named)
-    service.records.require(request_id)
-    new = service.records.rated(request_id, source, rating)
+    await service.records.require(request_id)
+    new = await service.records.rated(request_id, source, rating)
     kept = comment if service.settings.keep_comments else None
     if new:
         await service.in_thread(lambda: log.feedback(request_id, rating, source_id=source, comment=kept))

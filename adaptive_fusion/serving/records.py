@@ -27,26 +27,27 @@ class Records:
                 gone, _ = self._rows.popitem(last=False)
                 self._ratings.pop(gone, None)
 
-    def last(self, count: int) -> list[dict[str, Any]]:
+    async def last(self, count: int) -> list[dict[str, Any]]:
         """The newest `count`, newest first."""
         with self._lock:
             return list(reversed(self._rows.values()))[:count]
 
-    def require(self, request_id: str) -> None:
+    async def require(self, request_id: str) -> None:
         """Raises a Refusal, 404, for a request that is not among those kept."""
         with self._lock:
             if request_id not in self._rows:
-                raise Refusal(
-                    f"request {request_id[:80]!r} is not known; expected one of the last {self._keep} answers",
-                    404,
-                    code="unknown_request",
-                    param="request_id",
-                )
+                raise unknown(request_id, self._keep)
 
-    def rated(self, request_id: str, source_id: str | None, rating: float | str) -> bool:
+    async def rated(self, request_id: str, source_id: str | None, rating: float | str) -> bool:
         """Note a rating; whether it is another than that source's last one of the request."""
         with self._lock:
             of_request = self._ratings.setdefault(request_id, {})
             new = of_request.get(source_id) != rating
             of_request[source_id] = rating
             return new
+
+
+def unknown(request_id: str, keep: int) -> Refusal:
+    """What is said of a request that is not among the last `keep`."""
+    said = f"request {request_id[:80]!r} is not known; expected one of the last {keep} answers"
+    return Refusal(said, 404, code="unknown_request", param="request_id")

@@ -24,12 +24,10 @@ from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.reserve import Reserve
 from adaptive_fusion.serving.scheduler import Scheduler, shutting_down
 from adaptive_fusion.serving.settings import Settings
-from adaptive_fusion.serving.state import StateFile
+from adaptive_fusion.serving.state import Kept, StateFile
 from adaptive_fusion.serving.trials import Trials
 
 T = TypeVar("T")
-SAVE_S = 30.0
-"""Seconds between two looks whether something was learned that is worth keeping."""
 CUT_OFF_S = 5.0
 """Seconds for the last answers once the time to drain is over."""
 PREPARERS = 4
@@ -44,12 +42,21 @@ class Service:
         runner: Answers.
         settings: How.
         trials: Experiments with policies; None makes none.
+        records: Keeps decisions and ratings; None keeps them here.
+        state: Keeps what is learned; None keeps it in the settings' file.
 
     Raises:
         ConfigError: If requests are to be audited and there is no log to say what would have been done.
     """
 
-    def __init__(self, runner: AdaptiveRunner, settings: Settings, trials: Trials | None = None) -> None:
+    def __init__(
+        self,
+        runner: AdaptiveRunner,
+        settings: Settings,
+        trials: Trials | None = None,
+        records: Records | None = None,
+        state: Kept | None = None,
+    ) -> None:
         if settings.mode == "audit" and runner.log is None:
             raise ConfigError("mode is 'audit' and the runner keeps no log; expected a log to write the audit to")
         self.runner, self.settings, self.trials = runner, settings, trials
@@ -59,8 +66,8 @@ class Service:
         self.scheduler = Scheduler(settings.queue, runner.clock, self.metrics.queued, settings.batch)
         self.side = Scheduler(settings.queue, runner.clock)  # of requests that do not want the model
         self.reserve = Reserve()
-        self.records = Records(settings.keep_decisions)
-        self.state = StateFile(settings.state, runner)
+        self.records = records if records is not None else Records(settings.keep_decisions)
+        self.state: Kept = state if state is not None else StateFile(settings.state, runner)
         self.media_limits = MediaLimits(allowed_domains=settings.allowed_media_domains)
         self.context = context_of(runner)
         # Requests with another key see nothing of what was kept for this one.
@@ -107,7 +114,7 @@ class Service:
     async def keep_saving(self) -> None:
         """Save what was learned now and then, for ever."""
         while True:
-            await asyncio.sleep(SAVE_S)
+            await asyncio.sleep(self.state.every_s)
             await self.save()
 
     async def save(self) -> None:

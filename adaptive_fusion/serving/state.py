@@ -13,6 +13,25 @@ from adaptive_fusion.file_lock import write_whole
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
+SAVE_S = 30.0
+
+
+class Kept(Protocol):
+    """Where what was learned is kept.
+
+    Attributes:
+        every_s: Seconds between two looks whether something was learned that is worth keeping.
+    """
+
+    every_s: float
+
+    def restore(self) -> str:
+        """Go on with what is there; a sentence that says what was found."""
+        ...
+
+    def save(self) -> str | None:
+        """Keep what was learned; why it could not be, or None."""
+        ...
 
 
 class Learns(Protocol):
@@ -30,6 +49,8 @@ class StateFile:
         path: Where it is; its folder is made if need be. None keeps nothing.
         runner: Whose state it has.
     """
+
+    every_s = SAVE_S
 
     def __init__(self, path: Path | None, runner: Learns) -> None:
         self.path, self.runner = path, runner

@@ -1,5 +1,6 @@
 """Errors tell nothing of this machine, and only what was answered can be rated."""
 
+import asyncio
 import json
 
 import pytest
@@ -59,16 +60,21 @@ def test_half_a_character_can_be_told_back() -> None:
     assert "\ud800" in json.loads(bytes(error_response(Refusal("\ud800")).body))["error"]["message"]
 
 
-def test_the_last_are_kept_and_a_rating_counts_once() -> None:
+async def _rated_once() -> None:
     records = Records(2)
     for name in ("a", "b", "c"):
         records.add(name, {"request_id": name})
-    assert [row["request_id"] for row in records.last(5)] == ["c", "b"]
+    assert [row["request_id"] for row in await records.last(5)] == ["c", "b"]
     with pytest.raises(Refusal, match="'a' is not known") as raised:
-        records.require("a")
+        await records.require("a")
     assert raised.value.status == 404
-    records.require("c")
+    await records.require("c")
     said = [
-        records.rated("c", source, rating) for source, rating in ((None, 1.0), (None, 1.0), ("x", 1.0), (None, 0.0))
+        await records.rated("c", source, rating)
+        for source, rating in ((None, 1.0), (None, 1.0), ("x", 1.0), (None, 0.0))
     ]
     assert said == [True, False, True, True]
+
+
+def test_the_last_are_kept_and_a_rating_counts_once() -> None:
+    asyncio.run(_rated_once())

@@ -1,0 +1,117 @@
+"""``adaptive-fusion serve --replicas``: Ray, Ray Serve and the replicas on this machine, from a start to a signal.
+
+Knows Ray, signals and processes. Must not know what is served. The Ray that is started here is this process's own and
+ends with it. SIGTERM answers who was admitted, then ends; SIGHUP replaces all replicas, one after the other.
+"""
+
+import os
+import queue
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from adaptive_fusion.errors import ConfigError, MissingExtraError
+from adaptive_fusion.serving.replica_options import ReplicaOptions
+from adaptive_fusion.serving.run import KEEP_ALIVE_S
+
+STORE_BYTES = 128 << 20
+"""Memory for what goes between processes: bodies of requests, for as long as they are read."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would be sent to its makers
+    "RAY_SERVE_ENABLE_QUEUE_LENGTH_CACHE": "1",
+    # On a machine with other work Ray's own processes may take long; it gives up after half a minute.
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_register_timeout_seconds": "300",
+}
+
+
+def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str], None]) -> bool:
+    """Serve until a signal comes; whether it began, and who was admitted was answered.
+
+    Args:
+        options: How many replicas, and how they behave.
+        port: To listen on; 0 takes a free one.
+        announce: Called with a line once the first request can come, and when replicas were replaced.
+
+    Raises:
+        MissingExtraError: Without Ray.
+        ConfigError: If the port is taken.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[ray]'") from error
+    from adaptive_fusion.serving.ray import APP, app
+
+    port = _free(options.host, port)
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # put from a handler: it may interrupt itself
+    before = {sig: signal.signal(sig, lambda number, frame: signals.put(number)) for sig in _SIGNALS}
+    most = options.max_replicas or options.replicas
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, 1 + int(most * max(1.0, options.cpus) * 2)),
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    try:
+        serve.start(
+            http_options={"host": options.host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        handle = serve.run(app(options.values()), name=APP, route_prefix="/")
+        announce(_ready(options, port, handle.notes.remote().result()))
+        while signals.get() == signal.SIGHUP:
+            options = replace(options, generation=secrets.token_hex(4))
+            serve.run(app(options.values()), name=APP, route_prefix="/")
+            announce(f"replaced: {options.replicas} replicas")
+        return _end(handle, options, announce)
+    finally:
+        with suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+def _ready(options: ReplicaOptions, port: int, notes: list[str]) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    count = options.replicas if options.max_replicas is None else f"{options.replicas} to {options.max_replicas}"
+    return (
+        f"ready: {options.name} at http://{host}:{port}/v1 ({options.mode}, {count} replicas, "
+        f"policy {options.policy}, {'; '.join(notes)})"
+    )
+
+
+def _end(handle: Any, options: ReplicaOptions, announce: Callable[[str], None]) -> bool:
+    """Answer who was admitted; whether all were."""
+    answered = bool(handle.drain.remote(options.drain_s).result())
+    if trouble := handle.keep.remote().result():
+        announce(trouble)
+    if not answered:
+        announce(f"some were not answered within {options.drain_s:g} s")
+    return answered
+
+
+def _free(host: str, port: int) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        ConfigError: If it cannot be listened on.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"port {port} of {host} cannot be listened on ({error.strerror})") from None
+        return int(probe.getsockname()[1])
