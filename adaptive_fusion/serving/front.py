@@ -27,6 +27,8 @@ READY_S = 2.0
 REPLICAS_PATH = "/v1/adaptive_fusion/replicas"
 PASSED = ("method", "path", "raw_path", "query_string", "headers", "scheme", "http_version", "client")
 """What a replica is told of a request beside its body."""
+OWN_ID = b"x-request-id"
+"""A header that Ray's proxy puts on every response; two of them would be neither."""
 log = logging.getLogger("adaptive_fusion.serving")
 
 
@@ -184,7 +186,9 @@ class _Relay:
             async for messages in answering:
                 for message in messages:
                     if message["type"] == "http.response.start":
-                        self._kind = dict(message["headers"]).get(b"content-type", b"")
+                        headers = [row for row in message["headers"] if row[0].lower() != OWN_ID]
+                        self._kind = dict(headers).get(b"content-type", b"")
+                        message = {**message, "headers": headers}
                     self.began = True
                     await self._send(message)
         except BaseException:

@@ -5,7 +5,6 @@ processes, and unpickles it; nothing of a client is among that but bytes and tex
 but when replicas are asked for.
 """
 
-import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -20,7 +19,6 @@ from starlette.types import ASGIApp, Message
 from adaptive_fusion.serving.commons import Commons
 from adaptive_fusion.serving.front import Answering, Front
 from adaptive_fusion.serving.http import Guard
-from adaptive_fusion.serving.replica import Replica
 from adaptive_fusion.serving.replica_options import ReplicaOptions
 from adaptive_fusion.serving.settings import Settings
 
@@ -76,6 +74,8 @@ class ReplicaServer:
     """One replica."""
 
     async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]
+        from adaptive_fusion.serving.replica import Replica  # with the model's stack, which the others do without
+
         options = ReplicaOptions.of(values)
         reach = Reach(options)
         self._replica = Replica(serve.get_replica_context().replica_tag, options, reach.tell, reach.ask)
@@ -147,11 +147,8 @@ def app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=options.drain_s + 10.0,
         health_check_period_s=HEALTH_S,
         request_router_config=RequestRouterConfig(request_router_class="adaptive_fusion.serving.router:ImageRouter"),
-        ray_actor_options={
-            "num_cpus": options.cpus,
-            "num_gpus": options.gpus,
-            "runtime_env": {"env_vars": _environment(options)},
-        },
+        # Ray sets threads by the cores, else replicas of one machine would stand in each other's way.
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )
     front: Any = FrontServer.options(  # type: ignore[attr-defined]
         num_replicas=1,
@@ -174,9 +171,3 @@ def _count(options: ReplicaOptions) -> dict[str, Any]:
         target_ongoing_requests=options.target_ongoing,
     )
     return {"autoscaling_config": scaling}
-
-
-def _environment(options: ReplicaOptions) -> dict[str, str]:
-    """Threads of a replica: those of its cores, else replicas of one machine stand in each other's way."""
-    threads = str(max(1, int(options.cpus)))
-    return {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}

@@ -4,6 +4,8 @@ Knows Ray, signals and processes. Must not know what is served. The Ray that is 
 ends with it. SIGTERM answers who was admitted, then ends; SIGHUP replaces all replicas, one after the other.
 """
 
+import logging
+import math
 import os
 import queue
 import secrets
@@ -20,12 +22,14 @@ from adaptive_fusion.serving.run import KEEP_ALIVE_S
 
 STORE_BYTES = 128 << 20
 """Memory for what goes between processes: bodies of requests, for as long as they are read."""
+_STARTS = 4
+"""Tries to start Ray, which gives its own processes half a minute each time."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would be sent to its makers
     "RAY_SERVE_ENABLE_QUEUE_LENGTH_CACHE": "1",
-    # On a machine with other work Ray's own processes may take long; it gives up after half a minute.
-    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_niceness": "0",  # else whatever else the machine does goes before answers
+    # On a machine with other work Ray's own processes may take long.
     "RAY_worker_register_timeout_seconds": "300",
 }
 
@@ -50,19 +54,13 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
         raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[ray]'") from error
     from adaptive_fusion.serving.ray import APP, app
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
     port = _free(options.host, port)
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # put from a handler: it may interrupt itself
     before = {sig: signal.signal(sig, lambda number, frame: signals.put(number)) for sig in _SIGNALS}
-    most = options.max_replicas or options.replicas
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, 1 + int(most * max(1.0, options.cpus) * 2)),
-        include_dashboard=False,
-        object_store_memory=STORE_BYTES,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
     try:
+        _start_ray(options)
         serve.start(
             http_options={"host": options.host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
@@ -80,6 +78,32 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
         ray.shutdown()
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def _start_ray(options: ReplicaOptions) -> None:
+    """Ray on this machine, of this process alone.
+
+    Raises:
+        ConfigError: If it does not start.
+    """
+    import ray
+
+    most = 2 * (options.max_replicas or options.replicas)  # while they are replaced there may be twice as many
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, math.ceil(most * options.cpus)),
+                include_dashboard=False,
+                object_store_memory=STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:  # Ray raises plain ones
+            ray.shutdown()
+            if not left:
+                raise ConfigError(f"Ray cannot be started on this machine: {str(error)[:300]}") from error
 
 
 def _ready(options: ReplicaOptions, port: int, notes: list[str]) -> str:
