@@ -58,9 +58,11 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
 
     port = _free(options.host, port)
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()  # put from a handler: it may interrupt itself
-    before = {sig: signal.signal(sig, lambda number, frame: signals.put(number)) for sig in _SIGNALS}
+    before = {sig: signal.getsignal(sig) for sig in _SIGNALS}
     try:
         _start_ray(options)
+        for sig in _SIGNALS:  # after Ray has set its own, which end the process at once
+            signal.signal(sig, lambda number, frame: signals.put(number))
         serve.start(
             http_options={"host": options.host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
