@@ -6,6 +6,7 @@ but when replicas are asked for.
 """
 
 from collections.abc import AsyncIterator, Mapping
+from pkgutil import resolve_name
 from typing import Any
 
 import ray
@@ -27,6 +28,8 @@ NAMESPACE = "adaptive_fusion"
 FRONT_ONGOING = 1000
 """Requests that one front has at a time; it only passes on."""
 HEALTH_S = 5.0
+TRIALS = "adaptive_fusion.commands.options:trials_in"
+"""Who makes experiments with policies: the server itself does not know how."""
 BEYOND = 64
 """Requests beyond a replica's own queue that Ray lets it have, so that it is the replica that refuses: it knows when a
 turn would come too late."""
@@ -78,7 +81,8 @@ class ReplicaServer:
 
         options = ReplicaOptions.of(values)
         reach = Reach(options)
-        self._replica = Replica(serve.get_replica_context().replica_tag, options, reach.tell, reach.ask)
+        name, trials = serve.get_replica_context().replica_tag, resolve_name(TRIALS)
+        self._replica = Replica(name, options, reach.tell, reach.ask, trials)
         await self._replica.begin()
 
     async def answer(self, told: Mapping[str, Any], body: bytes, key: str = "") -> AsyncIterator[list[Message]]:

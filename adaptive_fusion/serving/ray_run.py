@@ -22,7 +22,7 @@ from adaptive_fusion.serving.run import KEEP_ALIVE_S
 
 STORE_BYTES = 128 << 20
 """Memory for what goes between processes: bodies of requests, for as long as they are read."""
-_STARTS = 4
+_STARTS = 6
 """Tries to start Ray, which gives its own processes half a minute each time."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ENVIRONMENT = {

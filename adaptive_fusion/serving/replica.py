@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ from adaptive_fusion.serving.records import Records, unknown
 from adaptive_fusion.serving.replica_options import ReplicaOptions
 from adaptive_fusion.serving.service import Service
 from adaptive_fusion.serving.settings import Settings
+from adaptive_fusion.serving.trials import Trials
 
 PUBLISH_S = 2.0
 """Seconds between two publications of what was learned and counted, so the age of what a new replica starts from."""
@@ -123,10 +125,19 @@ class Replica:
         name: Of the replica.
         options: What it was told.
         tell, ask: Reach the shared place.
+        trials_of: Makes experiments with policies of their file and the runner.
     """
 
-    def __init__(self, name: str, options: ReplicaOptions, tell: Tell, ask: Ask) -> None:
+    def __init__(
+        self,
+        name: str,
+        options: ReplicaOptions,
+        tell: Tell,
+        ask: Ask,
+        trials_of: Callable[[Path, AdaptiveRunner], Trials] | None = None,
+    ) -> None:
         self.name, self.options, self._tell, self._ask = name, options, tell, ask
+        self._trials_of = trials_of
         self.app: FastAPI | None = None
         self.notes: list[str] = []
         self._stack = contextlib.AsyncExitStack()
@@ -141,13 +152,15 @@ class Replica:
         snapshot = await self._ask("snapshot", kind_of(runner.state()))
         ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
 
-        def service(runner: AdaptiveRunner, settings: Settings) -> Service:
+        def service(runner: AdaptiveRunner, settings: Settings, trials: Trials | None) -> Service:
             records = SharedRecords(self.name, settings.keep_decisions, self._tell, self._ask)
             state = PublishedState(self.name, runner, self._tell, snapshot, lambda: _metrics(made))
-            made = Service(runner, settings, records, state)
+            made = Service(runner, settings, trials, records, state)
             return made
 
-        self.app = create_app(runner, self.options.settings(), ready.set_result, ready.set_exception, service)
+        settings, file = self.options.settings(), self.options.rollout
+        trials = self._trials_of(Path(file), runner) if file is not None and self._trials_of is not None else None
+        self.app = create_app(runner, settings, ready.set_result, ready.set_exception, trials, service)
         await self._stack.enter_async_context(self.app.router.lifespan_context(self.app))
         try:
             self.notes = await ready

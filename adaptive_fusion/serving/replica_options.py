@@ -37,6 +37,10 @@ class ReplicaOptions:
         latency_ms, ttft_ms, vram_gb, attainment: Limits of every request.
         served_name, mode, max_tokens, queue, batch, encoder_cache_mb, calibrate, allowed_media_domains: As of
             ``adaptive-fusion serve``, for each replica.
+        explore: As of ``adaptive-fusion serve``.
+        rollout: File of experiments with policies, one for all: on one machine, or on a file system that all share and
+            that keeps SQLite's locks.
+        keep_comments: As of ``adaptive-fusion serve``.
         host: Where clients come from: with one that others can reach there must be a key.
         api_key: What clients must present; None takes the environment variable's, if it is set.
         log: Name of the logs: each replica writes one of its own beside it, ``NAME-REPLICA.jsonl``.
@@ -73,6 +77,9 @@ class ReplicaOptions:
     encoder_cache_mb: int = 0
     calibrate: bool = False
     allowed_media_domains: tuple[str, ...] = ()
+    explore: float | None = None
+    rollout: str | None = None
+    keep_comments: bool = False
     host: str = "127.0.0.1"
     api_key: str | None = None
     log: str | None = None
@@ -139,6 +146,7 @@ class ReplicaOptions:
             batch=self.batch,
             drain_s=self.drain_s,
             calibrate=self.calibrate,
+            keep_comments=self.keep_comments,
             generate=cache_options(self.cache),
         )
 
@@ -154,4 +162,4 @@ class ReplicaOptions:
         from adaptive_fusion.loading import model_options, open_runner
 
         given = model_options(self.dtype, self.attn, self.quantization, self.device_map)
-        return open_runner(self.model, self.policy, self.log_of(replica), given, self.encoder_cache_mb)
+        return open_runner(self.model, self.policy, self.log_of(replica), given, self.encoder_cache_mb, self.explore)
