@@ -141,7 +141,9 @@ def spread(server: ServerProcess, count: int) -> list[float]:
     records = [
         json.loads(line) for path in server.said.parent.glob("log-*.jsonl") for line in path.read_text().splitlines()
     ]
-    taken = [record["measured"]["latency_ms"] for record in records if record["event"] == "decision"][-count:]
+    taken = [
+        record["measurement"]["latency_ms"] for record in records if record.get("event", "decision") == "decision"
+    ][-count:]
     return [each / mean(taken) for each in taken]
 
 

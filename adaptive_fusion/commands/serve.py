@@ -279,7 +279,9 @@ def _serve_replicas(given: dict[str, Any], port: int) -> None:
         from adaptive_fusion.serving.ray_run import serve_replicas
         from adaptive_fusion.serving.replica_options import ReplicaOptions
 
-        values = {name: str(value) if isinstance(value, Path | StrEnum) else value for name, value in given.items()}
+        values: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path | StrEnum) else value for name, value in given.items()
+        }
         domains = values.pop("allowed_media_domains", None)
         count, most = values.pop("replicas", 1), values.get("max_replicas")
         gpus = _accelerators()

@@ -28,6 +28,7 @@ NAMESPACE = "adaptive_fusion"
 FRONT_ONGOING = 1000
 """Requests that one front has at a time; it only passes on."""
 HEALTH_S = 5.0
+ROUTER: Any = "adaptive_fusion.serving.router.ImageRouter"
 TRIALS = "adaptive_fusion.commands.options:trials_in"
 """Who makes experiments with policies: the server itself does not know how."""
 BEYOND = 64
@@ -49,6 +50,7 @@ class Reach:
                 lifetime="detached",
                 num_cpus=0,
                 max_restarts=-1,
+                max_task_retries=3,
             )
             .remote(kept, options.state)
         )
@@ -103,7 +105,7 @@ class ReplicaServer:
 class FrontServer:
     """What clients reach."""
 
-    def __init__(self, values: Mapping[str, Any], replicas: DeploymentHandle) -> None:
+    def __init__(self, values: Mapping[str, Any], replicas: DeploymentHandle[Any]) -> None:
         options = ReplicaOptions.of(values)
         self._options, self._reach = options, Reach(options)
         streamed = replicas.options(method_name="answer", stream=True)
@@ -150,7 +152,7 @@ def app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=options.drain_s + 10.0,
         health_check_period_s=HEALTH_S,
-        request_router_config=RequestRouterConfig(request_router_class="adaptive_fusion.serving.router:ImageRouter"),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         # Ray sets threads by the cores, else replicas of one machine would stand in each other's way.
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )

@@ -103,7 +103,7 @@ def _start_ray(options: ReplicaOptions) -> None:
             )
             return
         except Exception as error:  # Ray raises plain ones
-            ray.shutdown()
+            ray.shutdown()  # type: ignore[no-untyped-call]
             if not left:
                 raise ConfigError(f"Ray cannot be started on this machine: {str(error)[:300]}") from error
 

@@ -99,7 +99,7 @@ def logged(folder: Path) -> tuple[Counter[str], int]:
             except ValueError:
                 torn += 1
                 continue
-            if record["event"] == "decision":
+            if record.get("event", "decision") == "decision":
                 names[record["request_id"]] += 1
     return names, torn
 

@@ -191,6 +191,15 @@ def test_heavy_and_unpickling_modules_are_imported_only_when_asked_for() -> None
     assert not told(wrong)
 
 
+def test_ray_which_unpickles_is_imported_only_when_replicas_are_asked_for() -> None:
+    """What it unpickles is its own; that is the choice of whoever starts replicas."""
+    own = {f"adaptive_fusion.serving.{name}" for name in ("ray", "ray_run", "router")}
+    wrong = [i for i in ALL if i.target.split(".")[0] == "ray" and i.module not in own]
+    wrong += [i for i in ALL if i.target in own and i.module not in own and not i.lazy]
+    assert not told(wrong)
+    assert any(i.target.split(".")[0] == "ray" for i in ALL)
+
+
 def test_only_serving_touches_the_network() -> None:
     wrong = [i for i in ALL if i.target.split(".")[0] in NETWORK and floor(i.module).split("/")[0] != "serving"]
     assert not told(wrong)

