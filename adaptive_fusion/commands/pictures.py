@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cv2
-import numpy as np
 from PIL import Image
 
 from adaptive_fusion.decisions import Decision
-from adaptive_fusion.features.image import take_sample
+from adaptive_fusion.features.image import edge_map
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.load import load_media
 from adaptive_fusion.plots import new_figure, save_figure
@@ -90,11 +88,6 @@ def demo_plot(rows: Sequence["AnswerPair"], path: Path) -> None:
             axis.invert_yaxis()
             axis.tick_params(labelsize=7)
     save_figure(figure, path)
-
-
-def edge_map(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(64, 64) uint8, 255 where the feature `edge_density` counts an edge."""
-    return np.asarray(cv2.Canny(take_sample(picture, with_scan=False).grey, 100, 200), dtype=np.uint8)
 
 
 def _bars(axis: Any, features: dict[str, float], top: float) -> None:

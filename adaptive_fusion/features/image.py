@@ -128,6 +128,11 @@ def take_sample(image: Pixels, *, with_scan: bool = True) -> Sample:
     return Sample(patch, _grey(patch), scan, width, height)
 
 
+def edge_map(image: Pixels) -> Bytes:
+    """(64, 64) uint8, 255 where the feature ``edge_density`` counts an edge."""
+    return np.asarray(cv2.Canny(take_sample(image, with_scan=False).grey, 100, 200), dtype=np.uint8)
+
+
 def edge_density_and_entropy(grey: Bytes) -> tuple[float, float]:
     """Share of edge pixels (Canny 1986, thresholds 100 and 200) and entropy in bits, of (H, W) uint8."""
     return cv2.countNonZero(cv2.Canny(grey, 100, 200)) / grey.size, _entropy(_histogram(grey, 256))

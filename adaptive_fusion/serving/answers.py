@@ -17,9 +17,10 @@ from openai.types.chat.chat_completion_message import ChatCompletionMessage
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob, TopLogprob
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 
-from adaptive_fusion.decisions import Decision, Measurement, Prediction
+from adaptive_fusion.decisions import Decision
 from adaptive_fusion.execution.logprobs import top_logprobs
 from adaptive_fusion.reply import Reply
+from adaptive_fusion.serving.explained import numbers_of, prediction
 from adaptive_fusion.serving.pieces import until_stop
 
 HEADER = "x-adaptive-fusion-"
@@ -200,7 +201,7 @@ def outlook(decision: Decision, native_tokens: int) -> dict[str, Any]:
         "escalated": decision.escalated is True,
         "batch": decision.batch,
         "budget": dict(decision.budget),
-        "predicted": predicted(decision),
+        "predicted": prediction(decision.predicted),
         "margin": decision.margin,
         "p_late": decision.p_late,
         "tokens": {"visual_native": native_tokens},
@@ -223,23 +224,12 @@ def outcome(asked: Asked, reply: Reply, wait_s: float) -> dict[str, Any]:
             "prompt_used": took.prompt_tokens,
             "new": took.new_tokens,
         },
-        "actual": {"queue_ms": wait_s * 1e3, **_numbers(took)},
+        "actual": {"queue_ms": wait_s * 1e3, **numbers_of(took)},
         "met": reply.met,
         "finish_reason": reply.finish_reason,
         "ignored": list(asked.ignored),
         **asked.trial,
     }
-
-
-def predicted(decision: Decision) -> dict[str, float] | None:
-    """Predicted times in ms and memory in GiB; None where nothing was predicted."""
-    said = decision.predicted
-    return None if said is None else {**_numbers(said), "ttft_ms": said.ttft_ms, "latency_ms": said.latency_ms}
-
-
-def _numbers(record: Measurement | Prediction) -> dict[str, float]:
-    """Its fields by name; they are numbers, of which nothing need be copied."""
-    return {name: getattr(record, name) for name in record.__slots__}
 
 
 def headers(decision: Decision, native_tokens: int, reply: Reply | None = None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving import answers, chat, own, rollouts
 from adaptive_fusion.serving.chat import require_model
-from adaptive_fusion.serving.document import MODEL_PATH, descriptions
+from adaptive_fusion.serving.document import DECISION_PATH, MODEL_PATH, descriptions
 from adaptive_fusion.serving.http import BODIES, Bodies, Guard, answering
 from adaptive_fusion.serving.refusals import Refusal, error_response, json_response
 from adaptive_fusion.serving.service import Service
@@ -98,6 +98,8 @@ def _routes() -> tuple[tuple[str, str, Handler], ...]:
         ("POST", f"{OWN}/decide", own.decide),
         ("POST", f"{OWN}/points", own.points),
         ("GET", f"{OWN}/decisions", own.decisions),
+        ("GET", DECISION_PATH, own.one_decision),
+        ("GET", f"{OWN}/policy", own.policy),
         ("POST", f"{OWN}/feedback", own.feedback),
         ("GET", f"{OWN}/rollout", rollouts.status),
         ("POST", f"{OWN}/rollout/promote", rollouts.promote),

@@ -57,6 +57,7 @@ class Commons:
     def __init__(self, keep: int = 1000, state: str | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._keep, self._path, self._clock = keep, Path(state) if state is not None else None, clock
         self._rows: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._beside: dict[str, dict[str, Any]] = {}
         self._ratings: dict[str, dict[str | None, float]] = {}
         self._replicas: dict[str, _Replica] = {}
         self._kinds: dict[str, str] = {}
@@ -66,18 +67,23 @@ class Commons:
 
     # Decisions and ratings
 
-    def add(self, replica: str, request_id: str, row: dict[str, Any]) -> None:
-        """Keep a decision; the oldest makes room."""
-        self._rows[request_id] = {**row, "replica": replica}
+    def add(self, replica: str, request_id: str, row: dict[str, Any], beside: dict[str, Any] | None = None) -> None:
+        """Keep a decision, and beside it what only `whole` tells; the oldest makes room."""
+        self._rows[request_id], self._beside[request_id] = {**row, "replica": replica}, beside or {}
         while len(self._rows) > self._keep:
             gone, _ = self._rows.popitem(last=False)
             self._ratings.pop(gone, None)
+            self._beside.pop(gone, None)
         if isinstance(row.get("met"), bool):
             self._replicas.setdefault(replica, _Replica(seen_s=self._clock())).met.append(row["met"])
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """The newest `count`, newest first."""
         return list(reversed(self._rows.values()))[:count]
+
+    def whole(self, request_id: str) -> dict[str, Any]:
+        """All that is kept of a decision; empty if it is not there any more."""
+        return {**self._rows.get(request_id, {}), **self._beside.get(request_id, {})}
 
     def knows(self, request_id: str) -> bool:
         """Whether a decision is among those kept."""

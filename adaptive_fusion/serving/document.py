@@ -158,6 +158,7 @@ _WHY: Schema = {
     "properties": {"why": {"type": "string", "maxLength": 500}},
 }
 _OWN = "/v1/adaptive_fusion"
+DECISION_PATH = f"{_OWN}/decisions/{{request_id}}"
 MODEL_PATH = "/v1/models/{name:path}"
 """With slashes in the name, as the Hub's have them."""
 
@@ -167,9 +168,13 @@ def descriptions(model: str) -> Mapping[str, Schema]:
     chat = {"requestBody": _body(_chat(model)), "responses": _RESPONSES}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
     n = {"name": "n", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 1}}
+    pictures = {"name": "pictures", "in": "query", "required": False, "schema": {"type": "boolean"}}
+    one = {"name": "request_id", "in": "path", "required": True, "schema": _TEXT}
     return {
         "/v1/chat/completions": chat,
-        f"{_OWN}/decide": chat,
+        f"{_OWN}/decide": {**chat, "parameters": [pictures]},
+        DECISION_PATH: {"parameters": [one], "responses": _RESPONSES},
+        f"{_OWN}/policy": {"responses": _RESPONSES},
         f"{_OWN}/points": chat,
         f"{_OWN}/feedback": {"requestBody": _body(_FEEDBACK), "responses": _RESPONSES},
         f"{_OWN}/rollout": {"responses": _RESPONSES},

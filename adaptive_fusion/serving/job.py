@@ -16,6 +16,7 @@ from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import Prepared
 from adaptive_fusion.serving.answers import Asked
+from adaptive_fusion.serving.explained import explained
 from adaptive_fusion.serving.refusals import Refusal
 from adaptive_fusion.serving.scheduler import Place, too_late
 from adaptive_fusion.serving.schema import ChatCall
@@ -114,7 +115,7 @@ def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> N
         service.reserve.observe(reply.met is not False and (limit_ms is None or e2e_s * 1e3 <= limit_ms))
     if job.trial is not None:
         job.trial.answered(reply, e2e_s * 1e3)
-    service.records.add(decision.request_id, {"created": asked.created, **fields})
+    service.records.add(decision.request_id, {"created": asked.created, **fields}, explained(decision))
     service.access_log.write(
         "answer",
         request_id=decision.request_id,

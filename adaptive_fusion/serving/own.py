@@ -3,16 +3,16 @@
 Knows the parts of the service. Must not know how requests are run.
 """
 
-from dataclasses import asdict
-
 from starlette.requests import Request
 from starlette.responses import Response
 
 from adaptive_fusion.decision_log import feedback_record
+from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.runner import Prepared
 from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.blame import blaming
 from adaptive_fusion.serving.chat import prepared_call
+from adaptive_fusion.serving.explained import explained, pictures, policy_values, prediction
 from adaptive_fusion.serving.http import as_json, bodies_of, read_body
 from adaptive_fusion.serving.reading import checked
 from adaptive_fusion.serving.refusals import Refusal, json_response
@@ -24,11 +24,14 @@ MAX_COMMENT = 2000
 
 
 async def decide(request: Request) -> Response:
-    """The decision that a chat request would get; nothing is generated."""
+    """The decision that a chat request would get, with all that was measured; nothing is generated."""
+    wanted = _flag(request, "pictures")
     service, prepared, call = await _measured(request)
     with blaming(call):
         decision = await service.in_thread(prepared.decide)
-    return json_response({**answers.outlook(decision, prepared.native_tokens), "ignored": list(call.ignored)})
+        seen = {"pictures": await service.in_thread(pictures, prepared.request.media)} if wanted else {}
+    whole = {**answers.outlook(decision, prepared.native_tokens), **explained(decision), **seen}
+    return json_response({**whole, "ignored": list(call.ignored)})
 
 
 async def points(request: Request) -> Response:
@@ -44,11 +47,7 @@ async def points(request: Request) -> Response:
             "point": candidate.point.to_dict(),
             "rung": candidate.key,
             "quality": candidate.quality,
-            "predicted": {
-                **asdict(candidate.predicted),
-                "ttft_ms": candidate.predicted.ttft_ms,
-                "latency_ms": candidate.predicted.latency_ms,
-            },
+            "predicted": prediction(candidate.predicted),
             "taken": candidate.point == decision.point,
             "why_not": rejected.get(candidate.point.name),
         }
@@ -66,6 +65,27 @@ async def decisions(request: Request) -> Response:
     if count is None or not 1 <= count <= service.settings.keep_decisions:
         raise Refusal(f"n is {text[:80]!r}; expected a number from 1 to {service.settings.keep_decisions}", param="n")
     return json_response({"decisions": await service.records.last(count)})
+
+
+async def one_decision(request: Request) -> Response:
+    """All that is kept of one of the last decisions, by the id of its request or its answer."""
+    service: Service = request.app.state.service
+    return json_response(await service.records.whole(answers.request_id(request.path_params["request_id"])))
+
+
+async def policy(request: Request) -> Response:
+    """By which policy the server decides, within which limits, and which others may be asked for."""
+    service: Service = request.app.state.service
+    settings, own = service.settings, service.runner.policy
+    limits = service.runner.budget.merge(settings.budget)
+    return json_response(policy_values(own, Policy.shipped(), limits, settings.mode))
+
+
+def _flag(request: Request, name: str) -> bool:
+    text = request.query_params.get(name, "false")
+    if text not in ("true", "false"):
+        raise Refusal(f"{name} is {text[:80]!r}; expected true or false", param=name)
+    return text == "true"
 
 
 async def feedback(request: Request) -> Response:

@@ -17,20 +17,33 @@ class Records:
         self._keep = keep
         self._lock = threading.Lock()
         self._rows: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._beside: dict[str, dict[str, Any]] = {}
         self._ratings: dict[str, dict[str | None, float | str]] = {}
 
-    def add(self, request_id: str, row: dict[str, Any]) -> None:
-        """Keep a decision; the oldest makes room."""
+    def add(self, request_id: str, row: dict[str, Any], beside: dict[str, Any] | None = None) -> None:
+        """Keep a decision, and beside it what only `whole` tells; the oldest makes room."""
         with self._lock:
             self._rows[request_id] = row
+            self._beside[request_id] = beside or {}
             while len(self._rows) > self._keep:
                 gone, _ = self._rows.popitem(last=False)
                 self._ratings.pop(gone, None)
+                self._beside.pop(gone, None)
 
     async def last(self, count: int) -> list[dict[str, Any]]:
         """The newest `count`, newest first."""
         with self._lock:
             return list(reversed(self._rows.values()))[:count]
+
+    async def whole(self, request_id: str) -> dict[str, Any]:
+        """All that is kept of a decision.
+
+        Raises:
+            Refusal: 404 for a request that is not among those kept.
+        """
+        await self.require(request_id)
+        with self._lock:
+            return {**self._rows[request_id], **self._beside[request_id]}
 
     async def require(self, request_id: str) -> None:
         """Raises a Refusal, 404, for a request that is not among those kept."""

@@ -54,13 +54,19 @@ class SharedRecords(Records):
         super().__init__(keep)
         self._replica, self._tell, self._ask = replica, tell, ask
 
-    def add(self, request_id: str, row: dict[str, Any]) -> None:
+    def add(self, request_id: str, row: dict[str, Any], beside: dict[str, Any] | None = None) -> None:
         """Keep a decision."""
-        self._tell("add", self._replica, request_id, row)
+        self._tell("add", self._replica, request_id, row, beside)
 
     async def last(self, count: int) -> list[dict[str, Any]]:
         """The newest `count` of all replicas, newest first."""
         found: list[dict[str, Any]] = await self._ask("last", count)
+        return found
+
+    async def whole(self, request_id: str) -> dict[str, Any]:
+        """All that is kept of a decision, whichever replica made it."""
+        await self.require(request_id)
+        found: dict[str, Any] = await self._ask("whole", request_id)
         return found
 
     async def require(self, request_id: str) -> None:
