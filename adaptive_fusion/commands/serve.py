@@ -135,6 +135,15 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = 0,
+    ui: Annotated[
+        bool | None,
+        typer.Option(
+            "--ui/--no-ui",
+            help="Pages for the browser below /ui; served where the extra ui is installed, unless refused.",
+            show_default=False,
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
     explore: Annotated[
         float | None,
         typer.Option(
@@ -254,6 +263,7 @@ def serve(
             state=state,
             calibrate=calibrate,
             keep_comments=keep_comments,
+            ui=wants_ui(ui),
             generate=cache_options(cache.value),
         )
         from adaptive_fusion.serving.run import server_for
@@ -303,6 +313,22 @@ def _accelerators() -> int:
 
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.accelerator.device_count() if found is not None and found.type == "cuda" else 0
+
+
+def wants_ui(given: bool | None) -> bool:
+    """Whether there are to be pages: as said, else where they can be.
+
+    Raises:
+        MissingExtraError: If they are asked for and what they need is missing.
+    """
+    from importlib.util import find_spec
+
+    from adaptive_fusion.errors import MissingExtraError
+
+    missing = [name for name in ("gradio", "httpx", "python_multipart") if find_spec(name) is None]
+    if given and missing:
+        raise MissingExtraError(f"{missing[0]} is missing; expected pip install 'adaptive-fusion[ui]'")
+    return not missing if given is None else given
 
 
 def name_of(model: str) -> str:

@@ -25,6 +25,7 @@ from adaptive_fusion.serving.trials import Trials
 
 Handler = Callable[[Request], Awaitable[Response]]
 OWN = "/v1/adaptive_fusion"
+UI = "/ui"
 
 
 def create_app(
@@ -74,7 +75,13 @@ def create_app(
     app = FastAPI(title="adaptive-fusion", lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     app.state.bodies = Bodies(BODIES * settings.max_body_mib << 20)
-    app.add_middleware(Guard, key=settings.api_key, local=settings.is_local, refused=service.metrics.rejected)
+    app.add_middleware(
+        Guard,
+        key=settings.api_key,
+        local=settings.is_local,
+        refused=service.metrics.rejected,
+        pages=UI if settings.ui else None,
+    )
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _failed)
     described = descriptions(settings.model)
@@ -87,6 +94,10 @@ def create_app(
             summary=(handler.__doc__ or "").strip().splitlines()[0],
             openapi_extra=dict(described.get(path, {})),
         )
+    if settings.ui:
+        from adaptive_fusion.serving.web.mount import mount_ui
+
+        app.state.ui = mount_ui(app, service.media_limits.max_medium_bytes, UI)
     return app
 
 

@@ -44,10 +44,14 @@ class Guard:
         local: Whether only this machine can connect. Without a key, requests must then name it as host, so that no web
             page can have its own name point here.
         refused: Called with the code of each refusal.
+        pages: Below which a gate of its own asks for the key, as a browser opens pages without one; the host is
+            looked at here.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, local: bool, refused: Callable[[str], None]) -> None:
-        self.app, self._local, self._count = app, local, refused
+    def __init__(
+        self, app: ASGIApp, key: str | None, local: bool, refused: Callable[[str], None], pages: str | None = None
+    ) -> None:
+        self.app, self._local, self._count, self._pages = app, local, refused, pages
         self._expected = None if key is None else f"Bearer {key.strip()}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,15 +59,20 @@ class Guard:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        refused = self._refused(dict(scope["headers"]))
+        refused = self._refused(dict(scope["headers"]), self._is_page(scope["path"]))
         if refused is not None:
             self._count(refused.code)
             await error_response(refused)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _refused(self, headers: dict[bytes, bytes]) -> Refusal | None:
+    def _is_page(self, path: str) -> bool:
+        return self._pages is not None and (path == self._pages or path.startswith(f"{self._pages}/"))
+
+    def _refused(self, headers: dict[bytes, bytes], page: bool) -> Refusal | None:
         if self._expected is not None:
+            if page:
+                return None
             given = headers.get(b"authorization", b"")
             scheme, _, token = given.partition(b" ")
             if not secrets.compare_digest(scheme.title() + b" " + token.strip(), self._expected):

@@ -111,8 +111,9 @@ def server_for(
         gc.collect()
         gc.freeze()
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        pages = f", pages at http://{host}:{found[0].port}/ui" if settings.ui else ""
         announce(
-            f"ready: {settings.model} at http://{host}:{found[0].port}/v1 ({settings.mode}, "
+            f"ready: {settings.model} at http://{host}:{found[0].port}/v1{pages} ({settings.mode}, "
             f"policy {runner.policy.name}, {'; '.join(notes)})"
         )
 

@@ -39,6 +39,7 @@ class Settings:
         drain_s: How long admitted requests may take after a signal to end, in seconds.
         state: File in which what was learned is kept over a restart; None keeps nothing.
         calibrate: Measure this machine before the first request, unless a profile of it is there.
+        ui: Whether the web UI is served below ``/ui``; it needs the extra ``ui``.
         generate: Options of ``generate`` that every request gets, such as ``cache_implementation``.
 
     Raises:
@@ -61,6 +62,7 @@ class Settings:
     drain_s: float = 60.0
     state: Path | None = None
     calibrate: bool = False
+    ui: bool = False
     generate: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

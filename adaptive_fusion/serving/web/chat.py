@@ -1,0 +1,297 @@
+"""The chat page: a conversation with images and clips, its budget, and the decision behind each answer.
+
+Knows its components and the endpoints. Must not know of other pages.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from adaptive_fusion.serving.web.asking import Limits, Manner, Turn, body_of, kind_of
+from adaptive_fusion.serving.web.budget import BudgetControls, budget_controls, offered
+from adaptive_fusion.serving.web.client import Api, ApiError
+from adaptive_fusion.serving.web.decision import panel
+from adaptive_fusion.serving.web.markup import element, notice
+from adaptive_fusion.serving.web.web import Trouble, Web
+
+SHOW_S = 0.05
+"""How often at most a growing answer is shown."""
+KEEP_S = 3600.0
+"""How long a conversation is kept after its page was last used."""
+_SAVE = """(text) => {
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  link.download = "conversation.json";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
+
+
+@dataclass
+class ChatControls:
+    """What other pages read of this one: settings and budget, in the order of `Manner` and `Limits`."""
+
+    manner: list[Any]
+    limits: list[Any]
+
+
+@dataclass
+class Running:
+    """Answers that are being written, by page; setting the event ends one."""
+
+    stops: dict[str, asyncio.Event] = field(default_factory=dict)
+
+
+def chat_page(web: Web) -> ChatControls:
+    """Lay the page out and connect it."""
+    say = web.say
+    turns, running = gr.State([], time_to_live=KEEP_S), Running()
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            talk = gr.Chatbot(
+                label=say("conversation"), placeholder=say("no_answer_yet"), elem_id="conversation", height="60vh",
+                buttons=["copy"], min_height=240,
+            )  # fmt: skip
+            said = gr.HTML(elem_id="said")
+            message = gr.MultimodalTextbox(
+                label=say("message"), placeholder=say("message_hint"), file_count="multiple",
+                file_types=["image", "video"], sources=["upload"], elem_id="message", submit_btn=say("send"),
+            )  # fmt: skip
+            with gr.Row(elem_classes="af-buttons"):
+                stop = gr.Button(say("stop"), variant="stop", elem_id="stop", min_width=80)
+                up = gr.Button(f"👍 {say('thumbs_up')}", elem_id="up", min_width=80)
+                down = gr.Button(f"👎 {say('thumbs_down')}", elem_id="down", min_width=80)
+                clear = gr.Button(say("clear"), elem_id="clear", min_width=80)
+                export = gr.Button(say("export"), elem_id="export", min_width=80)
+            exported = gr.Textbox(visible=False)
+            with gr.Accordion(say("settings"), open=False, elem_id="settings"):
+                manner = _manner_controls(web)
+        with gr.Column(scale=2, min_width=320):
+            with gr.Accordion(say("budget"), open=True):
+                budget = budget_controls(web)
+            with gr.Accordion(say("decision"), open=True):
+                chosen = gr.Dropdown([], label=say("answer_number"), elem_id="chosen")
+                shown = gr.HTML(element("p", say("no_decision")), elem_id="decision")
+                raw = gr.Textbox(label=say("as_json"), lines=4, max_lines=12, interactive=False, buttons=["copy"])
+
+    page = _Chat(web, running)
+    settings = [*manner, *budget.limits]
+    after = [talk, turns, said, message, chosen]
+    asked = message.submit(page.ask, [message, turns, *settings], after, concurrency_limit=None, show_progress="hidden")
+    asked.then(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
+    chosen.input(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
+    stop.click(page.stop, None, said, queue=False, show_progress="hidden")
+    clear.click(page.clear, None, [*after, shown, raw], show_progress="hidden")
+    for button, rating in ((up, "up"), (down, "down")):
+        button.click(_rating(page, rating), [turns, chosen], said, concurrency_limit=None, show_progress="hidden")
+    export.click(page.export, turns, exported, show_progress="hidden").then(None, exported, None, js=_SAVE)
+    _watch(page, budget, [message, turns, *settings])
+    return ChatControls(manner, budget.limits)
+
+
+def _manner_controls(web: Web) -> list[Any]:
+    say = web.say
+    return [
+        gr.Textbox("", label=say("system"), lines=2, elem_id="system"),
+        gr.Slider(1, 1024, 128, step=1, label=say("max_tokens"), elem_id="max-tokens"),
+        gr.Slider(0, 2, 0, step=0.05, label=say("temperature")),
+        gr.Slider(0.05, 1, 1, step=0.05, label=say("top_p")),
+        gr.Textbox("", label=say("seed"), max_lines=1),
+    ]
+
+
+def _watch(page: "_Chat", budget: BudgetControls, inputs: list[Any]) -> None:
+    """Show the points anew when a limit moves or other media are chosen."""
+    changes = [control.change for control in budget.limits] + [inputs[0].change]
+    gr.on(
+        changes, page.points, inputs, budget.offered, trigger_mode="always_last", concurrency_limit=None,
+        show_progress="hidden",
+    )  # fmt: skip
+
+
+def _rating(page: "_Chat", rating: str) -> Any:
+    async def rate(turns: list[Turn], chosen: int | None, request: gr.Request) -> str:
+        return await page.rate(turns, chosen, rating, request)
+
+    return rate
+
+
+class _Chat:
+    """What the page does."""
+
+    def __init__(self, web: Web, running: Running) -> None:
+        self._web, self._running = web, running
+
+    async def ask(
+        self, request: gr.Request, message: dict[str, Any], turns: list[Turn], *settings: Any
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Answer a message; yields conversation, turns, notice, message box and the choice of answers."""
+        say, tab = self._web.say, str(request.session_hash)
+        keep = (gr.skip(), gr.skip())
+        if tab in self._running.stops:
+            yield (*keep, notice(say("busy")), gr.skip(), gr.skip())
+            return
+        text, files = message.get("text") or "", tuple(message.get("files") or ())
+        wrong = [Path(path).name for path in files if not kind_of(path)]
+        if wrong or not (text.strip() or files):
+            told = say("wrong_file", name=wrong[0]) if wrong else say("nothing_asked")
+            yield (*keep, notice(told), gr.skip(), gr.skip())
+            return
+        manner, limits = Manner(*settings[:5]), Limits(*settings[5:])
+        turns = [*turns, Turn("user", text, files)]
+        answer = Turn("assistant")
+        stop = self._running.stops[tab] = asyncio.Event()
+        try:
+            yield (shown_turns(turns, say), turns, "", gr.MultimodalTextbox(value=None), gr.skip())
+            told = ""
+            with self._web.telling():
+                api = self._web.api(request)
+                body = await body_of(await self._web.model(api), turns, manner, limits.values())
+                turns.append(answer)
+                async for _ in growing(api, body, answer, stop):
+                    yield (shown_turns(turns, say), turns, "", gr.skip(), gr.skip())
+        except Trouble as trouble:
+            told = str(trouble)
+        finally:
+            del self._running.stops[tab]
+        if told and not answer.text:
+            # What cannot be asked is taken back, to be changed and sent again.
+            turns = turns[: turns.index(answer) - 1] if answer in turns else turns[:-1]
+            back = gr.MultimodalTextbox(value={"text": text, "files": list(files)})
+            yield (shown_turns(turns, say), turns, notice(told), back, gr.skip())
+            return
+        answer.note = say("stopped") if stop.is_set() else answer.note
+        yield (shown_turns(turns, say), turns, notice(told), gr.skip(), answers(turns))
+
+    def stop(self, request: gr.Request) -> str:
+        """End the answer that is being written on this page."""
+        event = self._running.stops.get(str(request.session_hash))
+        if event is not None:
+            event.set()
+        return ""
+
+    def clear(self) -> tuple[Any, ...]:
+        """Forget the conversation."""
+        empty = element("p", self._web.say("no_decision"))
+        return [], [], "", gr.MultimodalTextbox(value=None), gr.Dropdown(choices=[], value=None), empty, ""
+
+    async def show(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> tuple[str, str]:
+        """The decision behind an answer, drawn and as JSON."""
+        found = _chosen(turns, chosen)
+        if found is None or not found.request_id:
+            return element("p", self._web.say("no_decision")), ""
+        try:
+            api = self._web.api(request)
+            whole = await whole_decision(api, found)
+            policy = await api.call("policy")
+            pictures = await self._pictures(api, turns[: turns.index(found)])
+        except (Trouble, ApiError) as error:
+            return notice(str(error)), ""
+        return panel(whole, policy, pictures, self._web.say), json.dumps(whole, indent=1, ensure_ascii=False)
+
+    async def _pictures(self, api: Api, turns: Sequence[Turn]) -> list[Any]:
+        """The media that were looked at last, as they were measured."""
+        last = next((turn for turn in reversed(turns) if turn.files), None)
+        if last is None:
+            return []
+        with self._web.telling():
+            body = await body_of(await self._web.model(api), [last], Manner(), {})
+            found = await api.call("decide", body, pictures="true")
+        return list(found["pictures"])
+
+    async def points(
+        self, request: gr.Request, message: dict[str, Any] | None, turns: list[Turn], *settings: Any
+    ) -> str:
+        """What is on offer for the message as it stands."""
+        message = message or {}
+        files = tuple(path for path in message.get("files") or () if kind_of(path))
+        if not files:
+            files = next((turn.files for turn in reversed(turns) if turn.files), ())
+        text = message.get("text") or next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+        asked = [Turn("user", text, files)]
+        return await offered(self._web, asked, Manner(*settings[:5]), Limits(*settings[5:]), request)
+
+    async def rate(self, turns: list[Turn], chosen: int | None, rating: str, request: gr.Request) -> str:
+        """Send a rating of an answer."""
+        say, found = self._web.say, _chosen(turns, chosen)
+        if found is None or not found.request_id:
+            return notice(say("nothing_to_rate"))
+        try:
+            with self._web.telling():
+                body = {"request_id": found.request_id, "rating": rating}
+                done = await self._web.api(request).call("feedback", body)
+        except Trouble as trouble:
+            return notice(str(trouble))
+        return notice(say("rated" if done["recorded"] else "rated_before"))
+
+    async def export(self, turns: list[Turn]) -> str:
+        """The conversation as JSON, media and decisions included."""
+        body = await body_of("", turns, Manner(), {})
+        decisions = [dict(turn.fields) for turn in turns if turn.fields]
+        return json.dumps({"messages": body["messages"], "decisions": decisions}, ensure_ascii=False, indent=1)
+
+
+async def growing(api: Api, body: dict[str, Any], answer: Turn, stop: asyncio.Event) -> AsyncIterator[None]:
+    """Let an answer grow, with a pause between two looks at it; setting `stop` ends its generation."""
+    chunks = api.stream(body)
+    stopped = asyncio.ensure_future(stop.wait())
+    shown = 0.0
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(chunks, None))
+            await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                following.cancel()
+                await asyncio.wait({following})
+                return
+            chunk = following.result()
+            if chunk is None:
+                return
+            answer.request_id = chunk["id"]
+            answer.fields = chunk.get("adaptive_fusion", answer.fields)
+            answer.text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+            if time.monotonic() - shown >= SHOW_S:
+                shown = time.monotonic()
+                yield
+    finally:
+        stopped.cancel()
+        await chunks.aclose()
+
+
+async def whole_decision(api: Api, answer: Turn) -> dict[str, Any]:
+    """All that the server keeps of an answer's decision, or what came with the answer where it keeps no more of it."""
+    try:
+        return await api.call("decisions", below=answer.request_id)
+    except ApiError:
+        if not answer.fields:
+            raise
+        return dict(answer.fields)
+
+
+def shown_turns(turns: Sequence[Turn], say: Any) -> list[dict[str, Any]]:
+    """The conversation as the component takes it."""
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        found += [{"role": turn.role, "content": {"path": path, "alt_text": Path(path).name}} for path in turn.files]
+        note = f" *({turn.note})*" if turn.note else ""
+        if turn.text or turn.role == "assistant":
+            found.append({"role": turn.role, "content": turn.text + note})
+    return found
+
+
+def answers(turns: Sequence[Turn]) -> Any:
+    """The choice among the answers, the last one chosen."""
+    numbers = list(range(sum(turn.role == "assistant" for turn in turns)))
+    return gr.Dropdown(choices=[(str(n + 1), n) for n in numbers], value=numbers[-1] if numbers else None)
+
+
+def _chosen(turns: Sequence[Turn], chosen: int | None) -> Turn | None:
+    found = [turn for turn in turns if turn.role == "assistant"]
+    return found[chosen] if chosen is not None and 0 <= chosen < len(found) else found[-1] if found else None

@@ -1,0 +1,63 @@
+"""All pages in one language, as one Gradio application: tabs, look, and what is mended of Gradio's own markup.
+
+Knows which pages there are. Must not know what they do.
+"""
+
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+from adaptive_fusion.serving.web.chat import chat_page
+from adaptive_fusion.serving.web.markup import Safe, element, join
+from adaptive_fusion.serving.web.texts import LANGUAGES
+from adaptive_fusion.serving.web.web import Web
+
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans SC", "PingFang SC", "sans-serif")
+MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
+
+
+def blocks_of(web: Web) -> gr.Blocks:
+    """The pages; nothing in them asks another site for anything."""
+    with gr.Blocks(title=web.say("title"), analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML(_head(web), elem_id="head")
+        with gr.Tabs():
+            with gr.Tab(web.say("tab_chat"), id="chat"):
+                chat_page(web)
+    return blocks
+
+
+def theme() -> Any:
+    """Fonts of the reader's own machine."""
+    fonts = [gr.themes.Font(name) for name in SANS], [gr.themes.Font(name) for name in MONO]
+    return gr.themes.Default(font=fonts[0], font_mono=fonts[1], primary_hue="blue")
+
+
+def style() -> str:
+    """The pages' own style."""
+    return (files("adaptive_fusion.serving.web") / "page.css").read_text("utf-8")
+
+
+def script() -> str:
+    """What is mended of Gradio's markup, in the page's head."""
+    text = (files("adaptive_fusion.serving.web") / "page.js").read_text("utf-8")
+    return f"<script>{text}</script>"
+
+
+def _head(web: Web) -> Safe:
+    links = [
+        element(
+            "a", name_of(web, name), href=f"../{name}/", lang=tag, aria_current="true" if name == web.language else None
+        )
+        for name, tag in LANGUAGES.items()
+    ]
+    languages = element("nav", *links, aria_label=web.say("language_label"))
+    leave = element("button", web.say("leave"), type="button", id="leave", hidden="hidden")
+    return element("header", element("h1", web.say("title")), join((languages, leave)), class_="af-head")
+
+
+def name_of(web: Web, language: str) -> str:
+    """A language's own name."""
+    from adaptive_fusion.serving.web.texts import text
+
+    return text("language", language)
