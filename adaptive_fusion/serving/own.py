@@ -30,7 +30,11 @@ async def decide(request: Request) -> Response:
     with blaming(call):
         decision = await service.in_thread(prepared.decide)
         seen = {"pictures": await service.in_thread(pictures, prepared.request.media)} if wanted else {}
+    planned = (
+        prepared.runner.adapter.plan(prepared.request.sizes, decision.point).tokens if prepared.native_tokens else 0
+    )
     whole = {**answers.outlook(decision, prepared.native_tokens), **explained(decision), **seen}
+    whole["tokens"] = {**whole["tokens"], "visual_planned": planned}
     return json_response({**whole, "ignored": list(call.ignored)})
 
 

@@ -7,7 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,13 @@ _SAVE = """(text) => {
 
 @dataclass
 class ChatControls:
-    """What other pages read of this one: settings and budget, in the order of `Manner` and `Limits`."""
+    """What other pages read of this one: settings and budget, in the order of `Manner` and `Limits`; and what is to
+    be done when the page is opened: a function and the components that it fills."""
 
     manner: list[Any]
     limits: list[Any]
+    opened: Any
+    filled: list[Any]
 
 
 @dataclass
@@ -66,8 +69,8 @@ def chat_page(web: Web) -> ChatControls:
             )  # fmt: skip
             with gr.Row(elem_classes="af-buttons"):
                 stop = gr.Button(say("stop"), variant="stop", elem_id="stop", min_width=80)
-                up = gr.Button(f"👍 {say('thumbs_up')}", elem_id="up", min_width=80)
-                down = gr.Button(f"👎 {say('thumbs_down')}", elem_id="down", min_width=80)
+                up = gr.Button(say("thumbs_up"), elem_id="up", min_width=80)
+                down = gr.Button(say("thumbs_down"), elem_id="down", min_width=80)
                 clear = gr.Button(say("clear"), elem_id="clear", min_width=80)
                 export = gr.Button(say("export"), elem_id="export", min_width=80)
             exported = gr.Textbox(visible=False)
@@ -88,12 +91,12 @@ def chat_page(web: Web) -> ChatControls:
     asked.then(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
     chosen.input(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
     stop.click(page.stop, None, said, queue=False, show_progress="hidden")
-    clear.click(page.clear, None, [*after, shown, raw], show_progress="hidden")
+    gr.on([clear.click, talk.clear], page.clear, None, [*after, shown, raw], show_progress="hidden")
     for button, rating in ((up, "up"), (down, "down")):
         button.click(_rating(page, rating), [turns, chosen], said, concurrency_limit=None, show_progress="hidden")
     export.click(page.export, turns, exported, show_progress="hidden").then(None, exported, None, js=_SAVE)
     _watch(page, budget, [message, turns, *settings])
-    return ChatControls(manner, budget.limits)
+    return ChatControls(manner, budget.limits, page.opened, [*budget.limits, said])
 
 
 def _manner_controls(web: Web) -> list[Any]:
@@ -169,6 +172,18 @@ class _Chat:
             return
         answer.note = say("stopped") if stop.is_set() else answer.note
         yield (shown_turns(turns, say), turns, notice(told), gr.skip(), answers(turns))
+
+    async def opened(self, request: gr.Request) -> tuple[Any, ...]:
+        """The server's own limits and its policies, into the controls."""
+        try:
+            with self._web.telling():
+                found = await self._web.api(request).call("policy")
+        except Trouble as trouble:
+            return *(gr.skip() for _ in fields(Limits)), notice(str(trouble))
+        given = found["budget"]
+        limits = [given.get(f.name, gr.skip()) for f in fields(Limits) if f.name != "policy"]
+        names = [(self._web.say("policy_default"), ""), *((name, name) for name in found["policies"])]
+        return *limits, gr.Dropdown(choices=names, value=""), ""
 
     def stop(self, request: gr.Request) -> str:
         """End the answer that is being written on this page."""

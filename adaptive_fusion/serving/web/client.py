@@ -7,7 +7,7 @@ checks, keys and limits hold. Knows HTTP and the endpoints' paths. Must not know
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 import httpx
@@ -75,7 +75,7 @@ class Api:
         """What the endpoint answers, as it is; raises ApiError for a refusal."""
         return (await self._send(name, None, "", {})).text
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of an answer in pieces. Closing the iterator ends the generation.
 
         Raises:
@@ -124,7 +124,7 @@ class InProcess(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send `request`; the response is there once its headers are."""
         exchange = _Exchange(await request.aread())
-        task = asyncio.create_task(self._app(_scope(request), exchange.receive, exchange.send))  # type: ignore[arg-type]
+        task: asyncio.Task[None] = asyncio.create_task(self._run(request, exchange))
         task.add_done_callback(lambda done: exchange.ended())
         body = _Body(exchange, task)
         try:
@@ -136,6 +136,9 @@ class InProcess(httpx.AsyncBaseTransport):
             await body.aclose()
             raise
         return httpx.Response(start["status"], headers=start["headers"], stream=body, request=request)
+
+    async def _run(self, request: httpx.Request, exchange: "_Exchange") -> None:
+        await self._app(_scope(request), exchange.receive, exchange.send)
 
 
 class _Exchange:

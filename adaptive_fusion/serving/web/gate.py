@@ -33,7 +33,8 @@ _CALLS = re.compile(
 )
 _HEADERS = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; media-src 'self' data: blob:; "
+    "font-src 'self' data:; "
     "connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
     "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -220,7 +221,9 @@ class _Page:
     """Gradio's page, changed: its language is said, and nothing in it names another site."""
 
     def __init__(self, request: Request, language: str) -> None:
+        session: Session = request.state.session
         self._status, self._body, self._language = 200, bytearray(), language
+        self._key = "no" if session.key is None else "yes"
 
     async def collect(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -230,6 +233,7 @@ class _Page:
 
     def response(self) -> Response:
         text = _OUTSIDE.sub("", self._body.decode()).replace("</head>", _ICON + "</head>", 1)
+        text = text.replace("<head>", f'<head><meta name="af-key" content="{self._key}">', 1)
         text = text.replace('lang="en"', f'lang="{LANGUAGES[self._language]}"', 1)
         return HTMLResponse(text, self._status, headers={"cache-control": "no-store"})
 

@@ -1,12 +1,11 @@
-"""Pieces of HTML and SVG that the pages are drawn with. All text is escaped here, so that nothing that was said, named or
-refused becomes markup.
+"""Pieces of HTML and SVG that the pages are drawn with. All text is escaped here, so that nothing that was said, named
+or refused becomes markup.
 
 Knows HTML. Must not know what the pieces say.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import NamedTuple
 
 
 class Safe(str):
@@ -24,7 +23,7 @@ def join(parts: Iterable[object]) -> Safe:
 
 
 def element(name: str, *inside: object, **attributes: object) -> Safe:
-    """An element; ``class_`` and the like lose their last underscore, others inside become hyphens. None is left out."""
+    """An element; ``class_`` and the like lose their last underscore, others inside become hyphens; None is no attribute."""
     said = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
@@ -62,30 +61,23 @@ def notice(said: str) -> Safe:
     return element("p", said, role="alert", class_="af-notice") if said else Safe("")
 
 
-class Share(NamedTuple):
-    """A part of a whole, by name."""
-
-    name: str
-    count: int
-
-
 def shares(caption: str, counts: Mapping[str, int]) -> Safe:
     """Parts of a whole as bars with their numbers."""
     whole = sum(counts.values()) or 1
-    parts = sorted((Share(name, count) for name, count in counts.items()), key=lambda share: -share.count)
+    parts = sorted(counts.items(), key=lambda pair: -pair[1])
     rows = [
         element(
             "li",
-            element("span", f"{part.name} {part.count}"),
-            element("span", style=f"width:{100 * part.count / whole:.1f}%", class_="af-bar"),
+            element("span", f"{name} {count}"),
+            element("span", style=f"width:{100 * count / whole:.1f}%", class_="af-bar"),
         )
-        for part in parts
+        for name, count in parts
     ]
-    return element("section", element("h3", caption), element("ul", *rows, class_="af-shares"))
+    return element("section", element("h2", caption), element("ul", *rows, class_="af-shares"))
 
 
 def lines(caption: str, series: Mapping[str, Sequence[float | None]], width: int = 640, height: int = 160) -> Safe:
-    """Values in order as lines with a common scale from 0; None leaves a gap. The highest value is written beside it."""
+    """Values in order as lines with a common scale from 0; None leaves a gap. The highest is written beside it."""
     known = [value for values in series.values() for value in values if value is not None]
     top = max(known, default=0.0) or 1.0
     drawn = []

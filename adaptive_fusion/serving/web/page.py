@@ -9,21 +9,34 @@ from typing import Any
 import gradio as gr
 
 from adaptive_fusion.serving.web.chat import chat_page
+from adaptive_fusion.serving.web.compare import compare_page
+from adaptive_fusion.serving.web.folder import folder_page
+from adaptive_fusion.serving.web.live import live_page
 from adaptive_fusion.serving.web.markup import Safe, element, join
-from adaptive_fusion.serving.web.texts import LANGUAGES
+from adaptive_fusion.serving.web.rollout import rollout_page
+from adaptive_fusion.serving.web.texts import LANGUAGES, text
 from adaptive_fusion.serving.web.web import Web
 
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans SC", "PingFang SC", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
 
-def blocks_of(web: Web) -> gr.Blocks:
+def blocks_of(web: Web) -> Any:
     """The pages; nothing in them asks another site for anything."""
     with gr.Blocks(title=web.say("title"), analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(_head(web), elem_id="head")
         with gr.Tabs():
             with gr.Tab(web.say("tab_chat"), id="chat"):
-                chat_page(web)
+                chat = chat_page(web)
+            with gr.Tab(web.say("tab_compare"), id="compare"):
+                compare_page(web, chat)
+            with gr.Tab(web.say("tab_live"), id="live") as live:
+                live_page(web, live)
+            with gr.Tab(web.say("tab_folder"), id="folder"):
+                folder_page(web, chat)
+            with gr.Tab(web.say("tab_rollout"), id="rollout") as rollout:
+                rollout_page(web, rollout)
+        blocks.load(chat.opened, None, chat.filled, show_progress="hidden", concurrency_limit=None)
     return blocks
 
 
@@ -47,17 +60,14 @@ def script() -> str:
 def _head(web: Web) -> Safe:
     links = [
         element(
-            "a", name_of(web, name), href=f"../{name}/", lang=tag, aria_current="true" if name == web.language else None
+            "a",
+            text("language", name),
+            href=f"../{name}/",
+            lang=tag,
+            aria_current="true" if name == web.language else None,
         )
         for name, tag in LANGUAGES.items()
     ]
     languages = element("nav", *links, aria_label=web.say("language_label"))
     leave = element("button", web.say("leave"), type="button", id="leave", hidden="hidden")
     return element("header", element("h1", web.say("title")), join((languages, leave)), class_="af-head")
-
-
-def name_of(web: Web, language: str) -> str:
-    """A language's own name."""
-    from adaptive_fusion.serving.web.texts import text
-
-    return text("language", language)
