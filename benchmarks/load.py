@@ -47,8 +47,10 @@ class ServerProcess:
 
 @contextmanager
 def server_process(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
-    """A server that is ready; it is killed at the end if it still runs. What it says is in ``stderr.txt``."""
-    command = [sys.executable, "-m", "adaptive_fusion.cli", "serve", "--port", "0", *arguments]
+    """A server that is ready; it is killed at the end if it still runs. What it says is in ``stderr.txt``. It has no
+    pages unless they are asked for."""
+    pages = () if "--ui" in arguments else ("--no-ui",)
+    command = [sys.executable, "-m", "adaptive_fusion.cli", "serve", "--port", "0", *pages, *arguments]
     said = folder / "stderr.txt"
     with said.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **_ENV})

@@ -41,8 +41,11 @@ class Drains(Protocol):
 class DrainingServer(uvicorn.Server):
     """Ends after those who were admitted are answered; a second Ctrl-C ends at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Drains) -> None:
+    def __init__(
+        self, config: uvicorn.Config, service: Drains, before_exit: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(config)
+        self.before_exit = before_exit
         # Left on, streams would be cut off at the signal.
         AppStatus.enable_automatic_graceful_drain = False
         self.service, self.failed = service, False
@@ -87,6 +90,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _end(self) -> None:
         await self.service.drain()
+        self.before_exit()  # pages in browsers keep connections for as long as they are open
         self.should_exit = True
 
 
@@ -136,5 +140,6 @@ def server_for(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_BYTES_S,
     )
-    found.append(DrainingServer(config, app.state.service))
+    ending = app.state.ui.close if settings.ui else lambda: None
+    found.append(DrainingServer(config, app.state.service, ending))
     return found[0]

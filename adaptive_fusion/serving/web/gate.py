@@ -8,6 +8,7 @@ Knows HTTP, sessions and Gradio's paths. Must not know what the pages show.
 """
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -59,6 +60,7 @@ class Gate:
     def __init__(self, pages: ASGIApp, app: ASGIApp, sessions: Sessions, max_file_bytes: int) -> None:
         self._pages, self._app, self.sessions, self._max = pages, app, sessions, max_file_bytes
         self._open: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -81,7 +83,8 @@ class Gate:
         await self._pass_on(request, language, below, send)
 
     def close(self) -> None:
-        """Let go of those who would stay for ever, and of what they brought."""
+        """Let go of those who would stay for ever, and of what they brought; again does nothing."""
+        self._closing = True
         for task in self._open:
             task.cancel()
         self.sessions.close()
@@ -188,6 +191,11 @@ class Gate:
         self._open.add(task)
         try:
             await self._pages(scope, receive, _with_headers(send, cached))
+        except asyncio.CancelledError:
+            if not self._closing:
+                raise
+            with contextlib.suppress(Exception):  # where the response has not begun, there is none
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._open.discard(task)
 

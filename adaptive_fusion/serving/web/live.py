@@ -21,6 +21,12 @@ EVERY_S = 2.0
 _METRIC = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (\S+)$", re.M)
 
 
+_OPENING = """element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-request]");
+  if (button) trigger("click", { request: button.dataset.request });
+});"""
+
+
 def live_page(web: Web, selected: Any) -> None:
     """Lay the page out and connect it; it is read while it is open."""
     say, page = web.say, _Live(web)
@@ -28,7 +34,7 @@ def live_page(web: Web, selected: Any) -> None:
     with gr.Row():
         follow = gr.Checkbox(True, label=say("follow"), elem_id="follow")
         refresh = gr.Button(say("refresh"), elem_id="refresh", min_width=80)
-    numbers = gr.HTML(elem_id="live")
+    numbers = gr.HTML(elem_id="live", js_on_load=_OPENING)
     chosen = gr.Dropdown([], label=say("open_request"), elem_id="open-request")
     shown, raw = (
         gr.HTML(elem_id="live-decision"),
@@ -40,6 +46,7 @@ def live_page(web: Web, selected: Any) -> None:
         event(page.look, chosen, outputs, concurrency_limit=None, show_progress="hidden")
     selected.select(lambda on: gr.Timer(active=on), follow, timer, show_progress="hidden")
     follow.change(lambda on: gr.Timer(active=on), follow, timer, show_progress="hidden")
+    numbers.click(page.open_row, None, [chosen, shown, raw], concurrency_limit=None, show_progress="hidden")
     chosen.input(page.open, chosen, [shown, raw], concurrency_limit=None, show_progress="hidden")
 
 
@@ -59,6 +66,11 @@ class _Live:
         choices = [(_named(row), row["request_id"]) for row in rows[:LISTED]]
         kept = chosen if chosen in {row["request_id"] for row in rows[:LISTED]} else None
         return numbers(rows, metrics, self._web.say), gr.Dropdown(choices=choices, value=kept)
+
+    async def open_row(self, request: gr.Request, event: gr.EventData) -> tuple[Any, str, str]:
+        """The decision of the request whose button in the table was pressed."""
+        named = event._data.get("request")
+        return named, *await self.open(request, named)
 
     async def open(self, request: gr.Request, chosen: str | None) -> tuple[str, str]:
         """One request's decision."""
@@ -133,7 +145,7 @@ def _listed(rows: Sequence[Mapping[str, Any]], say: Say) -> Safe:
     cells = [
         (
             _clock(row),
-            row["request_id"][:8],
+            element("button", row["request_id"][:8], type="button", class_="af-open", data_request=row["request_id"]),
             row["lane"],
             row["plan"],
             ms(row["actual"], "latency_ms"),

@@ -23,7 +23,7 @@ def join(parts: Iterable[object]) -> Safe:
 
 
 def element(name: str, *inside: object, **attributes: object) -> Safe:
-    """An element; ``class_`` and the like lose their last underscore, others inside become hyphens; None is no attribute."""
+    """An element. ``class_`` loses its last underscore, others inside become hyphens; None is no attribute."""
     said = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
