@@ -53,7 +53,7 @@ def upload(client: httpx.Client, name: str = "a.png", data: bytes = b"") -> http
 
 def test_every_text_is_there_in_each_language_with_the_same_values_and_is_used() -> None:
     code = "\n".join(path.read_text("utf-8") for path in WEB.glob("*.py") if path.name != "texts.py")
-    prefixes = ("on_deadline_", "on_infeasible_", "sort_")
+    prefixes = ("on_deadline_", "on_infeasible_", "sort_", "tab_")
     for key, said in texts.TEXTS.items():
         assert len(said) == len(texts.LANGUAGES) and all(text.strip() for text in said), key
         assert len({tuple(re.findall(r"\{\w+\}", text)) for text in said}) == 1, key

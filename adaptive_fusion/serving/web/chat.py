@@ -37,12 +37,11 @@ _SAVE = """(text) => {
 @dataclass
 class ChatControls:
     """What other pages read of this one: settings and budget, in the order of `Manner` and `Limits`; and what is to
-    be done when the page is opened: a function and the components that it fills."""
+    be done when the page is opened, in order: functions, what they read and what they fill."""
 
     manner: list[Any]
     limits: list[Any]
-    opened: Any
-    filled: list[Any]
+    opening: list[tuple[Any, Any, Any]]
 
 
 @dataclass
@@ -94,9 +93,11 @@ def chat_page(web: Web) -> ChatControls:
     gr.on([clear.click, talk.clear], page.clear, None, [*after, shown, raw], show_progress="hidden")
     for button, rating in ((up, "up"), (down, "down")):
         button.click(_rating(page, rating), [turns, chosen], said, concurrency_limit=None, show_progress="hidden")
-    export.click(page.export, turns, exported, show_progress="hidden").then(None, exported, None, js=_SAVE)
-    _watch(page, budget, [message, turns, *settings])
-    return ChatControls(manner, budget.limits, page.opened, [*budget.limits, said])
+    export.click(page.export, turns, [exported, said], show_progress="hidden").then(None, exported, None, js=_SAVE)
+    asked_next = [message, turns, *settings]
+    _watch(page, budget, asked_next)
+    opening = [(page.opened, None, [*budget.limits, said]), (page.points, asked_next, budget.offered)]
+    return ChatControls(manner, budget.limits, opening)
 
 
 def _manner_controls(web: Web) -> list[Any]:
@@ -200,7 +201,7 @@ class _Chat:
     async def show(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> tuple[str, str]:
         """The decision behind an answer, drawn and as JSON."""
         found = _chosen(turns, chosen)
-        if found is None or not found.request_id:
+        if found is None or not found.fields:  # of an answer that was stopped the server keeps none
             return element("p", self._web.say("no_decision")), ""
         try:
             api = self._web.api(request)
@@ -246,11 +247,15 @@ class _Chat:
             return notice(str(trouble))
         return notice(say("rated" if done["recorded"] else "rated_before"))
 
-    async def export(self, turns: list[Turn]) -> str:
-        """The conversation as JSON, media and decisions included."""
-        body = await body_of("", turns, Manner(), {})
+    async def export(self, turns: list[Turn]) -> tuple[str, str]:
+        """The conversation as JSON, media and decisions included, and what went wrong."""
+        try:
+            with self._web.telling():
+                body = await body_of("", turns, Manner(), {})
+        except Trouble as trouble:
+            return "", notice(str(trouble))
         decisions = [dict(turn.fields) for turn in turns if turn.fields]
-        return json.dumps({"messages": body["messages"], "decisions": decisions}, ensure_ascii=False, indent=1)
+        return json.dumps({"messages": body["messages"], "decisions": decisions}, ensure_ascii=False, indent=1), ""
 
 
 async def growing(api: Api, body: dict[str, Any], answer: Turn, stop: asyncio.Event) -> AsyncIterator[None]:

@@ -27,8 +27,8 @@ _OPENING = """element.addEventListener("click", (event) => {
 });"""
 
 
-def live_page(web: Web, selected: Any) -> None:
-    """Lay the page out and connect it; it is read while it is open."""
+def live_page(web: Web, selected: Any) -> Any:
+    """Lay the page out and connect it; the timer that reads it while it is open."""
     say, page = web.say, _Live(web)
     gr.HTML(element("p", say("live_why")))
     with gr.Row():
@@ -48,6 +48,7 @@ def live_page(web: Web, selected: Any) -> None:
     follow.change(lambda on: gr.Timer(active=on), follow, timer, show_progress="hidden")
     numbers.click(page.open_row, None, [chosen, shown, raw], concurrency_limit=None, show_progress="hidden")
     chosen.input(page.open, chosen, [shown, raw], concurrency_limit=None, show_progress="hidden")
+    return timer
 
 
 class _Live:

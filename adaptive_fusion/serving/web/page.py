@@ -17,6 +17,7 @@ from adaptive_fusion.serving.web.rollout import rollout_page
 from adaptive_fusion.serving.web.texts import LANGUAGES, text
 from adaptive_fusion.serving.web.web import Web
 
+PAGES = ("chat", "compare", "live", "folder", "rollout")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans SC", "PingFang SC", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
@@ -26,17 +27,24 @@ def blocks_of(web: Web) -> Any:
     with gr.Blocks(title=web.say("title"), analytics_enabled=False, fill_width=True) as blocks:
         gr.HTML(_head(web), elem_id="head")
         with gr.Tabs():
-            with gr.Tab(web.say("tab_chat"), id="chat"):
+            tabs = [gr.Tab(web.say(f"tab_{name}"), id=name) for name in PAGES]
+            chat_tab, compare_tab, live_tab, folder_tab, rollout_tab = tabs
+            with chat_tab:
                 chat = chat_page(web)
-            with gr.Tab(web.say("tab_compare"), id="compare"):
+            with compare_tab:
                 compare_page(web, chat)
-            with gr.Tab(web.say("tab_live"), id="live") as live:
-                live_page(web, live)
-            with gr.Tab(web.say("tab_folder"), id="folder"):
+            with live_tab:
+                live_timer = live_page(web, live_tab)
+            with folder_tab:
                 folder_page(web, chat)
-            with gr.Tab(web.say("tab_rollout"), id="rollout") as rollout:
-                rollout_page(web, rollout)
-        blocks.load(chat.opened, None, chat.filled, show_progress="hidden", concurrency_limit=None)
+            with rollout_tab:
+                rollout_timer = rollout_page(web, rollout_tab)
+        for tab, timer in ((live_tab, live_timer), (rollout_tab, rollout_timer)):
+            others = [each.select for each in tabs if each is not tab]
+            gr.on(others, lambda: gr.Timer(active=False), None, timer, show_progress="hidden")
+        begin = blocks.load
+        for work, read, filled in chat.opening:
+            begin = begin(work, read, filled, show_progress="hidden", concurrency_limit=None).then
     return blocks
 
 

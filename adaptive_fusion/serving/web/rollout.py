@@ -3,6 +3,7 @@
 Knows ``/v1/adaptive_fusion/rollout`` and its two actions. Must not know how experiments are judged.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,15 +11,15 @@ import gradio as gr
 
 from adaptive_fusion.serving.web.client import ApiError
 from adaptive_fusion.serving.web.decision import Say
-from adaptive_fusion.serving.web.markup import Safe, element, facts, join, notice, table
+from adaptive_fusion.serving.web.markup import Safe, element, facts, join, lines, notice, table
 from adaptive_fusion.serving.web.web import Trouble, Web
 
 EVERY_S = 2.0
 _NOT_HERE = 404
 
 
-def rollout_page(web: Web, selected: Any) -> None:
-    """Lay the page out and connect it; it is read while it is open."""
+def rollout_page(web: Web, selected: Any) -> Any:
+    """Lay the page out and connect it; the timer that reads it while it is open."""
     say, page = web.say, _Rollout(web)
     shown = gr.HTML(elem_id="rollout")
     with gr.Row():
@@ -30,6 +31,7 @@ def rollout_page(web: Web, selected: Any) -> None:
     gr.on([selected.select, timer.tick], page.look, None, [shown, timer], show_progress="hidden")
     for button, name in ((promote, "promote"), (abort, "abort")):
         button.click(_acting(page, name), sure, [said, sure, shown], show_progress="hidden")
+    return timer
 
 
 def _acting(page: "_Rollout", name: str) -> Any:
@@ -72,26 +74,64 @@ class _Rollout:
         return notice(say("done")), False, shown
 
 
-def drawn(values: Mapping[str, Any], say: Say, level: int = 2) -> Safe:
-    """Whatever the endpoint tells: single values as facts, rows as tables, parts under their names."""
-    if not values:
+def drawn(found: Mapping[str, Any], say: Say) -> Safe:
+    """The experiment: where it stands, its arms, each metric with what is known of it now and over time, and who
+    changed what."""
+    experiment = found.get("experiment")
+    if not experiment:
         return element("p", say("rollout_none"))
-    plain = [(name, _short(value)) for name, value in values.items() if not isinstance(value, list | dict)]
-    parts: list[object] = [facts(plain)] if plain else []
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            parts += [element(f"h{min(level, 6)}", name), drawn(value, say, level + 1)]
-        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            parts.append(_rows(name, value))
-        elif isinstance(value, list) and value:
-            parts.append(facts([(name, ", ".join(_short(each) for each in value))]))
-    return join(parts)
+    state = facts(
+        [
+            (say("experiment"), f"{experiment['name']} ({experiment['kind']})"),
+            (say("status"), found["status"]),
+            (say("step"), f"{found['step'] + 1} / {len(experiment['steps'])}: {found['share']:.0%}"),
+        ]
+    )
+    arms = [(name, arm["policy"] or "–", f"{arm['requests']:,}") for name, arm in found["arms"].items()]
+    heads = (say("arm"), say("policy"), say("requests_count"))
+    parts = [state, table(say("arms"), heads, arms), _metrics(found["guardrails"], say)]
+    parts += [_over_time(row["name"], found.get("series", []), say) for row in found["guardrails"]]
+    changes = [
+        (_clock(row["time_s"]), row["status"], f"{row['share']:.0%}", row["who"], row["why"])
+        for row in found["history"]
+    ]
+    heads_of_changes = [say(name) for name in ("time", "status", "share", "who", "why")]
+    return join((*parts, table(say("history"), heads_of_changes, changes)))
 
 
-def _rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Safe:
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    return table(name, heads, [[_short(row.get(key)) for key in heads] for row in rows])
+def _metrics(rows: Sequence[Mapping[str, Any]], say: Say) -> Safe:
+    """Means with their confidence sequences, and how near the evidence is to taking the canary back."""
+    cells = [
+        (
+            row["name"],
+            *(_interval(row.get(arm)) for arm in ("control", "canary")),
+            f"{row['margin']:.3g}",
+            f"{row['e']:.3g} / {row['needed']:.3g}",
+        )
+        for row in rows
+    ]
+    heads = (say("metric"), "control", "canary", say("margin"), say("evidence"))
+    return table(say("metrics"), heads, cells, [i for i, row in enumerate(rows) if row["e"] >= row["needed"]])
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+def _interval(known: Mapping[str, Any] | None) -> str:
+    if not known or known["mean"] is None:
+        return "–"
+    return f"{known['mean']:.3g} ({known['low']:.3g} – {known['high']:.3g}; {known['n']:,})"
+
+
+def _over_time(metric: str, series: Sequence[Mapping[str, Any]], say: Say) -> Safe:
+    """Both ends of the confidence sequences of both arms at each snapshot; nothing before there are two."""
+    drawn: dict[str, list[float | None]] = {}
+    for snapshot in series:
+        row = next((row for row in snapshot.get("guardrails", []) if row["name"] == metric), {})
+        for arm in ("control", "canary"):
+            for end in ("low", "high"):
+                drawn.setdefault(f"{arm}, {say(end)}", []).append((row.get(arm) or {}).get(end))
+    if not any(len([end for end in ends if end is not None]) > 1 for ends in drawn.values()):
+        return Safe("")
+    return lines(metric, drawn)
+
+
+def _clock(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
