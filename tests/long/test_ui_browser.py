@@ -256,7 +256,7 @@ def test_a_thumb_down_arrives_in_the_log(browser: Any, server: DrainingServer, p
         told = json.loads(page.locator("label", has_text="As JSON").locator("textarea").first.input_value())
         page.click("#down")
         page.wait_for_selector("#said [role=alert]")
-        rated = [row for row in rows_of(log_file) if row["type"] == "feedback"]
+        rated = [row for row in rows_of(log_file) if row.get("event") == "feedback"]
         assert [(row["request_id"], row["rating"]) for row in rated] == [(told["request_id"], 0.0)]
 
 
@@ -344,6 +344,7 @@ def test_languages_come_from_the_browser_and_from_the_control(browser: Any, serv
         assert page.url.endswith("/ui/zh/") and "预算" in page.inner_text("body")
         assert page.locator("html").get_attribute("lang") == "zh-Hans"
         page.get_by_role("link", name="English").click()
+        page.wait_for_url("**/ui/en/")
         page.wait_for_selector("#message textarea")
         assert page.url.endswith("/ui/en/") and "Budget" in page.inner_text("body")
         page.goto(page.url.removesuffix("en/"))
