@@ -41,9 +41,7 @@ class Drains(Protocol):
 class DrainingServer(uvicorn.Server):
     """Ends after those who were admitted are answered; a second Ctrl-C ends at once."""
 
-    def __init__(
-        self, config: uvicorn.Config, service: Drains, before_exit: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, service: Drains, before_exit: Callable[[], None] = lambda: None) -> None:
         super().__init__(config)
         self.before_exit = before_exit
         # Left on, streams would be cut off at the signal.

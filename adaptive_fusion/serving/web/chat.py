@@ -89,7 +89,7 @@ def chat_page(web: Web) -> ChatControls:
     asked = message.submit(page.ask, [message, turns, *settings], after, concurrency_limit=None, show_progress="hidden")
     asked.then(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
     chosen.input(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
-    stop.click(page.stop, None, said, queue=False, show_progress="hidden")
+    stop.click(page.stop, None, said, concurrency_limit=None, show_progress="hidden")
     gr.on([clear.click, talk.clear], page.clear, None, [*after, shown, raw], show_progress="hidden")
     for button, rating in ((up, "up"), (down, "down")):
         button.click(_rating(page, rating), [turns, chosen], said, concurrency_limit=None, show_progress="hidden")

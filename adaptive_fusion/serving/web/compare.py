@@ -42,7 +42,7 @@ def compare_page(web: Web, chat: ChatControls) -> None:
         page.run, [message, order, *chat.manner, *chat.limits], [*sides, differences, said],
         concurrency_limit=None, show_progress="hidden",
     )  # fmt: skip
-    stop.click(page.stop, None, None, queue=False, show_progress="hidden")
+    stop.click(page.stop, None, None, concurrency_limit=None, show_progress="hidden")
 
 
 class _Compare:

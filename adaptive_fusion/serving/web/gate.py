@@ -241,8 +241,10 @@ class _Page:
 
     def response(self) -> Response:
         text = _OUTSIDE.sub("", self._body.decode()).replace("</head>", _ICON + "</head>", 1)
-        text = text.replace("<head>", f'<head><meta name="af-key" content="{self._key}">', 1)
-        text = text.replace('lang="en"', f'lang="{LANGUAGES[self._language]}"', 1)
+        tag = LANGUAGES[self._language]
+        said = f'<meta name="af-key" content="{self._key}"><meta name="af-language" content="{tag}">'
+        text = text.replace("<head>", "<head>" + said, 1)
+        text = text.replace('lang="en"', f'lang="{tag}"', 1)
         return HTMLResponse(text, self._status, headers={"cache-control": "no-store"})
 
 

@@ -8,12 +8,15 @@
     // A list item without a list.
     each('.thumbnail-wrapper[role="listitem"]', (wrapper) => set(wrapper, "role", "group"));
     // A name that is not the text that is seen.
-    each(".submit-button", (button) => button.innerText.trim() && set(button, "aria-label", button.innerText.trim()));
+    each(".submit-button, button.upload-container", (button) => button.innerText.trim() && set(button, "aria-label", button.innerText.trim().replace(/\s+/g, " ")));
     // Images that open when pressed, without a name.
     each(".image-container > button", (button) => {
       const image = button.querySelector("img");
       if (image) set(button, "aria-label", image.alt || decodeURIComponent(image.src.split("/").pop()));
     });
+    // The page's language, which Gradio takes to be the browser's.
+    const language = document.querySelector('meta[name="af-language"]');
+    if (language) set(document.documentElement, "lang", language.content);
     const key = document.querySelector('meta[name="af-key"]');
     const leave = document.getElementById("leave");
     if (leave && key && key.content === "yes" && leave.hidden) {
@@ -32,5 +35,5 @@
       waiting = false;
       mend();
     });
-  }).observe(document, { childList: true, subtree: true });
+  }).observe(document, { childList: true, subtree: true, attributeFilter: ["lang", "aria-label"] });
 })();
