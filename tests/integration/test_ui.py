@@ -121,6 +121,7 @@ def test_with_the_key_the_page_comes_and_asks_no_other_site(client: httpx.Client
     assert "default-src 'self'" in policy and "http" not in policy
     cookies = page.headers.get_list("set-cookie")
     assert cookies and all("HttpOnly" in cookie and "samesite=strict" in cookie.lower() for cookie in cookies)
+    assert all("Path=/ui;" in cookie for cookie in cookies)  # of all languages
     assert KEY not in page.text and KEY not in str(page.headers)
     config = client.get("/ui/en/config").json()
     assert config["analytics_enabled"] is False

@@ -170,6 +170,7 @@ class Gate:
 
     async def _pass_on(self, request: Request, language: str, below: str, send: Send) -> None:
         scope, receive = request.scope, request.receive
+        root = scope.get("root_path", "")  # as it is now: what is below changes the scope
         if request.method == "POST":
             body, refused = await self._call_body(request)
             if refused is not None:
@@ -181,8 +182,8 @@ class Gate:
             await self._pages(scope, receive, page.collect)
             response = page.response()
             session: Session = request.state.session
-            _set_cookie(response, COOKIE, session.token, request, scope.get("root_path", ""))
-            _set_cookie(response, LANGUAGE_COOKIE, language, request, scope.get("root_path", ""))
+            _set_cookie(response, COOKIE, session.token, request, root)
+            _set_cookie(response, LANGUAGE_COOKIE, language, request, root)
             await response(scope, request.receive, _with_headers(send))
             return
         cached = {"cache-control": "public, max-age=86400"} if below.startswith("assets/") else {}
