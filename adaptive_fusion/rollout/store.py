@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from adaptive_fusion.errors import ConfigError
 
 SCHEMA = 1
+_JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 BUSY_MS = 2000
 """How long a write waits for another process's."""
 _TABLES = """
@@ -165,7 +166,7 @@ class Store:
         self, experiment: int, kind: str, arm: str, data: Mapping[str, Any], time_s: float, request: str | None = None
     ) -> int | None:
         """Append an event; its number, or None if there is one of that kind for that request."""
-        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+        text = _JSON(data)
         with self._lock:
             done = self._db.execute(
                 "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s) VALUES (?, ?, ?, ?, ?, ?)",
