@@ -341,12 +341,12 @@ def test_an_export_has_the_conversation_and_its_decisions(browser: Any, server: 
 
 def test_languages_come_from_the_browser_and_from_the_control(browser: Any, server: DrainingServer) -> None:
     with page_of(browser, server, "", locale="zh-CN") as page:
-        page.wait_for_selector("#message textarea")
+        page.wait_for_selector("#points table")  # Gradio complains of calls that are open as a page is left
         assert page.url.endswith("/ui/zh/") and "预算" in page.inner_text("body")
         page.wait_for_function("document.documentElement.lang === 'zh-Hans'")
         page.get_by_role("link", name="English").click()
         page.wait_for_url("**/ui/en/")
-        page.wait_for_selector("#message textarea")
+        page.wait_for_selector("#points table")
         assert page.url.endswith("/ui/en/") and "Budget" in page.inner_text("body")
         page.goto(page.url.removesuffix("en/"))
         assert page.url.endswith("/ui/en/")  # what was chosen holds
@@ -404,7 +404,7 @@ def test_with_a_key_the_page_asks_for_it_once_and_forgets_it_when_told(
             page.reload()
             page.wait_for_selector("#points table")  # of this browser session, asked for once
             assert KEY not in json.dumps(page.evaluate("[{...localStorage}, {...sessionStorage}, document.cookie]"))
-            page.click("#leave")
+            page.click("#leave button")
             page.wait_for_selector("#key")
         with page_of(browser, server) as other:
             other.wait_for_selector("#key")

@@ -10,7 +10,7 @@ from adaptive_fusion.serving.web.texts import LANGUAGES, text
 
 _PAGE = """<!doctype html>
 <html lang="{tag}"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font-family: system-ui, sans-serif; display: grid; place-items: center; min-height: 90vh; margin: 0 1rem; }}

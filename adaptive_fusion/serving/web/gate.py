@@ -151,7 +151,7 @@ class Gate:
         session = self.session_of(request.cookies)
         if session is not None:
             self.sessions.end(session)
-        response = JSONResponse({"left": True})
+        response = RedirectResponse(f"{root}/", 303)
         response.delete_cookie(COOKIE, path=root or "/")
         return response
 

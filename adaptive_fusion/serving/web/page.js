@@ -19,13 +19,7 @@
     if (language) set(document.documentElement, "lang", language.content);
     const key = document.querySelector('meta[name="af-key"]');
     const leave = document.getElementById("leave");
-    if (leave && key && key.content === "yes" && leave.hidden) {
-      leave.hidden = false;
-      leave.addEventListener("click", async () => {
-        await fetch("../leave", { method: "POST" });
-        location.reload();
-      });
-    }
+    if (leave && key && key.content === "yes") leave.hidden = false;
   };
   let waiting = false;
   new MutationObserver(() => {

@@ -77,5 +77,6 @@ def _head(web: Web) -> Safe:
         for name, tag in LANGUAGES.items()
     ]
     languages = element("nav", *links, aria_label=web.say("language_label"))
-    leave = element("button", web.say("leave"), type="button", id="leave", hidden="hidden")
+    button = element("button", web.say("leave"), type="submit")
+    leave = element("form", button, method="post", action="../leave", id="leave", hidden="hidden")
     return element("header", element("h1", web.say("title")), join((languages, leave)), class_="af-head")
