@@ -124,7 +124,7 @@ def _over_time(metric: str, series: Sequence[Mapping[str, Any]], say: Say) -> Sa
     """Both ends of the confidence sequences of both arms at each snapshot; nothing before there are two."""
     drawn: dict[str, list[float | None]] = {}
     for snapshot in series:
-        row = next((row for row in snapshot.get("guardrails", []) if row["name"] == metric), {})
+        row: Mapping[str, Any] = next((row for row in snapshot.get("guardrails", []) if row["name"] == metric), {})
         for arm in ("control", "canary"):
             for end in ("low", "high"):
                 drawn.setdefault(f"{arm}, {say(end)}", []).append((row.get(arm) or {}).get(end))
