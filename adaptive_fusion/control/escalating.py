@@ -140,7 +140,8 @@ def doubted(
         singles.append(candidate if sure else replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
         if asking.never or rule.threshold is None:
             continue
-        if candidate.quality < enough and (rule.learned or candidate.key not in asking.worth_asking):
+        seldom = not rule.learned and rule.share < 0.5  # below what is enough only where few are known to go on
+        if candidate.quality < enough and not (seldom and candidate.key in asking.worth_asking):
             continue
         if not rule.learned:
             rule = replace(rule, share=max(rule.share, asking.p_complex))
