@@ -138,12 +138,9 @@ def one_by_one(server: ServerProcess, asked: Sequence[dict[str, Any]]) -> dict[s
 
 def spread(server: ServerProcess, count: int) -> list[float]:
     """Times of the last requests in their replica, each over the mean of all."""
-    records = [
-        json.loads(line) for path in server.said.parent.glob("log-*.jsonl") for line in path.read_text().splitlines()
-    ]
-    taken = [
-        record["measurement"]["latency_ms"] for record in records if record.get("event", "decision") == "decision"
-    ][-count:]
+    lines = [line for path in server.said.parent.glob("log-*.jsonl") for line in path.read_text().splitlines()]
+    decisions = [record for record in map(json.loads, lines) if record.get("event", "decision") == "decision"]
+    taken = [record["measurement"]["latency_ms"] for record in decisions[-count:]]
     return [each / mean(taken) for each in taken]
 
 
