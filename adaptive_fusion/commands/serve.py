@@ -286,6 +286,7 @@ def _serve_replicas(given: dict[str, Any], port: int) -> None:
     """Serve by several processes; `given` are the command's options."""
     with refusing((), False):
         options.require_serving()
+        from adaptive_fusion.errors import ConfigError
         from adaptive_fusion.serving.ray_run import serve_replicas
         from adaptive_fusion.serving.replica_options import ReplicaOptions
 
@@ -293,6 +294,8 @@ def _serve_replicas(given: dict[str, Any], port: int) -> None:
             name: str(value) if isinstance(value, Path | StrEnum) else value for name, value in given.items()
         }
         domains = values.pop("allowed_media_domains", None)
+        if values.pop("ui", False):
+            raise ConfigError("--ui goes with one server; expected no --replicas, or no --ui")
         count, most = values.pop("replicas", 1), values.get("max_replicas")
         gpus = _accelerators()
         told = ReplicaOptions(

@@ -77,7 +77,7 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
     finally:
         with suppress(Exception):
             serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # type: ignore[no-untyped-call]
         for sig, handler in before.items():
             signal.signal(sig, handler)
 
@@ -103,7 +103,7 @@ def _start_ray(options: ReplicaOptions) -> None:
             )
             return
         except Exception as error:  # Ray raises plain ones
-            ray.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
             if not left:
                 raise ConfigError(f"Ray cannot be started on this machine: {str(error)[:300]}") from error
 
