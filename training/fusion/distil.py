@@ -40,7 +40,7 @@ from adaptive_fusion.reference.screens import KINDS, PROMPTS, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
 KINDS_OF_ROW = {"average": native, "weighted": weighted, "gated": gated}
-MIX = (0.1, 0.55, 0.25, 0.1)
+MIX = (0.2, 0.45, 0.2, 0.15)
 """Shares of simple, dense, reading and clip scenes."""
 SIDES = (((96, 160), 0.55), ((160, 272), 0.3), ((256, 384), 0.15))
 """Ranges of the scenes' sides in pixels, with their shares: mostly small, since those cost least."""
@@ -72,7 +72,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         lr=args.lr,
         ratios={1.0: 0.5, 0.5: 2.0, 0.25: 2.0},
         layers={12: 3, 9: 1, 6: 1, 3: 1},
-        pixel_shares={1.0: 0.8, 0.5: 0.1, 0.25: 0.1},
+        pixel_shares={1.0: 0.6, 0.5: 0.15, 0.25: 0.15, 0.125: 0.1},
         max_new_tokens=MOST,
         holdout=0.02,
         judged=128,

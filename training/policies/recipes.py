@@ -33,12 +33,12 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "reference-balanced": Recipe(
         "The cheapest points for what loses next to nothing by them, everything for the rest while the budget holds.",
-        0.01,
+        0.015,
         "cost",
         {
-            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.125), w(0.25, 0.125)),
+            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(1, 0.1875), w(0.5, 0.1875), w(0.5, 0.125), w(0.25, 0.125)),
             COMPLEX: (FULL, g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
-            VIDEO: (FULL, g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES),
+            VIDEO: (FULL, g(1, 0.5), g(0.5, 0.5), g(1, 0.35), g(0.5, 0.35), g(0.5, 0.25), FEW_FRAMES),
         },
     ),
     "reference-latency": Recipe(

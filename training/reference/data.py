@@ -73,7 +73,12 @@ FINISH = (
     Stage(1.0, (256, 384), 1.0, 4500, (0.2, 0.35, 0.45, 0.4), pages=0.0, shrunk=(0.5, 0.03), dropped=0.3),
 )
 """Then small simple screens and small clips again, which the second curriculum let fade, and more clips still."""
-CURRICULA = {"first": CURRICULUM, "refine": REFINE, "finish": FINISH}
+CLIPS = (
+    Stage(0.6, (160, 288), 0.8, 3000, (0.25, 0.35, 0.4, 0.75), pages=0.0, shrunk=(0.4, 0.03), dropped=0.15),
+    Stage(1.0, (224, 384), 1.0, 4000, (0.2, 0.35, 0.45, 0.6), pages=0.0, shrunk=(0.4, 0.03), dropped=0.15),
+)
+"""And clips above all, small ones first: many of them fit in a batch."""
+CURRICULA = {"first": CURRICULUM, "refine": REFINE, "finish": FINISH, "clips": CLIPS}
 
 
 @dataclass

@@ -35,7 +35,8 @@ class WhereHeads(nn.Module):
 
     def forward(self, out: BaseModelOutputWithPooling, batch: Encoded) -> list[tuple[Tensor, Tensor]]:
         found = where_targets(batch)
-        (_, fine, finer), last = out.deepstack_features, out.pooler_output
+        last = out.pooler_output
+        _, fine, finer = out.deepstack_features or (last, last, last)  # a model without taps has all in one level
         pairs = (
             (self.glyph(fine), found.glyphs),
             (self.color(last), found.colors),

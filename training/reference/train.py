@@ -47,6 +47,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "first": {"steps": 5600, "lr": 7e-4, "warmup": 200, "cooldown": 0.4, "heads_first": 0, "every": 500},
     "refine": {"steps": 1000, "lr": 2e-4, "warmup": 100, "cooldown": 0.7, "heads_first": 60, "every": 200},
     "finish": {"steps": 500, "lr": 1.5e-4, "warmup": 50, "cooldown": 0.8, "heads_first": 0, "every": 150},
+    "clips": {"steps": 700, "lr": 2.5e-4, "warmup": 50, "cooldown": 0.7, "heads_first": 0, "every": 100},
 }
 """What each curriculum is trained with; each starts from the model that the one before it leaves."""
 
