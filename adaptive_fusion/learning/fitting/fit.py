@@ -39,6 +39,9 @@ SCENE = "scene"
 UNSAID = "The labels do not say of which model they are: the base policy's stands."
 _SEEN_ROWS = 40_000
 
+VOUCHED = 0.5
+"""P(complex) above which a router does not vouch for the cheap plan, even where it takes it."""
+
 
 @dataclass(frozen=True)
 class FittedPolicy:
@@ -100,7 +103,7 @@ def fit_policy(
         unseen = data.take(~data.split("test", seed))
         escalation = fit_escalation(unseen, cheap_rungs(policy), seed=seed)
         if escalation is not None:
-            escalation = replace(escalation, sure=_sure(policy, threshold, unseen, slack=objective == "cost"))
+            escalation = replace(escalation, sure=_sure(policy, threshold, unseen))
             policy = replace(policy, escalation=escalation)
         if data.model is not None:
             policy = replace(policy, fitted=fitted_to(data))
@@ -254,19 +257,18 @@ def _threshold(p: FloatArray, judged: Dataset, base: Policy, options: dict[str, 
     return choose_threshold(p[rows], arms, **options)
 
 
-def _sure(policy: Policy, threshold: Threshold, data: Dataset, *, slack: bool) -> dict[str, float]:
-    """By lane, up to which P(complex) its first rung needs no second pass: where the threshold was chosen so that what
-    stays below it keeps to the tolerance, and for clips where they keep to it as a whole (with `slack`, within a
-    standard error)."""
-    found = {SIMPLE: min(1.0, threshold.value.mean)} if threshold.met else {}
-    name = policy.lanes[VIDEO][0].name
-    if name not in data.rungs:
-        return found
-    lost = (data.reference - data.quality[:, data.rungs.index(name)])[data.video]
-    lost = lost[np.isfinite(lost)]
-    error = float(lost.std(ddof=1)) / len(lost) ** 0.5 if slack and len(lost) > 1 else 0.0
-    if len(lost) >= MIN_ROWS and float(lost.mean()) - error <= data.tolerance:
-        found[VIDEO] = 1.0
+def _sure(policy: Policy, threshold: Threshold, data: Dataset) -> dict[str, float]:
+    """By lane, up to which P(complex) its first rung needs no second pass: where the threshold keeps to the tolerance,
+    the stills below it that more likely lose nothing than something; and clips, where they keep to it as a whole,
+    within a standard error. What lies between is for the model to say.
+    """
+    found = {SIMPLE: min(VOUCHED, threshold.value.mean)} if threshold.met else {}
+    clip = policy.lanes[VIDEO][0].name
+    if clip in data.rungs:
+        lost = (data.reference - data.quality[:, data.rungs.index(clip)])[data.video]
+        lost = lost[np.isfinite(lost)]
+        if len(lost) >= MIN_ROWS and lost.mean() - lost.std(ddof=1) / len(lost) ** 0.5 <= data.tolerance:
+            found[VIDEO] = 1.0
     return found
 
 
