@@ -76,8 +76,8 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
         return _end(handle, options, announce)
     finally:
         with suppress(Exception):
-            serve.shutdown()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
         for sig, handler in before.items():
             signal.signal(sig, handler)
 
