@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from adaptive_fusion.control.gain import Gain
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.prepared import Turn, answer
 from adaptive_fusion.reply import Reply
@@ -18,6 +19,19 @@ def paying() -> Profile:
     """Costs by which a batch takes no longer than one request, so that everybody shares one."""
     nothing = (0.0,) * 6
     return Profile({}, nothing, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1e-6, *nothing[1:]))
+
+
+class Unmoved(Gain):
+    """Is not told what batches take, so that the profile alone says whether one pays."""
+
+    def ran_together(self, measured_ms: float, predicted_ms: float) -> None:
+        pass
+
+
+def steady(runner: AdaptiveRunner) -> AdaptiveRunner:
+    """The runner, which goes on making batches however slow this machine is at them."""
+    runner.gain = Unmoved()
+    return runner
 
 
 def together(turns: Sequence[Turn]) -> list[Reply]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import TIE, first_difference, gap, paying, together
+from batches import TIE, first_difference, gap, paying, steady, together
 from server import client_of, image, serving
 from waits import MOST_S, until
 
@@ -33,7 +33,7 @@ GREEDY: dict[str, Any] = {"do_sample": False}
 
 @pytest.fixture(scope="module")
 def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
-    return AdaptiveRunner(reference_model, processor, policy="native", profile=paying(), escalate=False)
+    return steady(AdaptiveRunner(reference_model, processor, policy="native", profile=paying(), escalate=False))
 
 
 @pytest.fixture(params=["dense", "moe", "reference", "Qwen2.5-VL", "Qwen3.5"])
@@ -41,10 +41,10 @@ def kin(request: pytest.FixtureRequest, processor: Any) -> AdaptiveRunner:
     """A runner of each family whose requests can share a batch."""
     if request.param in ("Qwen2.5-VL", "Qwen3.5"):
         model, its = {"Qwen2.5-VL": qwen25, "Qwen3.5": qwen35}[request.param](processor)
-        return AdaptiveRunner(_random(model), its, policy="native", profile=paying(), escalate=False)
+        return steady(AdaptiveRunner(_random(model), its, policy="native", profile=paying(), escalate=False))
     names = {"dense": "tiny_dense", "moe": "tiny_moe", "reference": "reference_model"}
     model = request.getfixturevalue(names[request.param])
-    return AdaptiveRunner(model, processor, policy="native", profile=paying(), escalate=False)
+    return steady(AdaptiveRunner(model, processor, policy="native", profile=paying(), escalate=False))
 
 
 def test_a_row_is_what_it_would_be_alone(kin: AdaptiveRunner, noise_image: Any, clip: Any) -> None:

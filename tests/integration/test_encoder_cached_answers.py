@@ -149,7 +149,7 @@ def test_what_changes_the_encoder_changes_the_key(
 def test_a_conversation_keeps_its_plan_until_the_question_or_the_budget_asks_for_another(
     reference_model: Any, processor: Any
 ) -> None:
-    runner = AdaptiveRunner(reference_model, processor, policy="balanced", encoder_cache_mb=64)
+    runner = AdaptiveRunner(reference_model, processor, policy="balanced", encoder_cache_mb=64, escalate=False)
     image = make_scene("dense", 1, "eval", (384, 384)).image
     said: list[dict[str, Any]] = []
 
@@ -186,7 +186,7 @@ def test_a_conversation_keeps_its_plan_until_the_question_or_the_budget_asks_for
 def test_a_larger_image_in_a_conversation_gives_the_smaller_no_less_and_that_is_said(
     reference_model: Any, processor: Any
 ) -> None:
-    runner = AdaptiveRunner(reference_model, processor, policy="balanced", encoder_cache_mb=64)
+    runner = AdaptiveRunner(reference_model, processor, policy="balanced", encoder_cache_mb=64, escalate=False)
 
     def about(side: int) -> list[dict[str, Any]]:
         image = make_scene("dense", 1, "eval", (side, side)).image

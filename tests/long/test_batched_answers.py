@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from batches import TIE, first_difference, gap, paying, together
+from batches import TIE, first_difference, gap, paying, steady, together
 
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.prepared import Prepared, Turn
@@ -63,7 +63,9 @@ def _clip(scene: Any) -> Any:
 def test_answers_in_batches_are_those_alone(
     reference_model: Any, processor: Any, share_of: Callable[[int], int]
 ) -> None:
-    runner = AdaptiveRunner(reference_model, processor, policy="reference-balanced", profile=paying(), escalate=False)
+    runner = steady(
+        AdaptiveRunner(reference_model, processor, policy="reference-balanced", profile=paying(), escalate=False)
+    )
     sizes: Counter[int] = Counter()
     same, ties, others = 0, [], []
     for start in range(0, share_of(1000), ROWS):
