@@ -13,6 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 OWN = {"adaptive_fusion"}
 OWNERS = packages_distributions()
 BROUGHT_IN_BY_OTHERS = {
+    "python-multipart": "starlette reads uploads by it",
     "onnxruntime": "rapidocr runs on it and leaves to the user which engine to install",
     "torchvision": "the image and video processors of transformers import it",
 }
