@@ -52,7 +52,8 @@ def plans(
 ) -> tuple[list[Candidate], int]:
     """What the controller chooses from: one pass, and two where the better plan may improve on an answer.
 
-    A plan that is as good as any, within the tolerance, or that the router vouches for is sure and gets no second pass.
+    A plan that is as good as any, within the tolerance, is sure and gets no second pass; where the router vouches for
+    one, nobody is asked.
     What two passes are worth is what going on at random would be worth. Where the threshold was learned, its rows say
     more: what is lost where every answer is kept, which one pass is not better than, and what is still lost after the
     better plan. Two such passes that take longer on average than the better plan alone give way to it.
@@ -74,11 +75,11 @@ def plans(
     pool.sort(key=lambda candidate: -candidate.quality)
     singles, doubles, at_once = list[Candidate](), list[Candidate](), dict[str, Candidate]()
     enough = max(candidate.quality for candidate in pool) - tolerance
+    if any(candidate.key in asking.sure for candidate in candidates):
+        # Where the router is sure, what the model says of a cheaper plan on average requests does not hold.
+        singles = [replace(c, quality=max(c.quality, enough)) if c.key in asking.sure else c for c in candidates]
+        return level(singles, (), tolerance), 0
     for candidate in candidates:
-        if candidate.key in asking.sure:
-            candidate = replace(candidate, quality=max(candidate.quality, enough))
-            singles.append(candidate)
-            continue
         if trusted and candidate.quality >= enough:
             singles.append(candidate)
             continue

@@ -21,7 +21,7 @@ from PIL import Image
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.features.detail import DETAIL_FEATURES, detail_features
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
-from adaptive_fusion.features.image import IMAGE_FEATURES, Bytes, Pixels, image_features, ready_to_sample, take_sample
+from adaptive_fusion.features.image import IMAGE_FEATURES, Pixels, Sample, image_features, ready_to_sample, take_sample
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.load import load_media
 from adaptive_fusion.media.sampling import evenly
@@ -30,7 +30,7 @@ VERSION = "1"
 """Version of the features: numbers of different versions must not be compared or fed to the same router."""
 
 MOTION_FEATURES = (
-    "motion_mean",  # mean absolute change between sampled frames, of 1, at 64 px
+    "motion_mean",  # mean change between sampled frames, of 1, at 64 px; here and below of the channel with most
     "motion_area",  # mean share of the 16 x 16 cells in which any pixel changed by more than 24 of 255
     "motion_peak",  # largest change of a cell's mean between sampled frames, of 1
     "scene_cuts",  # steps between sampled frames at which most cells and the grey histogram change
@@ -162,17 +162,20 @@ def _measure_clip(frames: Any, times_s: Sequence[float], detail: bool) -> Comple
     in_full = {chosen[i] for i in evenly(range(len(chosen)), _FULL_FRAMES)}
     samples = {index: take_sample(frames[index], with_scan=index in in_full) for index in chosen}
     rows = [image_features(samples[index]) for index in sorted(in_full)]
-    motion = motion_features([samples[index].grey for index in chosen])
+    motion = motion_features([samples[index] for index in chosen])
     middle = frames[chosen[len(chosen) // 2]] if detail else None
     return _complexity([float(mean) for mean in np.mean(rows, axis=0)], motion, "video", middle)
 
 
-def motion_features(greys: Sequence[Bytes]) -> list[float]:
-    """Values of `MOTION_FEATURES` for at least two grey frames (64, 64) uint8, in order of time."""
-    histograms = [cv2.calcHist([grey], (0,), None, [16], [0, 256]) / grey.size for grey in greys]
+def motion_features(samples: Sequence[Sample]) -> list[float]:
+    """Values of `MOTION_FEATURES` for at least two sampled frames, in order of time.
+
+    A red thing that turns blue may be as light as before, so change is looked for in each channel.
+    """
+    histograms = [cv2.calcHist([sample.grey], (0,), None, [16], [0, 256]) / sample.grey.size for sample in samples]
     means, areas, peaks, cuts = [], [], [], 0
-    for (before, old), (after, new) in pairwise(zip(greys, histograms, strict=True)):
-        change = cv2.absdiff(before, after)
+    for (before, old), (after, new) in pairwise(zip(samples, histograms, strict=True)):
+        change = cv2.absdiff(before.patch, after.patch).max(axis=2)
         cells = change.reshape(16, 4, 16, 4)
         means.append(float(change.mean()) / 255)
         areas.append(float((cells.max(axis=(1, 3)) > _CHANGE).mean()))

@@ -28,7 +28,7 @@ from adaptive_fusion.learning.judging.arms import MIN_ROWS, arm_names, judges, s
 from adaptive_fusion.learning.judging.curve import RoutingCurve
 from adaptive_fusion.learning.judging.evaluate import evaluate_policy
 from adaptive_fusion.policy.fitted import Fitted
-from adaptive_fusion.policy.policy import SIMPLE, VIDEO, Policy
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
 from adaptive_fusion.policy.router import Router
 
 TASK = "task"
@@ -259,10 +259,10 @@ def _threshold(p: FloatArray, judged: Dataset, base: Policy, options: dict[str, 
 
 def _sure(policy: Policy, threshold: Threshold, data: Dataset) -> dict[str, float]:
     """By lane, up to which P(complex) its first rung needs no second pass: where the threshold keeps to the tolerance,
-    the stills below it that more likely lose nothing than something; and clips, where they keep to it as a whole,
-    within a standard error. What lies between is for the model to say.
+    the stills below it that more likely lose nothing than something, and those above it; and clips, where they keep
+    to it as a whole, within a standard error. What lies between is for the model to say.
     """
-    found = {SIMPLE: min(VOUCHED, threshold.value.mean)} if threshold.met else {}
+    found = {SIMPLE: min(VOUCHED, threshold.value.mean), COMPLEX: 1.0} if threshold.met else {}
     clip = policy.lanes[VIDEO][0].name
     if clip in data.rungs:
         lost = (data.reference - data.quality[:, data.rungs.index(clip)])[data.video]
