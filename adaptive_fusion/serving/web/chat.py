@@ -37,11 +37,11 @@ _SAVE = """(text) => {
 @dataclass
 class ChatControls:
     """What other pages read of this one: settings and budget, in the order of `Manner` and `Limits`; and what is to
-    be done when the page is opened, in order: functions, what they read and what they fill."""
+    be done when the page is opened: a function, what it reads and what it fills."""
 
     manner: list[Any]
     limits: list[Any]
-    opening: list[tuple[Any, Any, Any]]
+    opening: tuple[Any, Any, Any]
 
 
 @dataclass
@@ -85,19 +85,17 @@ def chat_page(web: Web) -> ChatControls:
 
     page = _Chat(web, running)
     settings = [*manner, *budget.limits]
-    after = [talk, turns, said, message, chosen]
-    asked = message.submit(page.ask, [message, turns, *settings], after, concurrency_limit=None, show_progress="hidden")
-    asked.then(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
+    after = [talk, turns, said, message, chosen, shown, raw]
+    message.submit(page.ask, [message, turns, *settings], after, concurrency_limit=None, show_progress="hidden")
     chosen.input(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
     stop.click(page.stop, None, said, concurrency_limit=None, show_progress="hidden")
-    gr.on([clear.click, talk.clear], page.clear, None, [*after, shown, raw], show_progress="hidden")
+    gr.on([clear.click, talk.clear], page.clear, None, after, show_progress="hidden")
     for button, rating in ((up, "up"), (down, "down")):
         button.click(_rating(page, rating), [turns, chosen], said, concurrency_limit=None, show_progress="hidden")
     export.click(page.export, turns, [exported, said], show_progress="hidden").then(None, exported, None, js=_SAVE)
     asked_next = [message, turns, *settings]
     _watch(page, budget, asked_next)
-    opening = [(page.opened, None, [*budget.limits, said]), (page.points, asked_next, budget.offered)]
-    return ChatControls(manner, budget.limits, opening)
+    return ChatControls(manner, budget.limits, (page.opened, asked_next, [*budget.limits, said, budget.offered]))
 
 
 def _manner_controls(web: Web) -> list[Any]:
@@ -136,31 +134,28 @@ class _Chat:
     async def ask(
         self, request: gr.Request, message: dict[str, Any], turns: list[Turn], *settings: Any
     ) -> AsyncIterator[tuple[Any, ...]]:
-        """Answer a message; yields conversation, turns, notice, message box and the choice of answers."""
+        """Answer a message; yields conversation, turns, notice, message box, choice of answers, decision and its JSON.
+
+        All in one call: Gradio may lose a second one that follows in the moment in which it closes a page's stream.
+        """
         say, tab = self._web.say, str(request.session_hash)
-        keep = (gr.skip(), gr.skip())
-        if tab in self._running.stops:
-            yield (*keep, notice(say("busy")), gr.skip(), gr.skip())
-            return
         text, files = message.get("text") or "", tuple(message.get("files") or ())
-        wrong = [Path(path).name for path in files if not kind_of(path)]
-        if wrong or not (text.strip() or files):
-            told = say("wrong_file", name=wrong[0]) if wrong else say("nothing_asked")
-            yield (*keep, notice(told), gr.skip(), gr.skip())
+        if refused := self._refused(tab, text, files):
+            yield _changed(said=notice(refused))
             return
         manner, limits = Manner(*settings[:5]), Limits(*settings[5:])
         turns = [*turns, Turn("user", text, files)]
         answer = Turn("assistant")
-        stop = self._running.stops[tab] = asyncio.Event()
+        stop, told = asyncio.Event(), ""
+        self._running.stops[tab] = stop
         try:
-            yield (shown_turns(turns, say), turns, "", gr.MultimodalTextbox(value=None), gr.skip())
-            told = ""
+            yield _changed(talk=shown_turns(turns), turns=turns, said="", message=gr.MultimodalTextbox(value=None))
             with self._web.telling():
                 api = self._web.api(request)
                 body = await body_of(await self._web.model(api), turns, manner, limits.values())
                 turns.append(answer)
                 async for _ in growing(api, body, answer, stop):
-                    yield (shown_turns(turns, say), turns, "", gr.skip(), gr.skip())
+                    yield _changed(talk=shown_turns(turns), turns=turns)
         except Trouble as trouble:
             told = str(trouble)
         finally:
@@ -169,22 +164,37 @@ class _Chat:
             # What cannot be asked is taken back, to be changed and sent again.
             turns = turns[: turns.index(answer) - 1] if answer in turns else turns[:-1]
             back = gr.MultimodalTextbox(value={"text": text, "files": list(files)})
-            yield (shown_turns(turns, say), turns, notice(told), back, gr.skip())
+            yield _changed(talk=shown_turns(turns), turns=turns, said=notice(told), message=back)
             return
         answer.note = say("stopped") if stop.is_set() else answer.note
-        yield (shown_turns(turns, say), turns, notice(told), gr.skip(), answers(turns))
+        last = _changed(talk=shown_turns(turns), turns=turns, said=notice(told), chosen=answers(turns))
+        yield last
+        yield (*last[:-2], *await self.show(turns, None, request))
 
-    async def opened(self, request: gr.Request) -> tuple[Any, ...]:
-        """The server's own limits and its policies, into the controls."""
+    def _refused(self, tab: str, text: str, files: Sequence[str]) -> str:
+        """Why a message is not sent at all; empty where it is."""
+        wrong = [Path(path).name for path in files if not kind_of(path)]
+        if wrong:
+            return self._web.say("wrong_file", name=wrong[0])
+        if tab in self._running.stops:
+            return self._web.say("busy")
+        return "" if text.strip() or files else self._web.say("nothing_asked")
+
+    async def opened(
+        self, request: gr.Request, message: dict[str, Any] | None, turns: list[Turn], *settings: Any
+    ) -> tuple[Any, ...]:
+        """The server's own limits and its policies into the controls, a notice, and what is on offer."""
+        names = [f.name for f in fields(Limits)]
         try:
             with self._web.telling():
                 found = await self._web.api(request).call("policy")
         except Trouble as trouble:
-            return *(gr.skip() for _ in fields(Limits)), notice(str(trouble))
+            return *(gr.skip() for _ in names), notice(str(trouble)), gr.skip()
         given = found["budget"]
-        limits = [given.get(f.name, gr.skip()) for f in fields(Limits) if f.name != "policy"]
-        names = [(self._web.say("policy_default"), ""), *((name, name) for name in found["policies"])]
-        return *limits, gr.Dropdown(choices=names, value=""), ""
+        limits = [given.get(name, settings[5 + place]) for place, name in enumerate(names) if name != "policy"]
+        choices = [(self._web.say("policy_default"), ""), *((name, name) for name in found["policies"])]
+        offer = await self.points(request, message, turns, *settings[:5], *limits, "")
+        return *limits, gr.Dropdown(choices=choices, value=""), "", offer
 
     def stop(self, request: gr.Request) -> str:
         """End the answer that is being written on this page."""
@@ -295,7 +305,7 @@ async def whole_decision(api: Api, answer: Turn) -> dict[str, Any]:
         return dict(answer.fields)
 
 
-def shown_turns(turns: Sequence[Turn], say: Any) -> list[dict[str, Any]]:
+def shown_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """The conversation as the component takes it."""
     found: list[dict[str, Any]] = []
     for turn in turns:
@@ -304,6 +314,12 @@ def shown_turns(turns: Sequence[Turn], say: Any) -> list[dict[str, Any]]:
         if turn.text or turn.role == "assistant":
             found.append({"role": turn.role, "content": turn.text + note})
     return found
+
+
+def _changed(**values: Any) -> tuple[Any, ...]:
+    """What `ask` yields, with what is not named left as it is."""
+    names = ("talk", "turns", "said", "message", "chosen", "shown", "raw")
+    return tuple(values.get(name, gr.skip()) for name in names)
 
 
 def answers(turns: Sequence[Turn]) -> Any:

@@ -42,9 +42,7 @@ def blocks_of(web: Web) -> Any:
         for tab, timer in ((live_tab, live_timer), (rollout_tab, rollout_timer)):
             others = [each.select for each in tabs if each is not tab]
             gr.on(others, lambda: gr.Timer(active=False), None, timer, show_progress="hidden")
-        begin = blocks.load
-        for work, read, filled in chat.opening:
-            begin = begin(work, read, filled, show_progress="hidden", concurrency_limit=None).then
+        blocks.load(*chat.opening, show_progress="hidden", concurrency_limit=None)
     return blocks
 
 
