@@ -1,6 +1,7 @@
 """The web UI without a browser: its texts, its way to the server, and who gets which of its paths."""
 
 import ast
+import asyncio
 import json
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from adaptive_fusion.serving.web.client import ENDPOINTS, Api
 from adaptive_fusion.serving.web.compare import differences
 from adaptive_fusion.serving.web.live import read_metrics
 from adaptive_fusion.serving.web.markup import element, safe
+from adaptive_fusion.serving.web.streams import Streams
 
 WEB = Path(texts.__file__).parent
 KEY = "k-123"
@@ -180,6 +182,55 @@ def test_a_page_that_names_another_host_is_refused() -> None:
     assert keyed._is_page("/ui/x") and not keyed._is_page("/uix") and not keyed._is_page("/v1/ui")
 
 
+async def _taken_over() -> tuple[list[bytes], bool]:
+    """What reaches a page of which the first connection ended before all was said, and whether the teller was told."""
+    go, told = asyncio.Event(), asyncio.Event()
+
+    async def teller(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        await go.wait()
+        await send({"type": "http.response.body", "body": b"second", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        told.set()
+
+    streams, got = Streams(teller), list[bytes]()
+    gone, again, left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def connection(over: asyncio.Event, came: asyncio.Event) -> None:
+        async def receive() -> dict[str, Any]:
+            await over.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                got.append(message["body"])
+                came.set()
+
+        await streams.serve("page", {"type": "http"}, receive, send)
+
+    first = asyncio.create_task(connection(gone, again))
+    await again.wait()
+    gone.set()
+    await first
+    go.set()  # said while nobody listens
+    await asyncio.sleep(0)
+    came = asyncio.Event()
+    second = asyncio.create_task(connection(left, came))
+    await came.wait()
+    early = told.is_set()
+    streams.leave("page")
+    await asyncio.wait_for(told.wait(), 60)
+    await second
+    return got, early
+
+
+def test_what_is_said_between_two_connections_of_a_page_is_not_lost() -> None:
+    got, early = asyncio.run(_taken_over())
+    assert got == [b"first", b"second"] and not early
+
+
 async def _streamed(app: Any) -> list[dict[str, Any]]:
     body = {"model": "reference", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
     chunks = Api(app, KEY).stream(body)
@@ -190,8 +241,6 @@ async def _streamed(app: Any) -> list[dict[str, Any]]:
 
 
 def test_answers_stream_through_the_endpoints_and_can_be_left(server: DrainingServer) -> None:
-    import asyncio
-
     assert server.loop is not None
     chunks = asyncio.run_coroutine_threadsafe(_streamed(server.config.app), server.loop).result(120)
     assert chunks[0]["object"] == "chat.completion.chunk" and "adaptive_fusion" in chunks[-1]

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adaptive_fusion.serving.web.client import Api, ApiError
 from adaptive_fusion.serving.web.enter import entrance
 from adaptive_fusion.serving.web.sessions import Session, Sessions
+from adaptive_fusion.serving.web.streams import Streams
 from adaptive_fusion.serving.web.texts import LANGUAGES, preferred
 from adaptive_fusion.serving.web.uploads import give_file, take_files
 
@@ -59,6 +60,7 @@ class Gate:
 
     def __init__(self, pages: ASGIApp, app: ASGIApp, sessions: Sessions, max_file_bytes: int) -> None:
         self._pages, self._app, self.sessions, self._max = pages, app, sessions, max_file_bytes
+        self._streams = Streams(pages)
         self._open: set[asyncio.Task[Any]] = set()
         self._closing = False
 
@@ -85,6 +87,7 @@ class Gate:
     def close(self) -> None:
         """Let go of those who would stay for ever, and of what they brought; again does nothing."""
         self._closing = True
+        self._streams.close()
         for task in self._open:
             task.cancel()
         self.sessions.close()
@@ -178,9 +181,9 @@ class Gate:
                 return
             receive = _again(body, receive)
         if below == "":
-            page = _Page(request, language)
-            await self._pages(scope, receive, page.collect)
-            response = page.response()
+            changed = _Page(request, language)
+            await self._pages(scope, receive, changed.collect)
+            response = changed.response()
             session: Session = request.state.session
             _set_cookie(response, COOKIE, session.token, request, root)
             _set_cookie(response, LANGUAGE_COOKIE, language, request, root)
@@ -191,7 +194,11 @@ class Gate:
         assert task is not None
         self._open.add(task)
         try:
-            await self._pages(scope, receive, _with_headers(send, cached))
+            if below == "gradio_api/queue/data":
+                page = request.query_params.get("session_hash", "")
+                await self._streams.serve(page, scope, receive, _with_headers(send))
+            else:
+                await self._pages(scope, receive, _with_headers(send, cached))
         except asyncio.CancelledError:
             if not self._closing:
                 raise
@@ -199,6 +206,8 @@ class Gate:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._open.discard(task)
+            if below.startswith("gradio_api/heartbeat/"):
+                self._streams.leave(below.rpartition("/")[2])
 
     def _other_tab(self, request: Request, session: Session, below: str) -> Response | None:
         """Refuse what belongs to a page of another session; None where it is this one's."""
