@@ -101,10 +101,15 @@ def test_simple_scenes_take_the_cheap_lane_and_dense_ones_the_other(
     name: str, measured: dict[Kind, list[tuple[Complexity, str]]]
 ) -> None:
     policy = Policy.load(name)
-    lanes = {kind: [policy.route(complexity, prompt).lane for complexity, prompt in measured[kind]] for kind in KINDS}
-    assert lanes["simple"].count("weighted") >= 0.9 * len(SEEDS)
-    assert lanes["dense"].count("gated") >= 0.9 * len(SEEDS)
-    assert lanes["reading"].count("gated") >= 0.9 * len(SEEDS)
+    assert policy.escalation is not None
+    sure = policy.escalation.sure["weighted"]  # above it the model is asked before an answer of the cheap lane is taken
+    routes = {kind: [policy.route(complexity, prompt) for complexity, prompt in measured[kind]] for kind in KINDS}
+    cheap = {kind: sum(route.lane == "weighted" and route.score <= sure for route in routes[kind]) for kind in KINDS}
+    assert cheap["simple"] >= 0.9 * len(SEEDS)
+    assert cheap["dense"] <= 0.1 * len(SEEDS)
+    assert cheap["reading"] <= 0.1 * len(SEEDS)
+    for kind in ("dense", "reading"):
+        assert sum(route.lane == "gated" for route in routes[kind]) >= 0.8 * len(SEEDS)
 
 
 def test_native_never_reduces_anything() -> None:

@@ -33,11 +33,11 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "reference-balanced": Recipe(
         "The cheapest points for what loses next to nothing by them, everything for the rest while the budget holds.",
-        0.015,
+        0.01,
         "cost",
         {
             SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.2), w(0.5, 0.125), w(0.25, 0.125)),
-            COMPLEX: (FULL, g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
+            COMPLEX: (FULL, g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
             VIDEO: (FULL, g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), FEW_FRAMES),
         },
     ),
@@ -53,11 +53,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "reference-quality": Recipe(
         "Saves only where nothing is lost: for documents, dense screens and small text.",
-        0.005,
-        "quality",
+        0.01,
+        "cost",
         {
-            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25)),
-            COMPLEX: (FULL, g(1, 1), g(0.5, 1), g(1, 0.5), g(0.5, 0.5)),
+            SIMPLE: (w(1, 0.5),),
+            COMPLEX: (FULL, g(0.5, 1), g(1, 0.5), g(0.5, 0.5)),
             VIDEO: (FULL, g(1, 0.5), g(0.5, 0.5)),
         },
     ),
