@@ -18,7 +18,7 @@ from adaptive_fusion.execution.meters import meter_for
 from adaptive_fusion.execution.oom import of_one_item
 from adaptive_fusion.execution.request import ChatRequest, build_request
 from adaptive_fusion.execution.timed import Encoding, TimedModel, until_end
-from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, served
 from adaptive_fusion.models import Adapter
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.policy import Policy
@@ -90,14 +90,14 @@ def use_weights(adapter: Adapter, rungs: Iterable[Rung], files: Sequence[Path]) 
     specs = {adapter.spec(rung.point) for rung in rungs}
     for file in files:
         module = DeepStackFusion.from_file(file)
-        if module.spec not in specs:
+        if not specs & served(module.spec):
             raise ConfigError(f"{Path(file).name} holds {module.spec}; no row runs that")
         adapter.add_fusion(module)
 
 
 def trained_rows(adapter: Adapter, rows: Mapping[str, Rung], files: Sequence[Path]) -> dict[str, str]:
     """The file that each row's fusion comes from, the last of `files` that fits; untrained rows are left out."""
-    names = {FusionSpec.read(file): Path(file).name for file in files}
+    names = {spec: Path(file).name for file in files for spec in served(FusionSpec.read(file))}
     specs = {row: adapter.spec(rung.point) for row, rung in rows.items()}
     return {row: names[spec] for row, spec in specs.items() if spec is not None and spec in names}
 

@@ -1,6 +1,6 @@
 """Multi-level fusion and downsampling of vision features: pure tensor modules that know no model family."""
 
-from adaptive_fusion.fusion.elastic import cut
+from adaptive_fusion.fusion.elastic import cut, served
 from adaptive_fusion.fusion.levels import group_levels, select_levels
 from adaptive_fusion.fusion.module import DeepStackFusion, FusionSpec, apply_gate
 from adaptive_fusion.fusion.strategies import STRATEGIES
@@ -16,4 +16,5 @@ __all__ = [
     "group_levels",
     "pooled_grid",
     "select_levels",
+    "served",
 ]

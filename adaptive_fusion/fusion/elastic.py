@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.fusion.module import DeepStackFusion
+from adaptive_fusion.fusion.levels import select_levels
+from adaptive_fusion.fusion.module import DeepStackFusion, FusionSpec
 
 BY_LEVEL = ("weights.raw", "weights.weight", "weights.bias", "adapters.down", "adapters.up")
 """Parameters of a tap whose first dimension is its group's levels."""
@@ -40,12 +41,20 @@ def cut(module: DeepStackFusion, levels: Sequence[int]) -> DeepStackFusion:
     return part.train(module.training)
 
 
+def served(spec: FusionSpec) -> set[FusionSpec]:
+    """The spec and those of the parts that a module of it was trained to serve as well."""
+    depth = max(spec.levels) + 1  # whoever serves several counts has all levels
+    return {spec, *(replace(spec, levels=select_levels(depth, spec.taps, n), elastic=()) for n in spec.elastic)}
+
+
 def _share(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` in the place of a parameter, as a tensor of somebody else's."""
+    """Put `value` in the place of a parameter, as a buffer: a tensor of somebody else's, which `save` writes too."""
     path, _, last = name.rpartition(".")
     holder = module.get_submodule(path)
     # A level alone needs no weight beside others; the tap's mix is kept, for its adapter goes through it.
     if getattr(holder, last) is None and last != "mix":
         return
     holder._parameters.pop(last, None)
-    setattr(holder, last, value)
+    if last in holder.__dict__:
+        del holder.__dict__[last]
+    holder.register_buffer(last, value)

@@ -196,7 +196,15 @@ class DeepStackFusion(nn.Module):
             cast(TapFusion, tap).combine = combine
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the parameters, as `dtype`, and the spec to a safetensors file, replacing it whole or not at all."""
+        """Write the parameters, as `dtype`, and the spec to a safetensors file, replacing it whole or not at all.
+
+        Raises:
+            ConfigError: For a part (`cut`) that no module of its spec can hold.
+        """
+        with torch.device("meta"):
+            known = type(self)(self.spec).state_dict()
+        if more := sorted(set(self.state_dict()) - set(known)):
+            raise ConfigError(f"a part whose tap has one level holds {more} too; save the module that it is a part of")
         tensors = {name: value.detach().to(dtype).contiguous() for name, value in self.state_dict().items()}
         save_tensors(path, tensors, self.spec.metadata())
 

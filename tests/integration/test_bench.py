@@ -18,7 +18,7 @@ from adaptive_fusion.bench.shapes import Shape, ShapeProcessor, Vision
 from adaptive_fusion.commands.bench import app
 from adaptive_fusion.evaluation.likelihood import after_prompt, prefill
 from adaptive_fusion.evaluation.scenes import reference_questions
-from adaptive_fusion.fusion import DeepStackFusion
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
 from adaptive_fusion.models import adapter_for
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import Policy
@@ -98,10 +98,7 @@ def test_quality_of_a_captioned_folder_from_the_command_line(tmp_path: Path, noi
     }
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     rung = Policy.load("reference-balanced").lanes["weighted"][0]
-    cheap, weights = rung.name, tmp_path / "fusion.safetensors"
-    module = AdaptiveRunner.from_pretrained("reference").adapter.fusion(rung.point)
-    assert module is not None
-    module.save(weights)
+    cheap, weights = rung.name, Policy.load("reference-balanced").fusion_weights[0]
     data = ["--data", str(tmp_path), "--captions", str(tmp_path / "captions.json"), "--max-new-tokens", "4"]
     options = ["--points", "native@0.5/25%", "--weights", str(weights), "--plot", str(tmp_path / "out.png")]
     done = CliRunner().invoke(app, ["quality", *data, *options, "--json"])
@@ -110,12 +107,13 @@ def test_quality_of_a_captioned_folder_from_the_command_line(tmp_path: Path, noi
     assert [record["row"] for record in result["slices"]["captions"]] == [
         "native@1", "native@0.5/25%", cheap, ADAPTIVE, SHUFFLED, CHANCE,
     ]  # fmt: skip
-    assert result["cheap"] == cheap and result["weights"] == {cheap: "fusion.safetensors"}
+    assert result["cheap"] == cheap and result["weights"] == {cheap: weights.name}
     assert result["slices"]["captions"][-1]["quality"] is None and result["pareto"]
     with Image.open(tmp_path / "out.png") as image:
         assert image.format == "PNG"
-    other = DeepStackFusion(replace(module.spec, rank=16))
-    other.save(weights)
+    other = tmp_path / "other.safetensors"
+    DeepStackFusion(replace(FusionSpec.read(weights), rank=16, elastic=())).save(other)
+    options[3] = str(other)
     for wrong in (
         *(["--data", str(tmp_path)], [*data, *options], [*data, "--plot", str(tmp_path / "out.jpg")]),
         *([*data, "--scenes", "1"], [*data, "--knobs", "--points", "top"]),

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from server import png, serving
 
 from adaptive_fusion import AdaptiveRunner
+from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.ranges import feature_ranges
 from adaptive_fusion.serving.run import DrainingServer
 from adaptive_fusion.serving.web import texts
 
@@ -256,7 +258,8 @@ def test_all_of_a_decision_can_be_asked_for(client: httpx.Client) -> None:
     assert client.get("/v1/adaptive_fusion/decisions/another").json()["error"]["code"] == "unknown_request"
     policy = client.get("/v1/adaptive_fusion/policy").json()
     assert policy["policy"] in policy["policies"] and policy["lanes"]
-    assert all(low <= high for low, high in policy["ranges"].values()) and policy["ranges"]
+    assert all(low <= high for low, high in policy["ranges"].values())
+    assert feature_ranges(Policy.load("balanced"))  # a policy with a record of the images that it was fitted on
     decided = client.post("/v1/adaptive_fusion/decide", params={"pictures": "true"}, json=body).json()
     assert decided["pictures"] == [] and decided["tokens"]["visual_planned"] == 0
     assert client.post("/v1/adaptive_fusion/decide", params={"pictures": "1"}, json=body).status_code == 400

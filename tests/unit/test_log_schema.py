@@ -47,7 +47,7 @@ MADE = {
 @pytest.mark.parametrize("event", MADE)
 def test_writers_make_the_fields_of_the_schema_and_no_others(event: Any) -> None:
     made = MADE[event]()
-    optional = {"shadow": {"source_id", "cost"}, "decision": {"event"}}.get(event, set())
+    optional = {"shadow": {"source_id", "cost"}, "decision": {"event"}, "feedback": {"comment"}}.get(event, set())
     assert set(made) == fields_of(event) - optional
     assert made.get("event", "decision") == event and set(made) <= set(COLUMNS)
 

@@ -56,6 +56,8 @@ def test_a_part_is_the_law_over_its_levels(strategy: str, rank: int, tmp_path: P
         value.copy_(at)
     assert torch.equal(said(part), said(alone))
     assert not torch.equal(said(part), said(whole))
+    part.save(tmp_path / "part.safetensors")
+    assert torch.equal(said(DeepStackFusion.from_file(tmp_path / "part.safetensors")), said(part))
 
 
 @pytest.mark.parametrize("strategy", TRAINED)

@@ -29,7 +29,7 @@ def test_the_nearest_threshold_holds() -> None:
 
 
 def test_a_policy_keeps_the_table_on_disk_and_has_none_by_itself(tmp_path: Path) -> None:
-    plain = Policy.load("reference-balanced")
+    plain = Policy.load("native")
     assert plain.escalation is None and Policy.load(plain.save(tmp_path / "plain")).escalation is None
     assert Policy.load(replace(plain, escalation=RULES).save(tmp_path / "new")).escalation == RULES
     (file := tmp_path / "new" / "policy.toml").write_text(file.read_text().replace("count", "counted"))

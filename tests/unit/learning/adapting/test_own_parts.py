@@ -34,7 +34,8 @@ from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.policy.escalation import MOST_TOKENS, UNFITTED
 from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.policy import Policy
-from adaptive_fusion.policy.router import constant_router
+from adaptive_fusion.policy.predictors import Tree, TreeModel
+from adaptive_fusion.policy.router import PlainRouter, constant_router
 from adaptive_fusion.policy.rungs import Rung
 
 SHARES = (0.84, 0.71, 0.5, 0.35, 0.25, 0.18, 0.125, 0.0625)
@@ -162,5 +163,5 @@ def test_the_router_moves_with_the_number_of_rows() -> None:
     assert abs(few - before).mean() < abs(many - before).mean()
     assert np.mean((many > 0.5) == (y > 0.5)) > 0.9 > np.mean((before > 0.5) == (y > 0.5))
     with pytest.raises(ConfigError, match="TreeModel"):
-        fit_router(Policy.load("reference-balanced").router, x, y)
+        fit_router(PlainRouter(general.inputs, TreeModel((Tree((0,), (0.0,), (-1,), (-1,), (False,), (0.5,)),))), x, y)
     assert math.isclose(float(fit_router(constant_router(0.3), x[:0, :0], y[:0]).p_complex_batch(x[:1, :0])[0]), 0.3)

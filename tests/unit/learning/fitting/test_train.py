@@ -28,6 +28,8 @@ from adaptive_fusion.errors import ConfigError, GateRefused
 from adaptive_fusion.learning.data.dataset import Dataset
 from adaptive_fusion.learning.data.labels import label_record
 from adaptive_fusion.learning.data.matrix import build_dataset
+from adaptive_fusion.learning.data.samples import FILE as SAMPLE_FILE
+from adaptive_fusion.learning.data.samples import Sample
 from adaptive_fusion.learning.fitting import train as train_module
 from adaptive_fusion.learning.fitting.train import Trained, train
 from adaptive_fusion.policy.fitted import Fingerprint, Fitted
@@ -52,6 +54,7 @@ def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path
             "policy.toml",
             "report.json",
             "router.json",
+            "training.json",
         ]
     )
     for name in names:
@@ -61,13 +64,13 @@ def test_the_same_logs_and_seed_give_the_same_bytes(trained: Trained, logs: Path
 
 
 def test_the_base_is_the_shipped_policy_that_the_labels_are_for(logs: Path, tmp_path: Path) -> None:
-    assert train_module._labelled_policy([logs], 1).name == "balanced"  # the first rung of its cheap lane is labelled
+    assert train_module.labelled_policy([logs], 1).name == "balanced"  # the first rung of its cheap lane is labelled
     for name in ("reference-latency", "reference-quality"):
         quality = {rung.name: 0.5 for ladder in Policy.load(name).lanes.values() for rung in ladder}
         labels = [label_record(subject(np.zeros(4), i, reads=False), "oracle", quality=quality) for i in range(3)]
-        assert train_module._labelled_policy([write_jsonl(tmp_path / f"{name}.jsonl", labels)], 1).name == name
+        assert train_module.labelled_policy([write_jsonl(tmp_path / f"{name}.jsonl", labels)], 1).name == name
     unknown = [label_record(subject(np.zeros(4), 0, reads=False), "oracle", quality={"top@1": 1.0})]
-    assert train_module._labelled_policy([write_jsonl(tmp_path / "top.jsonl", unknown)], 1).name == "balanced"
+    assert train_module.labelled_policy([write_jsonl(tmp_path / "top.jsonl", unknown)], 1).name == "balanced"
 
 
 def test_the_folder_loads_and_its_card_has_figures_data_slices_and_limits(trained: Trained) -> None:
@@ -168,7 +171,14 @@ def test_a_folder_that_cannot_be_written_whole_keeps_the_earlier_policy(
 
     monkeypatch.setattr(train_module, "card", full)
     with pytest.raises(OSError, match="No space left"):
-        train_module._write(tmp_path / "old", trained.fitted, trained.verdict, "base", "command")
+        train_module._write(
+            tmp_path / "old",
+            trained.fitted,
+            trained.verdict,
+            "base",
+            "command",
+            Sample.load(trained.folder / SAMPLE_FILE),
+        )
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
 
 
