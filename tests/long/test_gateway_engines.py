@@ -1,6 +1,7 @@
 """The gateway before `transformers serve` with the reference model: what clients and their tests see is what they see
 without it; and what must hold however hostile the requests are."""
 
+import asyncio
 import json
 import os
 import socket
@@ -75,7 +76,7 @@ def test_the_official_client_gets_the_same_words(transformers_serve: str, stream
 def test_a_smaller_image_is_answered_faster_for_fewer_tokens(transformers_serve: str) -> None:
     with gateway(transformers_serve, engine="transformers", processor="reference") as server:
         assert asked(client_of(server), True)
-        (row,) = inside(server).records.last(1)
+        (row,) = asyncio.run(inside(server).records.last(1))
         assert row["tokens"]["visual_native"] > 0
 
 

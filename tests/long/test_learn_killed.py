@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path: Path, shar
     (tmp_path / "logs").mkdir()
     write_jsonl(tmp_path / "logs" / "labels.jsonl", oracle_labels(500, 1))
     base_policy().save(tmp_path / "base")
+    began = time.monotonic()
     whole = subprocess.run(command(tmp_path, tmp_path / "whole"), capture_output=True, timeout=MOST_S, check=True)
+    took = time.monotonic() - began
     rng = random.Random(0)
     kills, told = 0, b""
     for _ in range(share_of(100)):
@@ -32,7 +35,7 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path: Path, shar
             command(tmp_path, tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             try:
-                told, _ = process.communicate(timeout=rng.uniform(0.5, 8.0))
+                told, _ = process.communicate(timeout=rng.uniform(0.05, 0.6) * took)
                 if process.returncode == 0:
                     break
             except subprocess.TimeoutExpired:
