@@ -90,7 +90,7 @@ def test_a_start_command_serves_until_it_is_told_to_end(name: str, tmp_path: Pat
     try:
         until(lambda: re.search(r"http://127\.0\.0\.1:\d+", said.read_text()) or process.poll() is not None, "a line")
         assert process.poll() is None, said.read_text()
-        found = re.search(r"ready: .*(http://127\.0\.0\.1:\d+)", said.read_text())
+        found = re.search(r"ready: .*?(http://127\.0\.0\.1:\d+)", said.read_text())
         assert found is not None, said.read_text()
         with httpx.Client(base_url=found[1], timeout=MOST_S) as client:
             assert client.get("/health").status_code == 200

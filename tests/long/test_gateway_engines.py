@@ -21,7 +21,7 @@ from server import asking, image, text
 from test_serve_compliance import program
 from test_serve_media import body as conversation
 from upstream import engine
-from waits import MOST_S
+from waits import MOST_S, until
 
 from adaptive_fusion.reference import model_path
 
@@ -76,6 +76,7 @@ def test_the_official_client_gets_the_same_words(transformers_serve: str, stream
 def test_a_smaller_image_is_answered_faster_for_fewer_tokens(transformers_serve: str) -> None:
     with gateway(transformers_serve, engine="transformers", processor="reference") as server:
         assert asked(client_of(server), True)
+        until(lambda: asyncio.run(inside(server).records.last(1)), "the request's record")
         (row,) = asyncio.run(inside(server).records.last(1))
         assert row["tokens"]["visual_native"] > 0
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,8 +233,9 @@ def test_native_and_adaptive_stand_side_by_side(browser: Any, server: DrainingSe
 
 
 def test_stop_ends_an_answer_and_frees_the_server(browser: Any, server: DrainingServer, picture: Path) -> None:
-    # The model answers briefly; an end token that it may not choose makes it go on.
+    # The model answers briefly and at once; an end token that it may not choose makes it go on, slowly.
     object.__setattr__(server.service.settings, "generate", {"min_new_tokens": 900})
+    slowly = server.service.runner.model.register_forward_hook(lambda *_: time.sleep(0.02))
     try:
         with chat_of(browser, server) as page:
             page.click("#settings button")
@@ -248,6 +250,7 @@ def test_stop_ends_an_answer_and_frees_the_server(browser: Any, server: Draining
             page.wait_for_function("document.querySelector('#conversation').innerText.includes('(stopped)')")
             page.wait_for_function("async () => /num_requests_running 0/.test(await (await fetch('/metrics')).text())")
     finally:
+        slowly.remove()
         object.__setattr__(server.service.settings, "generate", {})
 
 
