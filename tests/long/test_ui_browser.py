@@ -81,9 +81,16 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         return script.read().decode()
 
 
+LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")
+"""What Gradio's script says of calls that are open as a page is left."""
+
+
 @contextmanager
-def page_of(browser: Any, server: DrainingServer, path: str = "en/", **options: Any) -> Iterator[Any]:
-    """An open page in a browser session of its own, which asks no other site and has no error in its console."""
+def page_of(
+    browser: Any, server: DrainingServer, path: str = "en/", leaves: bool = False, **options: Any
+) -> Iterator[Any]:
+    """An open page in a browser session of its own, which asks no other site and has no error in its console; but for
+    what is said of open calls where the page `leaves`."""
     context = browser.new_context(**{"viewport": DESKTOP, **options})
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
@@ -96,7 +103,7 @@ def page_of(browser: Any, server: DrainingServer, path: str = "en/", **options: 
     page.goto(f"{home}ui/{path}")
     try:
         yield page
-        assert not faults
+        assert not [said for said in faults if not (leaves and any(words in said for words in LEAVING))]
     finally:
         context.close()
 
@@ -279,7 +286,7 @@ def test_a_wrong_file_is_told_and_the_question_stays(browser: Any, server: Drain
 def test_a_reload_keeps_nothing_and_two_browsers_do_not_mix(
     browser: Any, server: DrainingServer, picture: Path
 ) -> None:
-    with chat_of(browser, server) as page, chat_of(browser, server) as other:
+    with chat_of(browser, server, leaves=True) as page, chat_of(browser, server) as other:
         ask(page, "What is shown?", picture)
         ask(other, "Where is it?", picture)
         assert "Where is it?" not in page.inner_text("#conversation")
@@ -343,7 +350,7 @@ def test_an_export_has_the_conversation_and_its_decisions(browser: Any, server: 
 
 
 def test_languages_come_from_the_browser_and_from_the_control(browser: Any, server: DrainingServer) -> None:
-    with page_of(browser, server, "", locale="zh-CN") as page:
+    with page_of(browser, server, "", leaves=True, locale="zh-CN") as page:
         page.wait_for_selector("#points table")  # Gradio complains of calls that are open as a page is left
         assert page.url.endswith("/ui/zh/") and "预算" in page.inner_text("body")
         page.wait_for_function("document.documentElement.lang === 'zh-Hans'")

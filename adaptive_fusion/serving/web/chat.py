@@ -86,7 +86,11 @@ def chat_page(web: Web) -> ChatControls:
     page = _Chat(web, running)
     settings = [*manner, *budget.limits]
     after = [talk, turns, said, message, chosen, shown, raw]
-    message.submit(page.ask, [message, turns, *settings], after, concurrency_limit=None, show_progress="hidden")
+    # Multiple, as a call counts until its decision is drawn, and Gradio would drop what is sent before that.
+    message.submit(
+        page.ask, [message, turns, *settings], after, trigger_mode="multiple", concurrency_limit=None,
+        show_progress="hidden",
+    )  # fmt: skip
     chosen.input(page.show, [turns, chosen], [shown, raw], concurrency_limit=None, show_progress="hidden")
     stop.click(page.stop, None, said, concurrency_limit=None, show_progress="hidden")
     gr.on([clear.click, talk.clear], page.clear, None, after, show_progress="hidden")
