@@ -188,7 +188,7 @@ def test_a_client_that_goes_away_ends_its_request_upstream() -> None:
 
 
 def test_a_slow_reader_holds_back_the_engine() -> None:
-    words = ["w" * 60_000] * 400  # 24 MB
+    words = ["w" * 60_000] * 1_600  # 96 MB; the kernel takes some 20 on the two ways
     with engine(words=lambda body: words) as behind, gateway(behind.url) as server:
         body = {"model": "m", "stream": True, "messages": asking(text("?"))}
         with httpx.stream("POST", url_of(server), json=body, timeout=MOST_S) as answer:
@@ -199,9 +199,9 @@ def test_a_slow_reader_holds_back_the_engine() -> None:
                 stays = stays + 1 if behind.sent == before else 0
                 before = behind.sent
                 threading.Event().wait(0.05)
-            assert behind.sent < 16 << 20
+            assert behind.sent < 48 << 20
             size += sum(map(len, pieces))
-        assert size >= 24_000_000
+        assert size >= 96_000_000
 
 
 def test_32_streams_at_once_lose_and_swap_nothing() -> None:
