@@ -26,15 +26,17 @@ class LinearModel:
     """``bias + sum of weights[i] * x[i]``, where a missing x[i] (NaN) counts as ``fill[i]``, its training
     mean.
 
-    Standardisation is folded in: ``weights = w / scale`` and ``bias = b - sum of w * mean / scale``.
+    Standardisation is folded in: ``weights = w / scale`` and ``bias = b - sum of w * mean / scale``. ``spread[i]``, of
+    which scores know nothing, is its standard deviation in training, for people who look at it; empty if not recorded.
 
     Raises:
-        PolicyError: If `weights` and `fill` differ in length or hold anything but finite numbers.
+        PolicyError: If `weights`, `fill` and `spread` differ in length or hold anything but finite numbers.
     """
 
     weights: tuple[float, ...]
     fill: tuple[float, ...]
     bias: float = 0.0
+    spread: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", numbers(self.weights, "weights", error=PolicyError))
@@ -42,6 +44,9 @@ class LinearModel:
         object.__setattr__(self, "bias", number(self.bias, "bias", error=PolicyError))
         if len(self.weights) != len(self.fill):
             raise PolicyError(f"{len(self.weights)} weights and {len(self.fill)} fill values; expected as many")
+        object.__setattr__(self, "spread", numbers(self.spread, "spread", error=PolicyError))
+        if self.spread and len(self.spread) != len(self.weights):
+            raise PolicyError(f"{len(self.weights)} weights and {len(self.spread)} spreads; expected as many, or none")
 
     @property
     def width(self) -> int:
@@ -63,7 +68,8 @@ class LinearModel:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able parameters, exact."""
-        return {"kind": "linear", "weights": [*self.weights], "fill": [*self.fill], "bias": self.bias}
+        spread = {"spread": [*self.spread]} if self.spread else {}
+        return {"kind": "linear", "weights": [*self.weights], "fill": [*self.fill], "bias": self.bias, **spread}
 
 
 @dataclass(frozen=True)
@@ -274,7 +280,7 @@ def model_from_dict(values: Any) -> Model:
 
 
 def _linear_from_dict(values: Any) -> LinearModel:
-    table = check_keys(values, "linear model", ("kind", "weights", "fill", "bias"))
+    table = check_keys(values, "linear model", ("kind", "weights", "fill", "bias"), ("spread",))
     if table["kind"] != "linear":
         raise PolicyError(f"model kind is {table['kind']!r}; expected linear")
-    return LinearModel(table["weights"], table["fill"], table["bias"])
+    return LinearModel(table["weights"], table["fill"], table["bias"], table.get("spread", ()))

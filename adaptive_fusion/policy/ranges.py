@@ -7,7 +7,7 @@ import math
 
 from adaptive_fusion.policy.clouds import Space
 from adaptive_fusion.policy.policy import Policy
-from adaptive_fusion.policy.predictors import TreeModel
+from adaptive_fusion.policy.predictors import LargestModel, TreeModel
 from adaptive_fusion.policy.router import PlainRouter
 
 _WIDE = 2.0
@@ -16,14 +16,23 @@ _WIDE = 2.0
 
 def feature_ranges(policy: Policy) -> dict[str, tuple[float, float]]:
     """Lowest and highest value by feature: where nearly all images lie that the policy was fitted on, or, where it has
-    no record of them, the span of values at which its router's trees divide. Features that neither reads are missing.
+    no record of them, the span of values at which its router's trees divide. Features of which nothing is recorded are
+    missing.
     """
     if policy.familiar is not None:
         return _of_space(policy.familiar.clouds.space)
     router = policy.router
-    if not isinstance(router, PlainRouter) or not isinstance(router.model, TreeModel):
+    if not isinstance(router, PlainRouter):
         return {}
-    return _of_trees(router.model, router.inputs.names)
+    if isinstance(router.model, TreeModel):
+        return _of_trees(router.model, router.inputs.names)
+    models = router.model.models if isinstance(router.model, LargestModel) else (router.model,)
+    found: dict[str, tuple[float, float]] = {}
+    for model in models:
+        if model.spread:
+            for name, mean, spread in zip(router.inputs.names, model.fill, model.spread, strict=True):
+                found.setdefault(name, (mean - _WIDE * spread, mean + _WIDE * spread))
+    return found
 
 
 def _of_space(space: Space) -> dict[str, tuple[float, float]]:

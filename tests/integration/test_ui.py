@@ -259,7 +259,8 @@ def test_all_of_a_decision_can_be_asked_for(client: httpx.Client) -> None:
     policy = client.get("/v1/adaptive_fusion/policy").json()
     assert policy["policy"] in policy["policies"] and policy["lanes"]
     assert all(low <= high for low, high in policy["ranges"].values())
-    assert feature_ranges(Policy.load("balanced"))  # a policy with a record of the images that it was fitted on
+    # Those with a record of their images, and those whose router kept mean and spread of what it was fitted on.
+    assert all(feature_ranges(Policy.load(name)) for name in ("balanced", "reference-balanced"))
     decided = client.post("/v1/adaptive_fusion/decide", params={"pictures": "true"}, json=body).json()
     assert decided["pictures"] == [] and decided["tokens"]["visual_planned"] == 0
     assert client.post("/v1/adaptive_fusion/decide", params={"pictures": "1"}, json=body).status_code == 400

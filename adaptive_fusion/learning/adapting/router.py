@@ -69,4 +69,5 @@ def _parts(model: LinearModel | LargestModel) -> tuple[LinearModel, ...]:
 def _plus(model: LinearModel, line: Platt, weights: FloatArray, bias: float) -> LinearModel:
     """The model's calibrated log odds and a linear one, as one; the largest of several stays the largest."""
     total = line.slope * np.asarray(model.weights) + weights
-    return LinearModel(tuple(map(float, total)), model.fill, float(line.slope * model.bias + line.intercept + bias))
+    bias += line.slope * model.bias + line.intercept
+    return replace(model, weights=tuple(map(float, total)), bias=float(bias))

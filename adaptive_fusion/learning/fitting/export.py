@@ -71,11 +71,13 @@ def _linear(last: Any, steps: list[Any]) -> LinearModel:
     weights = np.asarray(last.coef_, np.float64).reshape(-1)
     bias = float(np.asarray(last.intercept_).reshape(-1)[0])
     fill = np.zeros_like(weights)
+    spread: tuple[float, ...] = ()
     for step in reversed(steps):
         if isinstance(step, StandardScaler):
             mean = step.mean_ if step.with_mean else np.zeros_like(weights)
             scale = step.scale_ if step.with_std else np.ones_like(weights)
             weights = weights / scale
+            spread = tuple(np.sqrt(step.var_).tolist()) if step.with_std else ()
             bias -= float(weights @ mean)
             fill = fill * scale + mean
         elif isinstance(step, SimpleImputer) and not step.add_indicator:
@@ -84,7 +86,7 @@ def _linear(last: Any, steps: list[Any]) -> LinearModel:
                 raise ConfigError("the imputer met a feature without a single value; leave that feature out")
         else:
             raise ConfigError(f"cannot export {type(step).__name__}; expected SimpleImputer or StandardScaler")
-    return LinearModel(tuple(weights.tolist()), tuple(fill.tolist()), bias)
+    return LinearModel(tuple(weights.tolist()), tuple(fill.tolist()), bias, spread)
 
 
 def _boosted(estimator: Any) -> TreeModel:

@@ -115,6 +115,10 @@ def test_regressors_export_too() -> None:
         model = export_model(estimator)
         np.testing.assert_allclose(model.raw_batch(rows), estimator.predict(rows), rtol=0, atol=1e-9)
         assert model_from_dict(json.loads(json.dumps(model.to_dict()))) == model
+        if isinstance(model, LinearModel):
+            np.testing.assert_allclose(model.spread, SimpleImputer().fit_transform(x).std(axis=0))
+    with pytest.raises(PolicyError, match="2 weights and 1 spreads"):
+        LinearModel((1.0, 2.0), (0.0, 0.0), 0.0, (1.0,))
 
 
 def test_what_cannot_be_exported_is_refused_by_name() -> None:
