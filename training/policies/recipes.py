@@ -36,9 +36,9 @@ RECIPES: dict[str, Recipe] = {
         0.01,
         "cost",
         {
-            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.2), w(0.5, 0.125), w(0.25, 0.125)),
+            SIMPLE: (w(1, 0.5), w(1, 0.25), w(0.5, 0.25), w(0.5, 0.125), w(0.25, 0.125)),
             COMPLEX: (FULL, g(0.5, 1), g(1, 0.5), g(0.5, 0.5), g(0.5, 0.25), g(0.25, 0.25)),
-            VIDEO: (FULL, g(1, 0.5), g(1, 0.4), g(0.5, 0.25), FEW_FRAMES),
+            VIDEO: (FULL, g(1, 0.5), g(0.5, 0.25), FEW_FRAMES),
         },
     ),
     "reference-latency": Recipe(
@@ -58,7 +58,7 @@ RECIPES: dict[str, Recipe] = {
         {
             SIMPLE: (w(1, 0.5),),
             COMPLEX: (FULL, g(0.5, 1), g(1, 0.5), g(0.5, 0.5)),
-            VIDEO: (FULL, g(1, 0.5), g(1, 0.4)),
+            VIDEO: (FULL, g(1, 0.5)),
         },
     ),
 }
