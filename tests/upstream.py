@@ -39,6 +39,7 @@ class Engine:
         words: Of its answers; a function of the body may choose them.
         before: Awaited before each piece of a stream, with its number.
         dies_at: Number of the piece of a stream in whose place the connection is cut off.
+        dies_with: How many bytes of that piece are sent before.
         logprobs: Of the first token's likeliest, by the body; None gives none, an int is a status to refuse with.
         status: Of answers; their body is an error unless it is 200.
     """
@@ -47,6 +48,7 @@ class Engine:
     words: Callable[[Any], list[str]] = lambda body: ["one", " two", " three"]
     before: Callable[[int], Any] | None = None
     dies_at: int | None = None
+    dies_with: int = 0
     logprobs: Callable[[Any], list[float] | None] | int | None = None
     status: int = 200
     sent: int = 0
@@ -129,6 +131,9 @@ class Engine:
                 await self.before(index)
             if self.dies_at == index:
                 watching.cancel()
+                if self.dies_with:
+                    part = event[: self.dies_with]
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
                 raise ConnectionError("cut off")
             if got.gone:
                 break

@@ -165,6 +165,13 @@ def test_a_dead_engine_is_an_error_and_never_a_silent_end() -> None:
         assert inside(server).deciding.controller.state()["counts"]["updates"] == 0
 
 
+def test_of_an_event_under_way_when_the_engine_dies_nothing_comes() -> None:
+    with engine(dies_at=2, dies_with=40) as behind, gateway(behind.url, "native") as server:
+        answer = post(server, {"model": "m", "stream": True, "messages": asking(text("?"))})
+        events = [json.loads(event[6:]) for event in answer.text.split("\n\n") if event]
+        assert [set(event) & {"choices", "error"} for event in events] == [{"choices"}, {"choices"}, {"error"}]
+
+
 def test_an_engine_that_says_nothing_is_given_up() -> None:
     async def never(index: int) -> None:
         await asyncio.sleep(MOST_S)

@@ -28,16 +28,14 @@ from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.gateway.engines import Agreed
 from adaptive_fusion.serving.gateway.escalate import (
     ASKED,
-    MOST_HELD,
-    Events,
     choices_of,
-    data_of,
     entropies,
     event_without_logprobs,
     without_logprobs,
 )
+from adaptive_fusion.serving.gateway.events import MOST_HELD, Events, data_of
 from adaptive_fusion.serving.gateway.plan import Planned
-from adaptive_fusion.serving.gateway.proxy import Headers, Incoming, closed, is_stream, relay
+from adaptive_fusion.serving.gateway.proxy import Headers, Incoming, closed, encoding_of, is_stream, relay
 from adaptive_fusion.serving.gateway.reading import OWN, Call, read_call
 from adaptive_fusion.serving.gateway.service import Gateway, media_names
 from adaptive_fusion.serving.gateway.side import Side
@@ -218,6 +216,7 @@ async def _relayed(
     """Pass an answer on, watch it, and learn from it once it is over."""
     watch = exchange.watch
     watch.stream = is_stream(response.headers)
+    watch.encoded(encoding_of(response.headers))
     added = [*headers_of(exchange.planned, decision), *_arm_of(exchange.trial)]
     await relay(
         response,

@@ -6,18 +6,16 @@ Knows answers and events in OpenAI's form. Must not know of plans, thresholds or
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adaptive_fusion.serving.gateway.events import data_of
 from adaptive_fusion.serving.gateway.splice import Body, Node, NotReadable
 
 ASKED = 20
 """How many of the likeliest tokens are asked for, the most that OpenAI's API gives."""
 _CHOICE = {"logprobs": None, "*": None}
 SHAPE = {"choices": [_CHOICE], "*": None}
-MOST_HELD = 1 << 20
-"""Bytes of an answer that are held back for a verdict."""
-_END = b"\n\n"
 
 
 def entropies(choices: Sequence[Any]) -> list[float]:
@@ -52,37 +50,6 @@ def without_logprobs(data: bytes) -> bytes:
         if (said := choice.get("logprobs")) is not None and said.value is not None:
             spans.append((said, "null"))
     return body.edited(spans)
-
-
-class Events:
-    """Server-sent events put together from the pieces in which they come."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    @property
-    def rest(self) -> bytes:
-        """The beginning of an event whose end has not come."""
-        return self._rest
-
-    def feed(self, piece: bytes) -> Iterator[bytes]:
-        """Whole events with their ends."""
-        data = self._rest + piece
-        at = 0
-        while True:
-            ends = [(found, mark) for mark in (_END, b"\r\n\r\n") if (found := data.find(mark, at)) >= 0]
-            if not ends:
-                break
-            found, mark = min(ends)
-            yield data[at : found + len(mark)]
-            at = found + len(mark)
-        self._rest = data[at:]
-
-
-def data_of(event: bytes) -> bytes | None:
-    """The data of an event that has it in one line; None for others."""
-    lines = [line for line in event.splitlines() if line.startswith(b"data:")]
-    return lines[0][5:].strip() if len(lines) == 1 else None
 
 
 def choices_of(data: bytes | None) -> list[Any]:

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Send
 
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.serving.gateway.events import Whole
 from adaptive_fusion.serving.http import BODY_S, too_large, too_slow
 from adaptive_fusion.serving.refusals import Refusal, error_body
 
@@ -160,6 +161,12 @@ def is_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return kind.partition(b";")[0].strip().lower() == b"text/event-stream"
 
 
+def encoding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """How the bytes of a response's body are packed; empty where they are not."""
+    found = b",".join(value for name, value in headers if name.lower() == b"content-encoding").strip().lower()
+    return b"" if found == b"identity" else found
+
+
 class Cut(Exception):
     """The engine went away in the middle of an answer that has no place for an error."""
 
@@ -174,7 +181,8 @@ async def relay(
     resized: bool = False,
     is_done: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Pass a response on to a client, piece by piece.
+    """Pass a response on to a client, piece by piece. A stream of events that breaks off ends with one that says so;
+    of the event that was under way nothing has passed then (`events.Whole`).
 
     Args:
         response: Of the engine.
@@ -186,36 +194,37 @@ async def relay(
         is_done: Of a stream whose end nothing marks: whether all of it was said.
 
     Raises:
-        Cut: If the engine goes away in the middle of something that is no stream of events.
+        Cut: If the engine goes away in the middle of something that is no stream of events, or a packed one.
     """
     without = (b"content-length",) if resized else ()
     names = {name.lower() for name, _ in response.headers}
     marked = b"content-length" in names or b"transfer-encoding" in names
     headers = [*end_to_end(response.headers, *without), *(added or [])]
-    last = b"\n\n"
+    whole = Whole() if is_stream(response.headers) and not encoding_of(response.headers) else None
     try:
         await send({"type": "http.response.start", "status": response.status, "headers": headers})
         try:
             async for piece in pieces if pieces is not None else response.aiter_stream():
                 saw(piece)
-                last = (last + piece)[-4:] if len(piece) < 4 else piece[-4:]
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if passing := piece if whole is None else whole.feed(piece):
+                    await send({"type": "http.response.body", "body": passing, "more_body": True})
             cut = is_stream(response.headers) and response.status == 200 and not marked and not is_done()
+            if cut and whole is None:
+                raise Cut
         except _GONE as error:
-            if not is_stream(response.headers):
+            if whole is None:
                 raise Cut from error
             cut = True
-        event = broken_event(last) if cut else b""
-        await send({"type": "http.response.body", "body": event, "more_body": False})
+        last = b"" if whole is None else broken_event(after_half=whole.is_open) if cut else whole.rest()
+        await send({"type": "http.response.body", "body": last, "more_body": False})
     finally:
         await closed(response)
 
 
-def broken_event(last: bytes) -> bytes:
-    """An event that says that the engine went away, after what came `last`, which may be half an event."""
+def broken_event(*, after_half: bool) -> bytes:
+    """An event that says that the engine went away; an event that may have been begun before is ended first."""
     refusal = Refusal("the engine upstream ended in the middle of its answer", 502, code="upstream_failed")
-    ended = last.endswith((b"\n\n", b"\r\n\r\n"))
-    return (b"" if ended else b"\n\n") + b"data: " + json.dumps(error_body(refusal)).encode() + b"\n\n"
+    return (b"\n\n" if after_half else b"") + b"data: " + json.dumps(error_body(refusal)).encode() + b"\n\n"
 
 
 async def closed(response: httpcore2.Response) -> None:

@@ -32,7 +32,8 @@ from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.serving.gateway import engines, processors
 from adaptive_fusion.serving.gateway.client import TIMEOUT_S, Client, UpstreamError, shortened
-from adaptive_fusion.serving.gateway.escalate import ASKED, Events, choices_of, data_of, entropies
+from adaptive_fusion.serving.gateway.escalate import ASKED, choices_of, entropies
+from adaptive_fusion.serving.gateway.events import Events, data_of
 from adaptive_fusion.serving.gateway.outgoing import chat_body
 from adaptive_fusion.serving.gateway.plan import Medium, Planned, Plans
 from adaptive_fusion.serving.gateway.reading import Call, read_call

@@ -21,7 +21,8 @@ from adaptive_fusion.decision_log import DecisionLog
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.serving.gateway.client import Client, UpstreamError
-from adaptive_fusion.serving.gateway.escalate import Events, choices_of, data_of
+from adaptive_fusion.serving.gateway.escalate import choices_of
+from adaptive_fusion.serving.gateway.events import Events, data_of
 from adaptive_fusion.serving.gateway.run import gateway_server
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
 

@@ -6,6 +6,7 @@ usage where it is told, else by counting events. Knows bytes and times. Must not
 
 import math
 import re
+import zlib
 from collections.abc import Callable
 
 from adaptive_fusion.control.upstream import measured_from_outside
@@ -17,6 +18,8 @@ _USAGE = {
     for name in ("completion_tokens", "prompt_tokens", "image_tokens")
 }
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,20})"')
+_ZLIB_OR_GZIP = 47
+"""zlib's number for either, told apart by how it begins."""
 TAIL = 16 << 10
 """Bytes of the end of an answer in which its usage is looked for."""
 
@@ -36,6 +39,14 @@ class Watch:
         self.last_ms = math.nan
         self.pieces = self.size = self._events = 0
         self._tail = b""
+        self._unpack: Callable[[bytes], bytes] | None = None
+        self.is_readable = True
+
+    def encoded(self, how: bytes) -> None:
+        """Its bytes are packed, as the header ``content-encoding`` says; empty where they are not. Of what cannot be
+        unpacked here nothing but the times is known, and its end is taken for one."""
+        self.is_readable = how in (b"", b"gzip", b"x-gzip", b"deflate")
+        self._unpack = zlib.decompressobj(_ZLIB_OR_GZIP).decompress if how and self.is_readable else None
 
     @property
     def elapsed_ms(self) -> float:
@@ -46,7 +57,14 @@ class Watch:
         """A piece passed by."""
         self.pieces += 1
         self.size += len(piece)
-        if self.stream:
+        if self._unpack is not None:
+            try:
+                piece = self._unpack(piece)
+            except zlib.error:
+                self._unpack, self.is_readable = None, False
+        if self.stream and not self.is_readable:
+            self.first_ms = self.elapsed_ms if math.isnan(self.first_ms) else self.first_ms
+        elif self.stream:
             said = len(_SAYS.findall(piece))
             self._events += said
             if said and math.isnan(self.first_ms):
@@ -70,8 +88,8 @@ class Watch:
 
     @property
     def is_done(self) -> bool:
-        """Whether the engine said that the answer is over."""
-        return self.finish_reason is not None or self._tail.rstrip().endswith(b"[DONE]")
+        """Whether the engine said that the answer is over; of what cannot be read it is believed."""
+        return not self.is_readable or self.finish_reason is not None or self._tail.rstrip().endswith(b"[DONE]")
 
     def measured(self, visual_tokens: int, prompt_tokens: int, expected_tokens: float) -> Measurement:
         """What it took; what the engine did not tell is as it was predicted."""
