@@ -36,8 +36,9 @@ from adaptive_fusion.serving.gateway.escalate import ASKED, choices_of, entropie
 from adaptive_fusion.serving.gateway.events import Events, data_of
 from adaptive_fusion.serving.gateway.outgoing import chat_body
 from adaptive_fusion.serving.gateway.plan import Medium, Planned, Plans
-from adaptive_fusion.serving.gateway.reading import Call, read_call
+from adaptive_fusion.serving.gateway.reading import Call, Shown, read_call
 from adaptive_fusion.serving.gateway.sizing import Given, Sizing, as_data_url
+from adaptive_fusion.serving.gateway.stills import NotPlanned
 
 __all__ = ["Remote", "RemoteStream", "UpstreamError"]
 
@@ -225,20 +226,24 @@ class Remote:
         never = "a stream's answer begins at once" if stream else call.why_no_look
         call = replace(call, budget=budget or Budget(), point=point, why_no_look=never)
         data = tuple(data_url_bytes(each.text) for each in call.shown)
-        shown = tuple(
-            Medium(self._sizing.measure(each, found.kind), found.detail)
-            for each, found in zip(data, call.shown, strict=True)
-        )
+        shown = tuple(self._medium(each, found) for each, found in zip(data, call.shown, strict=True))
         names = [each.measured.name for each in shown if each.measured is not None]
         turns = turns_of(call.messages, names, "")
         planned = self._plans.decide(call, shown, turns, (time.monotonic() - arrived) * 1e3)
         return _Ready(call, shown, data, planned, arrived)
 
+    def _medium(self, data: bytes, shown: Shown) -> Medium:
+        try:
+            return Medium(self._sizing.measure(data, shown.kind), shown.detail)
+        except NotPlanned as error:
+            return Medium(None, shown.detail, str(error))
+
     def _sent(self, ready: _Ready, given: Sequence[Given], added: Mapping[str, Any]) -> bytes:
         """The body with media at what they are given."""
         edits = []
         for medium, data, shown, each in zip(ready.media, ready.data, ready.call.shown, given, strict=True):
-            assert medium.measured is not None
+            if medium.measured is None:
+                continue
             frames = self._plans.frames(medium.measured, each)
             small = self._sizing.smaller(medium.measured, data, each, frames)
             if small is not None:

@@ -21,13 +21,14 @@ from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.fetcher import Address as MediaAddress
 from adaptive_fusion.serving.fetcher import Fetcher, allowed_origins, read_address
-from adaptive_fusion.serving.gateway import clips, engines, processors, reencode
+from adaptive_fusion.serving.gateway import clips, engines, processors
 from adaptive_fusion.serving.gateway.plan import Medium
 from adaptive_fusion.serving.gateway.proxy import Address, Upstream
 from adaptive_fusion.serving.gateway.reading import Call, Shown
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
 from adaptive_fusion.serving.gateway.side import Side
-from adaptive_fusion.serving.gateway.sizing import Given, NotPlanned, Sizing
+from adaptive_fusion.serving.gateway.sizing import Given, Sizing
+from adaptive_fusion.serving.gateway.stills import NotPlanned
 from adaptive_fusion.serving.http import BODIES, Bodies
 from adaptive_fusion.serving.media_limits import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
@@ -186,8 +187,6 @@ class Gateway:
 
     def _measure(self, shown: Shown, data: bytes | None) -> Medium:
         data = data_url_bytes(shown.text, self.limits.max_medium_bytes) if data is None else data
-        if shown.kind == "image" and (why := reencode.left_alone(data)) is not None:
-            return Medium(None, shown.detail, why)
         if shown.kind == "video" and (why := clips.unavailable()) is not None:
             return Medium(None, shown.detail, why)
         return Medium(self.sizing.measure(data, shown.kind), shown.detail, data=data)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.load import load_media, read_header
@@ -21,11 +20,14 @@ from adaptive_fusion.media.pixels import DEFAULT
 from adaptive_fusion.models.base import Size
 from adaptive_fusion.serving.gateway import reencode
 from adaptive_fusion.serving.gateway.processors import ImageGrid
+from adaptive_fusion.serving.gateway.stills import NotPlanned, Still, decoded
 
 T = TypeVar("T")
 MOST_MEASURED = 8192
 MOST_MIB = 128
 """Of media that were made smaller."""
+MOST_DECODED_MIB = 96
+"""Of pictures that were measured and wait for what is decided; beyond it they are decoded again."""
 _LABELS = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
 
 
@@ -88,6 +90,14 @@ class Kept(Generic[T]):
                 self.size -= self._size_of(self._values.popitem(last=False)[1])
         return value
 
+    def take(self, key: Any) -> T | None:
+        """The value of a key, which is kept no longer."""
+        with self._lock:
+            value = self._values.pop(key, None)
+            if value is not None:
+                self.size -= self._size_of(value)
+            return value
+
 
 class Sizing:
     """Measures media and makes them smaller.
@@ -102,30 +112,37 @@ class Sizing:
         self.grid, self._limits = grid, replace(DEFAULT, max_megapixels=max_megapixels)
         self._measured: Kept[Measured] = Kept(MOST_MEASURED)
         self._smaller: Kept[tuple[bytes | None]] = Kept(most_mib << 20, lambda made: len(made[0] or b"") + 256)
+        self._stills: Kept[Still] = Kept(MOST_DECODED_MIB << 20, lambda still: still.pixels.nbytes)
 
     def measure(self, data: bytes, kind: str) -> Measured:
         """What is known of a medium that is called an ``image`` or a ``video``.
 
         Raises:
-            MediaError: If it is none that can be planned for.
+            NotPlanned: If it is to be left as it is.
+            MediaError: If it cannot be read.
         """
         name = hashlib.sha256(data).hexdigest()
-        if (known := self._measured.get(name)) is not None:
+        if (known := self._measured.get((kind, name))) is not None:
             return known
-        found = read_header(data, limits=self._limits).kind
-        if found != kind:
-            raise NotPlanned(f"what is called an {kind} is a {found}" if kind == "image" else "it is a still image")
-        medium = load_media(data, limits=self._limits)
-        complexity = measure_complexity(medium)
-        if isinstance(medium, Video):
-            frames, height, width = medium.frames.shape[:3]
-            size = Size(frames, height, width, clip=True)
-            measured = Measured(name, size, complexity, medium.duration_s, medium.timestamps_s)
-        else:
-            measured = Measured(name, Size(1, medium.height, medium.width), complexity)
+        measured = self._still(name, data) if kind == "image" else self._clip(name, data)
         if max(measured.size.height, measured.size.width) > 200 * min(measured.size.height, measured.size.width):
             raise NotPlanned("it is too narrow for the model upstream")
-        return self._measured.keep(name, measured)
+        return self._measured.keep((kind, name), measured)
+
+    def _still(self, name: str, data: bytes) -> Measured:
+        still, rgb = decoded(data, limits=self._limits)
+        self._stills.keep(name, still)
+        return Measured(name, Size(1, *rgb.shape[:2]), measure_complexity(rgb))
+
+    def _clip(self, name: str, data: bytes) -> Measured:
+        if read_header(data, limits=self._limits).kind != "video":
+            raise NotPlanned("it is a still image")
+        clip = load_media(data, limits=self._limits)
+        if not isinstance(clip, Video):
+            raise NotPlanned("it is a clip of one frame")
+        frames, height, width = clip.frames.shape[:3]
+        size = Size(frames, height, width, clip=True)
+        return Measured(name, size, measure_complexity(clip), clip.duration_s, clip.timestamps_s)
 
     def smaller(self, measured: Measured, data: bytes, given: Given, frames: int | None) -> bytes | None:
         """The bytes that stand for a medium at what it is given; None where it stays as it is."""
@@ -140,13 +157,10 @@ class Sizing:
         if measured.size.clip:
             made = reencode.clip(data, frames, given.max_pixels, side=self.grid.side, limits=self._limits)
             return None if made is None else made.data
-        return (
-            None if given.max_pixels is None else reencode.image(data, given.max_pixels, self.grid, limits=self._limits)
-        )
-
-
-class NotPlanned(AdaptiveFusionError):
-    """A medium that is left as it is, and why."""
+        if given.max_pixels is None:
+            return None
+        still = self._stills.take(measured.name) or decoded(data, limits=self._limits)[0]
+        return reencode.smaller(still, given.max_pixels, self.grid)
 
 
 def as_data_url(data: bytes, before: str) -> str:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from adaptive_fusion.errors import MediaError
 from adaptive_fusion.serving.gateway.processors import PRESETS, ImageGrid, find
-from adaptive_fusion.serving.gateway.reencode import image, left_alone, target
+from adaptive_fusion.serving.gateway.reencode import image, target
+from adaptive_fusion.serving.gateway.stills import left_alone
 
 GRID = ImageGrid(16, 2, 2, 4096, 1 << 20)
 
