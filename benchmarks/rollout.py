@@ -23,7 +23,9 @@ from pathlib import Path
 from adaptive_fusion.control import law
 from adaptive_fusion.control.estimators import Price
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL
-from adaptive_fusion.rollout.experiment import PROMOTED, ROLLED_BACK, RUNNING, Course, Experiment, Outcome
+from adaptive_fusion.rollout.course import Course
+from adaptive_fusion.rollout.events import Outcome
+from adaptive_fusion.rollout.experiment import PROMOTED, ROLLED_BACK, RUNNING, Experiment
 from adaptive_fusion.rollout.live import Live
 
 LABELLED, RATED = 0.1, 0.1

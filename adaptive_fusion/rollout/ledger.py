@@ -12,16 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.rollout.experiment import (
-    RUNNING,
-    Command,
-    Course,
-    Event,
-    Experiment,
-    Transition,
-    from_event,
-    to_event,
-)
+from adaptive_fusion.rollout.course import Course
+from adaptive_fusion.rollout.events import Command, Event, Transition, from_event, to_event
+from adaptive_fusion.rollout.experiment import RUNNING, Experiment
 from adaptive_fusion.rollout.store import Control, Store
 
 COMMANDS = ("promote", "abort")

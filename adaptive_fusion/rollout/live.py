@@ -23,17 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL, arm_of, place
-from adaptive_fusion.rollout.experiment import (
-    AUDIT,
-    RUNNING,
-    SHADOW,
-    Experiment,
-    Late,
-    Missing,
-    Outcome,
-    Pair,
-    finite,
-)
+from adaptive_fusion.rollout.events import Late, Missing, Outcome, Pair, finite
+from adaptive_fusion.rollout.experiment import AUDIT, RUNNING, SHADOW, Experiment
 from adaptive_fusion.rollout.ledger import Ledger
 from adaptive_fusion.rollout.outcomes import URGENT
 from adaptive_fusion.rollout.store import Store

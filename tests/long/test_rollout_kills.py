@@ -14,7 +14,9 @@ from pathlib import Path
 from waits import MOST_S
 
 from adaptive_fusion.rollout.assignment import CANARY
-from adaptive_fusion.rollout.experiment import ROLLED_BACK, RUNNING, Course, Experiment, to_event
+from adaptive_fusion.rollout.course import Course
+from adaptive_fusion.rollout.events import to_event
+from adaptive_fusion.rollout.experiment import ROLLED_BACK, RUNNING, Experiment
 from adaptive_fusion.rollout.live import Live
 
 KILLS = 100

@@ -9,22 +9,9 @@ from hypothesis import strategies as st
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL
-from adaptive_fusion.rollout.experiment import (
-    ABORTED,
-    PROMOTED,
-    ROLLED_BACK,
-    RUNNING,
-    Command,
-    Course,
-    Experiment,
-    Late,
-    Missing,
-    Outcome,
-    Pair,
-    Transition,
-    from_event,
-    to_event,
-)
+from adaptive_fusion.rollout.course import Course
+from adaptive_fusion.rollout.events import Command, Late, Missing, Outcome, Pair, Transition, from_event, to_event
+from adaptive_fusion.rollout.experiment import ABORTED, PROMOTED, ROLLED_BACK, RUNNING, Experiment
 from adaptive_fusion.rollout.guardrails import DEFAULT, guardrails_from
 
 GOOD = {"errors": 0.0, "dead": 0.0, "out_of_memory": 0.0, "escalations": 0.0, "deadline_misses": 0.0}

@@ -17,7 +17,8 @@ from adaptive_fusion.learning.data.labels import shadow_record
 from adaptive_fusion.learning.loop.learn import CANDIDATE, SHADOWED, SNAPSHOT, STEPS, Loop, Seen, Settings
 from adaptive_fusion.learning.loop.state import READY, REFUSED, RELEASED, ROLLED_BACK, RUNNING, WAITING
 from adaptive_fusion.policy.policy import Policy
-from adaptive_fusion.rollout.experiment import Experiment, Pair
+from adaptive_fusion.rollout.events import Pair
+from adaptive_fusion.rollout.experiment import Experiment
 from adaptive_fusion.rollout.handover import WHO, Handover
 from adaptive_fusion.rollout.ledger import Ledger
 from adaptive_fusion.rollout.store import Store
