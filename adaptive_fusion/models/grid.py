@@ -228,7 +228,7 @@ class GridAdapter(Adapter):
                 out = self._reused(kind, reuse, pixels, inputs[grid_key], grids, point)
             else:
                 out = self._features(kind, pixels, inputs[grid_key], merged, point)
-            outputs[kind] = self._pooled(out, merged, point)
+            outputs[kind] = self._without_taps(self._pooled(out, merged, point))
             segments[getattr(self.model.config, id_key)] = [
                 Segment(h * w, y * x) for (t, h, w), (_, y, x) in zip(merged, small, strict=True) for _ in range(t)
             ]
@@ -289,6 +289,13 @@ class GridAdapter(Adapter):
             elif point.fusion == "native":
                 taps = [tower.deepstack_merger_list[i](levels[tap]) for i, tap in enumerate(self.taps)]
             self._set_taps(out, taps, merged)
+        return out
+
+    def _without_taps(self, out: Any) -> Any:
+        """The same; of a model of a kind that may have taps and has none, with an empty list of them, which its forward
+        pass goes through."""
+        if not self.taps and getattr(out, "deepstack_features", ()) is None:
+            out.deepstack_features = []
         return out
 
     def _set_taps(self, out: Any, taps: list[Tensor], merged: list[Grid]) -> None:
