@@ -22,11 +22,12 @@ from adaptive_fusion.learning.adapting.answers import Answers, answered, read_an
 from adaptive_fusion.learning.adapting.card import card
 from adaptive_fusion.learning.adapting.cases import Case, Looked, halves, images_of, look, octaves_of, planner_for
 from adaptive_fusion.learning.adapting.choice import informative
-from adaptive_fusion.learning.adapting.fit import Adapted, adapt_policy, ladders
+from adaptive_fusion.learning.adapting.fit import Adapted, ladders
 from adaptive_fusion.learning.adapting.install import install
-from adaptive_fusion.learning.adapting.judge import FOLDS, Taken, cross_fitted, figures, refused, take
+from adaptive_fusion.learning.adapting.judge import FOLDS
 from adaptive_fusion.learning.adapting.modules import Modules
 from adaptive_fusion.learning.adapting.needs import LEAST_IMAGES
+from adaptive_fusion.learning.adapting.settle import settle
 from adaptive_fusion.learning.adapting.work import Terms, Work
 from adaptive_fusion.learning.fitting.card import finite
 from adaptive_fusion.learning.fitting.gate import Verdict
@@ -167,6 +168,11 @@ class Adaptation:
         begun = not answered(self._work.labels).isdisjoint(case.key for case in self._cases)
         self._shares = self._work.shares(chosen, begun=begun)
 
+    @property
+    def cases(self) -> Sequence[Case]:
+        """The questions that the model is asked, each once."""
+        return self._cases
+
     def _try_one(self, case: Case) -> None:
         """Whether the model takes an image and a question at all: a template that is missing shows here."""
         request = build_request(case.question.load(), case.question.prompt)
@@ -238,14 +244,14 @@ class Adaptation:
             calibrate(runner, progress=progress)
         answers = self.answered()
         progress(0, 1, "fit")
-        found = self._fit(answers)
-        judged = self._judged(answers)
-        if why := refused(judged, "general", answers.tolerance):
+        done = settle(runner.adapter, runner.profile, answers, self.base, self.name, self._modules.files)
+        if why := done.refusal:
             raise GateRefused(
-                f"the general policy {self.base.name!r} stays: {why}", Verdict(False, (why,), judged, len(answers))
+                f"the general policy {self.base.name!r} stays: {why}",
+                Verdict(False, (why,), done.figures, len(answers)),
             )
-        folder = install(self._written(found, judged, answers), root, self.name)
-        return Installed(found.policy, folder, found.parts, judged, answers.images, self.failed)
+        folder = install(self._written(done.found, done.figures, answers), root, self.name)
+        return Installed(done.policy, folder, done.found.parts, done.figures, answers.images, self.failed)
 
     def answered(self) -> Answers:
         """The model's answers to all questions; those that an earlier run had are not run again.
@@ -269,21 +275,6 @@ class Adaptation:
     def _answers(self) -> Answers:
         tolerance, model = self.base.tolerance, self.runner.fingerprint
         return read_answers(self._work.labels, self._cases, self.rungs, tolerance, model)
-
-    def _fit(self, answers: Answers) -> Adapted:
-        return adapt_policy(answers, self.base, self.name, self._modules.files)
-
-    def _judged(self, answers: Answers) -> dict[str, Interval]:
-        """What the policy buys, each image judged by a policy that has not seen it."""
-
-        def judge(policy: Policy, some: Answers) -> Taken:
-            return take(self.runner.adapter, policy, self.runner.profile, some)
-
-        def fit(some: Answers) -> Policy:
-            return self._fit(some).policy
-
-        sides = {"adapted": cross_fitted(answers, fit, judge), "general": judge(self.base, answers)}
-        return figures(answers, sides)
 
     def _written(self, found: Adapted, judged: Mapping[str, Interval], answers: Answers) -> Path:
         """The policy's files in the work folder."""

@@ -1,0 +1,63 @@
+"""What becomes of a model's answers: a policy, what it buys, and whether it may take the general one's place.
+
+Knows fits and judgements. Must not know files, or how answers are had.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptive_fusion.cost.model import Profile
+from adaptive_fusion.evaluation.statistics import Interval
+from adaptive_fusion.learning.adapting.answers import Answers
+from adaptive_fusion.learning.adapting.fit import Adapted, adapt_policy
+from adaptive_fusion.learning.adapting.judge import Taken, cross_fitted, figures, refused, take
+from adaptive_fusion.models import Adapter
+from adaptive_fusion.policy.policy import Policy
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the answers lead to.
+
+    Attributes:
+        base: The general policy that was the prior.
+        found: The policy that was fitted, with what became of its parts.
+        figures: See `judge.figures`; of ``adapted`` by policies of other folds, of ``general`` as it is.
+        refusal: Why it must not be used, in words; empty where it may.
+    """
+
+    base: Policy
+    found: Adapted
+    figures: Mapping[str, Interval]
+    refusal: str
+
+    @property
+    def policy(self) -> Policy:
+        """The one that is used from then on."""
+        return self.base if self.refusal else self.found.policy
+
+
+def settle(
+    adapter: Adapter, profile: Profile, answers: Answers, base: Policy, name: str, weights: Sequence[Path] = ()
+) -> Settled:
+    """Fit a policy, judge it by policies that were fitted on other images, and decide.
+
+    Args:
+        adapter: Of the model whose answers they are.
+        profile: Predicted costs.
+        answers: The model's own.
+        base: See `adapt_policy`.
+        name: Of the new policy.
+        weights: Fusion modules that the lanes run.
+    """
+
+    def fit(some: Answers) -> Adapted:
+        return adapt_policy(some, base, name, weights)
+
+    def judge(policy: Policy, some: Answers) -> Taken:
+        return take(adapter, policy, profile, some)
+
+    adapted = cross_fitted(answers, lambda some: fit(some).policy, judge)
+    found = figures(answers, {"adapted": adapted, "general": judge(base, answers)})
+    return Settled(base, fit(answers), found, refused(found, "general", answers.tolerance))
