@@ -5,7 +5,7 @@
 For each model a pool of synthetic screens (half simple, the rest dense and reading) is answered once, at the shares
 that `adapt` would run, in a work folder that a later run goes on with: about 1.4 CPU seconds an image of a small model,
 and it may be stopped at any time. Each draw then orders the images of the pool: all rows are judged on its last ones,
-which no draw's policies have seen, and `adapt` has the first 25, 50, ... of the others, so that a draw's policies differ
+which no draw's policies have seen, and `adapt` has the first 25, 50, ... of the others, so that its policies differ
 by the number of images alone. Rows:
 
 - native, which is what figures are shares of;
@@ -44,7 +44,9 @@ from adaptive_fusion.learning.adapting.answers import Answers, read_answers
 from adaptive_fusion.learning.adapting.cases import planner_for
 from adaptive_fusion.learning.adapting.judge import Taken, take
 from adaptive_fusion.learning.adapting.settle import settle
+from adaptive_fusion.learning.adapting.source import Beside
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray
+from adaptive_fusion.learning.fitting.card import finite
 from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.learning.labelling.oracle import label_inputs
 from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
@@ -95,7 +97,7 @@ def measured(model: str, options: argparse.Namespace, shown: Progress) -> dict[s
         calibrate(runner, progress=shown)
     folder, name = options.out / Path(model).name, policy_name(model, runner.fingerprint.digest)
     questions = list(scenes(options.images))
-    work = Adaptation(runner, questions, folder, name, measure=False, progress=shown)
+    work = Adaptation(Beside(runner), questions, folder, name, measure=False, progress=shown)
     began, before = time.process_time(), work.ahead().answered
     pool = priced(work.answered(), runner)
     new = len(pool) - before
@@ -117,7 +119,7 @@ def measured(model: str, options: argparse.Namespace, shown: Progress) -> dict[s
         "rows": {row: {key: asdict(value) for key, value in each.items()} for row, each in figures.items()},
         "differences": {key: asdict(value) for key, value in differences.items()},
     }
-    return found | carried(model, options, work, shown)
+    return dict(finite(found | carried(model, options, work, shown)))
 
 
 def scenes(count: int) -> Iterator[Question]:
@@ -134,7 +136,7 @@ def priced(pool: Answers, runner: AdaptiveRunner) -> Answers:
     cost = np.empty_like(pool.cost)
     for row, case in enumerate(pool.cases):
         for column, rung in enumerate(pool.rungs):
-            key = case.info.sizes, case.info.text_tokens, rung.name
+            key = tuple(case.info.sizes), case.info.text_tokens, rung.name
             if key not in known:
                 point = runner.adapter.resolve(rung, case.info.sizes)
                 known[key] = planner.candidate(point, 1.0, case.info).predicted.ttft_ms
@@ -156,7 +158,7 @@ class Bench:
     def __init__(
         self, pool: Answers, runner: AdaptiveRunner, work: Adaptation, counts: Sequence[int], draws: int
     ) -> None:
-        self.pool, self.runner, self.work, self.counts = pool, runner, work, counts
+        self.pool, self.source, self.work, self.counts = pool, Beside(runner), work, counts
         images = np.unique(pool.group)
         self.orders = [np.random.default_rng(draw).permutation(images) for draw in range(draws)]
         self.held_images = len(images) - max(counts, default=0)
@@ -171,13 +173,13 @@ class Bench:
 
     def rows(self, shown: Progress) -> dict[str, list[Taken]]:
         """What each row does in each draw, in the places of the pool's rows; only those held out count."""
-        pool, runner, base = self.pool, self.runner, self.work.base
-        trusted = take(runner.adapter, base, runner.profile, pool, asks=False)
+        pool, base = self.pool, self.work.base
+        trusted = take(self.source, base, pool, asks=False)
         found = {"native": [self.native] * len(self.held), "general, trusted": [trusted] * len(self.held)}
         steps = Steps(shown, "judge", len(self.orders) * (1 + len(self.counts)))
 
         def judged(policy: Any, held: BoolArray) -> Taken:
-            taken = take(runner.adapter, policy, runner.profile, pool.take(held))
+            taken = take(self.source, policy, pool.take(held))
             steps.advance()
             return Taken.together({0: (held, taken)}, len(pool))
 
@@ -187,7 +189,7 @@ class Bench:
             found[name], refused = [], 0
             for order, held in zip(self.orders, self.held, strict=True):
                 taught = pool.take(np.isin(pool.group, order[:count]))
-                done = settle(runner.adapter, runner.profile, taught, base, "adapted")
+                done = settle(self.source, taught, base, "adapted")
                 refused += bool(done.refusal)
                 found[name].append(judged(done.policy, held))
             self.refused[name] = refused
@@ -263,7 +265,7 @@ def carried(model: str, options: argparse.Namespace, work: Adaptation, shown: Pr
     pool = priced(read_answers(file, cases, rungs, work.base.tolerance, runner.fingerprint), runner)
     bench = Bench(pool, runner, work, (), 1)
     rows = {
-        f"{options.carried}, {how}": [take(runner.adapter, runner.policy, runner.profile, pool, asks=asks)]
+        f"{options.carried}, {how}": [take(bench.source, runner.policy, pool, asks=asks)]
         for how, asks in (("trusted", False), ("as it is used", True))
     }
     figures, _ = bench.figures(rows)

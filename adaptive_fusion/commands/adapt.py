@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from adaptive_fusion.commands.options import Json
+from adaptive_fusion.commands.options import EngineName, Json, Processor, Upstream, require_serving
 from adaptive_fusion.commands.output import complain, console, emit, printable, progress, refusing
 from adaptive_fusion.errors import ConfigError, GateRefused
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adaptive_fusion.evaluation.questions import Question
     from adaptive_fusion.evaluation.statistics import Interval
     from adaptive_fusion.learning.adapting.adapt import Ahead, Installed
+    from adaptive_fusion.learning.adapting.source import Source
 
 REFUSED = 1
 """Exit code when the general policy stays; bad input ends with 2."""
@@ -72,6 +73,9 @@ def adapt(
         bool,
         typer.Option("--measure/--no-measure", help="Measure costs on this machine first, where they are not known."),
     ] = True,
+    upstream: Upstream = None,
+    engine: EngineName = "openai",
+    processor: Processor = "qwen3-vl",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before starting.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -85,17 +89,16 @@ def adapt(
         questions = _questions(images, prompts, limit)
         from adaptive_fusion.learning.adapting.adapt import Adaptation, policy_name
         from adaptive_fusion.learning.adapting.install import installed
-        from adaptive_fusion.loading import open_runner
         from adaptive_fusion.user_cache import user_cache_dir, user_policies_dir
 
-        runner = open_runner(model, base)
-        name = policy_name(model, runner.fingerprint.digest)
+        source = _source(model, base, upstream, engine, processor, distil)
+        name = policy_name(model, source.fingerprint.digest)
         root = user_policies_dir(os.environ)
         folder = out or user_cache_dir(os.environ) / "adapting" / name
         try:
             with progress(as_json) as shown:
                 work = Adaptation(
-                    runner, questions, folder, name, distil, measure, max_new_tokens=max_new_tokens, progress=shown
+                    source, questions, folder, name, distil, measure, max_new_tokens=max_new_tokens, progress=shown
                 )
                 ahead = work.ahead()
             _say_ahead(ahead, name)
@@ -118,6 +121,22 @@ def adapt(
                 " kept: run it again"
             ) from error
     _print(ahead, found, as_json)
+
+
+def _source(model: str, base: str, upstream: str | None, engine: str, processor: str, distil: bool) -> "Source":
+    """The model that is asked."""
+    from adaptive_fusion.learning.adapting.source import Behind, Beside
+
+    if upstream is None:
+        from adaptive_fusion.loading import open_runner
+
+        return Beside(open_runner(model, base))
+    if distil:
+        raise ConfigError("distil is given with upstream; expected a model that runs here")
+    from adaptive_fusion.runner import AdaptiveRunner
+
+    require_serving()
+    return Behind(AdaptiveRunner.remote(upstream, model, engine=engine, processor=processor, policy=base))
 
 
 def _questions(images: list[Path], prompts: Path | None, limit: int | None) -> "list[Question]":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adaptive_fusion.commands.options import Json, Model, PolicyName
+from adaptive_fusion.commands.options import EngineName, Json, Model, PolicyName, Processor, Upstream
 from adaptive_fusion.commands.output import BAD_INPUT, complain, console, emit, progress, refusing
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.policy.files import AUTO
@@ -82,19 +82,9 @@ def label(
     model: Model = "reference",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper bound of an answer.")] = 160,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, each with its own copy of the model.")] = 1,
-    upstream: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Ask the engine at this address, for the model that --model names there, in place of loading one:"
-            " answers are compared as texts.",
-            show_default=False,
-        ),
-    ] = None,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="Which engine is upstream.")] = "openai",
-    processor: Annotated[
-        str, typer.Option(metavar="ID|PATH|PRESET", help="How the model upstream resizes.")
-    ] = "qwen3-vl",
+    upstream: Upstream = None,
+    engine: EngineName = "openai",
+    processor: Processor = "qwen3-vl",
     human: Human = None,
     rater: Rater = None,
     feedback: Feedback = None,
@@ -214,21 +204,14 @@ def _remote_scorer(
     from adaptive_fusion.commands.options import require_serving
 
     require_serving()
-    from adaptive_fusion.learning.labelling.by_text import TextScorer
-    from adaptive_fusion.learning.labelling.scoring import RungTiming
+    from adaptive_fusion.learning.labelling.by_text import TextScorer, asked_of
     from adaptive_fusion.runner import AdaptiveRunner
 
     remote = AdaptiveRunner.remote(url, model, engine=engine, processor=processor, policy=policy)
     usable = _ladders(remote.policy) if rungs is None else rungs
     for rung in usable:
         remote.upstream.adapter.require(rung.point)
-
-    def asked(question: "Question", rung: "Rung") -> tuple[str, RungTiming]:
-        text, took, unsure = remote.answer_at(question.load(), question.prompt or None, rung, max_new_tokens)
-        timing = RungTiming(took.ttft_ms, took.latency_ms, None, took.visual_tokens, took.new_tokens, entropies=unsure)
-        return text, timing
-
-    return TextScorer(asked), usable
+    return TextScorer(asked_of(remote, max_new_tokens)), usable
 
 
 def _scored(

@@ -51,6 +51,19 @@ PolicyName = Annotated[
         " else the general one.",
     ),
 ]
+Upstream = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Ask the engine at this address, for the model of that name there, in place of loading one: answers are"
+        " compared as texts.",
+        show_default=False,
+    ),
+]
+EngineName = Annotated[str, typer.Option("--engine", metavar="NAME", help="Which engine is upstream.")]
+Processor = Annotated[
+    str, typer.Option("--processor", metavar="ID|PATH|PRESET", help="How the model upstream resizes.")
+]
 LatencyMs = Annotated[
     float | None,
     typer.Option(metavar="MS", help="Deadline for the whole answer, in milliseconds.", rich_help_panel=_LIMITS),

@@ -64,7 +64,8 @@ class Upstream:
     ) -> None:
         self.adapter = RemoteAdapter(grid, model)
         unread = "it runs behind an address"
-        chosen = choose(policy, Fingerprint(model or "upstream", {}, {}, "", unread=unread), environ)
+        self.fingerprint = Fingerprint(model or "upstream", {}, {}, "", unread=unread)
+        chosen = choose(policy, self.fingerprint, environ)
         self.policy, told = projected(chosen.policy)
         self.warning, self.remark = chosen.warning, "; ".join(filter(None, (chosen.remark, told)))
         self.budget = (budget or Budget()).merge(self.policy.budget, Budget.from_env(environ))

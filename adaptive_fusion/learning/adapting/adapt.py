@@ -1,4 +1,4 @@
-"""From a runner and questions about images to an installed policy: the steps in their order.
+"""From a model and questions about images to an installed policy: the steps in their order.
 
 Each step keeps what it made before the next begins, so that a run that was stopped goes on there. Knows the steps and
 what each needs of the others. Must not know what happens inside one.
@@ -13,11 +13,9 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
-from adaptive_fusion.calibrate import calibrate, count
 from adaptive_fusion.errors import ConfigError, GateRefused
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.statistics import Interval
-from adaptive_fusion.execution.request import build_request
 from adaptive_fusion.learning.adapting.answers import Answers, answered, read_answers
 from adaptive_fusion.learning.adapting.card import card
 from adaptive_fusion.learning.adapting.cases import Case, Looked, halves, images_of, look, octaves_of, planner_for
@@ -28,16 +26,16 @@ from adaptive_fusion.learning.adapting.judge import FOLDS
 from adaptive_fusion.learning.adapting.modules import Modules
 from adaptive_fusion.learning.adapting.needs import LEAST_IMAGES
 from adaptive_fusion.learning.adapting.settle import settle
+from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.learning.adapting.work import Terms, Work
 from adaptive_fusion.learning.fitting.card import finite
 from adaptive_fusion.learning.fitting.gate import Verdict
-from adaptive_fusion.learning.labelling.labeller import RunnerModel
 from adaptive_fusion.learning.labelling.oracle import label_inputs
-from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG, ModelScorer
+from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG
+from adaptive_fusion.models import Adapter
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, Policy
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.progress import Progress, silent
-from adaptive_fusion.runner import AdaptiveRunner
 
 LEAST_JUDGED = next(n for n in count_from(LEAST_IMAGES) if n - -(-n // FOLDS) >= LEAST_IMAGES)
 """Fewest images of which the policies that are judged, each without a fold, learn what the installed one does."""
@@ -113,7 +111,7 @@ class Adaptation:
     """One model, one set of images.
 
     Args:
-        runner: With the general policy that is the prior.
+        source: The model, with the general policy that is the prior.
         questions: Images with questions.
         folder: Work folder; what an earlier run left there is used.
         name: Of the policy.
@@ -128,7 +126,7 @@ class Adaptation:
         OSError: If the work folder cannot be written.
     """
 
-    runner: AdaptiveRunner
+    source: Source
     questions: Sequence[Question]
     folder: Path
     name: str
@@ -144,12 +142,12 @@ class Adaptation:
     _shares: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        general = self.runner.policy
+        general = self.source.policy
         if not general.fitted.is_general:
             raise ConfigError(f"base is {general.name!r}, fitted to a model; expected a general one such as balanced")
-        terms = Terms(self.runner.fingerprint, general.name, self.distil, self.max_new_tokens)
+        terms = Terms(self.source.fingerprint, general.name, self.distil, self.max_new_tokens)
         self._work = Work(self.folder, terms)
-        planner = planner_for(self.runner.adapter, general, self.runner.profile)
+        planner = planner_for(self.source.adapter, general, self.source.profile)
         self._looked = look(planner, self.questions, max_new_tokens=self.max_new_tokens, progress=self.progress)
         # What modules were trained on says nothing of what they lose on other images.
         self._taught, self._cases = halves(self._looked.cases) if self.distil else ([], self._looked.cases)
@@ -161,7 +159,7 @@ class Adaptation:
                 f"{images} different images{which} can be used; expected at least {LEAST_JUDGED}, below which nothing "
                 f"is learned that could be judged, and the general policy stays{f' ({why})' if why else ''}"
             )
-        self._try_one(self._cases[0])
+        self.source.check(self._cases[0].question)
         offered = [rung.pixel_share for rung in general.lanes[SIMPLE] if rung.pixel_share < 1]
         always = [share for share in (general.cheap_rung.pixel_share,) if share in offered]
         chosen = informative(octaves_of(self._cases), offered, always=always)
@@ -173,19 +171,18 @@ class Adaptation:
         """The questions that the model is asked, each once."""
         return self._cases
 
-    def _try_one(self, case: Case) -> None:
-        """Whether the model takes an image and a question at all: a template that is missing shows here."""
-        request = build_request(case.question.load(), case.question.prompt)
-        self.runner.adapter.prepare(request.messages, NATIVE_RUNG.point)
-
     @cached_property
     def _modules(self) -> Modules:
-        return Modules.of(self.runner.adapter, self._work, self.max_new_tokens) if self.distil else Modules.none()
+        if not self.distil:
+            return Modules.none()
+        if not isinstance(self.source.adapter, Adapter):
+            raise ConfigError("fusion modules are to be trained; expected a model that runs here")
+        return Modules.of(self.source.adapter, self._work, self.max_new_tokens)
 
     @cached_property
     def base(self) -> Policy:
         """The general policy with the steps that are run and no others."""
-        general = self.runner.policy
+        general = self.source.policy
         return self._modules.used_by(replace(general, lanes=ladders(general, self._shares)))
 
     @cached_property
@@ -196,19 +193,18 @@ class Adaptation:
 
     def ahead(self) -> Ahead:
         """What `run` will do, from what is there already."""
-        cases, runner = self._cases, self.runner
+        cases, source = self._cases, self.source
         known = {case.key for case in self._answers().cases}
         left = [case for case in cases if case.key not in known]
-        calibrating = count(runner) if self.measure and not runner.profile.samples else 0
         return Ahead(
             images=self._looked.images,
             questions=len(cases),
             answered=len(known),
-            passes=len(left) * (3 + len(self._shares)),
-            calibrating=calibrating,
+            passes=len(left) * (len(self._shares) + (1 if source.by_text else 3)),
+            calibrating=source.to_calibrate() if self.measure else 0,
             training=self._modules.questions,
             seconds=self._seconds(left),
-            measured=runner.profile.samples > 0,
+            measured=source.profile.samples > 0,
             shares=tuple(sorted(self._shares, reverse=True)),
             repeated=self._looked.repeated,
             failed=tuple(self._looked.failed),
@@ -216,13 +212,16 @@ class Adaptation:
 
     def _seconds(self, left: Sequence[Case]) -> float:
         """What the passes on these cases will take, by the predictions for some of them."""
-        planner = planner_for(self.runner.adapter, self.base, self.runner.profile)
+        planner = planner_for(self.source.adapter, self.base, self.source.profile)
         some = left[:: -(-len(left) // SAMPLED) or 1]
         total = 0.0
         for case in some:
             for share in (1.0, *self._shares):
-                point = self.runner.adapter.resolve(replace(NATIVE_RUNG, pixel_share=share), case.info.sizes)
+                point = self.source.adapter.resolve(replace(NATIVE_RUNG, pixel_share=share), case.info.sizes)
                 predicted = planner.candidate(point, 1.0, case.info).predicted
+                if self.source.by_text:
+                    total += predicted.latency_ms
+                    continue
                 # A full answer is run for its first tokens, as a whole and once more with its tokens given.
                 total += predicted.ttft_ms if share < 1 else 2 * predicted.ttft_ms + predicted.latency_ms
         return total / 1e3 * len(left) / max(1, len(some))
@@ -239,12 +238,12 @@ class Adaptation:
             return self._run(root)
 
     def _run(self, root: Path) -> Installed:
-        runner, progress = self.runner, self.progress
-        if self.measure and not runner.profile.samples:
-            calibrate(runner, progress=progress)
+        progress = self.progress
+        if self.measure and self.source.to_calibrate():
+            self.source.calibrate(progress)
         answers = self.answered()
         progress(0, 1, "fit")
-        done = settle(runner.adapter, runner.profile, answers, self.base, self.name, self._modules.files)
+        done = settle(self.source, answers, self.base, self.name, self._modules.files)
         if why := done.refusal:
             raise GateRefused(
                 f"the general policy {self.base.name!r} stays: {why}",
@@ -262,7 +261,7 @@ class Adaptation:
         """
         self._modules.train([case.question for case in self._taught], self.progress)
         questions = [case.question for case in self._cases]
-        scorer = ModelScorer(RunnerModel(self.runner, max_new_tokens=self.max_new_tokens))
+        scorer = self.source.scorer(self.max_new_tokens)
         out, progress = self._work.labels, self.progress
         done = label_inputs(scorer, questions, self.rungs, out, progress=progress, source_id=self.name)
         self.failed = done.failed
@@ -273,7 +272,7 @@ class Adaptation:
         return answers
 
     def _answers(self) -> Answers:
-        tolerance, model = self.base.tolerance, self.runner.fingerprint
+        tolerance, model = self.base.tolerance, self.source.fingerprint
         return read_answers(self._work.labels, self._cases, self.rungs, tolerance, model)
 
     def _written(self, found: Adapted, judged: Mapping[str, Interval], answers: Answers) -> Path:

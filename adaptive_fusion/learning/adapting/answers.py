@@ -80,6 +80,11 @@ class Answers:
         return len(np.unique(self.group))
 
     @cached_property
+    def tells(self) -> bool:
+        """Whether the model says how sure it is: an engine need not give log-probabilities."""
+        return bool(np.isfinite(self.entropy).any())
+
+    @cached_property
     def features(self) -> FloatArray:
         """``[n, NAMES]`` features of the images."""
         rows = [{**case.subject.features, **case.subject.detail} for case in self.cases]

@@ -21,7 +21,7 @@ from adaptive_fusion.learning.data.dataset import FloatArray
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.learning.distillation.draws import share
 from adaptive_fusion.learning.labelling.labeller import subject_of
-from adaptive_fusion.models import Adapter
+from adaptive_fusion.models.base import Planned
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.progress import Progress, Steps, silent
 
@@ -67,7 +67,7 @@ class Looked:
         return images_of(self.cases)
 
 
-def planner_for(adapter: Adapter, policy: Policy, profile: Profile) -> Planner:
+def planner_for(adapter: Planned, policy: Policy, profile: Profile) -> Planner:
     """A planner that has learned nothing yet: its decisions follow from its arguments."""
     return Planner(adapter, policy, CostModel(profile), Controller(), LengthModel())
 

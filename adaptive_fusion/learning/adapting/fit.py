@@ -91,8 +91,12 @@ def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> Poli
     """The policy with the model's own needs, and what is asked about them; with too few images what is enough stays a
     guess, and is asked about as for a model that nothing was fitted to."""
     enough = policy.sufficiency
-    policy = replace(policy, escalation=UNFITTED)
-    parts["escalation"] = f"general: with {answers.images} images nothing below full compute is trusted without a look"
+    if answers.tells:
+        policy = replace(policy, escalation=UNFITTED)
+        few = f"with {answers.images} images nothing below full compute is trusted without a look"
+        parts["escalation"] = f"general: {few}"
+    else:
+        parts["escalation"] = "none: the engine gave no log-probabilities to look at"
     if enough is None:
         parts["needs"] = "general: the base policy has none"
         return policy
@@ -107,9 +111,10 @@ def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> Poli
     if asked is not None:
         kinds = {kind: value + asked.margins[kind] for kind, value in own.kinds.items()}
         own = replace(own, kinds=kinds, margin=0.0)
-        policy = replace(policy, escalation=asked.rules)
+        policy = replace(policy, escalation=asked.rules if answers.tells else None)
         looked = [kind for kind in kinds if asked.rules.threshold("", kind).threshold is not None]
-        parts["escalation"] = f"own thresholds for {', '.join(looked)}" if looked else "not needed at these margins"
+        if answers.tells:
+            parts["escalation"] = f"own thresholds for {', '.join(looked)}" if looked else "not needed at these margins"
     return replace(policy, sufficiency=replace(enough, own=own))
 
 

@@ -11,17 +11,13 @@ import numpy as np
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
-from adaptive_fusion.control.escalating import Asking
-from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, intervals, most_mean
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.cases import planner_for
 from adaptive_fusion.learning.adapting.needs import by_image
+from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
-from adaptive_fusion.models import Adapter
-from adaptive_fusion.policy.auto import doubt
-from adaptive_fusion.policy.escalation import UNFITTED
 from adaptive_fusion.policy.policy import Policy
 
 FOLDS = 5
@@ -56,33 +52,30 @@ class Taken:
         return whole
 
 
-def take(adapter: Adapter, policy: Policy, profile: Profile, answers: Answers, *, asks: bool = True) -> Taken:
+def take(source: Source, policy: Policy, answers: Answers, *, asks: bool = True) -> Taken:
     """What the policy would have done with every row, one after the other, without a limit on time.
 
-    As in service, verdicts teach how many requests go on. A policy that was not fitted to the model is not trusted.
+    As in service, verdicts teach how many requests go on.
 
     Args:
-        adapter: Of the model whose answers they are.
+        source: The model whose answers they are.
         policy: Whose rungs for stills were all run.
-        profile: Predicted costs.
         answers: The model's own.
         asks: Whether the model is asked at all; else every plan is taken as it is.
 
     Raises:
         ConfigError: For a decision that no answer is known of.
     """
-    planner = planner_for(adapter, policy, profile)
+    planner = planner_for(source.adapter, policy, source.profile)
     column = {rung.name: i for i, rung in enumerate(answers.rungs)}
     found = Taken.none_yet(len(answers))
-    why = doubt(policy, answers.model)
-    rules = (UNFITTED if why else policy.escalation) if asks else None
     for row, case in enumerate(answers.cases):
-        asking = None if rules is None else Asking(rules, case.subject.prompt_kind or "other", doubt=why)
+        asking = source.asking(policy, case.subject.prompt_kind or "other") if asks else None
         decision, choice = planner.decide(replace(case.info, asking=asking), Budget())
         passes, second = [decision.rung], dict(decision.escalation or {})
         if decision.rung not in column:
             raise ConfigError(f"{policy.name} takes {decision.rung}; expected one of {', '.join(column)}")
-        if rules is not None and "to" in second:
+        if asking is not None and "to" in second:
             entropy = mean_of_first(answers.entropy[[row], column[decision.rung]], int(second["k"]))[0]
             goes_on = bool(entropy > float(second["threshold"]))
             planner.controller.looked_at(choice, choice.candidate.predicted.ttft_ms, escalated=goes_on)

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.fit import Adapted, adapt_policy
 from adaptive_fusion.learning.adapting.judge import Taken, cross_fitted, figures, refused, take
-from adaptive_fusion.models import Adapter
+from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.policy.policy import Policy
 
 
@@ -38,14 +37,11 @@ class Settled:
         return self.base if self.refusal else self.found.policy
 
 
-def settle(
-    adapter: Adapter, profile: Profile, answers: Answers, base: Policy, name: str, weights: Sequence[Path] = ()
-) -> Settled:
+def settle(source: Source, answers: Answers, base: Policy, name: str, weights: Sequence[Path] = ()) -> Settled:
     """Fit a policy, judge it by policies that were fitted on other images, and decide.
 
     Args:
-        adapter: Of the model whose answers they are.
-        profile: Predicted costs.
+        source: The model whose answers they are.
         answers: The model's own.
         base: See `adapt_policy`.
         name: Of the new policy.
@@ -56,7 +52,7 @@ def settle(
         return adapt_policy(some, base, name, weights)
 
     def judge(policy: Policy, some: Answers) -> Taken:
-        return take(adapter, policy, profile, some)
+        return take(source, policy, some)
 
     adapted = cross_fitted(answers, lambda some: fit(some).policy, judge)
     found = figures(answers, {"adapted": adapted, "general": judge(base, answers)})

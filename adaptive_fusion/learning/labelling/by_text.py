@@ -7,8 +7,9 @@ not know addresses, requests or policies.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.text import anls, word_f1
@@ -29,6 +30,27 @@ class Asked(Protocol):
     def __call__(self, question: Question, rung: Rung, /) -> tuple[str, RungTiming]:
         """The greedy answer and what it took; the first tokens' entropies where the engine gives them."""
         ...
+
+
+class AnswersAt(Protocol):
+    """A model behind an address."""
+
+    def answer_at(
+        self, media: Any, prompt: str | None, rung: Rung, max_new_tokens: int, /
+    ) -> tuple[str, Measurement, tuple[float, ...]]:
+        """The greedy answer at a rung, what it took, and the entropies of its first tokens."""
+        ...
+
+
+def asked_of(engine: AnswersAt, max_new_tokens: int) -> Asked:
+    """The same for labels."""
+
+    def asked(question: Question, rung: Rung) -> tuple[str, RungTiming]:
+        text, took, unsure = engine.answer_at(question.load(), question.prompt or None, rung, max_new_tokens)
+        timing = RungTiming(took.ttft_ms, took.latency_ms, None, took.visual_tokens, took.new_tokens, entropies=unsure)
+        return text, timing
+
+    return asked
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,11 @@ class Remote:
         """The policy with what can be chosen before an engine."""
         return self.upstream.policy
 
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether the engine can be asked how sure the model is."""
+        return self.engine.logprobs
+
     def close(self) -> None:
         """Close all connections."""
         self.client.close()
