@@ -80,7 +80,7 @@ def profile_key(adapter: Adapter) -> dict[str, str]:
         "device": f"{device.type}:{name}:{torch.get_num_threads() if device.type == 'cpu' else ''}",
         "dtype": str(adapter.dtype).removeprefix("torch."),
         "attention": str(getattr(config, "_attn_implementation", None)),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a plain text, which needs no PyTorch to be read
         "transformers": _version("transformers"),
         "adaptive_fusion": _version("adaptive-fusion"),
     }

@@ -5,6 +5,7 @@ processes, and unpickles it; nothing of a client is among that but bytes and tex
 but when replicas are asked for.
 """
 
+import json
 from collections.abc import AsyncIterator, Mapping
 from pkgutil import resolve_name
 from typing import Any
@@ -36,8 +37,17 @@ BEYOND = 64
 turn would come too late."""
 
 
+def plain(values: Any) -> Any:
+    """The same in JSON's own types and no others."""
+    return json.loads(json.dumps(values))
+
+
 class Reach:
-    """The actor that all replicas share, one an application, made by whoever comes first."""
+    """The actor that all replicas share, one an application, made by whoever comes first.
+
+    Nothing but JSON's types goes there: a text of another library's class, as PyTorch's version is, would
+    have the actor import that library.
+    """
 
     def __init__(self, options: ReplicaOptions) -> None:
         kept = Settings().keep_decisions
@@ -57,11 +67,11 @@ class Reach:
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Call and wait for nothing."""
-        getattr(self.actor, method).remote(*arguments)
+        getattr(self.actor, method).remote(*plain(arguments))
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """Call and give the answer."""
-        return await getattr(self.actor, method).remote(*arguments)
+        return await getattr(self.actor, method).remote(*plain(arguments))
 
     async def replicas(self) -> list[dict[str, Any]]:
         """Those that are there."""

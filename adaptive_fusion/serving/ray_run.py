@@ -18,7 +18,7 @@ from typing import Any
 
 from adaptive_fusion.errors import ConfigError, MissingExtraError
 from adaptive_fusion.serving.replica_options import ReplicaOptions
-from adaptive_fusion.serving.run import KEEP_ALIVE_S
+from adaptive_fusion.serving.settings import KEEP_ALIVE_S
 
 STORE_BYTES = 128 << 20
 """Memory for what goes between processes: bodies of requests, for as long as they are read."""
@@ -61,6 +61,7 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
     before = {sig: signal.getsignal(sig) for sig in _SIGNALS}
     try:
         _start_ray(options)
+        options = _placed(options)
         for sig in _SIGNALS:  # after Ray has set its own, which end the process at once
             signal.signal(sig, lambda number, frame: signals.put(number))
         serve.start(
@@ -106,6 +107,17 @@ def _start_ray(options: ReplicaOptions) -> None:
             ray.shutdown()
             if not left:
                 raise ConfigError(f"Ray cannot be started on this machine: {str(error)[:300]}") from error
+
+
+def _placed(options: ReplicaOptions) -> ReplicaOptions:
+    """The options with each replica's share of this machine's accelerators, which Ray has counted."""
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        return options
+    # There is seldom room for one more model on an accelerator: some old ones end first.
+    return replace(options, gpus=min(1.0, gpus / (options.max_replicas or options.replicas)), surge_percent=0)
 
 
 def _ready(options: ReplicaOptions, port: int, notes: list[str]) -> str:

@@ -19,10 +19,9 @@ from sse_starlette.sse import AppStatus
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.app import create_app
 from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
-from adaptive_fusion.serving.settings import Settings
+from adaptive_fusion.serving.settings import KEEP_ALIVE_S, Settings
 from adaptive_fusion.serving.trials import Trials
 
-KEEP_ALIVE_S = 30
 LAST_BYTES_S = 5
 """How long clients may take to read the end of their answers once the server ends."""
 SWITCH_S = 0.0005

@@ -16,6 +16,8 @@ from adaptive_fusion.errors import ConfigError
 MODES = ("adaptive", "audit")
 KEY_VARIABLE = "ADAPTIVE_FUSION_API_KEY"
 MAX_PORT = 65535
+KEEP_ALIVE_S = 30
+"""How long a connection may stay open with nothing asked."""
 
 
 @dataclass(frozen=True)

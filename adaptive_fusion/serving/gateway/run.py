@@ -17,7 +17,8 @@ from adaptive_fusion.serving.gateway.app import Application
 from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
 from adaptive_fusion.serving.gateway.side import Side
-from adaptive_fusion.serving.run import KEEP_ALIVE_S, DrainingServer
+from adaptive_fusion.serving.run import DrainingServer
+from adaptive_fusion.serving.settings import KEEP_ALIVE_S
 from adaptive_fusion.serving.trials import Trials
 
 
