@@ -300,6 +300,39 @@ def test_an_engine_that_refuses_logprobs_is_asked_without_and_not_again() -> Non
         assert ["logprobs" in got.json for got in behind.got] == [True, False, False]
 
 
+def test_a_request_that_is_refused_with_and_without_a_look_says_nothing_of_looks() -> None:
+    with engine(logprobs=400) as behind, gateway(behind.url, asking_policy(), engine="vllm") as server:
+        body = {"model": "m", "messages": asking(shown(photo(1600, 1200)), text("?"))}
+        behind.status = 400
+        assert post(server, body).status_code == 400
+        behind.status, behind.logprobs = 200, lambda body: [-0.001]
+        assert post(server, body).headers["x-adaptive-fusion-escalated"] == "false"
+
+
+def test_audit_does_not_wait_for_the_decision_and_takes_nothing_away_for_low_detail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine() as behind, gateway(behind.url, log=tmp_path / "log.jsonl", mode="audit") as server:
+        sizes, came = inside(server).sizing, list[bool]()
+        measure = sizes.measure
+
+        def once_the_engine_has_it(*arguments: Any) -> Any:
+            until(lambda: behind.got, "what was sent as it came")
+            came.append(True)
+            return measure(*arguments)
+
+        monkeypatch.setattr(sizes, "measure", once_the_engine_has_it)
+        part = shown(photo(1600, 1200))
+        part["image_url"]["detail"] = "low"
+        body = {"model": "m", "messages": asking(part, text("?")), "adaptive_fusion": {"latency_ms": 5000}}
+        answer = post(server, body)
+        assert answer.status_code == 200 and came and len(behind.got) == 1
+        assert behind.got[0].json == {"model": "m", "messages": body["messages"]}
+        assert answer.headers["x-adaptive-fusion-media"] == "native"
+        wrong = post(server, {**body, "adaptive_fusion": {"point": "weighted@0.5"}})
+        assert wrong.status_code == 400 or wrong.headers["x-adaptive-fusion-media"] == "native"
+
+
 def test_audit_sends_everything_as_it_came_and_logs_the_plan(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     with engine() as behind, gateway(behind.url, log=log, mode="audit") as server:

@@ -16,8 +16,10 @@ from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.serving import own as shared
 from adaptive_fusion.serving import rollouts
 from adaptive_fusion.serving.gateway import own
-from adaptive_fusion.serving.gateway.chat import chat_completions, target_of
-from adaptive_fusion.serving.gateway.proxy import Cut, Incoming, relay
+from adaptive_fusion.serving.gateway.chat import chat_completions
+from adaptive_fusion.serving.gateway.exchange import target_of
+from adaptive_fusion.serving.gateway.incoming import Incoming
+from adaptive_fusion.serving.gateway.proxy import Cut, relay
 from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.http import QUIET_PATHS, Guard, place_of
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_response

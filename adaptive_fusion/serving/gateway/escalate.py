@@ -6,7 +6,7 @@ Knows answers and events in OpenAI's form. Must not know of plans, thresholds or
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from adaptive_fusion.serving.gateway.events import data_of
@@ -14,8 +14,38 @@ from adaptive_fusion.serving.gateway.splice import Body, Node, NotReadable
 
 ASKED = 20
 """How many of the likeliest tokens are asked for, the most that OpenAI's API gives."""
+PAUSE_S = (60.0, 3600.0)
+"""How long an engine that refused is not asked, at first and at most."""
 _CHOICE = {"logprobs": None, "*": None}
 SHAPE = {"choices": [_CHOICE], "*": None}
+
+
+class Looks:
+    """Whether an engine gives log-probabilities: one that refuses them is asked again after a while, each time a longer
+    one, as an engine may be started anew behind its address.
+
+    Args:
+        ever: Whether it is known to have them at all.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, ever: bool, clock: Callable[[], float]) -> None:
+        self._ever, self._clock = ever, clock
+        self._from_s, self._pause_s = -math.inf, PAUSE_S[0]
+
+    @property
+    def are_given(self) -> bool:
+        """Whether to ask now."""
+        return self._ever and self._clock() >= self._from_s
+
+    def refused(self) -> None:
+        """It refused them, and nothing else of the request."""
+        self._from_s = self._clock() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, PAUSE_S[1])
+
+    def given(self) -> None:
+        """It gave some."""
+        self._pause_s = PAUSE_S[0]
 
 
 def entropies(choices: Sequence[Any]) -> list[float]:

@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adaptive_fusion.serving import answers
-from adaptive_fusion.serving.gateway.chat import planned_call, said_of
+from adaptive_fusion.serving.gateway.chat import planned_call
+from adaptive_fusion.serving.gateway.exchange import said_of
 from adaptive_fusion.serving.gateway.plan import Planned
 from adaptive_fusion.serving.gateway.proxy import closed
 from adaptive_fusion.serving.gateway.reading import read_call

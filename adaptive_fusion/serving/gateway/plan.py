@@ -26,6 +26,7 @@ from adaptive_fusion.execution.turns import Turns
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.media.sampling import frames_at
 from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.serving.gateway.escalate import Looks
 from adaptive_fusion.serving.gateway.reading import Call
 from adaptive_fusion.serving.gateway.sizing import Given, Kept, Measured
 
@@ -88,7 +89,8 @@ class Plans:
     """
 
     def __init__(self, upstream: Upstream, *, audit: bool, gives_logprobs: bool) -> None:
-        self.upstream, self.audit, self.gives_logprobs = upstream, audit, gives_logprobs
+        self.upstream, self.audit = upstream, audit
+        self.looks = Looks(gives_logprobs, upstream.clock)
         self._conversations: Kept[Memory] = Kept(MOST_CONVERSATIONS)
 
     def decide(self, call: Call, media: Sequence[Medium], turns: Turns, elapsed_ms: float) -> Planned:
@@ -111,9 +113,9 @@ class Plans:
             decision, choice = self.upstream.planner.decide(info, limits, NATIVE, self._because(call, media))
         else:
             decision, choice = self.upstream.decide(info, call.budget, point, audit=self.audit)
-        decided = decision.lane != FIXED
+        decided = decision.lane != FIXED and not self.audit
         own = [self._own(info, index) for index in range(len(info.sizes))] if decided else None
-        wanted = [self._given(decision.point, info, own, index) for index in range(len(info.sizes))]
+        wanted = [Given() if self.audit else self._given(decision.point, info, own, i) for i in range(len(info.sizes))]
         kept = self._kept(turns) if decided else {}
         names = [each.measured.name for each in media if each.measured is not None]
         given, change = self._staying(wanted, own or [], names, kept, info, choice, limits)
@@ -186,7 +188,7 @@ class Plans:
         rules = self.upstream.policy.escalation
         if rules is None:
             return None
-        never = call.why_no_look if self.gives_logprobs else "the engine gives no log-probabilities"
+        never = call.why_no_look if self.looks.are_given else "the engine gives no log-probabilities"
         return Asking(rules, prompt_kind(call.prompt) if call.prompt else "", never)
 
     def _because(self, call: Call, media: Sequence[Medium]) -> str:

@@ -1,24 +1,22 @@
 """HTTP to the engine upstream: connections that are kept, bytes that pass unchanged, and what is said when it fails.
 
 A piece goes to the client as soon as it is here, and the next is read once the client has taken it, so a slow reader
-holds back the engine and not memory. A client that goes away ends its request upstream. Knows requests and bytes. Must
+holds back the engine and not memory. Knows requests and bytes. Must
 not know what they mean.
 """
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpcore2
-from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive, Send
+from starlette.types import Send
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.serving.gateway.events import Whole
-from adaptive_fusion.serving.http import BODY_S, too_large, too_slow
 from adaptive_fusion.serving.refusals import Refusal, error_body
 
 Headers = list[tuple[bytes, bytes]]
@@ -233,82 +231,10 @@ async def closed(response: httpcore2.Response) -> None:
     await asyncio.shield(closing)
 
 
-class Incoming:
-    """A request's body as it comes, and whether its client is still there."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive, self._read, self._answered = receive, asyncio.Event(), False
-
-    def answering(self, send: Send) -> Send:
-        """`send`, such that a client which goes away once it has all of its answer goes away too late to matter."""
-
-        async def sending(message: Message) -> None:
-            self._answered |= message["type"] == "http.response.body" and not message.get("more_body", False)
-            await send(message)
-
-        return sending
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, not gathered.
-
-        Raises:
-            ClientDisconnect: If the client goes away before its end.
-        """
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            more = message.get("more_body", False)
-            if message.get("body"):
-                yield message["body"]
-        self._read.set()
-
-    async def whole(self, max_mib: int, grown: Callable[[int], None]) -> bytes:
-        """The body, gathered.
-
-        Args:
-            max_mib: The largest that is read.
-            grown: Told of each piece how many bytes there are now; may refuse them.
-
-        Raises:
-            Refusal: 413 if it is larger, 408 if it takes longer than `BODY_S`.
-            ClientDisconnect: If the client goes away.
-        """
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_S):
-                async for piece in self.pieces():
-                    if len(body) + len(piece) > max_mib << 20:
-                        raise too_large(max_mib)
-                    grown(len(body) + len(piece))
-                    body += piece
-        except TimeoutError:
-            raise too_slow() from None
-        return bytes(body)
-
-    async def gone(self) -> None:
-        """Wait until the client goes away after its body was read."""
-        await self._read.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        if self._answered:  # what is left to be done is not the client's
-            await asyncio.get_running_loop().create_future()
-
-    async def while_there(self, work: Awaitable[Any]) -> None:
-        """Do `work`; it is cancelled once the client has gone.
-
-        Raises:
-            ClientDisconnect: If it has.
-        """
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(self.gone())
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-                return
-        finally:
-            for each in (task, gone):
-                each.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
-        raise ClientDisconnect
+async def given_up(under_way: "asyncio.Future[httpcore2.Response] | None") -> None:
+    """End a request upstream whose answer nobody wants any more."""
+    if under_way is None:
+        return
+    under_way.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        await closed(await under_way)
