@@ -16,13 +16,16 @@ import pytest
 from gateway import client_of, gateway, inside, url_of
 from openai import APIError
 from PIL import Image
-from server import asking, data_url, image, text
+from server import asking, data_url, image, mp4, text
 from serving.test_fetcher import HOSTILE
 from upstream import Engine, engine
 from waits import MOST_S, until
 
 from adaptive_fusion.decision_log import text_hash
+from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.inline import data_url_bytes
+from adaptive_fusion.media.load import load_media
+from adaptive_fusion.media.pixels import Limits
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy.escalation import ANY, Escalation, Threshold
 from adaptive_fusion.policy.policy import LANES, Policy
@@ -98,6 +101,26 @@ def test_an_image_is_sent_no_larger_than_its_question_needs(before: tuple[Draini
     # The same plan is the same bytes.
     post(server, body)
     assert sent_images(behind.got[-1].json) == [small]
+
+
+def test_a_clip_is_sent_with_fewer_frames_at_their_own_times(before: tuple[DrainingServer, Engine]) -> None:
+    server, behind = before
+    every = Limits(video_fps=1000, max_frames=64, min_frames=2)
+    data = mp4(12)
+    whole = load_media(data, limits=every)
+    part = {"type": "video_url", "video_url": {"url": data_url(data, "video/mp4")}}
+    body = {"model": "m", "messages": asking(part, text("What happens?"))}
+    for point, same in (("native", True), ("native/2fps", False)):
+        answer = post(server, {**body, "adaptive_fusion": {"point": point}})
+        sent = behind.got[-1].json["messages"][0]["content"][0]["video_url"]["url"]
+        assert answer.status_code == 200 and (sent == part["video_url"]["url"]) is same
+    assert sent.startswith("data:video/mp4;base64,")
+    small = load_media(data_url_bytes(sent), limits=every)
+    assert isinstance(whole, Video) and isinstance(small, Video) and 2 <= len(small.frames) < len(whole.frames)
+    assert small.duration_s == pytest.approx(whole.duration_s, abs=0.01)
+    times = [min(whole.timestamps_s, key=lambda t: abs(t - shown_s)) for shown_s in small.timestamps_s]
+    assert list(small.timestamps_s) == pytest.approx(times, abs=1e-3)
+    assert "2fps" in answer.headers["x-adaptive-fusion-media"]
 
 
 def test_own_fields_are_read_and_do_not_reach_the_engine(before: tuple[DrainingServer, Engine]) -> None:

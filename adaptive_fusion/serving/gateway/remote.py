@@ -7,10 +7,9 @@ made or media resized.
 
 import json
 import math
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +30,18 @@ from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.serving.gateway import engines, processors
-from adaptive_fusion.serving.gateway.client import TIMEOUT_S, Client, UpstreamError, shortened
-from adaptive_fusion.serving.gateway.escalate import ASKED, choices_of, entropies
-from adaptive_fusion.serving.gateway.events import Events, data_of
+from adaptive_fusion.serving.gateway.answer import Answer
+from adaptive_fusion.serving.gateway.client import TIMEOUT_S, Client, UpstreamError
+from adaptive_fusion.serving.gateway.escalate import ASKED, entropies
+from adaptive_fusion.serving.gateway.events import Events
 from adaptive_fusion.serving.gateway.outgoing import chat_body
 from adaptive_fusion.serving.gateway.plan import Medium, Planned, Plans
 from adaptive_fusion.serving.gateway.reading import Call, Shown, read_call
+from adaptive_fusion.serving.gateway.remote_stream import RemoteStream
 from adaptive_fusion.serving.gateway.sizing import Given, Sizing, as_data_url
 from adaptive_fusion.serving.gateway.stills import NotPlanned
 
 __all__ = ["Remote", "RemoteStream", "UpstreamError"]
-
-
-@dataclass
-class _Answer:
-    """An answer as it came."""
-
-    text: str = ""
-    finish: str = ""
-    usage: Mapping[str, Any] | None = None
-    choices: Sequence[Any] = ()
-    first_s: float = math.nan
-    pieces: int = 0
-    entropies: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -173,11 +161,12 @@ class Remote:
         max_new_tokens: int | None = None,
         point: OperatingPoint | None = None,
         **fields: Any,
-    ) -> "RemoteStream":
+    ) -> RemoteStream:
         """As `chat`, as an iterator over pieces of text whose ``reply`` holds the `Reply` once it has ended. What a
         stream begins with stands, so there is no second pass."""
         ready = self._ready(media, prompt, budget, max_new_tokens, point, fields, stream=True)
-        return RemoteStream(self, ready)
+        answer = Answer()
+        return RemoteStream(self._pieces(ready, answer), lambda: self._reply(ready, answer, ready.planned.decision))
 
     def decide(
         self, media: Any, prompt: str | None = None, *, budget: Budget | None = None, max_new_tokens: int | None = None
@@ -199,7 +188,7 @@ class Remote:
         adapter.require(rung.point)
         point = adapter.resolve(rung, sizes)
         planned = self._plans.decide(replace(ready.call, point=point), ready.media, Turns(), 0.0)
-        answer, began_s = _Answer(), time.monotonic()
+        answer, began_s = Answer(), time.monotonic()
         ready = replace(ready, planned=planned, arrived_s=began_s)
         asked = {"logprobs": True, "top_logprobs": ASKED} if self.engine.logprobs else {}
         for _ in self._pieces(ready, answer, asked):
@@ -255,47 +244,23 @@ class Remote:
                 edits.append((shown.node, json.dumps(as_data_url(small, shown.text[:64]))))
         return ready.call.body.edited(edits, dict(added))
 
-    def _whole(self, ready: _Ready, given: Sequence[Given], added: Mapping[str, Any]) -> _Answer:
-        found = self.client.json(self._sent(ready, given, added))
-        try:
-            choice = found["choices"][0]
-            text = choice["message"].get("content") or ""
-        except (TypeError, KeyError, IndexError, AttributeError) as error:
-            raise UpstreamError("the engine's answer is no chat completion", 502) from error
-        usage = found.get("usage")
-        return _Answer(text, choice.get("finish_reason") or "stop", usage, found["choices"])
+    def _whole(self, ready: _Ready, given: Sequence[Given], added: Mapping[str, Any]) -> Answer:
+        return Answer.read(self.client.json(self._sent(ready, given, added)))
 
-    def _pieces(self, ready: _Ready, answer: _Answer, added: Mapping[str, Any] | None = None) -> Iterator[str]:
+    def _pieces(
+        self, ready: _Ready, answer: Answer, added: Mapping[str, Any] | None = None
+    ) -> Generator[str, None, None]:
         """The texts of a stream, kept in `answer` too."""
         events = Events()
         with self.client.asked(self._sent(ready, ready.planned.given, added or {})) as response:
             for piece in response.iter_stream():
                 for event in events.feed(piece):
-                    yield from self._said(event, answer)
-            yield from self._said(events.rest, answer)
+                    yield from answer.said(event)
+            yield from answer.said(events.rest)
         if not answer.finish:
             raise UpstreamError("the engine ended in the middle of its answer", 502)
 
-    def _said(self, event: bytes, answer: _Answer) -> Iterator[str]:
-        data = data_of(event)
-        if data is None or not data.startswith(b"{"):
-            return
-        found = json.loads(data)
-        if found.get("error"):
-            raise UpstreamError(f"the engine broke off: {shortened(found['error'])}", 502)
-        answer.usage = found.get("usage") or answer.usage
-        for choice in choices_of(data)[:1]:
-            answer.finish = choice.get("finish_reason") or answer.finish
-            answer.entropies += entropies([choice])
-            text = (choice.get("delta") or {}).get("content")
-            if text:
-                if math.isnan(answer.first_s):
-                    answer.first_s = time.monotonic()
-                answer.text += text
-                answer.pieces += 1
-                yield text
-
-    def _reply(self, ready: _Ready, answer: _Answer, decision: Decision, *, learn: bool = True) -> Reply:
+    def _reply(self, ready: _Ready, answer: Answer, decision: Decision, *, learn: bool = True) -> Reply:
         """What goes out; costs and lengths learn from it and it is logged."""
         planned, measured = ready.planned, self._measured(ready, answer)
         ended = answer.finish != "length"
@@ -316,7 +281,7 @@ class Remote:
             self.log.write(record)
         return Reply(answer.text, answer.finish, decision, measured)
 
-    def _measured(self, ready: _Ready, answer: _Answer) -> Measurement:
+    def _measured(self, ready: _Ready, answer: Answer) -> Measurement:
         usage = answer.usage if isinstance(answer.usage, Mapping) else {}
         counted, work = self.engine.image_tokens(usage), ready.planned.work
         prompt = usage.get("prompt_tokens")
@@ -328,35 +293,3 @@ class Remote:
             prompt if isinstance(prompt, int) else int(work.prompt_tokens),
             new if isinstance(new, int) else answer.pieces or max(1, round(work.new_tokens)),
         )
-
-
-class RemoteStream:
-    """Pieces of an answer as they come; `reply` once it has ended. Closing it ends the request."""
-
-    def __init__(self, remote: Remote, ready: _Ready) -> None:
-        self._remote, self._ready, self._answer = remote, ready, _Answer()
-        self._pieces = remote._pieces(ready, self._answer)
-        self._reply: Reply | None = None
-        self._lock = threading.Lock()
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._pieces
-        with self._lock:
-            if self._reply is None:
-                self._reply = self._remote._reply(self._ready, self._answer, self._ready.planned.decision)
-
-    @property
-    def reply(self) -> Reply:
-        """The finished reply; reads what is left of the stream.
-
-        Raises:
-            UpstreamError: If the stream broke off or was closed before its end.
-        """
-        for _ in self:
-            pass
-        assert self._reply is not None
-        return self._reply
-
-    def close(self) -> None:
-        """End the request, whatever of it is left."""
-        self._pieces.close()  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.media.load import load_media, read_header
-from adaptive_fusion.media.pixels import DEFAULT
+from adaptive_fusion.media.pixels import DEFAULT, decoding
 from adaptive_fusion.models.base import Size
 from adaptive_fusion.serving.gateway import reencode
 from adaptive_fusion.serving.gateway.processors import ImageGrid
@@ -154,13 +154,14 @@ class Sizing:
         return known[0]
 
     def _made(self, measured: Measured, data: bytes, given: Given, frames: int | None) -> bytes | None:
-        if measured.size.clip:
-            made = reencode.clip(data, frames, given.max_pixels, side=self.grid.side, limits=self._limits)
-            return None if made is None else made.data
-        if given.max_pixels is None:
-            return None
-        still = self._stills.take(measured.name) or decoded(data, limits=self._limits)[0]
-        return reencode.smaller(still, given.max_pixels, self.grid)
+        with decoding("the medium"):  # whatever writing it can raise
+            if measured.size.clip:
+                made = reencode.clip(data, frames, given.max_pixels, side=self.grid.side, limits=self._limits)
+                return None if made is None else made.data
+            if given.max_pixels is None:
+                return None
+            still = self._stills.take(measured.name) or decoded(data, limits=self._limits)[0]
+            return reencode.smaller(still, given.max_pixels, self.grid)
 
 
 def as_data_url(data: bytes, before: str) -> str:

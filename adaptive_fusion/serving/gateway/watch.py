@@ -7,7 +7,8 @@ usage where it is told, else by counting events. Knows bytes and times. Must not
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from adaptive_fusion.control.upstream import measured_from_outside
 from adaptive_fusion.decisions import Measurement
@@ -20,6 +21,8 @@ _USAGE = {
 _FINISH = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,20})"')
 _ZLIB_OR_GZIP = 47
 """zlib's number for either, told apart by how it begins."""
+MOST_PLAIN = 64 << 10
+"""Bytes that are unpacked at a time, however many a packed piece stands for."""
 TAIL = 16 << 10
 """Bytes of the end of an answer in which its usage is looked for."""
 
@@ -39,14 +42,14 @@ class Watch:
         self.last_ms = math.nan
         self.pieces = self.size = self._events = 0
         self._tail = b""
-        self._unpack: Callable[[bytes], bytes] | None = None
+        self._packed: Any = None
         self.is_readable = True
 
     def encoded(self, how: bytes) -> None:
         """Its bytes are packed, as the header ``content-encoding`` says; empty where they are not. Of what cannot be
         unpacked here nothing but the times is known, and its end is taken for one."""
         self.is_readable = how in (b"", b"gzip", b"x-gzip", b"deflate")
-        self._unpack = zlib.decompressobj(_ZLIB_OR_GZIP).decompress if how and self.is_readable else None
+        self._packed = zlib.decompressobj(_ZLIB_OR_GZIP) if how and self.is_readable else None
 
     @property
     def elapsed_ms(self) -> float:
@@ -57,11 +60,25 @@ class Watch:
         """A piece passed by."""
         self.pieces += 1
         self.size += len(piece)
-        if self._unpack is not None:
+        for part in self._plain(piece):
+            self._heard(part)
+
+    def _plain(self, piece: bytes) -> Iterator[bytes]:
+        """A piece unpacked, no more of it at a time than is looked at."""
+        if self._packed is None:
+            yield piece
+            return
+        while piece:
             try:
-                piece = self._unpack(piece)
+                plain = self._packed.decompress(piece, MOST_PLAIN)
             except zlib.error:
-                self._unpack, self.is_readable = None, False
+                self._packed, self.is_readable = None, False
+                yield piece
+                return
+            yield plain
+            piece = self._packed.unconsumed_tail
+
+    def _heard(self, piece: bytes) -> None:
         if self.stream and not self.is_readable:
             self.first_ms = self.elapsed_ms if math.isnan(self.first_ms) else self.first_ms
         elif self.stream:
