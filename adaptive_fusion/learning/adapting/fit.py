@@ -11,7 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adaptive_fusion.learning.adapting.answers import NAMES, Answers
-from adaptive_fusion.learning.adapting.asking import choose_asking
+from adaptive_fusion.learning.adapting.asking import MANY, choose_asking
 from adaptive_fusion.learning.adapting.needs import fit_own_needs
 from adaptive_fusion.learning.adapting.router import fit_router
 from adaptive_fusion.learning.fitting.fit import fitted_to
@@ -60,18 +60,25 @@ def adapt_policy(answers: Answers, base: Policy, name: str, weights: Sequence[Pa
 
 def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path]) -> Adapted:
     data = answers.dataset(base.cheap_rung.name)
-    x = data.columns(base.router.inputs.names)
-    parts = {"router": f"general, moved by {answers.images} images"}
     policy = replace(
         base,
         name=name,
         description=f"Fitted to one model by its own answers on {answers.images} images.",
-        router=fit_router(base.router, x, data.y),
         fitted=replace(fitted_to(data), kinds=(f"{answers.images} images of the user's own",)),
         fusion_weights=tuple(weights),
-        lanes={lane: _qualities(base.lanes[lane], answers) for lane in base.lanes},
     )
-    policy = _with_needs(policy, answers, parts)
+    parts = dict[str, str]()
+    if answers.tells and answers.images < MANY:
+        # A margin that so few images can vouch for costs more than asking does, and a threshold needs more of them.
+        few = f"{answers.images} images are too few, from {MANY} on it is the model's own"
+        parts |= dict.fromkeys(("router", "needs", "escalation"), f"general: {few}")
+        policy = replace(policy, escalation=UNFITTED)
+    else:
+        x = data.columns(base.router.inputs.names)
+        parts["router"] = f"general, moved by {answers.images} images"
+        lanes = {lane: _qualities(base.lanes[lane], answers) for lane in base.lanes}
+        policy = replace(policy, router=fit_router(base.router, x, data.y), lanes=lanes)
+        policy = _with_needs(policy, answers, parts)
     return Adapted(_with_familiar(policy, answers, parts), parts)
 
 

@@ -23,8 +23,8 @@ from adaptive_fusion.policy.policy import Policy
 FOLDS = 5
 SURE = 0.975
 """Confidence of a lower end, as that of a 95 % interval."""
-GAIN = 0.01
-"""Share of native's cost by which a policy must at least be cheaper to replace another one that keeps as much."""
+MOST_LESS = 0.5
+"""Share of the tolerance by which a policy may keep less than the one that it replaces."""
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,18 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
     """Why a policy must not take the place of `other`, in words; empty where it may.
 
     It may not if it keeps less than the tolerance allows with its whole interval; if it keeps less than the other by
-    more than the tolerance, as far as can be seen: few images hide a loss, so the benefit of the doubt is not its own;
-    or if it is dearer and not surely better.
+    more than half of the tolerance, as far as can be seen: few images hide a loss, so the benefit of the doubt is not
+    its own; or if it is not surely as cheap, unless the other loses more than the tolerance and it surely keeps more.
     """
     kept, more, tokens = found["adapted kept"], found[f"kept over {other}"], found[f"tokens over {other}"]
     floor = min(1.0 - tolerance, found[f"{other} kept"].mean)
     if kept.high < floor:
         return f"it keeps {_said(kept)} of the answers at full compute; expected {floor:.3f} or more"
-    if more.mean < -tolerance:
-        return f"it keeps {_said(more)} over {other}; expected {-tolerance:g} or more"
-    if tokens.mean > GAIN and more.low <= 0:
-        return f"it takes {_said(tokens)} more visual tokens than {other} (of native's) and does not surely keep more"
+    if more.mean < -tolerance * MOST_LESS:
+        return f"it keeps {_said(more)} over {other}; expected {-tolerance * MOST_LESS:g} or more"
+    needed = found[f"{other} kept"].mean < 1.0 - tolerance and more.low > 0
+    if tokens.high > 0 and not needed:
+        return f"it takes {_said(tokens)} more visual tokens than {other} (of native's), which keeps enough"
     return ""
 
 

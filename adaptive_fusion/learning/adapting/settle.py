@@ -54,6 +54,8 @@ def settle(source: Source, answers: Answers, base: Policy, name: str, weights: S
     def judge(policy: Policy, some: Answers) -> Taken:
         return take(source, policy, some)
 
+    # Both in the same folds, since verdicts teach how many requests go on: where nothing was learned they are one.
     adapted = cross_fitted(answers, lambda some: fit(some).policy, judge)
-    found = figures(answers, {"adapted": adapted, "general": judge(base, answers)})
+    general = cross_fitted(answers, lambda some: base, judge)
+    found = figures(answers, {"adapted": adapted, "general": general})
     return Settled(base, fit(answers), found, refused(found, "general", answers.tolerance))
