@@ -18,7 +18,7 @@ from adaptive_fusion.serving.settings import KEY_VARIABLE
 DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OBJECTS = [path for path in sorted(KUBERNETES.glob("*.yaml")) if path.name != "prometheus-adapter.yaml"]
-SELDOM = {"InferenceService", "Kustomization"}
+SELDOM = {"InferenceService", "Kustomization", "PodMonitor"}
 """Kinds that are not Kubernetes' own."""
 
 
@@ -49,7 +49,7 @@ def test_objects_are_valid_by_their_schemas(path: Path) -> None:
         if each["kind"] not in SELDOM:
             validator.validate(each, "1.34", strict=True)
             checked += 1
-    assert checked or path.name in ("kserve.yaml", "kustomization.yaml")
+    assert checked or path.name in ("kserve.yaml", "kustomization.yaml", "podmonitor.yaml")
 
 
 def test_the_kserve_predictor_has_fields_that_kserve_knows() -> None:
@@ -63,8 +63,8 @@ def test_kustomize_names_files_that_are_there() -> None:
     named = documents(KUBERNETES / "kustomization.yaml")[0]["resources"]
     assert all((KUBERNETES / name).is_file() for name in named)
     there = {path.name for path in OBJECTS}
-    # One's own secrets and KServe, which not every cluster has, are applied by hand.
-    assert there - set(named) == {"kustomization.yaml", "secret.example.yaml", "kserve.yaml"}
+    # One's own secrets, and KServe and the Prometheus operator, which not every cluster has, are applied by hand.
+    assert there - set(named) == {"kustomization.yaml", "secret.example.yaml", "kserve.yaml", "podmonitor.yaml"}
 
 
 @pytest.mark.parametrize(("name", "pod", "container"), containers(), ids=lambda value: value if value else None)
