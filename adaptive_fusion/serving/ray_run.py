@@ -113,7 +113,8 @@ def _placed(options: ReplicaOptions) -> ReplicaOptions:
     """The options with each replica's share of this machine's accelerators, which Ray has counted."""
     import ray
 
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cluster: Callable[[], dict[str, float]] = ray.cluster_resources
+    gpus = int(cluster().get("GPU", 0))
     if not gpus:
         return options
     # There is seldom room for one more model on an accelerator: some old ones end first.
