@@ -24,8 +24,9 @@ NATIVE = 512 * 512
 
 def sees(body: Any) -> list[str]:
     """Four words, of which the last are wrong below what is enough."""
-    contents = [message["content"] for message in body["messages"] if isinstance(message["content"], list)]
-    parts = [part for content in contents for part in content]
+    parts = [
+        part for message in body["messages"] if isinstance(message["content"], list) for part in message["content"]
+    ]
     (url,) = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
     width, height = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size
     return ["red", " button", " left", " below" if width * height >= ENOUGH * NATIVE else " perhaps"]

@@ -1,5 +1,6 @@
 """`native` through the seam is the model itself, and nothing of the model changes."""
 
+import copy
 import inspect
 from itertools import product
 from typing import Any
@@ -82,6 +83,22 @@ def test_native_gives_the_models_own_tokens(any_model: Any, processor: Any, mess
     encoded = adapter.encode(inputs, NATIVE)
     found = any_model.generate(**encoded.inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(found, expected)
+
+
+def test_a_model_of_a_kind_with_taps_that_has_none_runs_at_every_plan(
+    tiny_dense: Any, processor: Any, messages: list[dict[str, Any]]
+) -> None:
+    """Its forward pass goes through an empty list of them, and no plan may leave it without one."""
+    config = copy.deepcopy(tiny_dense.config)
+    config.vision_config.deepstack_visual_indexes = []
+    torch.manual_seed(0)
+    model = type(tiny_dense)(config).eval()
+    adapter = adapter_for(model, processor)
+    inputs = adapter.prepare(messages, NATIVE)
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**adapter.encode(inputs, NATIVE).inputs, max_new_tokens=4), expected)
+    fewer = adapter.encode(inputs, OperatingPoint(downsample=0.5))
+    assert len(model.generate(**fewer.inputs, max_new_tokens=4, do_sample=False)) == 1
 
 
 def test_a_left_padded_batch_equals_its_rows(any_model: Any, processor: Any, noise_image: Any) -> None:

@@ -152,7 +152,8 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
         return f"it keeps {_said(more)} over {other}; expected {-tolerance * MOST_LESS:g} or more"
     needed = found[f"{other} kept"].mean < 1.0 - tolerance and more.low > 0
     if tokens.high > 0 and not needed:
-        return f"it takes {_said(tokens)} more visual tokens than {other} (of native's), which keeps enough"
+        beside = f"{_said(tokens)} more visual tokens, of native's"
+        return f"it is not surely as cheap as {other} ({beside}), which keeps {found[f'{other} kept'].mean:.3f}"
     return ""
 
 
