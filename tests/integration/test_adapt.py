@@ -19,13 +19,23 @@ from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reference.screens import Kind, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "adapt.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "adapt.md"
+TRANSFER = ROOT / "training" / "transfer"
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 IMAGES = 24
 
 
 @pytest.fixture(scope="module")
-def model(tiny_dense: Any, processor: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(
+    request: pytest.FixtureRequest, tiny_dense: Any, processor: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random one, or a trained one that no shipped policy was fitted to."""
+    name = getattr(request, "param", "")
+    if name and not (TRANSFER / name / "config.json").exists():
+        pytest.skip(f"training/transfer/{name} has no model yet")
+    if name:
+        return TRANSFER / name
     folder = tmp_path_factory.mktemp("models") / "my-model"
     tiny_dense.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -72,6 +82,7 @@ def adapt(model: Path, images: Path, tmp: Path, *more: Any) -> Result:
     return run("adapt", model, images, *options)
 
 
+@pytest.mark.parametrize("model", ["", "plain"], indirect=True, ids=["random", "plain"])
 def test_the_pages_commands_make_a_policy_that_is_used_and_a_run_that_was_stopped_goes_on(
     model: Path, images: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
