@@ -17,8 +17,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adaptive_fusion.serving.affinity import key_of
 from adaptive_fusion.serving.commons import merged
-from adaptive_fusion.serving.http import BODIES, ELAPSED, Bodies, read_body
-from adaptive_fusion.serving.refusals import Refusal, error_body, error_response, json_response
+from adaptive_fusion.serving.http import BODIES, ELAPSED, Bodies, place_of, read_body
+from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_body, error_response, json_response
 
 TRIES = 4
 """Replicas that are asked: one that dies, the one after it, and so on."""
@@ -61,6 +61,7 @@ class Front:
         ask: Asks a replica: what it is told, the body, and the name of the request's image.
         shared: What all replicas share.
         died: Errors that say a replica is gone.
+        absent: Errors that say none is there or will be soon.
         max_body_mib: Largest body.
         clock: Seconds, monotonic.
     """
@@ -70,10 +71,11 @@ class Front:
         ask: Callable[[dict[str, Any], bytes, str], Answering],
         shared: Shared,
         died: tuple[type[BaseException], ...],
+        absent: tuple[type[BaseException], ...],
         max_body_mib: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ask, self._shared, self._died, self._clock = ask, shared, died, clock
+        self._ask, self._shared, self._died, self._absent, self._clock = ask, shared, died, absent, clock
         self._max_mib, self._bodies = max_body_mib, Bodies(BODIES * max_body_mib << 20)
         self.draining = False
         self._open = 0
@@ -138,7 +140,7 @@ class Front:
                     async with asyncio.timeout(limit_s):
                         await self._forward(scope, receive, send, body, arrived_s)
                 except TimeoutError:
-                    raise Refusal("no replica is ready", 503, code="not_ready", retry_s=1.0) from None
+                    raise _absent() from None
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
         lines = [
@@ -164,14 +166,30 @@ class Front:
             except self._died:
                 if relay.began:
                     self.counts["cut_off"] += 1
-                    await relay.cut_off()
+                    await relay.cut_off(_died())
                     return
                 if not left:
-                    raise Refusal(
-                        "the replica ended while it answered; try again", 503, code="replica_died", retry_s=1.0
-                    ) from None
+                    raise _died() from None
                 self.counts["asked_again"] += 1
                 log.warning("a replica ended before it answered; another is asked")
+            except (Refusal, ClientDisconnect, TimeoutError):
+                raise
+            except Exception as error:  # asking again would not help
+                log.error("a request failed: %s", place_of(error))
+                refusal = _absent() if isinstance(error, self._absent) else as_refusal(error)
+                if not relay.began:
+                    raise refusal from None
+                self.counts["cut_off"] += 1
+                await relay.cut_off(refusal)
+                return
+
+
+def _absent() -> Refusal:
+    return Refusal("no replica is ready", 503, code="not_ready", retry_s=1.0)
+
+
+def _died() -> Refusal:
+    return Refusal("the replica ended while it answered; try again", 503, code="replica_died", retry_s=1.0)
 
 
 class _Relay:
@@ -195,12 +213,11 @@ class _Relay:
             answering.cancel()
             raise
 
-    async def cut_off(self) -> None:
-        """The replica is gone in the middle: a stream says so, anything else ends short of its length."""
+    async def cut_off(self, refusal: Refusal) -> None:
+        """Nothing more comes: a stream says so, anything else ends short of its length."""
         if not self._kind.startswith(b"text/event-stream"):
             raise ConnectionResetError("a replica ended in the middle of an answer")
-        error = error_body(Refusal("the replica ended while it answered; try again", 503, code="replica_died"))
-        event = b"data: " + json.dumps(error, separators=(",", ":")).encode() + b"\n\n"
+        event = b"data: " + json.dumps(error_body(refusal), separators=(",", ":")).encode() + b"\n\n"
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 

@@ -7,6 +7,7 @@ but when replicas are asked for.
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from importlib import import_module
 from pkgutil import resolve_name
 from typing import Any
 
@@ -15,11 +16,13 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message
 
 from adaptive_fusion.serving.commons import Commons
 from adaptive_fusion.serving.front import Answering, Front
+from adaptive_fusion.serving.gently import gently
 from adaptive_fusion.serving.http import Guard
 from adaptive_fusion.serving.replica_options import ReplicaOptions
 from adaptive_fusion.serving.settings import Settings
@@ -30,6 +33,7 @@ FRONT_ONGOING = 1000
 """Requests that one front has at a time; it only passes on."""
 HEALTH_S = 5.0
 ROUTER: Any = "adaptive_fusion.serving.router.ImageRouter"
+REPLICA = "adaptive_fusion.serving.replica"
 TRIALS = "adaptive_fusion.commands.options:trials_in"
 """Who makes experiments with policies: the server itself does not know how."""
 BEYOND = 64
@@ -89,12 +93,11 @@ class ReplicaServer:
     """One replica."""
 
     async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]
-        from adaptive_fusion.serving.replica import Replica  # with the model's stack, which the others do without
-
+        module = await gently(import_module, REPLICA)  # with the model's stack, which the others do without
         options = ReplicaOptions.of(values)
         reach = Reach(options)
         name, trials = serve.get_replica_context().replica_tag, resolve_name(TRIALS)
-        self._replica = Replica(name, options, reach.tell, reach.ask, trials)
+        self._replica = module.Replica(name, options, reach.tell, reach.ask, trials)
         await self._replica.begin()
 
     async def answer(self, told: Mapping[str, Any], body: bytes, key: str = "") -> AsyncIterator[list[Message]]:
@@ -125,7 +128,7 @@ class FrontServer:
             found: Any = streamed.remote(told, body, key=key)
             return found  # type: ignore[no-any-return]
 
-        self._front = Front(ask, self._reach, (RayActorError,), options.settings().max_body_mib)
+        self._front = Front(ask, self._reach, (RayActorError,), (RayServeException,), options.settings().max_body_mib)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return Guard(self._front, self._options.key, self._options.settings().is_local, self._front.refused)

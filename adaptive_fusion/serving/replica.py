@@ -21,6 +21,7 @@ from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.app import create_app
 from adaptive_fusion.serving.commons import kind_of
 from adaptive_fusion.serving.front import scope_of
+from adaptive_fusion.serving.gently import gently
 from adaptive_fusion.serving.http import place_of
 from adaptive_fusion.serving.records import Records, unknown
 from adaptive_fusion.serving.replica_options import ReplicaOptions
@@ -154,7 +155,7 @@ class Replica:
         Raises:
             AdaptiveFusionError: If the model cannot be loaded or made ready.
         """
-        runner = await asyncio.to_thread(self.options.runner, self.name)
+        runner = await gently(self.options.runner, self.name)
         snapshot = await self._ask("snapshot", kind_of(runner.state()))
         ready: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
 

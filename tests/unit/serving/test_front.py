@@ -1,10 +1,12 @@
 """What stands before replicas, with replicas in this process: real applications, asked by messages."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -21,22 +23,26 @@ class Died(Exception):
     """A replica is gone."""
 
 
+class Absent(Exception):
+    """No replica can be started."""
+
+
 class Asked:
     """Messages of a replica that may die after some of them."""
 
-    def __init__(self, messages: AsyncIterator[list[Message]], after: int | None, log: list[str]) -> None:
-        self._messages, self._after, self._log = messages, after, log
+    def __init__(self, messages: AsyncIterator[list[Message]], after: int | None, scene: "Scene") -> None:
+        self._messages, self._after, self._log, self._error = messages, after, scene.log, scene.error
 
     async def __aiter__(self) -> AsyncIterator[list[Message]]:
         try:
             if self._after == 0:
-                raise Died
+                raise self._error
             count = 0
             async for found in self._messages:
                 yield found
                 count += 1
                 if count == self._after:
-                    raise Died
+                    raise self._error
         finally:
             await self._messages.aclose()  # type: ignore[attr-defined]
 
@@ -55,7 +61,8 @@ class Shared:
 class Scene:
     """A front before one application; `deaths` are after how many messages each of the first asked dies."""
 
-    def __init__(self, deaths: list[int | None] | None = None) -> None:
+    def __init__(self, deaths: list[int | None] | None = None, error: type[Exception] = Died) -> None:
+        self.error = error
         self.deaths, self.log, self.elapsed = list(deaths or []), [], []
         self.log: list[str] = []
         self.elapsed: list[float] = []
@@ -69,7 +76,7 @@ class Scene:
             ]
         )
         self.now = 10.0
-        self.front = Front(self._ask, Shared(), (Died,), 1, lambda: self.now)
+        self.front = Front(self._ask, Shared(), (Died,), (Absent,), 1, lambda: self.now)
 
     async def _nothing(self, *_: Any) -> None:
         return None
@@ -77,7 +84,7 @@ class Scene:
     def _ask(self, told: dict[str, Any], body: bytes, key: str) -> Asked:
         self.log.append(key[:4])
         self.now += 0.25
-        return Asked(self.replica.answer(told, body), self.deaths.pop(0) if self.deaths else None, self.log)
+        return Asked(self.replica.answer(told, body), self.deaths.pop(0) if self.deaths else None, self)
 
     async def _echo(self, request: Request) -> Response:
         self.elapsed.append(request.scope[ELAPSED])
@@ -211,3 +218,16 @@ def test_draining_lets_nobody_in_and_waits_for_who_is() -> None:
             assert (await open_one).status_code == 200
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("error", "status", "code"), [(Absent, 503, "not_ready"), (KeyError, 500, "internal_error")])
+def test_what_goes_wrong_on_the_way_is_said_and_not_asked_again(error: type[Exception], status: int, code: str) -> None:
+    """Before an answer as an error in OpenAI's form, in a stream as its last event."""
+    scene = Scene([0], error)
+    refused = asyncio.run(post(scene, "/v1/echo"))
+    assert refused.status_code == status and refused.json()["error"]["code"] == code
+    scene = Scene([1], error)
+    stream = asyncio.run(post(scene, "/v1/stream")).text
+    events = [line[6:] for line in stream.splitlines() if line.startswith("data: ")]
+    assert json.loads(events[-1])["error"]["code"] == code and "[DONE]" not in stream
+    assert scene.front.counts == {"requests": 1, "asked_again": 0, "cut_off": 1, "refused": 0}
