@@ -4,9 +4,12 @@ Knows service times, arrivals and the rule by which requests find a replica. Mus
 
 A request takes `around_s` of processor time outside its replica (proxy, front, client), half before and half after, and
 in its replica, which does one at a time in the order of their coming, a time drawn from those measured: one with the
-encoder, or one without where the image is cached there. All that is under way on one machine shares its cores evenly
-(processor sharing: with k at work on c cores each goes at the speed min(1, c / k)); replicas that have machines of
-their own share nothing. Where a request goes is `affinity.choose`'s rule, by queue lengths that are known at once.
+encoder, or one without where the image is cached there. `delay_s` more nobody computes: processes are woken.
+
+All that is under way on one machine shares its cores evenly (processor sharing: with k at work on c cores each goes at
+the speed min(1, c / k)), and takes `slowed` times as long where it runs beside others, as they share memory, caches and
+clock; replicas that have machines of their own share nothing. Where a request goes is `affinity.choose`'s rule, by
+queue lengths that are known at once.
 """
 
 import heapq
@@ -15,9 +18,12 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from statistics import mean
 
 from adaptive_fusion.serving.affinity import SLACK, ranked
+
+KNOWN = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Load:
         zipf: See there.
         held: Images that a replica's cache holds; 0 for no cache.
         cores: Of the one machine that all share; infinite where each replica has its own.
+        slowed: Processor seconds of what runs beside others on that machine, in times of those alone.
+        delay_s: Seconds of a request that no core and no replica spends on it.
     """
 
     miss_s: Sequence[float]
@@ -41,6 +49,8 @@ class Load:
     zipf: float = 1.0
     held: int = 0
     cores: float = math.inf
+    slowed: float = 1.0
+    delay_s: float = 0.0
 
 
 @dataclass
@@ -49,7 +59,7 @@ class Fleet:
 
     took_s: list[float] = field(default_factory=list)
     ends_s: list[float] = field(default_factory=list)
-    hits: int = 0
+    hits: list[bool] = field(default_factory=list)
 
     @property
     def throughput(self) -> float:
@@ -68,8 +78,14 @@ class Fleet:
 
     @property
     def hit_rate(self) -> float:
-        """Share of requests whose image was cached where they ran."""
-        return self.hits / len(self.took_s)
+        """Share of the later half of requests whose image was cached where they ran; the earlier fill the caches."""
+        return mean(self.hits[len(self.hits) // 2 :])
+
+
+@lru_cache(maxsize=100_000)
+def _first(image: int, replicas: int) -> tuple[int, ...]:
+    """The replicas to which an image belongs first, which are almost always enough."""
+    return tuple(int(name) for name in ranked(str(image), [str(number) for number in range(replicas)])[:KNOWN])
 
 
 class _Simulation:
@@ -82,13 +98,13 @@ class _Simulation:
         self.lengths = [0] * replicas
         self.sizes: dict[int, int] = {0: replicas}
         self.caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in self.names]
-        self.orders: dict[int, list[str]] = {}
         weights = [1.0 / rank**load.zipf for rank in range(1, load.images + 1)]
         self.cumulative: list[float] = []
         for weight in weights:
             self.cumulative.append(weight + (self.cumulative[-1] if self.cumulative else 0.0))
         self.now, self.virtual, self.number = 0.0, 0.0, 0
         self.work: list[tuple[float, int, str, float, int, int]] = []
+        self.waking: list[tuple[float, float]] = []
 
     def arrive(self) -> None:
         """A request comes."""
@@ -97,6 +113,10 @@ class _Simulation:
 
     def next_end(self) -> float:
         """When the next thing under way ends, in real time."""
+        waking = self.waking[0][0] if self.waking else math.inf
+        return min(waking, self._work_ends())
+
+    def _work_ends(self) -> float:
         return self.now + (self.work[0][0] - self.virtual) / self._speed() if self.work else math.inf
 
     def go_to(self, moment: float) -> None:
@@ -106,7 +126,11 @@ class _Simulation:
 
     def end(self) -> bool:
         """The next thing ends; whether a request is answered with it."""
-        self.go_to(self.next_end())
+        if self.waking and self.waking[0][0] <= self._work_ends():
+            moment, came = heapq.heappop(self.waking)
+            self.go_to(moment)
+            return self._answered(came)
+        self.go_to(self._work_ends())
         _, _, stage, came, image, replica = heapq.heappop(self.work)
         if stage == "before":
             place = self._place(image)
@@ -120,14 +144,21 @@ class _Simulation:
             if self.queues[replica]:
                 self._serve(replica)
             self._begin("after", self.load.around_s / 2, came, image, replica)
+        elif self.load.delay_s:
+            heapq.heappush(self.waking, (self.now + self.load.delay_s, came))
         else:
-            self.out.took_s.append(self.now - came)
-            self.out.ends_s.append(self.now)
-            return True
+            return self._answered(came)
         return False
 
+    def _answered(self, came: float) -> bool:
+        self.out.took_s.append(self.now - came)
+        self.out.ends_s.append(self.now)
+        return True
+
     def _speed(self) -> float:
-        return min(1.0, self.load.cores / len(self.work)) if self.work else 1.0
+        if not self.work or math.isinf(self.load.cores):
+            return 1.0
+        return min(1.0, self.load.cores / len(self.work)) / (self.load.slowed if len(self.work) > 1 else 1.0)
 
     def _begin(self, stage: str, seconds: float, came: float, image: int, replica: int) -> None:
         self.number += 1
@@ -142,7 +173,7 @@ class _Simulation:
             cache.move_to_end(image)
             if len(cache) > self.load.held:
                 cache.popitem(last=False)
-        self.out.hits += hit
+        self.out.hits.append(hit)
         self._begin("serve", self.rng.choice(self.load.hit_s if hit else self.load.miss_s), came, image, replica)
 
     def _count(self, replica: int, more: int) -> None:
@@ -154,19 +185,19 @@ class _Simulation:
         self.sizes[before + more] = self.sizes.get(before + more, 0) + 1
 
     def _place(self, image: int) -> int:
-        """As `affinity.choose` has it; the order of an image's replicas is kept."""
-        order = self.orders.get(image)
-        if order is None:
-            order = self.orders[image] = ranked(str(image), self.names)
+        """As `affinity.choose` has it."""
         most = min(self.sizes) + SLACK
-        return int(next(name for name in order if self.lengths[int(name)] <= most))
+        for replica in _first(image, len(self.names)):
+            if self.lengths[replica] <= most:
+                return replica
+        return next(int(name) for name in ranked(str(image), self.names) if self.lengths[int(name)] <= most)
 
 
 def at_rate(load: Load, replicas: int, rate: float, requests: int, seed: int = 0, steady: bool = False) -> Fleet:
     """`requests` that come `rate` a second: at random (Poisson), or `steady`."""
     simulation = _Simulation(load, replicas, seed)
     arrivals, left = 0.0, requests
-    while left or simulation.work:
+    while left or simulation.work or simulation.waking:
         if left and arrivals <= simulation.next_end():
             simulation.go_to(arrivals)
             simulation.arrive()

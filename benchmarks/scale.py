@@ -31,18 +31,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this folder is on it
 
-import httpx
-
-from benchmarks.fleet import Fleet, Load, at_rate, by_clients
+from benchmarks.capacity import CALM, draw, fleets, predictions
 from benchmarks.load import Outcome, ServerProcess, offer, saturate, server_process
 from benchmarks.serving import body, picture
 
 OFF = 0.15
-HELD = 0.95
 CLIENTS = 8
 ALONE = 60
+WARM = 25
+"""Requests of each client before anything is measured: the first hundred of a process take longer."""
 IDLE_S = 5.0
-SIZES = (1, 2, 4, 10, 30, 100, 300, 1000)
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -112,36 +110,38 @@ def bodies(count: int, tokens: int) -> list[dict[str, Any]]:
     return [body(picture(300 + number, 200), tokens) | {"min_tokens": tokens} for number in range(count)]
 
 
-def one_by_one(server: ServerProcess, asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Processor seconds and times of requests with nobody else there; the first third warms up."""
-    meter, took = Meter(server), []
-    with httpx.Client(timeout=600) as client:
-        for index, each in enumerate(asked):
-            if index == len(asked) // 3:
-                began = meter()
-            start = time.perf_counter()
-            client.post(server.url, json=each).raise_for_status()
-            took.append(time.perf_counter() - start)
-    ended, count = meter(), len(asked) - len(asked) // 3
+def by_few(server: ServerProcess, asked: Sequence[dict[str, Any]], clients: int, each: int) -> dict[str, Any]:
+    """Processor seconds and times of requests by clients that each send the next when the last was answered: with one
+    there is nobody else, with as many as cores each has one. Half as many before warm up."""
+    meter = Meter(server)
+    must_be_answered(saturate(server.port, asked, clients, max(1, each // 2)))
+    time.sleep(1.0)
+    began = meter()
+    outcomes = saturate(server.port, asked, clients, each)
+    ended, count = meter(), len(outcomes)
+    must_be_answered(outcomes)
     time.sleep(IDLE_S)
     idle = meter()
     resting = [(idle[part] - ended[part]) / (idle[2] - ended[2]) for part in (0, 1)]
     seconds = ended[2] - began[2]
+    taken = latencies(server, count)
     return {
         "replica_s": (ended[0] - began[0] - resting[0] * seconds) / count,
         "around_s": (ended[1] - began[1] - resting[1] * seconds) / count,
         "resting": sum(resting),
-        "alone_s": median(took[len(asked) // 3 :]),
-        "spread": spread(server, count),
+        "alone_s": median(o.took_s for o in outcomes),
+        "mean_s": mean(o.took_s for o in outcomes),
+        "logged_s": mean(taken),
+        "spread": [each / mean(taken) for each in taken],
     }
 
 
-def spread(server: ServerProcess, count: int) -> list[float]:
-    """Times of the last requests in their replica, each over the mean of all."""
+def latencies(server: ServerProcess, count: int) -> list[float]:
+    """Seconds of the last requests in their replicas, by its log."""
     lines = [line for path in server.said.parent.glob("log-*.jsonl") for line in path.read_text().splitlines()]
     decisions = [record for record in map(json.loads, lines) if record.get("event", "decision") == "decision"]
-    taken = [record["measurement"]["latency_ms"] for record in decisions[-count:]]
-    return [each / mean(taken) for each in taken]
+    decisions.sort(key=lambda record: record["time_s"])
+    return [record["measurement"]["latency_ms"] / 1e3 for record in decisions[-count:]]
 
 
 def measured(server: ServerProcess, asked: Sequence[dict[str, Any]], seconds: float, share: float) -> dict[str, float]:
@@ -173,75 +173,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"cores": os.cpu_count(), "measured": {}}
     for count in (1, 2):
         with replicas(folder, count, options.model) as server:
+            must_be_answered(saturate(server.port, asked, CLIENTS, WARM))
             if count == 1:
-                found["work"] = one_by_one(server, (asked * 6)[: options.alone])
+                found["work"] = by_few(server, asked, 1, options.alone)
+            else:
+                found["beside"] = by_few(server, asked, 2, options.alone)
             found["measured"][str(count)] = measured(server, asked, options.seconds, options.share)
     with replicas(folder, 1, options.model, cache_mb=256) as server:
-        found["cached"] = one_by_one(server, asked[:1] * options.alone)
+        must_be_answered(saturate(server.port, asked[:1], CLIENTS, WARM))
+        found["cached"] = by_few(server, asked[:1], 1, options.alone)
     return found
-
-
-def load_of(found: dict[str, Any], **more: Any) -> Load:
-    """What a request does, as it was measured."""
-    work, cached = found["work"], found["cached"]
-    return Load(
-        [work["replica_s"] * each for each in work["spread"]],
-        [cached["replica_s"] * each for each in cached["spread"]],
-        around_s=work["around_s"],
-        **more,
-    )
-
-
-def predictions(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The simulation's word on what was measured, and what it is off by."""
-    load = load_of(found, cores=found["cores"] - found["work"]["resting"], images=32, zipf=0.0)
-    out = {}
-    for count, row in found["measured"].items():
-        most = by_clients(load, int(count), CLIENTS, 4000).throughput
-        took = mean(at_rate(load, int(count), row["rate"], 8000, steady=True).took_s)
-        out[count] = {
-            "throughput": most,
-            "throughput_off": most / row["throughput"] - 1,
-            "mean_s": took,
-            "mean_off": took / row["mean_s"] - 1,
-        }
-    return out
-
-
-def held(load: Load, count: int, limit_s: float, requests: int) -> tuple[float, Fleet]:
-    """Requests a second that replicas hold with enough of them within the limit, found by bisection, and what it is
-    like."""
-    low, high = 0.0, 1.5 * count / min(mean(load.miss_s), mean(load.hit_s))
-    best = at_rate(load, count, high / 100, requests)
-    for _ in range(8):
-        rate = (low + high) / 2
-        fleet = at_rate(load, count, rate, requests)
-        if fleet.within(limit_s) >= HELD:
-            low, best = rate, fleet
-        else:
-            high = rate
-    return low, best
-
-
-def fleets(found: dict[str, Any], deadline: float, most: int, images: int, kept: int) -> list[dict[str, float]]:
-    """What replicas on machines of their own hold, with and without caches."""
-    limit_s = deadline * found["work"]["alone_s"]
-    rows = []
-    for count in (size for size in SIZES if size <= most):
-        requests = 100 * count if count > 10 else 1500
-        plain, _ = held(load_of(found), count, limit_s, requests)
-        rate, fleet = held(load_of(found, images=images, held=kept), count, limit_s, requests)
-        rows.append(
-            {
-                "replicas": count,
-                "held": plain,
-                "held_cached": rate,
-                "hit_rate": fleet.hit_rate,
-                "median_s": fleet.quantile(0.5),
-                "p95_s": fleet.quantile(0.95),
-            }
-        )
-    return rows
 
 
 def lines(found: dict[str, Any], short: Sequence[str]) -> list[str]:
@@ -262,8 +203,8 @@ def lines(found: dict[str, Any], short: Sequence[str]) -> list[str]:
     for row in found["fleet"]:
         out.append(
             f"{row['replicas']:>5} with machines of their own: {row['held']:.1f} a second, with caches "
-            f"{row['held_cached']:.1f} (hits {row['hit_rate']:.2f}, median {row['median_s'] * 1e3:.0f} ms, "
-            f"95 % {row['p95_s'] * 1e3:.0f} ms)"
+            f"{row['held_cached']:.1f} (at {CALM:.0%} of that: hits {row['hit_rate']:.2f}, median "
+            f"{row['median_s'] * 1e3:.0f} ms, 95 % {row['p95_s'] * 1e3:.0f} ms)"
         )
     return [*out, "falls short: " + ("; ".join(short) if short else "nothing")]
 
@@ -282,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--held", type=int, default=200, help="images that a simulated cache holds")
     parser.add_argument("--keep", type=Path, help="write what was measured there")
     parser.add_argument("--from", dest="source", type=Path, help="measure nothing, take it from there")
+    parser.add_argument("--plot", type=Path, help="PNG of what is held and cached with up to so many replicas")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(arguments)
     if options.alone < 3:
@@ -293,8 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = measure(options, Path(folder))
     if options.keep is not None:
         options.keep.write_text(json.dumps(found))
-    found["predicted"] = predictions(found)
+    found["predicted"] = predictions(found, CLIENTS)
     found["fleet"] = fleets(found, options.deadline, options.most, options.images, options.held)
+    if options.plot is not None:
+        draw(found["fleet"], options.plot)
     short = [
         f"{count} replicas: {name} off by {row[f'{name}_off']:+.0%}; expected at most {OFF:.0%}"
         for count, row in found["predicted"].items()
