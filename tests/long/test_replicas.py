@@ -19,6 +19,7 @@ from server import asking, image, text
 from waits import MOST_S, until
 
 from benchmarks.load import ServerProcess, server_process
+from benchmarks.scale import tree
 
 pytest.importorskip("ray.serve", reason="needs the extra ray")
 
@@ -168,6 +169,14 @@ def test_a_killed_replica_loses_no_answer(server: ServerProcess, share_of: Calla
     # The new one has gone on with what the other had learned.
     assert all(row["updates"] for row in there.values())
     must_be_whole(seen, server.said.parent, torn=1)
+
+
+def test_only_replicas_load_the_model_stack(server: ServerProcess) -> None:
+    """What starts them, what stands before them and what they share stay small."""
+    pids = {pid: name for pid, name in tree(server.process.pid).items() if "ReplicaServer" not in name}
+    assert {"Commons", "FrontServer"} <= {name[5:].split(".")[0].split(":")[-1].strip() for name in pids.values()}
+    maps = {name: Path(f"/proc/{pid}/maps") for pid, name in pids.items()}
+    assert not [name for name, path in maps.items() if path.exists() and "libtorch" in path.read_text()]
 
 
 def test_a_rolling_update_drops_nothing(server: ServerProcess, share_of: Callable[[int], int]) -> None:
