@@ -107,7 +107,8 @@ class ReplicaServer:
 
     async def notes(self) -> list[str]:
         """What was found at the start."""
-        return self._replica.notes
+        found: list[str] = self._replica.notes
+        return found
 
     async def __del__(self) -> None:
         await self._replica.end()
