@@ -21,6 +21,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _EXPECTED = "expected reference, a folder in Hugging Face format, or the id of a model on the Hub"
 
 
+def checked(model: str, policy: str) -> Policy | str:
+    """The policy, where both names can be what they are to be; nothing is loaded that takes long.
+
+    Raises:
+        PolicyError: For a policy that cannot be loaded.
+        ConfigError: For a text that is neither an existing folder nor of the form of a model's name.
+    """
+    loaded = policy if policy == AUTO else Policy.load(policy)
+    if model != "reference" and not (model and _is_dir(Path(model).expanduser())) and not _HUB_ID.fullmatch(model):
+        raise ConfigError(f"model is {model[:200]!r}, which is no folder; {_EXPECTED}")
+    return loaded
+
+
 def open_runner(
     model: str,
     policy: str,
@@ -38,11 +51,8 @@ def open_runner(
             the form ``name`` or ``owner/name`` is refused without looking anywhere else.
         UnsupportedModelError: For a model that cannot be driven.
     """
-    loaded = policy if policy == AUTO else Policy.load(policy)
-    folder = Path(model).expanduser()
+    loaded, folder = checked(model, policy), Path(model).expanduser()
     is_folder = bool(model) and _is_dir(folder)
-    if model != "reference" and not is_folder and not _HUB_ID.fullmatch(model):
-        raise ConfigError(f"model is {model[:200]!r}, which is no folder; {_EXPECTED}")
     try:
         import torch
         from safetensors import SafetensorError

@@ -22,6 +22,7 @@ def serve_replicas(given: dict[str, Any], port: int) -> None:
     with refusing((), False):
         options.require_serving()
         from adaptive_fusion.errors import ConfigError
+        from adaptive_fusion.loading import checked
         from adaptive_fusion.serving.ray_run import serve_replicas as run
         from adaptive_fusion.serving.replica_options import ReplicaOptions
 
@@ -40,6 +41,7 @@ def serve_replicas(given: dict[str, Any], port: int) -> None:
             allowed_media_domains=options.hosts(domains),
             **values,
         )
+        checked(told.model, told.policy)  # here, where it can be said at once
         answered = run(told, port, complain)
     if not answered:
         raise typer.Exit(1)

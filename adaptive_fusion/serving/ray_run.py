@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from adaptive_fusion.errors import ConfigError, MissingExtraError
+from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, MissingExtraError
 from adaptive_fusion.serving.replica_options import ReplicaOptions
 from adaptive_fusion.serving.settings import KEEP_ALIVE_S
 
@@ -52,8 +52,6 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
         from ray import serve
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[ray]'") from error
-    from adaptive_fusion.serving.ray import APP, app
-
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     port = _free(options.host, port)
@@ -68,12 +66,15 @@ def serve_replicas(options: ReplicaOptions, port: int, announce: Callable[[str],
             http_options={"host": options.host, "port": port, "keep_alive_timeout_s": KEEP_ALIVE_S},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        handle = serve.run(app(options.values()), name=APP, route_prefix="/")
+        handle = _run(options)
         announce(_ready(options, port, handle.notes.remote().result()))
         while signals.get() == signal.SIGHUP:
-            options = replace(options, generation=secrets.token_hex(4))
-            serve.run(app(options.values()), name=APP, route_prefix="/")
-            announce(f"replaced: {options.replicas} replicas")
+            try:
+                _run(replace(options, generation=secrets.token_hex(4)))
+            except ConfigError as error:  # those that serve go on
+                announce(f"not replaced: {error}")
+            else:
+                announce(f"replaced: {options.replicas} replicas")
         return _end(handle, options, announce)
     finally:
         with suppress(Exception):
@@ -107,6 +108,28 @@ def _start_ray(options: ReplicaOptions) -> None:
             ray.shutdown()
             if not left:
                 raise ConfigError(f"Ray cannot be started on this machine: {str(error)[:300]}") from error
+
+
+def _run(options: ReplicaOptions) -> Any:
+    """Have the replicas that are wanted, all warm; a handle of what stands before them.
+
+    Raises:
+        ConfigError: If they cannot be started.
+    """
+    from ray import serve
+
+    from adaptive_fusion.serving.ray import APP, app
+
+    try:
+        return serve.run(app(options.values()), name=APP, route_prefix="/")
+    except AdaptiveFusionError:
+        raise
+    except Exception as error:  # Ray raises plain ones, with the replica's own at their end
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        own = next(
+            (line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else type(error).__name__
+        )
+        raise ConfigError(f"the replicas cannot be started: {own[:300]}") from error
 
 
 def _placed(options: ReplicaOptions) -> ReplicaOptions:

@@ -119,7 +119,7 @@ class ReplicaOptions:
     @property
     def key(self) -> str | None:
         """What clients must present."""
-        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
+        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE) or None  # empty is unset
 
     @property
     def name(self) -> str:

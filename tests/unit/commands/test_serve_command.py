@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from adaptive_fusion.cli import app
 from adaptive_fusion.commands.serve import name_of
+from adaptive_fusion.commands.serve_replicas import _must_fit
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.loading import model_options
 
@@ -29,11 +30,23 @@ def test_every_option_is_explained() -> None:
         (["--model", "no/such/place/at/all"], "which is no folder"),
         (["--policy", "none such"], "unknown policy"),
         (["--served-name", ""], "model name is ''"),
+        (["--replicas", "0"], "--replicas"),
+        (["--replicas", "1000000"], "--replicas"),
+        (["--replicas", "2", "--max-replicas", "1"], "max_replicas is 1"),
+        (["--replicas", "2", "--ui"], "expected no --replicas"),
+        (["--replicas", "2", "--model", "no/such/place/at/all"], "which is no folder"),
+        (["--replicas", "2", "--policy", "none such"], "unknown policy"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], says: str) -> None:
     result = CliRunner(env={"ADAPTIVE_FUSION_API_KEY": ""}).invoke(app, ["serve", *arguments])
     assert result.exit_code == 2 and says in result.output and "Traceback" not in result.output
+
+
+def test_no_more_replicas_than_memory_has_room_for() -> None:
+    _must_fit(1)
+    with pytest.raises(ConfigError, match=r"1000000 replicas do not fit .* expected at most \d+, or a cluster"):
+        _must_fit(10**6)
 
 
 def test_a_folder_is_called_by_its_last_part(tmp_path: Path) -> None:
