@@ -4,12 +4,13 @@
 
 Parts, each with servers of its own (``adaptive-fusion serve --replicas N --batch 1``):
 
-- ``work``: requests one after the other against one replica: processor seconds of one in its replica and outside it
-  (proxy, front, client), what all of it takes while nothing comes, and the same for images that are cached;
+- ``work``: requests one after the other against one replica: their time, processor seconds of one in its replica and
+  outside it (proxy, front, client), what all of it takes while nothing comes; ``cached``: with images that are cached;
+- ``beside``: the time of a request where two clients keep two replicas busy, which share memory, caches and clock;
 - ``measured``, for one and for two replicas: answers a second with 8 clients that each send the next request when the
   last was answered, and the time of a request with `--share` of that load;
-- ``predicted``: the same by the simulation (`fleet`), which knows nothing but ``work`` and the number of cores, with
-  what each prediction is off by;
+- ``predicted``: the same by the simulation (`fleet`), which knows nothing but these and the number of cores, with what
+  each prediction is off by;
 - ``one``: requests a second that one replica with a machine of its own holds with 95 % within ``--deadline`` times a
   request alone; ``fleet``: what 1 to 1,000 such replicas hold, their waiting times and how often an image is cached.
 
