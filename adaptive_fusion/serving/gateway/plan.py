@@ -130,7 +130,7 @@ class Plans:
         decision = replace(decision, reason="; ".join([decision.reason, *_remarks(media, change)]))
         if change:
             decision = replace(decision, conversation={"change": change, "images": sum(name in kept for name in names)})
-        adapter = self.upstream.adapter
+        adapter, as_they_came = self.upstream.adapter, [replace(size, most_pixels=None) for size in info.sizes]
         return Planned(
             decision,
             choice,
@@ -139,7 +139,7 @@ class Plans:
             work,
             info,
             tuple(media),
-            adapter.plan(info.sizes, NATIVE).tokens,
+            adapter.plan(as_they_came, NATIVE).tokens,
             work.prompt_tokens - info.text_tokens,
             second=None if second is None else tuple(_spread(second, media)),
         )

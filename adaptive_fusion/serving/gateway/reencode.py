@@ -96,16 +96,16 @@ def _shrunk(still: Still, size: tuple[int, int]) -> Image.Image:
 
 
 def resized(pixels: Array, size: tuple[int, int]) -> Array:
-    """Pixels (height, width[, channels]) of 8 or 16 bits at `size` (width, height), as the models' own processors
-    resize: bicubic, over as many pixels as come together in one."""
-    wide = pixels.dtype != np.uint8
-    told = torch.from_numpy(pixels.astype(np.float32) if wide else pixels)
+    """Pixels (height, width[, channels]) of 8 bits, or (height, width) of 16, at `size` (width, height), as the models'
+    own processors resize: bicubic, over as many pixels as come together in one."""
+    if pixels.dtype != np.uint8:  # rare, and PyTorch has it wrong for a picture of one column
+        small = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize(size, Image.Resampling.BICUBIC))
+        return small.round().clip(0, np.iinfo(pixels.dtype).max).astype(pixels.dtype)
+    told = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None])
     # One picture of so many channels, told in this order: then they stay beside each other in memory.
-    planes = (told if pixels.ndim == 3 else told[..., None])[None].permute(0, 3, 1, 2)
-    small = functional.interpolate(planes, size[::-1], mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    if wide:
-        small = small.round().clamp(0, np.iinfo(pixels.dtype).max)
-    return np.ascontiguousarray(small.numpy().reshape(*size[::-1], *pixels.shape[2:]), pixels.dtype)
+    planes = told[None].permute(0, 3, 1, 2)
+    made = functional.interpolate(planes, size[::-1], mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    return np.ascontiguousarray(made.numpy().reshape(*size[::-1], *pixels.shape[2:]))
 
 
 def _encoded(small: Image.Image, still: Still) -> bytes:

@@ -98,7 +98,7 @@ def test_a_conversation_falls_only_where_the_budget_cannot_be_met_otherwise(pres
     assert first.given == (Given(),)
     stays = first.ran.predicted.ttft_ms
     limits = {"ttft_ms": stays * 0.7, "attainment": 0.5} if pressed else {}
-    second = planned(by, [([1], QUESTIONS[0]), ([], QUESTIONS[1])], **limits)
+    second = planned(by, [([1], QUESTIONS[0]), ([], QUESTIONS[1])], "high", **limits)
     change = second.decision.conversation["change"]
     assert change == ("falls" if pressed else "stays")
     assert (second.given == first.given) is not pressed
