@@ -1,6 +1,8 @@
 """A policy's ladders where only pixels and frames can be chosen, as in front of somebody else's engine.
 
-What pools tokens becomes the share of the pixels that has as many tokens; how levels are fused is left to the model.
+What pools the tokens of all pixels becomes the share of the pixels that has as many tokens. What pools those of an
+image that is smaller already keeps the pixels of that: with fewer than a policy has ever seen judged, nobody knows what
+is lost. How levels are fused is left to the model.
 Knows policies and rungs. Must not know of models or engines.
 """
 
@@ -39,6 +41,9 @@ def projected(policy: Policy) -> tuple[Policy, str]:
 
 
 def on_pixels(rung: Rung) -> Rung:
-    """The same step with the model's own fusion, and fewer pixels in place of pooled tokens."""
-    point = replace(NATIVE, max_pixels=rung.point.max_pixels, max_fps=rung.point.max_fps)
-    return Rung(point, rung.quality, rung.pixel_share * rung.point.downsample**2)
+    """The same step with the model's own fusion and without pooling, which fewer pixels stand for if it is all there
+    is."""
+    pixels = rung.point.max_pixels
+    point = replace(NATIVE, max_pixels=pixels, max_fps=rung.point.max_fps)
+    whole = rung.pixel_share == 1.0 and pixels is None
+    return Rung(point, rung.quality, rung.point.downsample**2 if whole else rung.pixel_share)
