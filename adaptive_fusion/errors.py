@@ -40,6 +40,10 @@ class ContextLengthError(ConfigError):
     """A prompt and the answer asked for that together are longer than the model's context."""
 
 
+class RolloutFileError(AdaptiveFusionError, OSError):
+    """The file of experiments with policies cannot be read or written now; `ConfigError` says that it is none."""
+
+
 class UnsupportedModelError(AdaptiveFusionError):
     """The model cannot be driven by an adapter of this library, or a knob does not apply to it."""
 

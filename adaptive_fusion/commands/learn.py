@@ -16,7 +16,8 @@ from adaptive_fusion.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaptive_fusion.learning.loop.ahead import Ahead
-    from adaptive_fusion.learning.loop.learn import Loop, Rollout
+    from adaptive_fusion.learning.loop.learn import Loop
+    from adaptive_fusion.learning.loop.onward import Rollout
     from adaptive_fusion.learning.loop.state import State
 
 REFUSED = 1
@@ -108,7 +109,8 @@ def _loop(
     jobs: int,
     rollout: Path | None,
 ) -> "Loop":
-    from adaptive_fusion.learning.loop.learn import Loop, Settings
+    from adaptive_fusion.learning.loop.learn import Loop
+    from adaptive_fusion.learning.loop.settings import Settings
     from adaptive_fusion.user_cache import user_cache_dir
 
     fingerprint = None

@@ -113,15 +113,14 @@ def start(
         )
         ledger = _ledger(file)
         ledger.start(experiment, why=why)
-    _show(ledger, as_json)
+        _show(ledger, as_json)
 
 
 @app.command()
 def status(file: File = _FILE, as_json: Json = False) -> None:
     """Show the running or last experiment: arms, counts, and each guardrail with its evidence."""
     with refusing([str(file)], as_json):
-        ledger = _ledger(_there(file))
-    _show(ledger, as_json)
+        _show(_ledger(_there(file)), as_json)
 
 
 @app.command()
@@ -158,7 +157,7 @@ def _command(what: str, why: str, file: Path, as_json: bool) -> None:
     with refusing([str(file)], as_json):
         ledger = _ledger(_there(file))
         ledger.command(what, why=why)
-    _show(ledger, as_json)
+        _show(ledger, as_json)
 
 
 def _ledger(file: Path) -> "Ledger":
@@ -216,6 +215,13 @@ def _show(ledger: "Ledger", as_json: bool) -> None:
         means = [_mean(row[arm]) for arm in ("control", "canary")]
         table.add_row(row["name"], *means, f"{row['e']:.3g}", f"{row['needed']:g}")
     out.print(table)
+    if (compared := found["estimate"]) is not None:
+        before, after = compared["before"], compared["after"]
+        measured = "nothing measured yet" if after is None else f"{compared['metric']} measured since: {_mean(after)}"
+        if after is not None:
+            measured += ", inside" if compared["agrees"] else ", outside"
+        stated = f"{before['mean']:.4g} [{before['low']:.3g}, {before['high']:.3g}]"
+        out.print(f"estimated from logs before: {stated}; {measured}")
     if found["history"]:
         last = found["history"][-1]
         out.print(f"last change by {printable(last['who'])}: {printable(last['why'])}")

@@ -8,24 +8,24 @@ Knows runners, policies and the hook. Must not know of HTTP or of evidence.
 """
 
 import logging
-import sqlite3
 import threading
+import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from adaptive_fusion.control.controller import Controller
-from adaptive_fusion.errors import AdaptiveFusionError, ConfigError
+from adaptive_fusion.errors import ConfigError, RolloutFileError
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.rollout import outcomes
 from adaptive_fusion.rollout.assignment import CANARY
-from adaptive_fusion.rollout.live import Assignment, Live, conversation_key
+from adaptive_fusion.rollout.conversations import conversation_key
+from adaptive_fusion.rollout.live import Assignment, Live
 from adaptive_fusion.runner import AdaptiveRunner
 
-if TYPE_CHECKING:
-    from adaptive_fusion.rollout.shadow import PairedShadow
-
 log = logging.getLogger("adaptive_fusion.rollout")
+AGAIN_S = 60.0
+"""After which a policy that could not be loaded is tried again: of one that was promoted nothing else is there."""
 
 
 class Learner(Protocol):
@@ -36,6 +36,17 @@ class Learner(Protocol):
     def with_policy(self, policy: Policy, *, apart: bool) -> "Learner": ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Beside(Protocol):
+    """What judges the canary beside answered requests, and makes room for those that are live."""
+
+    canary: Any
+
+    def arrive(self) -> None: ...
+    def leave(self) -> None: ...
+    def offer(self, messages: Any, prompt: str | None, reply: Reply) -> None: ...
+    def close(self) -> None: ...
 
 
 class Arms:
@@ -51,7 +62,8 @@ class Arms:
         self._lock = threading.Lock()
         self._experiment = 0
         self._canary: Learner | None = None
-        self._beside: PairedShadow | None = None
+        self._failed_s: float | None = None  # when it could not be loaded
+        self._beside: Beside | None = None
 
     def runner_for(self, given: Assignment) -> Learner:
         """The runner of an assignment. A canary that cannot be loaded is taken back, and the control answers. Reads
@@ -64,11 +76,14 @@ class Arms:
 
     def _canary_of(self, given: Assignment) -> Learner | None:
         with self._lock:
-            if self._experiment != given.experiment or self._canary is None:
-                self._canary, self._experiment = None, given.experiment
+            new = self._experiment != given.experiment
+            again = self._failed_s is not None and time.monotonic() - self._failed_s >= AGAIN_S
+            if new or again or (self._canary is None and self._failed_s is None):
+                self._canary, self._experiment, self._failed_s = None, given.experiment, None
                 try:
                     self._canary = self._loaded(given)
-                except (AdaptiveFusionError, OSError) as error:
+                except Exception as error:  # whatever a policy's files do: the old policy answers
+                    self._failed_s = time.monotonic()
                     log.error("the canary cannot be used: %s", type(error).__name__)
                     self.live.broken(given, f"the canary cannot be loaded: {error}"[:500])
             return self._canary
@@ -79,20 +94,24 @@ class Arms:
         if canary is None or (before is not None and before.canary is canary):
             return
 
-        def tell(request_id: str, control: float, new: float) -> None:
-            self.live.pair(given, request_id, {"quality": control}, {"quality": new})
-
-        if not isinstance(self.runner, AdaptiveRunner) or not isinstance(canary, AdaptiveRunner):
-            self.live.broken(given, "a shadow is run on the model itself, which a gateway does not have")
-            return
-        from adaptive_fusion.rollout.shadow import PairedShadow  # only where one runs: it brings what labels need
+        def tell(request_id: str, control: Mapping[str, float], new: Mapping[str, float]) -> None:
+            self.live.pair(given, request_id, control, new)
 
         try:
-            self._beside = PairedShadow(self.runner, canary, tell)
+            self._beside = self._shadow_by(canary, tell)
         except ConfigError as error:
             self.live.broken(given, f"the canary cannot be run beside: {error}"[:500])
         if before is not None:
             before.close()
+
+    def _shadow_by(self, canary: Learner, tell: Any) -> "Beside":
+        if not isinstance(self.runner, AdaptiveRunner):  # a gateway asks its engine
+            found: Beside = self.runner.beside(canary, tell)  # type: ignore[attr-defined]
+            return found
+        from adaptive_fusion.rollout.shadow import PairedShadow  # only where one runs: it brings what labels need
+
+        assert isinstance(canary, AdaptiveRunner)
+        return PairedShadow(self.runner, canary, tell)
 
     def _loaded(self, given: Assignment) -> Learner:
         found = self.runner.with_policy(Policy.load(given.candidate or given.policy or ""), apart=True)
@@ -149,7 +168,7 @@ class Arms:
         if canary is not None:
             try:
                 self.live.store.keep_learned(number, CANARY, canary.state())
-            except sqlite3.Error:
+            except RolloutFileError:
                 self.live.dropped += 1
 
 
@@ -162,7 +181,7 @@ class Trial:
         beside: The shadow that waits for its end.
     """
 
-    def __init__(self, arms: Arms, given: Assignment, beside: "PairedShadow | None" = None) -> None:
+    def __init__(self, arms: Arms, given: Assignment, beside: Beside | None = None) -> None:
         self._arms, self.given, self._waits = arms, given, beside
         self._runner = arms.runner
         self._told = False

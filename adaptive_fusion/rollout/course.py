@@ -135,6 +135,19 @@ class Course:
         """By guardrail what is known; see `Watch.row`."""
         return [watch.row() for watch in self.watches.values()]
 
+    def compared(self) -> dict[str, Any] | None:
+        """The estimate from before beside what was measured of the canary since, by shadow labels where there are any,
+        else by ratings; whether that lies in the stated interval. None without an estimate."""
+        before = self.experiment.estimate
+        if before is None:
+            return None
+        found: dict[str, Any] = {"before": dict(before), "metric": None, "after": None, "agrees": None}
+        for name in ("quality", "ratings"):
+            if name in self.watches and (row := self.watches[name].row()["canary"])["n"]:
+                agrees = before["low"] <= row["mean"] <= before["high"]
+                return {**found, "metric": name, "after": row, "agrees": agrees}
+        return found
+
     def state(self) -> dict[str, Any]:
         """Everything but the experiment, in plain values for JSON."""
         return {

@@ -79,8 +79,7 @@ class Unpaired:
     @property
     def log_e(self) -> float:
         """Logarithm of the process as it is; `peak` has the highest that it was."""
-        self._settle()
-        return _log_sum(self._logs)
+        return _log_sum(self._settled())
 
     def ratio(self, share: float) -> None:
         """From now on a canary with `share` of all units is compared: how many of the control's outcomes come to one
@@ -124,11 +123,19 @@ class Unpaired:
         self._plans.clear()
 
     def _settle(self) -> None:
-        """Put the clean blocks into the logarithms."""
+        """Put the clean blocks into the logarithms. When that happens follows from the outcomes alone, never from who
+        looks: whoever has the same outcomes has the same numbers, to the last bit."""
+        self._logs = self._settled()
+        for plan in self._plans.values():
+            plan.clean_blocks = 0
+
+    def _settled(self) -> list[float]:
+        """The logarithms with the clean blocks in them."""
+        logs = self._logs
         for plan in self._plans.values():
             if plan.clean_blocks:
-                self._logs = [log + plan.clean_blocks * one for log, one in zip(self._logs, plan.clean, strict=True)]
-                plan.clean_blocks = 0
+                logs = [log + plan.clean_blocks * one for log, one in zip(logs, plan.clean, strict=True)]
+        return logs
 
     def _replan(self, n_a: int, n_b: int) -> "_Plan":
         """Bets for blocks of that size, from blocks past: they hold until something bad was seen, or for some time."""
@@ -146,11 +153,10 @@ class Unpaired:
 
     def state(self) -> dict[str, Any]:
         """Everything, in plain values for JSON; `restore` goes on with the same numbers."""
-        self._settle()
         return {
             "logs": list(self._logs), "waiting": [list(waiting) for waiting in self._waiting], "n": list(self._n),
             "sum": list(self._sum), "squares": list(self._squares), "to_one": self.to_one, "peak": self.peak,
-            "plans": [[*plan.given, plan.left] for plan in self._plans.values()],
+            "plans": [[*plan.given, plan.left, plan.clean_blocks] for plan in self._plans.values()],
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -171,10 +177,18 @@ class _Plan:
     __slots__ = ("bets", "clean", "clean_blocks", "given", "left", "size", "x", "y")
 
     def __init__(
-        self, ratios: Sequence[float], n_a: int, n_b: int, mean: float, margin: float, spread: float, left: int
+        self,
+        ratios: Sequence[float],
+        n_a: int,
+        n_b: int,
+        mean: float,
+        margin: float,
+        spread: float,
+        left: int,
+        clean_blocks: int = 0,
     ) -> None:
         self.given, self.left = (n_a, n_b, mean, margin, spread), left
-        self.size, self.clean_blocks, n = (n_a, n_b), 0, n_a + n_b
+        self.size, self.clean_blocks, n = (n_a, n_b), clean_blocks, n_a + n_b
         if margin >= 0.0:
             self.x, self.y = min(mean, 0.999 - margin), min(mean, 0.999 - margin) + margin
             # Where the canary is `ratio` times as bad, and both together are as bad as they are, its own mean is that.

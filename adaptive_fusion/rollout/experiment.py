@@ -40,6 +40,8 @@ class Experiment:
         steps: The canary's share at each step, rising. An ``ab`` has one, of a shadow or audit it is the sampled share.
         least: The canary's outcomes at each step but the last, at least, before the next.
         guardrails: What it must not be worse in.
+        estimate: What the new policy's answers would have been worth on logged traffic, 0 to 1: ``mean``, ``low`` and
+            ``high``. It stands beside what is measured, and nothing follows from it. None is none.
 
     Raises:
         ConfigError: For a value that is out of range.
@@ -54,6 +56,7 @@ class Experiment:
     steps: tuple[float, ...] = STEPS
     least: tuple[int, ...] = LEAST
     guardrails: tuple[Guardrail, ...] = DEFAULT
+    estimate: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -77,6 +80,8 @@ class Experiment:
         if not self.guardrails or not all(isinstance(rail, Guardrail) for rail in self.guardrails):
             raise ConfigError("guardrails are none; expected at least one Guardrail")
         object.__setattr__(self, "salt", self.salt or self.name)
+        if self.estimate is not None:
+            object.__setattr__(self, "estimate", _checked(self.estimate))
 
     def to_dict(self) -> dict[str, Any]:
         """In plain values for JSON."""
@@ -104,3 +109,10 @@ class Experiment:
                     raise ConfigError(f"{name} is {given[name]!r}; expected a list of numbers")
                 given[name] = tuple(given[name])
         return cls(**given)
+
+
+def _checked(estimate: Any) -> dict[str, float]:
+    ends = ("low", "mean", "high")
+    if not isinstance(estimate, Mapping) or set(estimate) != set(ends):
+        raise ConfigError(f"estimate is {estimate!r}; expected low, mean and high")
+    return {name: number(estimate[name], f"{name} of estimate") for name in ends}

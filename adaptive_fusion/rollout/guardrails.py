@@ -103,7 +103,7 @@ DEFAULT = (
     Guardrail("escalations", "answers that the better plan had to give", margin=0.05, alpha=0.0025),
     Guardrail("ratings", "what people say of answers", "lower", margin=0.02, alpha=0.0035, binary=False),
     Guardrail(
-        "quality", "likelihood of the full answer, by shadow labels", "lower", margin=0.01, alpha=0.004, binary=False
+        "quality", "what is kept of the full answer, by shadow labels", "lower", margin=0.01, alpha=0.004, binary=False
     ),
 )  # fmt: skip
 """What every experiment is guarded by, unless it says otherwise; alpha is 0.05 together."""

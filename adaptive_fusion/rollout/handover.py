@@ -3,7 +3,10 @@
 Knows experiments by their names. Must not know requests, policies or how a candidate came to be.
 """
 
-from adaptive_fusion.learning.loop.learn import Seen
+from dataclasses import asdict
+
+from adaptive_fusion.evaluation.statistics import Interval
+from adaptive_fusion.learning.loop.onward import Seen
 from adaptive_fusion.rollout.experiment import CANARIES, RUNNING, SHADOW, STEPS, Experiment
 from adaptive_fusion.rollout.ledger import Ledger
 
@@ -23,7 +26,7 @@ class Handover:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def start(self, kind: str, name: str, candidate: str, control: str) -> None:
+    def start(self, kind: str, name: str, candidate: str, control: str, estimate: Interval | None = None) -> None:
         """Begin a shadow or a canary; one of that name that is there already stands.
 
         Raises:
@@ -31,7 +34,9 @@ class Handover:
         """
         if self.look(name) is None:
             steps = {SHADOW: (SHADOWED,), CANARIES: STEPS}[kind]
-            experiment = Experiment(name, kind, candidate, control, steps=steps)
+            experiment = Experiment(
+                name, kind, candidate, control, steps=steps, estimate=None if estimate is None else asdict(estimate)
+            )
             self._ledger.start(experiment, WHO, f"a candidate better than {control} on labelled logs")
 
     def look(self, name: str) -> Seen | None:

@@ -10,9 +10,6 @@ old policy answers, and `dropped` counts it.
     live.finished(given, request_id, {"errors": 0.0, "deadline_misses": 1.0})
 """
 
-import hashlib
-import json
-import sqlite3
 import threading
 import time
 import uuid
@@ -22,19 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptive_fusion.errors import ConfigError, RolloutFileError
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL, arm_of, place
-from adaptive_fusion.rollout.events import Late, Missing, Outcome, Pair, finite
+from adaptive_fusion.rollout.conversations import MOST, Talks, hashed
+from adaptive_fusion.rollout.events import Event, Late, Missing, Outcome, Pair, finite
 from adaptive_fusion.rollout.experiment import AUDIT, RUNNING, SHADOW, Experiment
 from adaptive_fusion.rollout.ledger import Ledger
 from adaptive_fusion.rollout.outcomes import URGENT
+from adaptive_fusion.rollout.place import FarLedger, FarStore
 from adaptive_fusion.rollout.store import Store
 
 SILENT_S = 900.0
 """After which a request of the canary that never ended counts as lost."""
 LOST = 10
 """Requests of the canary in a row that may be lost."""
-MOST = 65_536
-"""Units and conversations that are remembered, least recently used out first."""
+BLIND_S = 1.0
+"""After an outcome could not be kept the old policy answers, and so often it is tried whether one can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Assignment:
         shadow: Whether the new policy is to be run beside, later.
         candidate: The new policy.
         key: Of this request alone.
+        conversation: The conversation's key, hashed with the experiment's salt; empty without one.
     """
 
     arm: str = CONTROL
@@ -60,6 +61,7 @@ class Assignment:
     shadow: bool = False
     candidate: str = ""
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    conversation: str = ""
 
     @property
     def observed(self) -> bool:
@@ -71,20 +73,35 @@ class Live:
     """The hook; thread-safe, one a process.
 
     Args:
-        store: The file of the experiments, or a `Store`.
+        store: The file of the experiments, a `Store`, or that of a place elsewhere.
         clock: Seconds since the epoch.
+        steady: Seconds that no setting of the clock moves.
+        ledger: That of a place elsewhere; else one of the file.
     """
 
-    def __init__(self, store: Store | str | Path, clock: Callable[[], float] = time.time) -> None:
-        self.store = store if isinstance(store, Store) else Store(store)
-        self._clock = clock
-        self.ledger = Ledger(self.store, clock)
+    def __init__(
+        self,
+        store: Store | FarStore | str | Path,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+        ledger: FarLedger | None = None,
+    ) -> None:
+        self.store: Store | FarStore = Store(store) if isinstance(store, str | Path) else store
+        self._steady = steady
+        self.ledger: Ledger | FarLedger
+        if isinstance(self.store, Store):
+            self.ledger = Ledger(self.store, clock)
+        elif ledger is not None:
+            self.ledger = ledger
+        else:
+            raise ConfigError("ledger is None; expected that of the place whose store is given")
         self.dropped = 0
         self._lock = threading.Lock()
-        self._conversations: OrderedDict[str, tuple[int, str, str]] = OrderedDict()
+        self._talks = Talks(self.store)
         self._counted: OrderedDict[tuple[int, str], int] = OrderedDict()
         self._open: OrderedDict[str, tuple[float, int]] = OrderedDict()  # the canary's, by when they began
-        self._lost = 0
+        self._lost = 0, 0  # of which experiment, and how many in a row
+        self._blind_s: float | None = None  # since when outcomes cannot be kept, or when that was last tried
 
     # A request
 
@@ -102,11 +119,14 @@ class Live:
         """
         try:
             self.ledger.refresh()
-        except (sqlite3.Error, OSError):
+        except Exception:  # whatever is wrong with the file: another version's experiment, a broken page, no room
             self.dropped += 1
             return Assignment()
         control, course = self.ledger.control, self.ledger.course
         if course is None or control.experiment == 0:
+            return Assignment()
+        if control.status == RUNNING and not self._sees():
+            self.dropped += 1
             return Assignment()
         experiment, number = course.experiment, control.experiment
         key = key or uuid.uuid4().hex
@@ -119,28 +139,32 @@ class Live:
                 CANARY if audit else CONTROL, experiment.canary if audit else None, number, unit, audit,
                 taken and experiment.kind == SHADOW, experiment.canary, key,
             )  # fmt: skip
-        arm = arm_of(experiment.salt, unit, control.share)
+        arm, talk = arm_of(experiment.salt, unit, control.share), ""
         if control.status == RUNNING and conversation:
-            arm, unit = self._kept(number, conversation, follows, arm, unit)
-        given = Assignment(arm, experiment.canary if arm == CANARY else None, number, unit, key=key)
+            talk = hashed(experiment.salt, conversation)
+            arm, unit = self._talks.kept(number, talk, follows, arm, unit)
+        policy = experiment.canary if arm == CANARY else None
+        given = Assignment(arm, policy, number, unit, candidate=experiment.canary, key=key, conversation=talk)
         if arm == CANARY and control.status == RUNNING:
             self._began(given)
         return given
 
-    def _kept(self, number: int, conversation: str, follows: bool, arm: str, unit: str) -> tuple[str, str]:
-        """Arm and unit of a request of a conversation: those that it had, or those that it is given now."""
-        with self._lock:
-            before = self._conversations.get(conversation)
-            if follows and before is not None and before[0] == number:
-                arm, unit = before[1], before[2]
-            self._conversations[conversation] = number, arm, unit
-            self._conversations.move_to_end(conversation)
-            while len(self._conversations) > MOST:
-                self._conversations.popitem(last=False)
-        return arm, unit
+    def _sees(self) -> bool:
+        """Whether outcomes can be kept: what nobody watches answers nobody."""
+        if self._blind_s is None:
+            return True
+        if self._steady() - self._blind_s < BLIND_S:
+            return False
+        try:
+            self.store.probe()
+        except RolloutFileError:
+            self._blind_s = self._steady()
+            return False
+        self._blind_s = None
+        return True
 
     def _began(self, given: Assignment) -> None:
-        now = self._clock()
+        now = self._steady()
         with self._lock:
             self._open[given.key] = now, given.experiment
             while self._open:
@@ -148,8 +172,9 @@ class Live:
                 if now - began < SILENT_S:
                     break
                 del self._open[oldest]
-                self._lost += number == given.experiment
-            lost = self._lost
+                if number == given.experiment:
+                    self._lost = number, (self._lost[1] if self._lost[0] == number else 0) + 1
+            lost = self._lost[1] if self._lost[0] == given.experiment else 0
         if lost >= LOST:
             self._keep(given.experiment, Missing(f"{lost} requests of the canary never came to an end"), None)
 
@@ -170,12 +195,12 @@ class Live:
         if course is not None and course.experiment.kind == SHADOW:
             return  # it goes by pairs
         if given.arm == CANARY:
-            self._lost = 0
+            self._lost = 0, 0
         known = finite(metrics)
         if self._again(given):
             self._keep(given.experiment, Late(given.arm, {n: v for n, v in known.items() if n in URGENT}), None)
         else:
-            self._keep(given.experiment, Outcome(given.arm, known), request_id)
+            self._keep(given.experiment, Outcome(given.arm, known), request_id, given.conversation or None)
 
     def _again(self, given: Assignment) -> bool:
         """Whether another request of the unit has had its say. Requests of one user are alike, which chance is not: so
@@ -200,7 +225,7 @@ class Live:
         each metric one value of a request counts."""
         try:
             found = self.store.served(request_id)
-        except sqlite3.Error:
+        except RolloutFileError:
             self.dropped += 1
             return False
         if found is None:
@@ -225,14 +250,15 @@ class Live:
         """Whether a request of that id was answered within an experiment."""
         try:
             return self.store.served(request_id) is not None
-        except sqlite3.Error:
+        except RolloutFileError:
             return False
 
-    def _keep(self, experiment: int, event: Any, request: str | None) -> bool:
+    def _keep(self, experiment: int, event: Event, request: str | None, conversation: str | None = None) -> bool:
         try:
-            return self.ledger.append(experiment, event, request)
-        except (sqlite3.Error, OSError):
+            return self.ledger.append(experiment, event, request, conversation)
+        except Exception:  # of the file, as in `assign`: no request fails by it
             self.dropped += 1
+            self._blind_s = self._steady()
             return False
 
     # People
@@ -256,24 +282,3 @@ class Live:
     def history(self) -> list[dict[str, Any]]:
         """Who changed what and why, of all experiments."""
         return self.store.history()
-
-
-def conversation_key(messages: Any) -> tuple[str, bool]:
-    """Key of a conversation in OpenAI's form, and whether it had an answer: what it began with, up to the user's first
-    message. Of long texts, which images are, their ends and length count, so that it takes microseconds."""
-    begun: list[Any] = []
-    for message in messages:
-        begun.append(message)
-        if message.get("role") == "user":
-            break
-    follows = any(message.get("role") == "assistant" for message in messages[len(begun) :])
-    text = json.dumps(_short(begun), sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(), follows
-
-
-def _short(value: Any) -> Any:
-    if isinstance(value, str):
-        return value if len(value) <= 512 else [len(value), value[:128], value[len(value) // 2 :][:128], value[-128:]]
-    if isinstance(value, Mapping):
-        return {str(name): _short(each) for name, each in value.items()}
-    return [_short(each) for each in value] if isinstance(value, list | tuple) else value

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -222,7 +222,7 @@ class PairedShadow(ShadowedRunner):
     Args:
         runner: Answers the requests. Must have a log, where the label of what the user got goes, as ever.
         canary: Decides by the other policy; the same model.
-        tell: Called with the request's id and both qualities, that of `runner` first.
+        tell: Called with the request's id and what both came to by metric, `runner` first.
         waiting: Most requests that wait for their shadow.
     """
 
@@ -230,7 +230,7 @@ class PairedShadow(ShadowedRunner):
         self,
         runner: AdaptiveRunner,
         canary: AdaptiveRunner,
-        tell: Callable[[str, float, float], None],
+        tell: Callable[[str, Mapping[str, float], Mapping[str, float]], None],
         *,
         waiting: int = 8,
     ) -> None:
@@ -247,7 +247,8 @@ class PairedShadow(ShadowedRunner):
         self.log.write(
             shadow_record(decided.request_id, quality, reference_quality=scores.reference_quality, time_s=self._clock())
         )
-        self._tell(decided.request_id, scores.quality[mine.name], scores.quality[theirs.name])
+        mine_worth, their_worth = ({"quality": scores.quality[each.name]} for each in (mine, theirs))
+        self._tell(decided.request_id, mine_worth, their_worth)
 
 
 class ShadowedStream:

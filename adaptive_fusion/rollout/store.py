@@ -16,57 +16,21 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, RolloutFileError
+from adaptive_fusion.rollout.tables import NOTHING, SCHEMA, Control, Row, to_newest, version_of
 
-SCHEMA = 1
 _JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 BUSY_MS = 2000
 """How long a write waits for another process's."""
-_TABLES = """
-CREATE TABLE IF NOT EXISTS experiments (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, created_s REAL NOT NULL,
-  who TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS control (
-  one INTEGER PRIMARY KEY CHECK (one = 1), generation INTEGER NOT NULL, experiment INTEGER NOT NULL,
-  status TEXT NOT NULL, step INTEGER NOT NULL, share REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS events (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, experiment INTEGER NOT NULL, kind TEXT NOT NULL, arm TEXT NOT NULL,
-  request TEXT, data TEXT NOT NULL, time_s REAL NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS once ON events (request, kind) WHERE request IS NOT NULL;
-CREATE TABLE IF NOT EXISTS history (
-  id INTEGER PRIMARY KEY AUTOINCREMENT, experiment INTEGER NOT NULL, event INTEGER NOT NULL,
-  generation INTEGER NOT NULL, time_s REAL NOT NULL, status TEXT NOT NULL, step INTEGER NOT NULL, share REAL NOT NULL,
-  who TEXT NOT NULL, why TEXT NOT NULL, UNIQUE (experiment, event));
-CREATE TABLE IF NOT EXISTS snapshots (
-  experiment INTEGER NOT NULL, event INTEGER NOT NULL, time_s REAL NOT NULL, state TEXT NOT NULL, rows TEXT NOT NULL,
-  PRIMARY KEY (experiment, event));
-CREATE TABLE IF NOT EXISTS learned (
-  experiment INTEGER NOT NULL, arm TEXT NOT NULL, state TEXT NOT NULL, PRIMARY KEY (experiment, arm));
-"""
-
-
-class Control(NamedTuple):
-    """The control record; `experiment` 0 is none."""
-
-    generation: int
-    experiment: int
-    status: str
-    step: int
-    share: float
-
-
-class Row(NamedTuple):
-    """An event as it is stored."""
-
-    id: int
-    kind: str
-    arm: str
-    data: Mapping[str, Any]
-
-
-NOTHING = Control(0, 0, "", 0, 0.0)
+KEEP_S = 30 * 86_400.0
+"""Events of a course that is kept whole stay so long, for ratings that come late,"""
+KEEP = 1_000_000
+"""and at most so many."""
+CURVE = 200
+"""Snapshots of an experiment that are kept: the points of its curves."""
+_BATCH = 2_000
 
 
 class Store:
@@ -94,22 +58,36 @@ class Store:
             )
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA):
+            if (version := version_of(self._db)) not in range(SCHEMA + 1):
                 raise ConfigError(f"{name} is of version {version}; expected {SCHEMA}")
-            if version == 0:
+            if version < SCHEMA:
                 with self.changing():
-                    for statement in _TABLES.split(";"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version={SCHEMA}")
+                    to_newest(self._db)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{name} cannot be used as a rollout's file ({error}); expected one to write") from error
         self._version = -1
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """A transaction that nobody else writes in; what is done inside holds together, and is on the disk after."""
+    def _using(self) -> Iterator[None]:
+        """The connection, to one thread at a time.
+
+        Raises:
+            RolloutFileError: For whatever SQLite says.
+        """
         with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise RolloutFileError(f"{self.path.name} cannot be read or written ({error})") from error
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """A transaction that nobody else writes in; what is done inside holds together, and is on the disk after.
+
+        Raises:
+            RolloutFileError: If it cannot be; then nothing was done.
+        """
+        with self._using():
             if self._db.in_transaction:  # inside another
                 yield
                 return
@@ -118,16 +96,17 @@ class Store:
                 self._db.execute("BEGIN IMMEDIATE")
                 try:
                     yield
+                    self._db.execute("COMMIT")
                 except BaseException:
-                    self._db.execute("ROLLBACK")
+                    if self._db.in_transaction:  # SQLite itself ends some of them, as on a full disk
+                        self._db.execute("ROLLBACK")
                     raise
-                self._db.execute("COMMIT")
             finally:
                 self._db.execute("PRAGMA synchronous=NORMAL")
 
     def changed(self) -> bool:
         """Whether another process has written since the last look."""
-        with self._lock:
+        with self._using():
             if self._pid != os.getpid():  # a fork must not use its parent's connection
                 self._connect()
             version = self._db.execute("PRAGMA data_version").fetchone()[0]
@@ -136,7 +115,7 @@ class Store:
 
     def control(self) -> Control:
         """The control record."""
-        with self._lock:
+        with self._using():
             found = self._db.execute("SELECT generation, experiment, status, step, share FROM control").fetchone()
         return Control(*found) if found else NOTHING
 
@@ -146,7 +125,7 @@ class Store:
         Raises:
             ConfigError: If there has been one of that name.
         """
-        with self._lock:
+        with self._using():
             try:
                 found = self._db.execute(
                     "INSERT INTO experiments (name, spec, created_s, who) VALUES (?, ?, ?, ?)",
@@ -158,25 +137,33 @@ class Store:
 
     def experiment(self, number: int) -> tuple[Mapping[str, Any], float, str]:
         """An experiment as it was given, when it began and by whom."""
-        with self._lock:
+        with self._using():
             found = self._db.execute("SELECT spec, created_s, who FROM experiments WHERE id = ?", (number,)).fetchone()
         return json.loads(found[0]), float(found[1]), str(found[2])
 
     def add(
-        self, experiment: int, kind: str, arm: str, data: Mapping[str, Any], time_s: float, request: str | None = None
+        self,
+        experiment: int,
+        kind: str,
+        arm: str,
+        data: Mapping[str, Any],
+        time_s: float,
+        request: str | None = None,
+        conversation: str | None = None,
     ) -> int | None:
         """Append an event; its number, or None if there is one of that kind for that request."""
         text = _JSON(data)
-        with self._lock:
+        with self._using():
             done = self._db.execute(
-                "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s) VALUES (?, ?, ?, ?, ?, ?)",
-                (experiment, kind, arm, request, text, time_s),
+                "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s, conversation) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (experiment, kind, arm, request, text, time_s, conversation),
             )
             return int(done.lastrowid or 0) if done.rowcount else None
 
     def after(self, experiment: int, event: int) -> list[Row]:
         """Events of an experiment after that one, oldest first."""
-        with self._lock:
+        with self._using():
             found = self._db.execute(
                 "SELECT id, kind, arm, data FROM events WHERE experiment = ? AND id > ? ORDER BY id",
                 (experiment, event),
@@ -185,11 +172,29 @@ class Store:
 
     def served(self, request: str) -> tuple[int, str] | None:
         """Experiment and arm of an answered request; None of one that nobody knows."""
-        with self._lock:
+        with self._using():
             found = self._db.execute(
                 "SELECT experiment, arm FROM events WHERE request = ? AND kind = 'outcome'", (request,)
             ).fetchone()
         return (int(found[0]), str(found[1])) if found else None
+
+    def talked(self, experiment: int, conversation: str) -> str | None:
+        """The arm that answered a conversation first; None of one that nobody knows."""
+        with self._using():
+            found = self._db.execute(
+                "SELECT arm FROM events WHERE conversation = ? AND experiment = ? ORDER BY id LIMIT 1",
+                (conversation, experiment),
+            ).fetchone()
+        return None if found is None else str(found[0])
+
+    def probe(self) -> None:
+        """Write something that means nothing, and wait for nobody: whether it can be done."""
+        with self._using():
+            self._db.execute("PRAGMA busy_timeout=0")
+            try:
+                self.keep_learned(0, "", {})
+            finally:
+                self._db.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
     def change(
         self, experiment: int, event: int, status: str, step: int, share: float, who: str, why: str, time_s: float
@@ -214,7 +219,7 @@ class Store:
         """Who changed what and why, oldest first; of all experiments without a number."""
         names = ("generation", "time_s", "experiment", "status", "step", "share", "who", "why")
         where, values = ("", ()) if experiment is None else (" WHERE h.experiment = ?", (experiment,))
-        with self._lock:
+        with self._using():
             found = self._db.execute(
                 "SELECT h.generation, h.time_s, e.name, h.status, h.step, h.share, h.who, h.why FROM history h "
                 f"JOIN experiments e ON e.id = h.experiment{where} ORDER BY h.id",
@@ -224,23 +229,43 @@ class Store:
 
     def snapshot(self, experiment: int, event: int, state: Mapping[str, Any], rows: Any, time_s: float) -> None:
         """Keep a course as it was after an event: where the next process goes on, and a point of the curves."""
-        with self._lock:
+        with self._using():
             self._db.execute(
                 "INSERT OR IGNORE INTO snapshots VALUES (?, ?, ?, ?, ?)",
                 (experiment, event, time_s, json.dumps(state), json.dumps(rows)),
             )
 
+    def prune(self, event: int, time_s: float) -> None:
+        """Let old events go, a batch at a time; those after `event`, from which courses go on, stay in any case."""
+        with self._using():
+            self._db.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? ORDER BY id LIMIT ?) "
+                "AND (time_s < ? OR id <= ?)",
+                (event, _BATCH, time_s - KEEP_S, event - KEEP),
+            )
+            self._db.execute(
+                "DELETE FROM snapshots WHERE (experiment, event) IN (SELECT experiment, event FROM snapshots "
+                "WHERE experiment = (SELECT experiment FROM control) ORDER BY event DESC LIMIT -1 OFFSET ?)",
+                (CURVE,),
+            )
+
+    def newest_snapshot(self, experiment: int) -> int:
+        """The event of the newest; 0 without one."""
+        with self._using():
+            found = self._db.execute("SELECT max(event) FROM snapshots WHERE experiment = ?", (experiment,)).fetchone()
+        return int(found[0] or 0)
+
     def last_snapshot(self, experiment: int) -> tuple[int, Mapping[str, Any]] | None:
         """The newest, with its event."""
-        with self._lock:
+        with self._using():
             found = self._db.execute(
                 "SELECT event, state FROM snapshots WHERE experiment = ? ORDER BY event DESC LIMIT 1", (experiment,)
             ).fetchone()
         return (int(found[0]), json.loads(found[1])) if found else None
 
-    def series(self, experiment: int, most: int = 200) -> list[dict[str, Any]]:
+    def series(self, experiment: int, most: int = CURVE) -> list[dict[str, Any]]:
         """What the newest snapshots found, oldest first."""
-        with self._lock:
+        with self._using():
             found = self._db.execute(
                 "SELECT event, time_s, rows FROM snapshots WHERE experiment = ? ORDER BY event DESC LIMIT ?",
                 (experiment, most),
@@ -249,12 +274,12 @@ class Store:
 
     def keep_learned(self, experiment: int, arm: str, state: Mapping[str, Any]) -> None:
         """Keep what an arm's controller has learned."""
-        with self._lock:
+        with self._using():
             self._db.execute("INSERT OR REPLACE INTO learned VALUES (?, ?, ?)", (experiment, arm, json.dumps(state)))
 
     def learned(self, experiment: int, arm: str) -> Mapping[str, Any] | None:
         """What an arm's controller had learned."""
-        with self._lock:
+        with self._using():
             found = self._db.execute(
                 "SELECT state FROM learned WHERE experiment = ? AND arm = ?", (experiment, arm)
             ).fetchone()
@@ -262,5 +287,5 @@ class Store:
 
     def close(self) -> None:
         """Let the file go."""
-        with self._lock:
+        with self._using():
             self._db.close()

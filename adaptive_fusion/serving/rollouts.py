@@ -3,10 +3,12 @@
 Knows the parts of the service. Must not know how experiments work.
 """
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 
-from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.errors import ConfigError, RolloutFileError
 from adaptive_fusion.serving.http import as_json, read_body
 from adaptive_fusion.serving.refusals import Refusal, json_response
 from adaptive_fusion.serving.schema import read_object
@@ -18,8 +20,19 @@ MAX_WHY = 500
 
 async def status(request: Request) -> Response:
     """The running or last experiment: arms, counts, guardrails with their evidence over time, who changed what."""
+    return json_response(await _status(request))
+
+
+async def _status(request: Request) -> dict[str, Any]:
     service: Service = request.app.state.service
-    return json_response(await service.in_thread(_trials(request).status))
+    try:
+        return await service.in_thread(_trials(request).status)
+    except RolloutFileError as error:
+        raise _unavailable(error) from None
+
+
+def _unavailable(error: RolloutFileError) -> Refusal:
+    return Refusal(str(error), 503, code="rollout_unavailable", retry_s=1.0)
 
 
 async def promote(request: Request) -> Response:
@@ -57,4 +70,6 @@ async def _command(request: Request, what: str) -> Response:
         changed = await service.in_thread(trials.command, what, "over HTTP", why)
     except ConfigError as error:
         raise Refusal(str(error), 409, code="no_experiment") from None
-    return json_response({"changed": changed, **await service.in_thread(trials.status)})
+    except RolloutFileError as error:
+        raise _unavailable(error) from None
+    return json_response({"changed": changed, **await _status(request)})

@@ -9,87 +9,38 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from adaptive_fusion.errors import ConfigError, GateRefused, MissingExtraError
 from adaptive_fusion.evaluation.statistics import Interval
-from adaptive_fusion.learning.data.dataset import NATIVE_NAME
 from adaptive_fusion.learning.data.logs import compact
-from adaptive_fusion.learning.data.matrix import build_dataset
 from adaptive_fusion.learning.fitting.card import finite
-from adaptive_fusion.learning.fitting.train import ESTIMATOR_NAMES, labelled_policy, train
+from adaptive_fusion.learning.fitting.train import labelled_policy, train
 from adaptive_fusion.learning.judging.drawing import plot_drift
 from adaptive_fusion.learning.judging.drift import drift
-from adaptive_fusion.learning.judging.offpolicy import off_policy, served
+from adaptive_fusion.learning.judging.offpolicy import served
 from adaptive_fusion.learning.loop.ahead import Ahead, count, models_of
+from adaptive_fusion.learning.loop.estimates import estimates
+from adaptive_fusion.learning.loop.onward import Rollout, brought_on, stated
+from adaptive_fusion.learning.loop.settings import DEFAULT, Settings
 from adaptive_fusion.learning.loop.state import (
     READY,
     REFUSED,
     RELEASED,
-    ROLLED_BACK,
     RUNNING,
     WAITING,
     Folder,
     State,
 )
 from adaptive_fusion.policy.files import AUTO
-from adaptive_fusion.policy.fitted import Fingerprint
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.progress import Progress, silent
 
 STEPS = ("collect", "drift", "train", "judge", "shadow", "canary")
 SNAPSHOT, CANDIDATE, PICTURE = "logs.parquet", "candidate", "drift.png"
-SHADOWED = 100
-"""Requests that a candidate runs beside before it answers any."""
 _BETTER = "quality_at_equal_cost"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """An experiment, as it is now: ``running``, ``rolled_back``, ``aborted`` or ``promoted``; why, and how many
-    requests its candidate has had."""
-
-    status: str
-    why: str
-    requests: int
-
-
-class Rollout(Protocol):
-    """What brings a candidate into service step by step."""
-
-    def start(self, kind: str, name: str, candidate: str, control: str) -> None:
-        """Begin a ``shadow`` or a ``canary``; one of that name that is there already stands."""
-
-    def look(self, name: str) -> Seen | None:
-        """The experiment of that name; None without one."""
-
-    def end(self, name: str, why: str) -> None:
-        """End it; the policy in service has everything."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a loop learns.
-
-    Attributes:
-        policy: The policy in service: a name or a path; ``auto`` takes the candidate that the last round released, else
-            the shipped one that the labels are for.
-        model: Whose labels are wanted; None takes those of any one model.
-        tolerance, objective, estimators, seed: See `train`.
-        jobs: Threads.
-        n: Resamples of the bootstraps.
-    """
-
-    policy: str = AUTO
-    model: Fingerprint | None = None
-    tolerance: float = 0.02
-    objective: str = "quality"
-    estimators: tuple[str, ...] = ESTIMATOR_NAMES
-    seed: int = 0
-    jobs: int = 2
-    n: int = 500
 
 
 class Loop:
@@ -111,7 +62,7 @@ class Loop:
         self,
         logs: Iterable[str | Path],
         folder: Path,
-        settings: Settings = Settings(),
+        settings: Settings = DEFAULT,
         *,
         rollout: Rollout | None = None,
         progress: Progress = silent,
@@ -294,7 +245,8 @@ class Loop:
         """Whether the candidate is better, and what it would have been worth on the logged traffic."""
         figures = state.done["train"]["figures"]
         gain = figures[_BETTER]
-        estimate = self._estimates(state, named)
+        settings = self.settings
+        estimate = estimates(self._place(state) / SNAPSHOT, self._place(state) / CANDIDATE, named, settings)
         if not gain["low"] > 0:
             reason = (
                 f"the candidate is not better: {_BETTER} is {gain['mean']:.4f} (95 % interval {gain['low']:.4f} to"
@@ -302,26 +254,6 @@ class Loop:
             )
             return {"end": REFUSED, "reason": reason, **estimate}
         return {"gain": gain, **estimate}
-
-    def _estimates(self, state: State, named: str | Policy) -> dict[str, Any]:
-        """Off-policy values of candidate and policy in service on contents that were not fitted."""
-        snapshot, settings = self._place(state) / SNAPSHOT, self.settings
-        candidate = Policy.load(self._place(state) / CANDIDATE, allow_pickle=True)  # made here
-        policy = named if isinstance(named, Policy) else Policy.load(named)
-        rungs = [rung.name for each in (candidate, policy) for ladder in each.lanes.values() for rung in ladder]
-        cheap = candidate.cheap_rung.name
-        named_rungs = list(dict.fromkeys([cheap, policy.cheap_rung.name, *rungs, NATIVE_NAME]))
-        data = build_dataset([snapshot], cheap=cheap, rungs=named_rungs, tolerance=settings.tolerance, all_rungs=True)
-        data = data.take(data.split("test", settings.seed))
-        found: dict[str, Any] = {}
-        for key, each in (("estimate", candidate), ("in_service", policy)):
-            try:
-                value = off_policy(each, data, seed=settings.seed, n=settings.n)
-            except ConfigError as error:
-                found |= {key: None, "estimate_note": str(error)}
-            else:
-                found[key] = finite(value.to_dict())
-        return found
 
     def _shadow(self, state: State, named: str | Policy) -> dict[str, Any]:
         if self.rollout is None:
@@ -332,27 +264,10 @@ class Loop:
         return self._experiment(state, named, "canary")
 
     def _experiment(self, state: State, named: str | Policy, kind: str) -> dict[str, Any]:
-        """Begin an experiment, or look how it goes; ``pending`` while it is under way."""
-        rollout = self.rollout
-        if rollout is None:
-            return {"pending": f"the {kind} is under way; nothing here can look at it"}
+        control = named.name if isinstance(named, Policy) else Policy.load(named).name
         name, candidate = f"{state.done['train']['candidate']}-{kind}", self._place(state) / CANDIDATE
-        if rollout.look(name) is None:
-            control = named.name if isinstance(named, Policy) else Policy.load(named).name
-            try:
-                rollout.start(kind, name, str(candidate.resolve()), control)
-            except ConfigError as error:  # somebody else's runs
-                return {"pending": f"the {kind} {name} waits: {error}"}
-        seen = rollout.look(name)
-        if seen is None or seen.status == RUNNING:
-            if kind == "shadow" and seen is not None and seen.requests >= SHADOWED:
-                rollout.end(name, f"{seen.requests} requests beside the old policy and no sign that it is worse")
-                return {"experiment": name, "requests": seen.requests}
-            had = f", {seen.requests} requests so far" if seen is not None else ""
-            return {"pending": f"the {kind} {name} is under way{had}"}
-        if seen.status == "promoted":
-            return {"experiment": name, "end": RELEASED, "reason": seen.why}
-        return {"experiment": name, "end": ROLLED_BACK, "reason": f"{kind}: {seen.why}"}
+        estimate = stated(state.done.get("judge", {}).get("estimate"))
+        return brought_on(self.rollout, kind, name, str(candidate.resolve()), control, estimate)
 
     # Afterwards
 
@@ -363,15 +278,14 @@ class Loop:
             after = served(self.logs, past["candidate"], seed=self.settings.seed) if past["candidate"] else None
             if after is None:
                 continue
-            before = past["estimate"] and past["estimate"]["doubly_robust"]
-            stated = Interval(**before) if before and None not in before.values() else None
+            before = stated(past["estimate"])
             found.append(
                 {
                     "candidate": past["candidate"],
-                    "before": None if stated is None else asdict(stated),
+                    "before": None if before is None else asdict(before),
                     "after": finite(asdict(after.value)),
                     "labels": after.labels,
-                    "agrees": None if stated is None else after.agrees(stated),
+                    "agrees": None if before is None else after.agrees(before),
                 }
             )
         return found

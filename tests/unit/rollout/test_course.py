@@ -1,10 +1,11 @@
 """The course of an experiment: steps up on evidence, taken back on evidence, and the same for the same events."""
 
 import json
+import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_fusion.errors import ConfigError
@@ -146,3 +147,20 @@ def test_an_experiment_survives_json_and_refuses_what_makes_no_sense() -> None:
         with pytest.raises(ConfigError, match=said):
             Experiment.from_dict({**found.to_dict(), **change})
     assert guardrails_from([{"name": "errors", "margin": 0.01}])[0].eager  # the rest is the default's
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 0.2))
+@settings(max_examples=20, deadline=None)
+def test_who_looks_changes_no_bit(seed: int, bad: float) -> None:
+    """Processes that start, stop and are looked at at different events come to the very same course."""
+    draws, experiment = random.Random(seed), Experiment("try", "canary", "new", steps=(0.3, 0.6, 1.0), least=(20, 60))
+    quiet, watched = Course(experiment), Course(experiment)
+    for _ in range(300):
+        arm = CANARY if draws.random() < 0.4 else CONTROL
+        outcome = Outcome(arm, {name: float(draws.random() < bad) for name in ("errors", "dead", "deadline_misses")})
+        quiet.on(outcome)
+        watched.on(outcome)
+        if draws.random() < 0.2:
+            watched.rows()
+            watched = Course.from_state(experiment, json.loads(json.dumps(watched.state())))
+    assert watched.state() == quiet.state()

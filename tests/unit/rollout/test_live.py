@@ -8,9 +8,10 @@ import pytest
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL
+from adaptive_fusion.rollout.conversations import conversation_key
 from adaptive_fusion.rollout.experiment import ABORTED, PROMOTED, ROLLED_BACK, Experiment
 from adaptive_fusion.rollout.ledger import SNAPSHOT
-from adaptive_fusion.rollout.live import LOST, SILENT_S, Assignment, Live, conversation_key
+from adaptive_fusion.rollout.live import LOST, SILENT_S, Assignment, Live
 
 GOOD = {"errors": 0.0, "dead": 0.0, "out_of_memory": 0.0, "deadline_misses": 0.0}
 BAD = {**GOOD, "errors": 1.0, "dead": 1.0}
@@ -126,7 +127,7 @@ def test_of_a_user_one_request_has_a_say_but_every_error_counts(tmp_path: Path) 
 
 def test_requests_that_never_end_take_the_canary_back(tmp_path: Path) -> None:
     clock = Clock()
-    live = Live(tmp_path / "r.db", clock)
+    live = Live(tmp_path / "r.db", steady=clock)
     live.start(trial(steps=(0.999,)))
     for index in range(LOST):
         live.assign(key=str(index))

@@ -14,7 +14,9 @@ from adaptive_fusion.cli import app
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.features.complexity import VERSION
 from adaptive_fusion.learning.data.labels import shadow_record
-from adaptive_fusion.learning.loop.learn import CANDIDATE, SHADOWED, SNAPSHOT, STEPS, Loop, Seen, Settings
+from adaptive_fusion.learning.loop.learn import CANDIDATE, SNAPSHOT, STEPS, Loop
+from adaptive_fusion.learning.loop.onward import SHADOWED, Seen
+from adaptive_fusion.learning.loop.settings import Settings
 from adaptive_fusion.learning.loop.state import READY, REFUSED, RELEASED, ROLLED_BACK, RUNNING, WAITING
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.rollout.events import Pair
@@ -169,7 +171,7 @@ class Experiments:
         self.begun: dict[str, Seen] = {}
         self.told: list[tuple[str, ...]] = []
 
-    def start(self, kind: str, name: str, candidate: str, control: str) -> None:
+    def start(self, kind: str, name: str, candidate: str, control: str, estimate: object = None) -> None:
         assert Policy.load(candidate).name == name.removesuffix(f"-{kind}")
         self.told.append((kind, name, control))
         self.begun[name] = Seen("running", "", 0)
