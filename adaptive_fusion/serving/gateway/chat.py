@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from adaptive_fusion.execution.turns import Turns, turns_of
 from adaptive_fusion.serving.gateway.answered import relayed
+from adaptive_fusion.serving.gateway.beside import Aside
 from adaptive_fusion.serving.gateway.exchange import Exchange, target_of
 from adaptive_fusion.serving.gateway.incoming import Incoming
 from adaptive_fusion.serving.gateway.look import looked
@@ -52,14 +53,15 @@ async def _answer(gateway: Gateway, scope: Scope, send: Send, body: bytes, arriv
     if call is None:  # whatever it is, the engine is to say so
         await relay(await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], body), send)
         return
-    trial = _trial(gateway, call)
+    trial, aside = _trial(gateway, call), Aside(scope["method"], target_of(scope), scope["headers"], call)
     try:
-        side: Side = gateway.side if trial is None else await gateway.in_thread(trial.runner)
+        side: Side = gateway.side if trial is None else await gateway.in_thread(trial.runner, aside)
         audit = side.plans.audit or (trial is not None and trial.audit)
         # What is sent as it came does not wait for what would have been done: that would be measured with it.
         under_way = asyncio.ensure_future(_as_it_came(gateway, scope, call)) if audit else None
         try:
             planned, turns = await planned_call(gateway, call, arrived_s, side, audit=audit)
+            aside.planned = planned
         except BaseException:
             await given_up(under_way)
             raise

@@ -5,6 +5,7 @@ Knows uvicorn and the application. Must not know what is served.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -14,6 +15,7 @@ from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.serving.connection import BACKLOG, MAX_HEAD, Connection
 from adaptive_fusion.serving.gateway.app import Application
+from adaptive_fusion.serving.gateway.beside import Shadow
 from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.gateway.settings import GatewaySettings
 from adaptive_fusion.serving.gateway.side import Side
@@ -59,6 +61,7 @@ def gateway_server(
         trials: Makes experiments with policies, of which the one given is the old one.
     """
     gateway = Gateway(settings, policy, log)
+    gateway.side.shadow = partial(Shadow, gateway)
     if trials is not None:
         gateway.trials = trials(gateway.side)
     config = uvicorn.Config(

@@ -89,6 +89,7 @@ class Gateway:
         self._fetcher = Fetcher(self._origins, timeout_s=self.limits.fetch_timeout_s) if self._origins else None
         self._fetches = asyncio.Semaphore(MOST_FETCHES)
         self._pool = ThreadPoolExecutor(settings.preparers, thread_name_prefix="prepare")
+        self.aside = set[asyncio.Task[Any]]()  # what runs beside requests and ends with the gateway
         self._active, self._idle, self.draining = 0, asyncio.Event(), False
         self._idle.set()
 
@@ -145,6 +146,10 @@ class Gateway:
 
     async def close(self) -> None:
         """Save, hang up, let the threads go."""
+        self.draining = True
+        for task in (ending := tuple(self.aside)):
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         await self.save()
         await self.upstream.aclose()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.upstream import Upstream
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.serving.gateway.plan import Plans
 
@@ -30,6 +31,7 @@ class Side:
         self._make, self._gives_logprobs = make, gives_logprobs
         self.deciding = make(policy)
         self.plans = Plans(self.deciding, audit=audit, gives_logprobs=gives_logprobs)
+        self.shadow: Callable[[Side, Any], Any] | None = None
         self.audited = self.plans if audit else Plans(self.deciding, audit=True, gives_logprobs=gives_logprobs)
 
     def with_policy(self, policy: Policy | str | Path, *, apart: bool = True) -> "Side":
@@ -42,6 +44,16 @@ class Side:
         if apart:
             other.restore(json.loads(json.dumps(self.state())))
         return other
+
+    def beside(self, canary: "Side", tell: Any) -> Any:
+        """What judges another side beside the answers by this one; see `gateway.beside.Shadow`.
+
+        Raises:
+            ConfigError: If this side has no gateway.
+        """
+        if self.shadow is None:
+            raise ConfigError("there is no gateway, whose requests a shadow would judge; expected one")
+        return self.shadow(canary, tell)
 
     @property
     def controller(self) -> Controller:
