@@ -4,6 +4,7 @@ Knows typer and `Budget`. Must not know of models or files.
 """
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,3 +123,12 @@ def trials_in(file: Path, runner: Any) -> Any:
     from adaptive_fusion.rollout.live import Live
 
     return Arms(runner, Live(file))
+
+
+def trials_at(ask: Callable[..., Any], tell: Callable[..., None], runner: Any) -> Any:
+    """The experiments of a place on another host; see `trials_in`."""
+    from adaptive_fusion.rollout.arms import Arms
+    from adaptive_fusion.rollout.live import Live
+    from adaptive_fusion.rollout.place import FarLedger, FarStore
+
+    return Arms(runner, Live(FarStore(ask), ledger=FarLedger(ask, tell)))

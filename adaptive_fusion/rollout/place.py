@@ -4,9 +4,11 @@ Knows ledgers, and two ways to reach a place: to ask and wait, and to tell and w
 ways. Must not know what carries them (for replicas it is an actor), nor requests or policies.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from adaptive_fusion.errors import AdaptiveFusionError, ConfigError, RolloutFileError
@@ -112,8 +114,9 @@ class FarLedger:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self.course: Course | None = None
         self._control: Control = NOTHING
-        self._seen_s = 0.0
-        self._look()
+        self._seen_s = -math.inf
+        with suppress(RolloutFileError):  # a place that is still being made is seen soon, and until then says nothing
+            self._look()
         self._thread = threading.Thread(target=self._watch, name="adaptive-fusion-rollout", daemon=True)
         self._thread.start()
 

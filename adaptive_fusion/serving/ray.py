@@ -7,7 +7,9 @@ but when replicas are asked for.
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -34,8 +36,9 @@ FRONT_ONGOING = 1000
 HEALTH_S = 5.0
 ROUTER: Any = "adaptive_fusion.serving.router.ImageRouter"
 REPLICA = "adaptive_fusion.serving.replica"
-TRIALS = "adaptive_fusion.commands.options:trials_in"
-"""Who makes experiments with policies: the server itself does not know how."""
+TRIALS, PLACE = "adaptive_fusion.commands.options:trials_at", "adaptive_fusion.rollout.place:Place"
+"""Who makes experiments with policies, and where they are kept: the server itself does not know how."""
+ASK_S = 5.0
 BEYOND = 64
 """Requests beyond a replica's own queue that Ray lets it have, so that it is the replica that refuses: it knows when a
 turn would come too late."""
@@ -88,6 +91,33 @@ class Reach:
         return found
 
 
+def _trials(file: Path, runner: Any) -> Any:
+    """The experiments of a file that one actor has, on the head of the cluster, where the command finds it."""
+    actor = (
+        ray.remote(resolve_name(PLACE))
+        .options(
+            name=f"{APP}-rollout",
+            namespace=NAMESPACE,
+            get_if_exists=True,
+            lifetime="detached",
+            num_cpus=0,
+            resources={"node:__internal_head__": 0.001},
+            max_restarts=-1,
+            max_task_retries=3,
+        )
+        .remote(str(file))
+    )
+    pool = ThreadPoolExecutor(2, thread_name_prefix="rollout")  # the event loop of an actor is not to wait in Ray
+
+    def ask(method: str, *arguments: Any) -> Any:
+        return pool.submit(lambda: ray.get(getattr(actor, method).remote(*arguments), timeout=ASK_S)).result()
+
+    def tell(method: str, *arguments: Any) -> None:
+        getattr(actor, method).remote(*arguments)
+
+    return resolve_name(TRIALS)(ask, tell, runner)
+
+
 @serve.deployment
 class ReplicaServer:
     """One replica."""
@@ -96,8 +126,8 @@ class ReplicaServer:
         module = await gently(import_module, REPLICA)  # with the model's stack, which the others do without
         options = ReplicaOptions.of(values)
         reach = Reach(options)
-        name, trials = serve.get_replica_context().replica_tag, resolve_name(TRIALS)
-        self._replica = module.Replica(name, options, reach.tell, reach.ask, trials)
+        name = serve.get_replica_context().replica_tag
+        self._replica = module.Replica(name, options, reach.tell, reach.ask, _trials)
         await self._replica.begin()
 
     async def answer(self, told: Mapping[str, Any], body: bytes, key: str = "") -> AsyncIterator[list[Message]]:

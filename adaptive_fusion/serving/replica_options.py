@@ -38,8 +38,7 @@ class ReplicaOptions:
         served_name, mode, max_tokens, queue, batch, encoder_cache_mb, calibrate, allowed_media_domains: As of
             ``adaptive-fusion serve``, for each replica.
         explore: As of ``adaptive-fusion serve``.
-        rollout: File of experiments with policies, one for all: on one machine, or on a file system that all share and
-            that keeps SQLite's locks.
+        rollout: File of experiments with policies, one for all: on the head of the cluster, where an actor has it.
         keep_comments: As of ``adaptive-fusion serve``.
         host: Where clients come from: with one that others can reach there must be a key.
         api_key: What clients must present; None takes the environment variable's, if it is set.
