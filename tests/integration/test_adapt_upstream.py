@@ -17,9 +17,9 @@ from adaptive_fusion.reference.screens import make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
 IMAGES = 24
-ENOUGH = 0.3
+ENOUGH = 0.6
 """Share of the pixels from which this engine's model sees everything."""
-NATIVE = 512 * 512
+NATIVE = 384 * 384
 
 
 def sees(body: Any) -> list[str]:
@@ -37,7 +37,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     for seed in range(IMAGES):
         image = make_scene("simple", seed, "train", sides=(128, 128)).image
-        image.resize((512, 512)).save(folder / f"{seed:02}.jpg", quality=90)
+        image.resize((384, 384)).save(folder / f"{seed:02}.jpg", quality=90)
     return folder
 
 

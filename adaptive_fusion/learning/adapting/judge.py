@@ -142,7 +142,7 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
 
     It may not if it keeps less than the tolerance allows with its whole interval; if it keeps less than the other by
     more than half of the tolerance, as far as can be seen: few images hide a loss, so the benefit of the doubt is not
-    its own; or if it is not surely as cheap, unless the other loses more than the tolerance and it surely keeps more.
+    its own; or if it is not surely as cheap, unless the other surely loses more than the tolerance and it surely keeps more.
     """
     kept, more, tokens = found["adapted kept"], found[f"kept over {other}"], found[f"tokens over {other}"]
     floor = min(1.0 - tolerance, found[f"{other} kept"].mean)
@@ -150,7 +150,7 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
         return f"it keeps {_said(kept)} of the answers at full compute; expected {floor:.3f} or more"
     if more.mean < -tolerance * MOST_LESS:
         return f"it keeps {_said(more)} over {other}; expected {-tolerance * MOST_LESS:g} or more"
-    needed = found[f"{other} kept"].mean < 1.0 - tolerance and more.low > 0
+    needed = found[f"{other} kept"].high < 1.0 - tolerance and more.low > 0
     if tokens.high > 0 and not needed:
         beside = f"{_said(tokens)} more visual tokens, of native's"
         return f"it is not surely as cheap as {other} ({beside}), which keeps {found[f'{other} kept'].mean:.3f}"

@@ -36,7 +36,11 @@ SAME = (0.0, 0.0, 0.0)
         (found((0.99, 0.98, 1.0), 0.99, SAME, (-0.01, -0.05, 0.03)), "not surely as cheap"),  # cheaper by chance
         (found((1.0, 1.0, 1.0), 0.985, (0.015, 0.005, 0.03), (0.1, 0.05, 0.15)), "not surely as cheap"),  # full compute
         (found((0.99, 0.98, 1.0), 0.9, (0.09, 0.05, 0.12), (0.1, 0.05, 0.15)), ""),  # the general one loses too much
-        (found((0.99, 0.98, 1.0), 0.97, (0.02, -0.01, 0.05), (0.1, 0.05, 0.15)), "not surely as cheap"),  # not surely
+        (
+            found((0.99, 0.98, 1.0), 0.9, (0.02, -0.01, 0.05), (0.1, 0.05, 0.15)),
+            "not surely as cheap",
+        ),  # not surely better
+        (found((1.0, 1.0, 1.0), 0.975, (0.02, 0.01, 0.03), (0.1, 0.05, 0.15)), "not surely as cheap"),  # nor needed
     ],
 )
 def test_only_what_is_surely_as_cheap_or_sorely_needed_replaces_the_general_policy(

@@ -19,6 +19,7 @@ from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.asking import MANY, choose_asking
 from adaptive_fusion.learning.adapting.cases import Case
 from adaptive_fusion.learning.adapting.choice import informative
+from adaptive_fusion.learning.adapting.fit import adapt_policy, ladders
 from adaptive_fusion.learning.adapting.needs import (
     BOUND,
     LEAST_IMAGES,
@@ -115,6 +116,26 @@ def test_a_margin_and_a_threshold_are_chosen_together_and_what_entropies_tell_sa
         cost[told] = (other.cost[at] + up).mean()
     assert kept[1.0] > kept[0.0] > 0.98 and cost[1.0] < cost[0.0] - 0.02  # both better and cheaper
     assert choose_asking(answers(MANY - 1, 8), np.zeros(MANY - 1)) is None
+
+
+def test_below_so_many_images_the_general_policy_comes_out_and_without_entropies_the_margin_alone() -> None:
+    general = Policy.load("balanced")
+    base = replace(general, lanes=ladders(general, SHARES[:-1]))
+
+    def fitted(n: int, told: bool) -> Policy:
+        found = answers(n, 8)
+        found = unsure(found, 1, 1.0) if told else found
+        more = (*RUNGS, base.cheap_rung)
+        cheap = SHARES.index(base.cheap_rung.pixel_share) + 1
+        columns = [*range(len(RUNGS)), cheap]
+        parts = (each[:, columns] for each in (found.quality, found.cost, found.tokens, found.entropy))
+        return adapt_policy(Answers(found.cases, more, *parts, found.tolerance, MODEL), base, "own").policy
+
+    few, many, silent = fitted(MANY - 1, told=True), fitted(MANY, told=True), fitted(MANY - 1, told=False)
+    assert few.router == base.router and few.sufficiency == base.sufficiency and few.lanes == base.lanes
+    assert few.escalation == UNFITTED and few.fitted.fits(MODEL)
+    assert many.router != base.router and many.sufficiency is not None and many.sufficiency.own is not None
+    assert silent.sufficiency is not None and silent.sufficiency.own is not None and silent.escalation is None
 
 
 @settings(deadline=None, max_examples=25)
