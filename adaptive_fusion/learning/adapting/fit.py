@@ -41,7 +41,9 @@ def ladders(base: Policy, shares: Sequence[float]) -> dict[str, tuple[Rung, ...]
     return {**base.lanes, **stills}
 
 
-def adapt_policy(answers: Answers, base: Policy, name: str, weights: Sequence[Path] = ()) -> Adapted:
+def adapt_policy(
+    answers: Answers, base: Policy, name: str, weights: Sequence[Path] = (), *, many: bool = True
+) -> Adapted:
     """Fit every part that the answers are enough for; the others stay the general policy's. The same answers give the
     same policy, to the last bit.
 
@@ -50,15 +52,16 @@ def adapt_policy(answers: Answers, base: Policy, name: str, weights: Sequence[Pa
         base: The general policy, whose lanes have the steps that were run and no others.
         name: Of the new policy.
         weights: Fusion modules that the lanes run.
+        many: Whether what takes `MANY` images may be fitted, where there are so many.
 
     Raises:
         ConfigError: If the base's router or needs are of a form that cannot be a prior.
     """
     with threadpool_limits(1, user_api="blas"):  # the order of sums must not depend on the machine's cores
-        return _adapted(answers, base, name, weights)
+        return _adapted(answers, base, name, weights, many and answers.images >= MANY)
 
 
-def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path]) -> Adapted:
+def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path], many: bool) -> Adapted:
     data = answers.dataset(base.cheap_rung.name)
     policy = replace(
         base,
@@ -68,9 +71,9 @@ def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path])
         fusion_weights=tuple(weights),
     )
     parts = dict[str, str]()
-    if answers.tells and answers.images < MANY:
+    if answers.tells and not many:
         # A margin that so few images can vouch for costs more than asking does, and a threshold needs more of them.
-        few = f"{answers.images} images are too few, from {MANY} on it is the model's own"
+        few = f"{answers.images} images are too few for another that could be judged"
         parts |= dict.fromkeys(("router", "needs", "escalation"), f"general: {few}")
         policy = replace(policy, escalation=UNFITTED)
     else:
@@ -78,7 +81,7 @@ def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path])
         parts["router"] = f"general, moved by {answers.images} images"
         lanes = {lane: _qualities(base.lanes[lane], answers) for lane in base.lanes}
         policy = replace(policy, router=fit_router(base.router, x, data.y), lanes=lanes)
-        policy = _with_needs(policy, answers, parts)
+        policy = _with_needs(policy, answers, parts, many)
     return Adapted(_with_familiar(policy, answers, parts), parts)
 
 
@@ -94,7 +97,7 @@ def _qualities(ladder: Sequence[Rung], answers: Answers) -> tuple[Rung, ...]:
     return tuple(out)
 
 
-def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> Policy:
+def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: bool) -> Policy:
     """The policy with the model's own needs, and what is asked about them; with too few images what is enough stays a
     guess, and is asked about as for a model that nothing was fitted to."""
     enough = policy.sufficiency
@@ -114,7 +117,7 @@ def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str]) -> Poli
         )
         return policy
     parts["needs"] = f"own, by kind of question ({', '.join(own.kinds)}), in place of the reader's margin"
-    asked = choose_asking(answers, octaves)
+    asked = choose_asking(answers, octaves) if many else None
     if asked is not None:
         kinds = {kind: value + asked.margins[kind] for kind, value in own.kinds.items()}
         own = replace(own, kinds=kinds, margin=0.0)

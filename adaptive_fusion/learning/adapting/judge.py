@@ -142,7 +142,8 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
 
     It may not if it keeps less than the tolerance allows with its whole interval; if it keeps less than the other by
     more than half of the tolerance, as far as can be seen: few images hide a loss, so the benefit of the doubt is not
-    its own; or if it is not surely as cheap, unless the other surely loses more than the tolerance and it surely keeps more.
+    its own; or if it is not surely as cheap, unless the other surely loses more than the tolerance and it surely keeps
+    more.
     """
     kept, more, tokens = found["adapted kept"], found[f"kept over {other}"], found[f"tokens over {other}"]
     floor = min(1.0 - tolerance, found[f"{other} kept"].mean)
