@@ -153,7 +153,7 @@ class _Chat:
         stop, told = asyncio.Event(), ""
         self._running.stops[tab] = stop
         try:
-            yield _changed(talk=shown_turns(turns), turns=turns, said="", message=gr.MultimodalTextbox(value=None))
+            yield _changed(talk=shown_turns(turns), turns=turns, said="", message=_put(None))
             with self._web.telling():
                 api = self._web.api(request)
                 body = await body_of(await self._web.model(api), turns, manner, limits.values())
@@ -167,7 +167,7 @@ class _Chat:
         if told and not answer.text:
             # What cannot be asked is taken back, to be changed and sent again.
             turns = turns[: turns.index(answer) - 1] if answer in turns else turns[:-1]
-            back = gr.MultimodalTextbox(value={"text": text, "files": list(files)})
+            back = _put({"text": text, "files": list(files)})
             yield _changed(talk=shown_turns(turns), turns=turns, said=notice(told), message=back)
             return
         answer.note = say("stopped") if stop.is_set() else answer.note
@@ -198,7 +198,7 @@ class _Chat:
         limits = [given.get(name, settings[5 + place]) for place, name in enumerate(names) if name != "policy"]
         choices = [(self._web.say("policy_default"), ""), *((name, name) for name in found["policies"])]
         offer = await self.points(request, message, turns, *settings[:5], *limits, "")
-        return *limits, gr.Dropdown(choices=choices, value=""), "", offer
+        return *limits, gr.update(choices=choices, value=""), "", offer
 
     def stop(self, request: gr.Request) -> str:
         """End the answer that is being written on this page."""
@@ -210,10 +210,14 @@ class _Chat:
     def clear(self) -> tuple[Any, ...]:
         """Forget the conversation."""
         empty = element("p", self._web.say("no_decision"))
-        return [], [], "", gr.MultimodalTextbox(value=None), gr.Dropdown(choices=[], value=None), empty, ""
+        return [], [], _put(""), _put(None), gr.update(choices=[], value=None), _put(empty), _put("")
 
-    async def show(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> tuple[str, str]:
+    async def show(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> tuple[Any, Any]:
         """The decision behind an answer, drawn and as JSON."""
+        drawn, raw = await self._decision(turns, chosen, request)
+        return _put(drawn), _put(raw)
+
+    async def _decision(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> tuple[str, str]:
         found = _chosen(turns, chosen)
         if found is None or not found.fields:  # of an answer that was stopped the server keeps none
             return element("p", self._web.say("no_decision")), ""
@@ -323,13 +327,21 @@ def shown_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def _changed(**values: Any) -> tuple[Any, ...]:
     """What `ask` yields, with what is not named left as it is."""
     names = ("talk", "turns", "said", "message", "chosen", "shown", "raw")
+    if "said" in values:
+        values["said"] = _put(values["said"])
     return tuple(values.get(name, gr.skip()) for name in names)
+
+
+def _put(value: Any) -> Any:
+    """A value for a component that `ask` now and then leaves as it is: after such Gradio (6.31) keeps every plain value
+    for as long as the page lives."""
+    return gr.update(value=value)
 
 
 def answers(turns: Sequence[Turn]) -> Any:
     """The choice among the answers, the last one chosen."""
     numbers = list(range(sum(turn.role == "assistant" for turn in turns)))
-    return gr.Dropdown(choices=[(str(n + 1), n) for n in numbers], value=numbers[-1] if numbers else None)
+    return gr.update(choices=[(str(n + 1), n) for n in numbers], value=numbers[-1] if numbers else None)
 
 
 def _chosen(turns: Sequence[Turn], chosen: int | None) -> Turn | None:

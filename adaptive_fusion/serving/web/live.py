@@ -44,8 +44,8 @@ def live_page(web: Web, selected: Any) -> Any:
     outputs = [numbers, chosen]
     for event in (timer.tick, refresh.click, selected.select):
         event(page.look, chosen, outputs, concurrency_limit=None, show_progress="hidden")
-    selected.select(lambda on: gr.Timer(active=on), follow, timer, show_progress="hidden")
-    follow.change(lambda on: gr.Timer(active=on), follow, timer, show_progress="hidden")
+    selected.select(lambda on: gr.update(active=on), follow, timer, show_progress="hidden")
+    follow.change(lambda on: gr.update(active=on), follow, timer, show_progress="hidden")
     numbers.click(page.open_row, None, [chosen, shown, raw], concurrency_limit=None, show_progress="hidden")
     chosen.input(page.open, chosen, [shown, raw], concurrency_limit=None, show_progress="hidden")
     return timer
@@ -66,7 +66,7 @@ class _Live:
             return notice(str(trouble)), gr.skip()
         choices = [(_named(row), row["request_id"]) for row in rows[:LISTED]]
         kept = chosen if chosen in {row["request_id"] for row in rows[:LISTED]} else None
-        return numbers(rows, metrics, self._web.say), gr.Dropdown(choices=choices, value=kept)
+        return numbers(rows, metrics, self._web.say), gr.update(choices=choices, value=kept)
 
     async def open_row(self, request: gr.Request, event: gr.EventData) -> tuple[Any, str, str]:
         """The decision of the request whose button in the table was pressed."""

@@ -41,7 +41,7 @@ def blocks_of(web: Web) -> Any:
                 rollout_timer = rollout_page(web, rollout_tab)
         for tab, timer in ((live_tab, live_timer), (rollout_tab, rollout_timer)):
             others = [each.select for each in tabs if each is not tab]
-            gr.on(others, lambda: gr.Timer(active=False), None, timer, show_progress="hidden")
+            gr.on(others, lambda: gr.update(active=False), None, timer, show_progress="hidden")
         blocks.load(*chat.opening, show_progress="hidden", concurrency_limit=None)
     return blocks
 

@@ -54,11 +54,11 @@ class _Rollout:
                 found = await api.call("rollout")
             except ApiError as error:
                 if error.status == _NOT_HERE:
-                    return element("p", say("rollout_none")), gr.Timer(active=False)
+                    return element("p", say("rollout_none")), gr.update(active=False)
                 raise Trouble(str(error)) from error
         except Trouble as trouble:
-            return notice(str(trouble)), gr.Timer(active=False)
-        return drawn(found, say), gr.Timer(active=True)
+            return notice(str(trouble)), gr.update(active=False)
+        return drawn(found, say), gr.update(active=True)
 
     async def act(self, request: gr.Request, name: str, sure: bool) -> tuple[Any, ...]:
         """Promote or abort, once it is confirmed; the confirmation holds for one act."""
