@@ -402,7 +402,7 @@ def test_with_a_key_the_page_asks_for_it_once_and_forgets_it_when_told(
     browser: Any, runner: AdaptiveRunner, axe: str
 ) -> None:
     with serving(runner, ui=True, api_key=KEY) as server:
-        with page_of(browser, server, bypass_csp=True) as page:
+        with page_of(browser, server, leaves=True, bypass_csp=True) as page:
             page.wait_for_selector("#key")
             assert not faults_of(page, axe)
             page.fill("#key", "another")
