@@ -87,8 +87,9 @@ def ask(page: Page, client: httpx.Client, server: ServerProcess, requests: int) 
     for index in range(requests // 2):
         client.post(server.url, json={**body(shown, 4), "model": "reference"}).raise_for_status()
         if index % TURNS == 0:
-            page.click("#clear")
-            page.wait_for_function("document.querySelectorAll('#conversation .bot.message').length === 0")
+            if page.locator("#conversation .bot.message").count():  # else nothing says when it is cleared
+                page.click("#clear")
+                page.wait_for_function("document.querySelectorAll('#conversation .bot.message').length === 0")
             page.set_input_files(
                 "#message input[type=file]", [{"name": f"{index}.png", "mimeType": "image/png", "buffer": drawn(index)}]
             )
