@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adaptive_fusion.serving.affinity import key_of
 from adaptive_fusion.serving.commons import merged
-from adaptive_fusion.serving.http import BODIES, ELAPSED, Bodies, place_of, read_body
+from adaptive_fusion.serving.http import BODIES, ELAPSED, Bodies, place_of, read_body, unless, until_gone
 from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_body, error_response, json_response
 
 TRIES = 4
@@ -161,7 +161,7 @@ class Front:
             told = {name: scope.get(name) for name in PASSED} | {"elapsed_s": self._clock() - arrived_s}
             relay = _Relay(send)
             try:
-                await _while_there(relay.all(self._ask(told, body, key)), receive)
+                await unless(until_gone(receive), relay.all(self._ask(told, body, key)))
                 return
             except self._died:
                 if relay.began:
@@ -219,29 +219,6 @@ class _Relay:
             raise ConnectionResetError("a replica ended in the middle of an answer")
         event = b"data: " + json.dumps(error_body(refusal), separators=(",", ":")).encode() + b"\n\n"
         await self._send({"type": "http.response.body", "body": event, "more_body": False})
-
-
-async def _while_there(work: Awaitable[None], receive: Receive) -> None:
-    """Do `work`, until the client goes."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return
-    finally:
-        for each in (task, gone):
-            if not each.done():
-                each.cancel()
-                with contextlib.suppress(BaseException):
-                    await each
-        del task, gone, each  # a task holds its error, which holds this frame, and the body with it
-    raise ClientDisconnect
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -33,6 +33,7 @@ _GONE = 499
 ELAPSED = "adaptive_fusion.elapsed_s"
 """Key of a request's scope: seconds that it had been on its way when it came here, where something stands before."""
 log = logging.getLogger("adaptive_fusion.serving")
+T = TypeVar("T")
 
 
 class Guard:
@@ -177,24 +178,38 @@ async def as_json(body: bytes) -> Any:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """What `work` gives; it is cancelled once the client has gone. The body must have been read."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    """What `work` gives; it is cancelled once the client has gone. The body must have been read.
+
+    Raises:
+        ClientDisconnect: If it has.
+    """
+    return await unless(until_gone(request.receive), work)
+
+
+async def unless(gone: Awaitable[None], work: Awaitable[T]) -> T:
+    """What `work` gives; it is cancelled once `gone` is there.
+
+    Raises:
+        ClientDisconnect: If it is.
+    """
+    task, other = asyncio.ensure_future(work), asyncio.ensure_future(gone)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, other}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
     finally:
-        for each in (task, gone):
+        for each in (task, other):
             if not each.done():
                 each.cancel()
                 with contextlib.suppress(BaseException):
                     await each
-        del task, gone, each  # a task holds its error, which holds this frame and all that led to it, bodies too
+        del task, other, each  # a task holds its error, which holds this frame and all that led to it, bodies too
     raise ClientDisconnect
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def until_gone(receive: Receive) -> None:
+    """Wait until the client goes away after its body was read."""
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

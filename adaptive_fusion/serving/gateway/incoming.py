@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Send
 
-from adaptive_fusion.serving.http import BODY_S, too_large, too_slow
+from adaptive_fusion.serving.http import BODY_S, too_large, too_slow, unless, until_gone
 
 
 class Incoming:
@@ -70,8 +70,7 @@ class Incoming:
     async def gone(self) -> None:
         """Wait until the client goes away after its body was read."""
         await self._read.wait()
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+        await until_gone(self._receive)
         if self._answered:  # what is left to be done is not the client's
             await asyncio.get_running_loop().create_future()
 
@@ -81,14 +80,4 @@ class Incoming:
         Raises:
             ClientDisconnect: If it has.
         """
-        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(self.gone())
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-                return
-        finally:
-            for each in (task, gone):
-                each.cancel()
-            await asyncio.gather(task, gone, return_exceptions=True)
-        raise ClientDisconnect
+        await unless(self.gone(), work)
