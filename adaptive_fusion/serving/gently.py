@@ -1,7 +1,7 @@
 """Work that may take long, in a thread that lets others of the machine go first.
 
-Knows threads and their priority. Must not know the work: a new replica imports and loads its model by it, so that those
-which answer meanwhile keep their deadlines where all share a few cores.
+Knows threads and their priority. Must not know the work: a new replica imports, loads and warms up its model by it, so
+that those which answer meanwhile keep their deadlines where all share a few cores.
 """
 
 import asyncio
@@ -20,9 +20,12 @@ NICE = 10
 
 
 async def gently(work: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
-    """Do `work` in a thread of its own at low priority; the thread ends with it."""
-    with ThreadPoolExecutor(1, "gently", _lower) as pool:
-        return await asyncio.wrap_future(pool.submit(work, *arguments, **named))
+    """Do `work` in a thread of its own at low priority; the thread ends with it, and nobody waits for one that is no
+    longer asked for."""
+    pool = ThreadPoolExecutor(1, "gently", _lower)
+    done = pool.submit(work, *arguments, **named)
+    pool.shutdown(wait=False)
+    return await asyncio.wrap_future(done)
 
 
 def _lower() -> None:

@@ -203,12 +203,13 @@ def app(args: Mapping[str, Any]) -> Application:
     front: Any = FrontServer.options(  # type: ignore[attr-defined]
         num_replicas=1,
         max_ongoing_requests=FRONT_ONGOING,
+        max_surge_percent=100,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=options.drain_s + 10.0,
         ray_actor_options={"num_cpus": 0},
     )
-    # Another generation replaces replicas; what stands before them stays, and clients notice nothing.
-    found: Application = front.bind({**values, "generation": ""}, replica.bind(values))
+    # Ray replaces what stands before the replicas with them: the next one is there before the last one ends.
+    found: Application = front.bind(values, replica.bind(values))
     return found
 
 

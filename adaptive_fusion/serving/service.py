@@ -17,6 +17,7 @@ from adaptive_fusion.media.hashes import length_prefixed
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.runner import AdaptiveRunner
 from adaptive_fusion.serving.access_log import AccessLog
+from adaptive_fusion.serving.gently import gently
 from adaptive_fusion.serving.media_limits import MediaLimits
 from adaptive_fusion.serving.metrics import Metrics
 from adaptive_fusion.serving.records import Records
@@ -101,7 +102,7 @@ class Service:
 
     async def warm_up(self) -> list[str]:
         """Make the model ready for its first request; sentences that say what was found."""
-        notes = await asyncio.get_running_loop().run_in_executor(self.scheduler.thread, self._warm_up)
+        notes = await gently(self._warm_up)
         self.ready = True
         return notes
 
