@@ -3,6 +3,7 @@
 Knows records. Must not know of models or of how an answer comes about.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,11 +44,12 @@ class Reply:
 
 
 def budget_met(budget: Mapping[str, Any], measured: Measurement) -> bool | None:
-    """Whether `measured` keeps the limits set in `budget` (`Budget.to_dict`'s form); None without a limit."""
+    """Whether `measured` keeps the limits set in `budget` (`Budget.to_dict`'s form); None without a limit on something
+    that was seen: a time that nobody could take is NaN."""
     pairs = {
         "latency_ms": measured.latency_ms,
         "ttft_ms": measured.ttft_ms,
         "vram_gb": measured.peak_memory_gb,
     }
-    checks = [value <= budget[name] for name, value in pairs.items() if name in budget]
+    checks = [value <= budget[name] for name, value in pairs.items() if name in budget and not math.isnan(value)]
     return all(checks) if checks else None

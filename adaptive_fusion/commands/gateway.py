@@ -94,6 +94,7 @@ def gateway(
         typer.Option(metavar="FILE", help="Keep what was learned here over a restart.", rich_help_panel=_SERVER),
     ] = None,
     rollout: options.Rollout = None,
+    ui: options.Ui = None,
 ) -> None:
     """Stand before an engine with OpenAI's API and send it images no larger than their question needs.
 
@@ -117,6 +118,7 @@ def gateway(
         log=log,
         state=state,
         rollout=rollout,
+        ui=ui,
     )
 
 
@@ -138,7 +140,8 @@ def start(
     allowed_media_domains: list[str] | None,
     log: Path | None,
     state: Path | None,
-    rollout: Path | None = None,
+    rollout: Path | None,
+    ui: bool | None,
 ) -> None:
     """Run a gateway until a signal comes."""
     with refusing((), False):
@@ -160,6 +163,7 @@ def start(
             api_key=api_key,
             allowed_media_domains=options.hosts(allowed_media_domains),
             state=state,
+            ui=options.wants_ui(ui),
         )
         kept = None if log is None else DecisionLog(log)
         trials = None if rollout is None else partial(options.trials_in, rollout)

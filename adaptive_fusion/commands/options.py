@@ -40,6 +40,15 @@ Rollout = Annotated[
         rich_help_panel="Server",
     ),
 ]
+Ui = Annotated[
+    bool | None,
+    typer.Option(
+        "--ui/--no-ui",
+        help="Pages for the browser below /ui; served where the extra ui is installed, unless refused.",
+        show_default=False,
+        rich_help_panel="Server",
+    ),
+]
 Model = Annotated[
     str,
     typer.Option(help="'reference' (embedded), a folder in Hugging Face format, or the id of a model on the Hub."),
@@ -115,6 +124,22 @@ def require_serving() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(f"{error.name} is missing; expected pip install 'adaptive-fusion[serve]'") from error
+
+
+def wants_ui(given: bool | None) -> bool:
+    """Whether there are to be pages: as said, else where they can be.
+
+    Raises:
+        MissingExtraError: If they are asked for and what they need is missing.
+    """
+    from importlib.util import find_spec
+
+    from adaptive_fusion.errors import MissingExtraError
+
+    missing = [name for name in ("gradio", "httpx", "python_multipart") if find_spec(name) is None]
+    if given and missing:
+        raise MissingExtraError(f"{missing[0]} is missing; expected pip install 'adaptive-fusion[ui]'")
+    return not missing if given is None else given
 
 
 def trials_in(file: Path, runner: Any) -> Any:

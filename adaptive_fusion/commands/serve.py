@@ -36,7 +36,7 @@ def serve(
     queue: serve_options.Queue = 64,
     batch: serve_options.Batch = 4,
     encoder_cache_mb: serve_options.EncoderCacheMb = 0,
-    ui: serve_options.Ui = None,
+    ui: options.Ui = None,
     explore: serve_options.Explore = None,
     log: options.LogFile = None,
     state: serve_options.State = None,
@@ -74,6 +74,8 @@ def serve(
             allowed_media_domains=allowed_media_domains,
             log=log,
             state=state,
+            rollout=rollout,
+            ui=ui,
         )
         return
     if replicas is not None or max_replicas is not None:
@@ -100,7 +102,7 @@ def serve(
             state=state,
             calibrate=calibrate,
             keep_comments=keep_comments,
-            ui=wants_ui(ui),
+            ui=options.wants_ui(ui),
             generate=cache_options(cache.value),
         )
         from adaptive_fusion.serving.run import server_for
@@ -117,22 +119,6 @@ def serve(
     gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
-
-
-def wants_ui(given: bool | None) -> bool:
-    """Whether there are to be pages: as said, else where they can be.
-
-    Raises:
-        MissingExtraError: If they are asked for and what they need is missing.
-    """
-    from importlib.util import find_spec
-
-    from adaptive_fusion.errors import MissingExtraError
-
-    missing = [name for name in ("gradio", "httpx", "python_multipart") if find_spec(name) is None]
-    if given and missing:
-        raise MissingExtraError(f"{missing[0]} is missing; expected pip install 'adaptive-fusion[ui]'")
-    return not missing if given is None else given
 
 
 def name_of(model: str) -> str:

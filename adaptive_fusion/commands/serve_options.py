@@ -122,15 +122,6 @@ EncoderCacheMb = Annotated[
         rich_help_panel=_SERVER,
     ),
 ]
-Ui = Annotated[
-    bool | None,
-    typer.Option(
-        "--ui/--no-ui",
-        help="Pages for the browser below /ui; served where the extra ui is installed, unless refused.",
-        show_default=False,
-        rich_help_panel=_SERVER,
-    ),
-]
 Explore = Annotated[
     float | None,
     typer.Option(

@@ -70,8 +70,11 @@ def pictures(media: Sequence[Any]) -> list[dict[str, Any]]:
     return found
 
 
-def policy_values(policy: Policy, shipped: Sequence[str], budget: Budget, mode: str) -> dict[str, Any]:
-    """By which policy the server decides, within which limits, and which others may be asked for."""
+def policy_values(
+    policy: Policy, shipped: Sequence[str], budget: Budget, mode: str, limits: Sequence[str]
+) -> dict[str, Any]:
+    """By which policy the server decides, within which limits, which others may be asked for, and which fields of a
+    budget there are."""
     ranges = feature_ranges(policy)
     return {
         "policy": policy.name,
@@ -82,6 +85,7 @@ def policy_values(policy: Policy, shipped: Sequence[str], budget: Budget, mode: 
         "lanes": {lane: [rung.name for rung in ladder] for lane, ladder in policy.lanes.items()},
         "ranges": {name: list(ends) for name, ends in ranges.items() if all(map(math.isfinite, ends))},
         "budget": budget.to_dict(),
+        "limits": list(limits),
     }
 
 

@@ -16,7 +16,7 @@ from adaptive_fusion.serving.explained import explained, pictures, policy_values
 from adaptive_fusion.serving.http import as_json, bodies_of, read_body
 from adaptive_fusion.serving.reading import checked
 from adaptive_fusion.serving.refusals import Refusal, json_response
-from adaptive_fusion.serving.schema import ChatCall, read_chat, read_object
+from adaptive_fusion.serving.schema import LIMITS, ChatCall, read_chat, read_object
 from adaptive_fusion.serving.service import Service
 
 FEEDBACK_KEYS = ("request_id", "rating", "source_id", "comment")
@@ -25,7 +25,7 @@ MAX_COMMENT = 2000
 
 async def decide(request: Request) -> Response:
     """The decision that a chat request would get, with all that was measured; nothing is generated."""
-    wanted = _flag(request, "pictures")
+    wanted = flag(request, "pictures")
     service, prepared, call = await _measured(request)
     with blaming(call):
         decision = await service.in_thread(prepared.decide)
@@ -82,10 +82,11 @@ async def policy(request: Request) -> Response:
     service: Service = request.app.state.service
     settings, own = service.settings, service.runner.policy
     limits = service.runner.budget.merge(settings.budget)
-    return json_response(policy_values(own, Policy.shipped(), limits, settings.mode))
+    return json_response(policy_values(own, Policy.shipped(), limits, settings.mode, LIMITS))
 
 
-def _flag(request: Request, name: str) -> bool:
+def flag(request: Request, name: str) -> bool:
+    """``true`` or ``false`` of the query, the latter without any; raises a Refusal for another word."""
     text = request.query_params.get(name, "false")
     if text not in ("true", "false"):
         raise Refusal(f"{name} is {text[:80]!r}; expected true or false", param=name)

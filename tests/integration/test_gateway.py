@@ -374,7 +374,7 @@ def test_decisions_can_be_asked_for_and_rated(before: tuple[DrainingServer, Engi
     outlook = httpx.post(url_of(server, "/v1/adaptive_fusion/decide"), json=body, timeout=MOST_S).json()
     offers = httpx.post(url_of(server, "/v1/adaptive_fusion/points"), json=body, timeout=MOST_S).json()
     assert len(behind.got) == count
-    assert outlook["tokens"]["visual_sent"] < outlook["tokens"]["visual_native"]
+    assert outlook["tokens"]["visual_planned"] < outlook["tokens"]["visual_native"]
     assert offers["decision"]["plan"] == outlook["plan"] and sum(row["taken"] for row in offers["points"]) == 1
     answer = post(server, body)
     found = httpx.get(url_of(server, "/v1/adaptive_fusion/decisions?n=1"), timeout=MOST_S).json()["decisions"]

@@ -185,7 +185,7 @@ def _as_many_tokens(
     planned = 0
     for question, data in questions:
         found = client.json(asking.body(question, data), "/v1/adaptive_fusion/decide")
-        planned += int(found["tokens"]["visual_sent"])
+        planned += int(found["tokens"]["visual_planned"])
     sides = [read_header(data)[1:] for _, data in questions]
     steps = [grid.side**2 * count for count in range(1, grid.max_pixels // grid.side**2 + 1)]
     low, high = 0, len(steps) - 1

@@ -3,6 +3,7 @@
 Knows what is counted, logged and learned. Must not know how requests are planned or sent.
 """
 
+import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from adaptive_fusion.decisions import Decision, decision_record
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.serving import answers
-from adaptive_fusion.serving.gateway.exchange import Exchange, arm_of, headers_of
+from adaptive_fusion.serving.explained import explained
+from adaptive_fusion.serving.gateway.exchange import Exchange, arm_of, headers_of, media_of
 from adaptive_fusion.serving.gateway.proxy import encoding_of, is_stream, relay
 from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.trials import Trial
@@ -59,11 +61,11 @@ def _learn(gateway: Gateway, exchange: Exchange, decision: Decision, ran: Candid
     measured = watch.measured(tokens, planned.work.prompt_tokens, expected)
     finish = watch.finish_reason or "stop"
     finish = finish if finish in ("stop", "length") else "stop"
+    reply = Reply("", finish, decision, measured)
     if answered:
         exchange.side.deciding.took(
             planned.choice, ran, planned.work, kind, measured, ended=finish == "stop", lost_ms=exchange.lost_ms
         )
-        reply = Reply("", finish, decision, measured)
         gateway.metrics.finished(
             reply,
             finish,
@@ -78,7 +80,8 @@ def _learn(gateway: Gateway, exchange: Exchange, decision: Decision, ran: Candid
         gateway.metrics.failed("upstream_error")
         if exchange.trial is not None:
             _unanswered(exchange.trial, status, planned.decision.budget)
-    gateway.records.add(decision.request_id, {**answers.outlook(decision, planned.native_tokens), "status": status})
+    kept = _kept(exchange, decision, reply if answered else None)
+    gateway.records.add(decision.request_id, {**kept, "status": status}, explained(decision))
     gateway.access_log.write(
         "answer",
         request_id=decision.request_id,
@@ -112,6 +115,21 @@ def _learn(gateway: Gateway, exchange: Exchange, decision: Decision, ran: Candid
             error=None if answered else f"the engine answered with status {status}",
         )
         gateway.log.write(row)
+
+
+def _kept(exchange: Exchange, decision: Decision, reply: Reply | None) -> dict[str, Any]:
+    """What can be asked of a request afterwards: its decision, and where it was answered what came of it as far as that
+    is seen from outside."""
+    planned, trial = exchange.planned, exchange.trial
+    said = {} if trial is None else trial.said()
+    asked = answers.Asked(exchange.call.model, int(time.time()), planned.native_tokens, trial=said)
+    media = media_of(planned, escalated=decision.escalated is True)
+    beside = {"created": asked.created, "media": media}
+    if reply is None:
+        return {**answers.outlook(decision, planned.native_tokens), **said, **beside}
+    found = answers.outcome(asked, reply, 0.0)
+    seen = {name: value for name, value in found["actual"].items() if math.isfinite(value)}
+    return {**found, "actual": seen, **beside}
 
 
 def _unanswered(trial: Trial, status: int, budget: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from adaptive_fusion.errors import AdaptiveFusionError
 from adaptive_fusion.serving import own as shared
 from adaptive_fusion.serving import rollouts
+from adaptive_fusion.serving.document import DECISION_PATH
 from adaptive_fusion.serving.gateway import own
 from adaptive_fusion.serving.gateway.chat import chat_completions
 from adaptive_fusion.serving.gateway.exchange import target_of
@@ -26,11 +28,13 @@ from adaptive_fusion.serving.refusals import Refusal, as_refusal, error_response
 from adaptive_fusion.serving.service import log
 
 CHAT = "/v1/chat/completions"
+UI = "/ui"
 OWN = "/v1/adaptive_fusion"
 ROUTES: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
     ("POST", f"{OWN}/decide"): own.decide,
     ("POST", f"{OWN}/points"): own.points,
     ("GET", f"{OWN}/decisions"): shared.decisions,
+    ("GET", f"{OWN}/policy"): own.policy,
     ("POST", f"{OWN}/feedback"): shared.feedback,
     ("GET", f"{OWN}/rollout"): rollouts.status,
     ("POST", f"{OWN}/rollout/promote"): rollouts.promote,
@@ -51,7 +55,14 @@ class Application:
     def __init__(self, gateway: Gateway) -> None:
         self.state = SimpleNamespace(service=gateway)
         settings = gateway.settings
-        self._guarded = Guard(self._answer, settings.api_key, settings.is_local, gateway.metrics.rejected)
+        self.ui: Any = None
+        if settings.ui:
+            from adaptive_fusion.serving.web.mount import Pages
+
+            self.ui = Pages(self, gateway.limits.max_medium_bytes, UI)
+        self._guarded = Guard(
+            self._answer, settings.api_key, settings.is_local, gateway.metrics.rejected, UI if settings.ui else None
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, or the application's life."""
@@ -64,8 +75,9 @@ class Application:
         gateway: Gateway = self.state.service
         await receive()
         saving = asyncio.create_task(gateway.keep_saving())
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
+        async with self.ui.life() if self.ui is not None else contextlib.nullcontext():
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
         saving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await saving
@@ -73,6 +85,9 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.ui is not None and self.ui.has(scope["path"]):
+            await self.ui(scope, receive, send)
+            return
         gateway: Gateway = self.state.service
         began_s, status, code = gateway.clock(), 0, None
 
@@ -100,9 +115,8 @@ class Application:
         finally:
             if scope["path"] not in QUIET_PATHS:
                 ms = (gateway.clock() - began_s) * 1e3
-                path = scope["path"] if scope["path"] == CHAT or (scope["method"], scope["path"]) in ROUTES else "other"
                 gateway.access_log.write(
-                    "request", route=path, method=scope["method"], status=status or None, error=code, ms=ms
+                    "request", route=_route(scope), method=scope["method"], status=status or None, error=code, ms=ms
                 )
 
     async def _routed(self, gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,12 +124,23 @@ class Application:
         if (handler := ROUTES.get((method, path))) is not None:
             response = await handler(Request({**scope, "app": self}, receive))
             await response({**scope, "app": self}, receive, send)
+        elif method == "GET" and (named := path.removeprefix(f"{OWN}/decisions/")) != path:
+            found = {**scope, "app": self, "path_params": {"request_id": named}}
+            await (await shared.one_decision(Request(found, receive)))(found, receive, send)
         elif path.startswith(f"{OWN}/"):
             raise Refusal("there is no such path here", 404, code="not_found")
         elif method == "POST" and path == CHAT:
             await chat_completions(gateway, scope, receive, send)
         else:
             await passed_on(gateway, scope, receive, send)
+
+
+def _route(scope: Scope) -> str:
+    """A request's path for the log, without what a client may have put there."""
+    path: str = scope["path"]
+    if path.startswith(f"{OWN}/decisions/"):
+        return DECISION_PATH
+    return path if path == CHAT or (scope["method"], path) in ROUTES else "other"
 
 
 async def passed_on(gateway: Gateway, scope: Scope, receive: Receive, send: Send) -> None:

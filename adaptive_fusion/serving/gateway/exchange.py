@@ -71,11 +71,19 @@ def headers_of(planned: Planned, decision: Decision) -> Headers:
     if decision.escalated is not None:
         values[f"{answers.HEADER}escalated"] = str(decision.escalated).lower()
     if planned.media:
-        given = planned.second if decision.escalated and planned.second is not None else planned.given
-        told = [medium.why or said_of(one) for medium, one in zip(planned.media, given, strict=True)]
+        told = [row.get("why") or row["given"] for row in media_of(planned, escalated=decision.escalated is True)]
         values[f"{answers.HEADER}media"] = ", ".join(told)
     values[f"{answers.HEADER}reason"] = decision.reason[:REASON_CHARACTERS]
     return [(name.encode(), answers.plain(value).encode()) for name, value in values.items()]
+
+
+def media_of(planned: Planned, *, escalated: bool = False) -> list[dict[str, str]]:
+    """What each medium gets, and why one is left as it came."""
+    given = planned.second if escalated and planned.second is not None else planned.given
+    return [
+        {"given": said_of(one), **({"why": medium.why} if medium.measured is None else {})}
+        for medium, one in zip(planned.media, given, strict=True)
+    ]
 
 
 def arm_of(trial: Trial | None) -> Headers:

@@ -3,15 +3,19 @@
 Knows the parts of the gateway. Must not know how requests are sent.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from adaptive_fusion.media.load import load_media
+from adaptive_fusion.media.pixels import DEFAULT
 from adaptive_fusion.serving import answers
+from adaptive_fusion.serving import own as shared
+from adaptive_fusion.serving.explained import explained, pictures, policy_values
 from adaptive_fusion.serving.gateway.chat import planned_call
-from adaptive_fusion.serving.gateway.exchange import said_of
+from adaptive_fusion.serving.gateway.exchange import media_of
 from adaptive_fusion.serving.gateway.plan import Planned
 from adaptive_fusion.serving.gateway.proxy import closed
 from adaptive_fusion.serving.gateway.reading import read_call
@@ -19,11 +23,16 @@ from adaptive_fusion.serving.gateway.service import Gateway
 from adaptive_fusion.serving.http import read_body
 from adaptive_fusion.serving.refusals import Refusal, json_response
 
+LIMITS = ("latency_ms", "ttft_ms", "attainment", "on_infeasible")
+"""What of a budget holds before an engine; memory and the middle of an answer are the engine's own."""
+
 
 async def decide(request: Request) -> Response:
-    """The decision that a chat request would get; nothing is sent on."""
-    _, planned = await _planned(request)
-    return json_response(_outlook(planned))
+    """The decision that a chat request would get, with all that was measured; nothing is sent on."""
+    wanted = shared.flag(request, "pictures")
+    gateway, planned = await _planned(request)
+    seen = {"pictures": await gateway.in_thread(_pictures, gateway, planned)} if wanted else {}
+    return json_response({**_outlook(planned), **explained(planned.decision), **seen})
 
 
 async def points(request: Request) -> Response:
@@ -50,6 +59,14 @@ async def points(request: Request) -> Response:
         for offer in sorted(offers, key=lambda offer: -offer.quality)
     ]
     return json_response({"lane": route.lane, "points": rows, "decision": _outlook(planned)})
+
+
+async def policy(request: Request) -> Response:
+    """By which policy the gateway decides, and within which limits. It has one for all requests, and can keep those
+    limits that do not depend on what the engine does inside."""
+    gateway: Gateway = request.app.state.service
+    deciding = gateway.deciding
+    return json_response(policy_values(deciding.policy, (), deciding.budget, gateway.settings.mode, LIMITS))
 
 
 async def health(request: Request) -> Response:
@@ -87,9 +104,11 @@ async def _planned(request: Request) -> tuple[Gateway, Planned]:
 
 
 def _outlook(planned: Planned) -> dict[str, Any]:
-    media = [
-        {"given": said_of(given), **({"why": medium.why} if medium.measured is None else {})}
-        for medium, given in zip(planned.media, planned.given, strict=True)
-    ]
     found = answers.outlook(planned.decision, planned.native_tokens)
-    return {**found, "tokens": {**found["tokens"], "visual_sent": planned.tokens}, "media": media}
+    return {**found, "tokens": {**found["tokens"], "visual_planned": planned.tokens}, "media": media_of(planned)}
+
+
+def _pictures(gateway: Gateway, planned: Planned) -> list[dict[str, Any]]:
+    """Of the media whose bytes are here, as they came."""
+    limits = replace(DEFAULT, max_megapixels=gateway.limits.max_megapixels)
+    return pictures([load_media(each.data, limits=limits) for each in planned.media if each.data is not None])

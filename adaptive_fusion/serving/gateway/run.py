@@ -27,8 +27,9 @@ from adaptive_fusion.serving.trials import Trials
 class _Server(DrainingServer):
     """Says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, announce: Callable[[str], None]) -> None:
-        super().__init__(config, gateway)
+    def __init__(self, config: uvicorn.Config, app: Application, announce: Callable[[str], None]) -> None:
+        gateway: Gateway = app.state.service
+        super().__init__(config, gateway, *([app.ui.close] if app.ui is not None else ()))
         self._gateway, self._announce = gateway, announce
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
@@ -38,8 +39,9 @@ class _Server(DrainingServer):
         if self.started:
             settings, deciding = self._gateway.settings, self._gateway.deciding
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            pages = f", pages at http://{host}:{self.port}/ui" if settings.ui else ""
             self._announce(
-                f"ready: http://{host}:{self.port}/v1 before {settings.upstream} ({settings.engine}, "
+                f"ready: http://{host}:{self.port}/v1{pages} before {settings.upstream} ({settings.engine}, "
                 f"{settings.mode}, policy {deciding.policy.name}, {found})"
             )
 
@@ -64,8 +66,9 @@ def gateway_server(
     gateway.side.shadow = partial(Shadow, gateway)
     if trials is not None:
         gateway.trials = trials(gateway.side)
+    app = Application(gateway)
     config = uvicorn.Config(
-        Application(gateway),
+        app,
         host=settings.host,
         port=settings.port,
         http=Connection,
@@ -80,4 +83,4 @@ def gateway_server(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=5,
     )
-    return _Server(config, gateway, announce)
+    return _Server(config, app, announce)

@@ -7,7 +7,7 @@ import asyncio
 import base64
 import mimetypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Manner:
     temperature: float = 0
     top_p: float = 1
     seed: str = ""
+    model: str = ""
 
     def values(self) -> dict[str, Any]:
         """Fields of a request."""
@@ -80,6 +81,13 @@ class Manner:
             except ValueError:
                 found["seed"] = self.seed  # the server says what it expects
         return found
+
+
+def settled(settings: Sequence[Any]) -> tuple[Manner, Limits]:
+    """The values of all controls, those of `Manner` first."""
+    count = len(fields(Manner))
+    manner = Manner(*settings[:count])
+    return replace(manner, model=manner.model or ""), Limits(*settings[count:])
 
 
 def kind_of(path: str) -> str:

@@ -53,7 +53,7 @@ async def offered(web: Web, turns: Sequence[Turn], manner: Manner, limits: Limit
     try:
         api = web.api(request)
         with web.telling():
-            body = await body_of(await web.model(api), turns, manner, limits.values())
+            body = await body_of(await web.model(api, manner.model), turns, manner, limits.values())
             return points_table(await api.call("points", body), web.say)
     except Trouble as trouble:
         return notice(str(trouble))
@@ -67,7 +67,7 @@ def points_table(found: Mapping[str, Any], say: Say) -> Safe:
             row["plan"],
             ms(row["predicted"], "latency_ms"),
             ms(row["predicted"], "ttft_ms"),
-            "–" if row["predicted"] is None else f"{row['predicted']['peak_memory_gb']:.3f} GiB",
+            _memory(row["predicted"]),
             f"{row['quality']:.3f}",
             say("taken") if row["taken"] else row["why_not"] or say("not_taken"),
         )
@@ -78,3 +78,9 @@ def points_table(found: Mapping[str, Any], say: Say) -> Safe:
     taken = element("p", element("strong", decision["plan"]), f" · {decision['lane']}: {decision['reason']}")
     marked = [index for index, row in enumerate(rows) if row["taken"]]
     return join((taken, table(say("points"), heads, shown, marked)))
+
+
+def _memory(predicted: Mapping[str, Any] | None) -> str:
+    """Nobody knows the memory of an engine elsewhere."""
+    found = (predicted or {}).get("peak_memory_gb")
+    return f"{found:.3f} GiB" if found else "–"

@@ -5,23 +5,21 @@ Knows its components and the endpoints. Must not know of other pages.
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from adaptive_fusion.serving.web.asking import Limits, Manner, Turn, body_of, kind_of
+from adaptive_fusion.serving.web.asking import Limits, Manner, Turn, body_of, kind_of, settled
 from adaptive_fusion.serving.web.budget import BudgetControls, budget_controls, offered
 from adaptive_fusion.serving.web.client import Api, ApiError
 from adaptive_fusion.serving.web.decision import panel
+from adaptive_fusion.serving.web.growing import Running, growing, whole_decision
 from adaptive_fusion.serving.web.markup import element, notice
 from adaptive_fusion.serving.web.web import Trouble, Web
 
-SHOW_S = 0.05
-"""How often at most a growing answer is shown."""
 KEEP_S = 3600.0
 """How long a conversation is kept after its page was last used."""
 _SAVE = """(text) => {
@@ -42,13 +40,6 @@ class ChatControls:
     manner: list[Any]
     limits: list[Any]
     opening: tuple[Any, Any, Any]
-
-
-@dataclass
-class Running:
-    """Answers that are being written, by page; setting the event ends one."""
-
-    stops: dict[str, asyncio.Event] = field(default_factory=dict)
 
 
 def chat_page(web: Web) -> ChatControls:
@@ -99,7 +90,8 @@ def chat_page(web: Web) -> ChatControls:
     export.click(page.export, turns, [exported, said], show_progress="hidden").then(None, exported, None, js=_SAVE)
     asked_next = [message, turns, *settings]
     _watch(page, budget, asked_next)
-    return ChatControls(manner, budget.limits, (page.opened, asked_next, [*budget.limits, said, budget.offered]))
+    filled = [manner[-1], *budget.limits, said, budget.offered]
+    return ChatControls(manner, budget.limits, (page.opened, asked_next, filled))
 
 
 def _manner_controls(web: Web) -> list[Any]:
@@ -110,6 +102,7 @@ def _manner_controls(web: Web) -> list[Any]:
         gr.Slider(0, 2, 0, step=0.05, label=say("temperature")),
         gr.Slider(0.05, 1, 1, step=0.05, label=say("top_p")),
         gr.Textbox("", label=say("seed"), max_lines=1),
+        gr.Dropdown([], label=say("model"), elem_id="model", visible=False),
     ]
 
 
@@ -147,7 +140,7 @@ class _Chat:
         if refused := self._refused(tab, text, files):
             yield _changed(said=notice(refused))
             return
-        manner, limits = Manner(*settings[:5]), Limits(*settings[5:])
+        manner, limits = settled(settings)
         turns = [*turns, Turn("user", text, files)]
         answer = Turn("assistant")
         stop, told = asyncio.Event(), ""
@@ -156,7 +149,7 @@ class _Chat:
             yield _changed(talk=shown_turns(turns), turns=turns, said="", message=_put(None))
             with self._web.telling():
                 api = self._web.api(request)
-                body = await body_of(await self._web.model(api), turns, manner, limits.values())
+                body = await body_of(await self._web.model(api, manner.model), turns, manner, limits.values())
                 turns.append(answer)
                 async for _ in growing(api, body, answer, stop):
                     yield _changed(talk=shown_turns(turns), turns=turns)
@@ -187,18 +180,23 @@ class _Chat:
     async def opened(
         self, request: gr.Request, message: dict[str, Any] | None, turns: list[Turn], *settings: Any
     ) -> tuple[Any, ...]:
-        """The server's own limits and its policies into the controls, a notice, and what is on offer."""
+        """The models that there are, the server's own limits and its policies into the controls, a notice, and what is
+        on offer. Of controls only those are shown that have an effect here."""
         names = [f.name for f in fields(Limits)]
         try:
             with self._web.telling():
-                found = await self._web.api(request).call("policy")
+                api = self._web.api(request)
+                found, models = await api.call("policy"), await self._web.models(api)
         except Trouble as trouble:
-            return *(gr.skip() for _ in names), notice(str(trouble)), gr.skip()
-        given = found["budget"]
-        limits = [given.get(name, settings[5 + place]) for place, name in enumerate(names) if name != "policy"]
+            return *(gr.skip() for _ in ["model", *names]), notice(str(trouble)), gr.skip()
+        manner, limits = settled(settings)
+        given = {name: found["budget"].get(name, getattr(limits, name)) for name in names if name != "policy"}
+        shown = [gr.update(value=value, visible=name in found["limits"]) for name, value in given.items()]
         choices = [(self._web.say("policy_default"), ""), *((name, name) for name in found["policies"])]
-        offer = await self.points(request, message, turns, *settings[:5], *limits, "")
-        return *limits, gr.update(choices=choices, value=""), "", offer
+        policy = gr.update(choices=choices, value="", visible=len(found["policies"]) > 1)
+        model = gr.update(choices=models, value=models[0], visible=len(models) > 1)
+        offer = await self.points(request, message, turns, *astuple(manner), *given.values(), "")
+        return model, *shown, policy, "", offer
 
     def stop(self, request: gr.Request) -> str:
         """End the answer that is being written on this page."""
@@ -250,7 +248,7 @@ class _Chat:
             files = next((turn.files for turn in reversed(turns) if turn.files), ())
         text = message.get("text") or next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
         asked = [Turn("user", text, files)]
-        return await offered(self._web, asked, Manner(*settings[:5]), Limits(*settings[5:]), request)
+        return await offered(self._web, asked, *settled(settings), request)
 
     async def rate(self, turns: list[Turn], chosen: int | None, rating: str, request: gr.Request) -> str:
         """Send a rating of an answer."""
@@ -274,43 +272,6 @@ class _Chat:
             return "", notice(str(trouble))
         decisions = [dict(turn.fields) for turn in turns if turn.fields]
         return json.dumps({"messages": body["messages"], "decisions": decisions}, ensure_ascii=False, indent=1), ""
-
-
-async def growing(api: Api, body: dict[str, Any], answer: Turn, stop: asyncio.Event) -> AsyncIterator[None]:
-    """Let an answer grow, with a pause between two looks at it; setting `stop` ends its generation."""
-    chunks = api.stream(body)
-    stopped = asyncio.ensure_future(stop.wait())
-    shown = 0.0
-    try:
-        while True:
-            following = asyncio.ensure_future(anext(chunks, None))
-            await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
-                following.cancel()
-                await asyncio.wait({following})
-                return
-            chunk = following.result()
-            if chunk is None:
-                return
-            answer.request_id = chunk["id"]
-            answer.fields = chunk.get("adaptive_fusion", answer.fields)
-            answer.text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-            if time.monotonic() - shown >= SHOW_S:
-                shown = time.monotonic()
-                yield
-    finally:
-        stopped.cancel()
-        await chunks.aclose()
-
-
-async def whole_decision(api: Api, answer: Turn) -> dict[str, Any]:
-    """All that the server keeps of an answer's decision, or what came with the answer where it keeps no more of it."""
-    try:
-        return await api.call("decisions", below=answer.request_id)
-    except ApiError:
-        if not answer.fields:
-            raise
-        return dict(answer.fields)
 
 
 def shown_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:

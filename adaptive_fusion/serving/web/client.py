@@ -7,7 +7,7 @@ checks, keys and limits hold. Knows HTTP and the endpoints' paths. Must not know
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -28,6 +28,7 @@ ENDPOINTS = {
     "abort": ("POST", f"{OWN}/rollout/abort"),
 }
 """All that the pages ask for, by method and path."""
+REQUEST_ID = "x-adaptive-fusion-request-id"
 _ENDS_S = 30.0
 """How long a request that nobody reads any more may take to end."""
 
@@ -75,8 +76,14 @@ class Api:
         """What the endpoint answers, as it is; raises ApiError for a refusal."""
         return (await self._send(name, None, "", {})).text
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(
+        self, body: Mapping[str, Any], named: Callable[[str], None] = lambda request_id: None
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of an answer in pieces. Closing the iterator ends the generation.
+
+        Args:
+            body: The request.
+            named: Called with the request's id as soon as it is known, where there is one.
 
         Raises:
             ApiError: For a refusal, also one in the middle.
@@ -86,12 +93,14 @@ class Api:
             if response.status_code >= 400:
                 await response.aread()
                 raise _refused(response)
+            if REQUEST_ID in response.headers:
+                named(response.headers[REQUEST_ID])
             async for line in response.aiter_lines():
                 if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
                     continue
                 chunk = json.loads(data)
                 if "error" in chunk:
-                    raise ApiError(chunk["error"]["message"], chunk["error"]["code"], response.status_code)
+                    raise _refusal(chunk, response.status_code)
                 yield chunk
 
     async def _send(
@@ -108,10 +117,17 @@ class Api:
 
 def _refused(response: httpx.Response) -> ApiError:
     try:
-        error = response.json()["error"]
-        return ApiError(str(error["message"]), str(error["code"]), response.status_code)
-    except (ValueError, KeyError, TypeError):
+        return _refusal(response.json(), response.status_code)
+    except ValueError:
         return ApiError(f"HTTP {response.status_code}", "unknown", response.status_code)
+
+
+def _refusal(values: Any, status: int) -> ApiError:
+    """What went wrong, in any of the forms that engines have for it."""
+    found: Any = values.get("error", values) if isinstance(values, dict) else {}
+    found = found if isinstance(found, dict) else {"message": found}
+    message = found.get("message") or found.get("detail") or f"HTTP {status}"
+    return ApiError(str(message), str(found.get("code") or found.get("type") or "unknown"), status)
 
 
 class InProcess(httpx.AsyncBaseTransport):

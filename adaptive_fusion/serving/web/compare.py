@@ -13,10 +13,11 @@ from typing import Any
 
 import gradio as gr
 
-from adaptive_fusion.serving.web.asking import NATIVE, Limits, Manner, Turn, body_of, kind_of
-from adaptive_fusion.serving.web.chat import SHOW_S, ChatControls, Running, growing
+from adaptive_fusion.serving.web.asking import NATIVE, Turn, body_of, kind_of, settled
+from adaptive_fusion.serving.web.chat import ChatControls
 from adaptive_fusion.serving.web.client import Api
 from adaptive_fusion.serving.web.decision import Say
+from adaptive_fusion.serving.web.growing import SHOW_S, Running, growing
 from adaptive_fusion.serving.web.markup import Safe, element, facts, join, notice
 from adaptive_fusion.serving.web.web import Trouble, Web, ms
 
@@ -60,14 +61,14 @@ class _Compare:
             told = say("busy") if tab in self._running.stops else say("nothing_asked")
             yield gr.skip(), gr.skip(), gr.skip(), notice(say("wrong_file", name=wrong[0]) if wrong else told)
             return
-        manner, limits = Manner(*settings[:5]), Limits(*settings[5:])
+        manner, limits = settled(settings)
         both, stop = [Turn("assistant"), Turn("assistant")], asyncio.Event()
         self._running.stops[tab] = stop
         told = ""
         try:
             with self._web.telling():
                 api = self._web.api(request)
-                model = await self._web.model(api)
+                model = await self._web.model(api, manner.model)
                 asked = [Turn("user", text, files)]
                 bodies = [await body_of(model, asked, manner, limits.values(p)) for p in (NATIVE, None)]
                 work = _answer(api, bodies, both, stop, at_once=order == AT_ONCE)
@@ -133,7 +134,7 @@ async def _looking(work: Any) -> AsyncIterator[None]:
 def _side(name: str, answer: Turn, say: Say) -> Safe:
     fields = answer.fields
     pairs: list[tuple[str, object]] = []
-    if fields:
+    if "actual" in fields:  # as it is of all that were answered
         took, tokens = fields["actual"], fields["tokens"]
         pairs = [
             (say("plan"), fields["plan"]),

@@ -53,6 +53,8 @@ def _facts(decision: Mapping[str, Any], say: Say) -> Safe:
     if decision.get("complexity") is not None:
         pairs.append((say("complexity"), f"{decision['complexity']:.2f}"))
     pairs.append((say("why"), decision["reason"]))
+    if decision.get("media"):  # where each gets what is enough for itself
+        pairs.append((say("media"), ", ".join(row.get("why") or row["given"] for row in decision["media"])))
     pairs.append((say("predicted"), _times(said, "peak_memory_gb", say)))
     if took is not None:
         pairs.append(

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from adaptive_fusion.serving.web.asking import Limits, Manner, Turn, body_of, kind_of
+from adaptive_fusion.serving.web.asking import Limits, Manner, Turn, body_of, kind_of, settled
 from adaptive_fusion.serving.web.chat import KEEP_S, ChatControls
 from adaptive_fusion.serving.web.client import Api
 from adaptive_fusion.serving.web.decision import Say
@@ -55,12 +55,12 @@ class _Folder:
         if not files:
             yield gr.skip(), gr.skip(), notice(say("no_files"))
             return
-        manner, limits = Manner(*settings[:5]), Limits(*settings[5:])
+        manner, limits = settled(settings)
         rows: list[dict[str, Any]] = []
         try:
             api = self._web.api(request)
             with self._web.telling():
-                model = await self._web.model(api)
+                model = await self._web.model(api, manner.model)
             gate = asyncio.Semaphore(AT_A_TIME)
 
             async def one(path: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def numbers(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], say
     curve = lines(
         say("latency_over_time"),
         {
-            f"{say('latency')} ({say('ms')})": [row["actual"]["latency_ms"] for row in in_order],
+            f"{say('latency')} ({say('ms')})": [row.get("actual", {}).get("latency_ms") for row in in_order],
             f"{say('limit')} ({say('ms')})": [row["budget"].get("latency_ms") for row in in_order],
         },
     )
@@ -120,13 +120,13 @@ def _state(rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], say:
     def metric(name: str) -> float:
         return metrics.get(f"adaptive_fusion:{name}", 0.0)
 
-    judged = [row["met"] for row in rows if row["met"] is not None]
-    targets = sorted({row["budget"].get("attainment", 0.95) for row in rows if row["met"] is not None})
+    met = [row for row in rows if row.get("met") is not None]
+    judged, targets = [row["met"] for row in met], sorted({row["budget"].get("attainment", 0.95) for row in met})
     kept = "–" if not judged else f"{sum(judged) / len(judged):.3f} ({sum(judged)}/{len(judged)})"
     target = ", ".join(say("target", target=f"{value:g}") for value in targets)
     looked = metric("mm_cache_queries_total")
     hits = "–" if not looked else f"{metric('mm_cache_hits_total') / looked:.2f} ({looked:.0f})"
-    peak = max((row["actual"].get("peak_memory_gb") or 0.0 for row in rows), default=0.0)
+    peak = max((row.get("actual", {}).get("peak_memory_gb") or 0.0 for row in rows), default=0.0)
     limits = [row["budget"]["vram_gb"] for row in rows if row["budget"].get("vram_gb")]
     of = f" / {limits[0]:g} GiB" if limits else ""
     return facts(
@@ -149,10 +149,10 @@ def _listed(rows: Sequence[Mapping[str, Any]], say: Say) -> Safe:
             element("button", row["request_id"][:8], type="button", class_="af-open", data_request=row["request_id"]),
             row["lane"],
             row["plan"],
-            ms(row["actual"], "latency_ms"),
+            ms(row.get("actual"), "latency_ms"),
             "–" if not row["budget"].get("latency_ms") else f"{row['budget']['latency_ms']:,.0f} ms",
-            "–" if row["met"] is None else say("yes" if row["met"] else "no"),
-            f"{row['tokens']['visual_used']:,}",
+            "–" if row.get("met") is None else say("yes" if row["met"] else "no"),
+            "–" if "visual_used" not in row["tokens"] else f"{row['tokens']['visual_used']:,}",
         )
         for row in rows
     ]

@@ -13,8 +13,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read where gradio is importe
 
 import gradio as gr
 from fastapi import FastAPI
-from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import RedirectResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adaptive_fusion.serving.web.gate import Gate
 from adaptive_fusion.serving.web.page import blocks_of, script, style, theme
@@ -25,15 +26,69 @@ from adaptive_fusion.serving.web.web import Web
 PATH = "/ui"
 
 
-def mount_ui(app: FastAPI, max_file_bytes: int = 32 << 20, path: str = PATH) -> Gate:
+class Pages:
+    """The pages as an ASGI application.
+
+    Args:
+        app: Has the public endpoints: a server's or a gateway's.
+        max_file_bytes: Most bytes of an upload.
+        path: Below which they are found.
+    """
+
+    def __init__(self, app: ASGIApp, max_file_bytes: int = 32 << 20, path: str = PATH) -> None:
+        self._path, self.sessions = path, Sessions()
+        self._pages = _gradio(app, self.sessions, max_file_bytes)
+        self._gate = Gate(self._pages, app, self.sessions, max_file_bytes)
+
+    def has(self, path: str) -> bool:
+        """Whether a path of the application is one of the pages'."""
+        return path == self._path or path.startswith(f"{self._path}/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request whose path is the application's."""
+        below = scope.get("root_path", "") + self._path
+        if scope["path"] == below:
+            await RedirectResponse(f"{below}/", 307)(scope, receive, send)
+        else:
+            await self._gate({**scope, "root_path": below}, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def life(self) -> AsyncIterator[None]:
+        """They live as long as this context."""
+        async with self._pages.router.lifespan_context(self._pages):
+            try:
+                yield
+            finally:
+                self.close()
+
+    def close(self) -> None:
+        """Let go of browsers, which would stay for ever."""
+        self._gate.close()
+
+
+def mount_ui(app: FastAPI, max_file_bytes: int = 32 << 20, path: str = PATH) -> Pages:
     """Put the pages below `path` of an application that has the public endpoints; they live as long as it does.
 
     Args:
-        app: A server's or a gateway's.
+        app: FastAPI's or Starlette's.
         max_file_bytes: Most bytes of an upload.
         path: Where.
     """
-    sessions = Sessions()
+    pages = Pages(app, max_file_bytes, path)
+    before = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def life(outer: FastAPI) -> AsyncIterator[Any]:
+        async with before(outer) as state, pages.life():
+            yield state
+
+    app.router.lifespan_context = life
+    app.router.routes += [Route(path, pages), Route(path + "/{below:path}", pages)]
+    return pages
+
+
+def _gradio(app: ASGIApp, sessions: Sessions, max_file_bytes: int) -> FastAPI:
+    """Gradio's own applications, one a language, in one."""
     pages = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     with _temporary(sessions.folder):
         for language in LANGUAGES:
@@ -44,25 +99,7 @@ def mount_ui(app: FastAPI, max_file_bytes: int = 32 << 20, path: str = PATH) -> 
                 run_history=False, show_error=False, ssr_mode=False, enable_monitoring=False, mcp_server=False,
                 max_file_size=max_file_bytes, allowed_paths=[], pwa=False,
             )  # fmt: skip
-    gate = Gate(pages, app, sessions, max_file_bytes)
-    before = app.router.lifespan_context
-
-    @contextlib.asynccontextmanager
-    async def life(outer: FastAPI) -> AsyncIterator[Any]:
-        async with before(outer) as state, pages.router.lifespan_context(pages):
-            try:
-                yield state
-            finally:
-                gate.close()
-
-    app.router.lifespan_context = life
-    app.add_route(path, _to_pages, include_in_schema=False)
-    app.mount(path, gate)
-    return gate
-
-
-async def _to_pages(request: Request) -> Response:
-    return RedirectResponse(f"{request.url.path}/", 307)
+    return pages
 
 
 @contextlib.contextmanager

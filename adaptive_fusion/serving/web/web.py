@@ -50,9 +50,16 @@ class Web:
         """The endpoints with the key of who calls."""
         return Api(self.app, self.session(request).key)
 
-    async def model(self, api: Api) -> str:
-        """The name of the model that there is."""
-        return str((await api.call("models"))["data"][0]["id"])
+    async def models(self, api: Api) -> list[str]:
+        """The names of the models that there are; raises Trouble where there is none."""
+        found = [str(row["id"]) for row in (await api.call("models")).get("data") or ()]
+        if not found:
+            raise Trouble(self.say("no_model"))
+        return found
+
+    async def model(self, api: Api, chosen: str = "") -> str:
+        """The name of the model that is asked: the one that was chosen, else the first."""
+        return chosen or (await self.models(api))[0]
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
