@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -113,7 +112,7 @@ def test_a_decision_shows_its_media_and_the_policy_says_what_can_be_limited(clie
     asked = body(shown(png(640, 480)), clip, away)
     decided = client.post("/v1/adaptive_fusion/decide", params={"pictures": "true"}, json=asked).json()
     assert [(row["kind"], row["width"]) for row in decided["pictures"]] == [("image", 640), ("video", 64)]
-    assert decided["features"] and decided["rejected"] and decided["tokens"]["visual_planned"] > 0
+    assert decided["features"] and "rejected" in decided and decided["tokens"]["visual_planned"] > 0
     assert decided["media"][2] == {"given": "native", "why": "sent by address"}
     policy = client.get("/v1/adaptive_fusion/policy").json()
     assert policy["policies"] == ["balanced"] and policy["ranges"]
@@ -147,4 +146,4 @@ def test_without_pages_their_path_is_the_engines_and_with_them_a_gateway_ends() 
             assert open_page.status_code == 200
             assert server.loop is not None
             server.loop.call_soon_threadsafe(server.stop)
-            until(lambda: server.should_exit)
+            until(lambda: server.should_exit, "the end of the gateway")

@@ -2,32 +2,26 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
+from browser import CHROMIUM, DESKTOP, PHONE, ask, attach, chat_of, open_tab, page_of, shoot, slide, taken
+from PIL import Image
 from server import mp4, serving
 
 from adaptive_fusion import AdaptiveRunner
 from adaptive_fusion.serving.run import DrainingServer
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("gradio", reason="the extra ui is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-SHOTS = os.environ.get("ADAPTIVE_FUSION_SCREENSHOTS")
-"""Set to a folder, such as docs/img, the tests leave pictures for the docs there."""
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 KEY = "a key of these tests"
-WAIT_MS = 120_000
 TABS = ("Chat", "Compare", "Live", "Explain a folder", "Rollout")
 
 
@@ -48,25 +42,6 @@ def server(runner: AdaptiveRunner) -> Iterator[DrainingServer]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("media") / "scene.png"
-    image = Image.new("RGB", (320, 200), "white")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((20, 20, 120, 90), fill="red")
-    draw.text((150, 120), "hello", fill="black")
-    image.save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """axe-core from npm, or a reason why not."""
     if shutil.which("npm") is None:
@@ -79,91 +54,6 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         script = packed.extractfile("package/axe.min.js")
         assert script is not None
         return script.read().decode()
-
-
-LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")
-"""What Gradio's script says of calls that are open as a page is left."""
-
-
-@contextmanager
-def page_of(
-    browser: Any, server: DrainingServer, path: str = "en/", leaves: bool = False, **options: Any
-) -> Iterator[Any]:
-    """An open page in a browser session of its own, which asks no other site and has no error in its console; but for
-    what is said of open calls where the page `leaves`."""
-    context = browser.new_context(**{"viewport": DESKTOP, **options})
-    page = context.new_page()
-    page.set_default_timeout(WAIT_MS)
-    faults: list[str] = []
-    page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    home = f"http://127.0.0.1:{server.port}/"
-    own = (home, f"blob:{home}", "data:")
-    page.on("request", lambda asked: None if asked.url.startswith(own) else faults.append(asked.url))
-    page.goto(f"{home}ui/{path}")
-    try:
-        yield page
-        assert not [said for said in faults if not (leaves and any(words in said for words in LEAVING))]
-    finally:
-        context.close()
-
-
-@contextmanager
-def chat_of(browser: Any, server: DrainingServer, **options: Any) -> Iterator[Any]:
-    """The chat page, once its points are there."""
-    with page_of(browser, server, **options) as page:
-        page.wait_for_selector("#message textarea")
-        page.wait_for_selector("#points table")
-        yield page
-
-
-def attach(page: Any, box: str, *files: Path | dict[str, Any]) -> None:
-    """Bring files to a message box, and wait until they are there."""
-    page.set_input_files(f"{box} input[type=file]", list(files))
-    page.wait_for_function(
-        "([box, n]) => document.querySelectorAll(`${box} .thumbnail-item`).length >= n", arg=[box, len(files)]
-    )
-
-
-def ask(page: Any, question: str, *files: Path | dict[str, Any]) -> str:
-    """Ask, and wait for the whole answer and its decision."""
-    before = page.locator("#conversation .bot.message").count()
-    if files:
-        attach(page, "#message", *files)
-    page.fill("#message textarea", question)
-    page.press("#message textarea", "Enter")
-    page.wait_for_function("n => document.querySelectorAll('#conversation .bot.message').length > n", arg=before)
-    page.wait_for_function("n => document.querySelector('#chosen input')?.value === String(n + 1)", arg=before)
-    page.wait_for_selector("#decision dl")
-    return str(page.locator("#conversation .bot.message").last.inner_text())
-
-
-def open_tab(page: Any, name: str) -> None:
-    """Open a page by its tab, which may stand in the menu of those that have no room."""
-    tab = page.get_by_role("tab", name=name)
-    if not tab.count() or not tab.first.is_visible():
-        page.locator(".overflow-menu > button").first.click()
-        page.locator(".overflow-dropdown button", has_text=name).click()
-    else:
-        tab.first.click()
-
-
-def slide(page: Any, name: str, value: float) -> None:
-    box = page.locator(f"#{name} input[type=number]")
-    box.fill(str(value))
-    box.press("Tab")
-
-
-def taken(page: Any) -> str:
-    """The plan that would be taken."""
-    return str(page.inner_text("#points tr.af-marked th"))
-
-
-def shoot(page: Any, name: str) -> None:
-    if SHOTS is not None:
-        Path(SHOTS).mkdir(parents=True, exist_ok=True)
-        page.evaluate("scrollTo(0, 0)")
-        page.screenshot(path=Path(SHOTS) / f"{name}.png")
 
 
 def rows_of(log: Path) -> list[dict[str, Any]]:

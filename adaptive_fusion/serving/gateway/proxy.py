@@ -185,7 +185,7 @@ async def relay(
     Args:
         response: Of the engine.
         send: The client's.
-        added: Headers beside the engine's own.
+        added: Headers beside the engine's own, in place of those of the same names.
         saw: Told of each piece before it goes on.
         pieces: What to pass on in place of the response's own.
         resized: Whether these have another length.
@@ -194,7 +194,7 @@ async def relay(
     Raises:
         Cut: If the engine goes away in the middle of something that is no stream of events, or a packed one.
     """
-    without = (b"content-length",) if resized else ()
+    without = [*([b"content-length"] if resized else ()), *(name for name, _ in added or ())]
     names = {name.lower() for name, _ in response.headers}
     marked = b"content-length" in names or b"transfer-encoding" in names
     headers = [*end_to_end(response.headers, *without), *(added or [])]

@@ -15,8 +15,9 @@ import gradio as gr
 from adaptive_fusion.serving.web.asking import Limits, Manner, Turn, body_of, kind_of, settled
 from adaptive_fusion.serving.web.budget import BudgetControls, budget_controls, offered
 from adaptive_fusion.serving.web.client import Api, ApiError
+from adaptive_fusion.serving.web.conversation import answers, chosen_of, shown_turns
 from adaptive_fusion.serving.web.decision import panel
-from adaptive_fusion.serving.web.growing import Running, growing, whole_decision
+from adaptive_fusion.serving.web.growing import Running, growing
 from adaptive_fusion.serving.web.markup import element, notice
 from adaptive_fusion.serving.web.web import Trouble, Web
 
@@ -216,17 +217,17 @@ class _Chat:
         return _put(drawn), _put(raw)
 
     async def _decision(self, turns: list[Turn], chosen: int | None, request: gr.Request) -> tuple[str, str]:
-        found = _chosen(turns, chosen)
+        found = chosen_of(turns, chosen)
         if found is None or not found.fields:  # of an answer that was stopped the server keeps none
             return element("p", self._web.say("no_decision")), ""
         try:
             api = self._web.api(request)
-            whole = await whole_decision(api, found)
             policy = await api.call("policy")
             pictures = await self._pictures(api, turns[: turns.index(found)])
         except (Trouble, ApiError) as error:
             return notice(str(error)), ""
-        return panel(whole, policy, pictures, self._web.say), json.dumps(whole, indent=1, ensure_ascii=False)
+        raw = json.dumps(dict(found.fields), indent=1, ensure_ascii=False)
+        return panel(found.fields, policy, pictures, self._web.say), raw
 
     async def _pictures(self, api: Api, turns: Sequence[Turn]) -> list[Any]:
         """The media that were looked at last, as they were measured."""
@@ -252,7 +253,7 @@ class _Chat:
 
     async def rate(self, turns: list[Turn], chosen: int | None, rating: str, request: gr.Request) -> str:
         """Send a rating of an answer."""
-        say, found = self._web.say, _chosen(turns, chosen)
+        say, found = self._web.say, chosen_of(turns, chosen)
         if found is None or not found.request_id:
             return notice(say("nothing_to_rate"))
         try:
@@ -274,17 +275,6 @@ class _Chat:
         return json.dumps({"messages": body["messages"], "decisions": decisions}, ensure_ascii=False, indent=1), ""
 
 
-def shown_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The conversation as the component takes it."""
-    found: list[dict[str, Any]] = []
-    for turn in turns:
-        found += [{"role": turn.role, "content": {"path": path, "alt_text": Path(path).name}} for path in turn.files]
-        note = f" *({turn.note})*" if turn.note else ""
-        if turn.text or turn.role == "assistant":
-            found.append({"role": turn.role, "content": turn.text + note})
-    return found
-
-
 def _changed(**values: Any) -> tuple[Any, ...]:
     """What `ask` yields, with what is not named left as it is."""
     names = ("talk", "turns", "said", "message", "chosen", "shown", "raw")
@@ -297,14 +287,3 @@ def _put(value: Any) -> Any:
     """A value for a component that `ask` now and then leaves as it is: after such Gradio (6.31) keeps every plain value
     for as long as the page lives."""
     return gr.update(value=value)
-
-
-def answers(turns: Sequence[Turn]) -> Any:
-    """The choice among the answers, the last one chosen."""
-    numbers = list(range(sum(turn.role == "assistant" for turn in turns)))
-    return gr.update(choices=[(str(n + 1), n) for n in numbers], value=numbers[-1] if numbers else None)
-
-
-def _chosen(turns: Sequence[Turn], chosen: int | None) -> Turn | None:
-    found = [turn for turn in turns if turn.role == "assistant"]
-    return found[chosen] if chosen is not None and 0 <= chosen < len(found) else found[-1] if found else None

@@ -25,7 +25,8 @@ class Running:
 
 
 async def growing(api: Api, body: dict[str, Any], answer: Turn, stop: asyncio.Event) -> AsyncIterator[None]:
-    """Let an answer grow, with a pause between two looks at it; setting `stop` ends its generation."""
+    """Let an answer grow, with a pause between two looks at it; setting `stop` ends its generation. An answer that came
+    to its end has all that is kept of its decision."""
 
     def named(request_id: str) -> None:
         answer.request_id = request_id
@@ -52,8 +53,8 @@ async def growing(api: Api, body: dict[str, Any], answer: Turn, stop: asyncio.Ev
     finally:
         stopped.cancel()
         await chunks.aclose()
-    if not answer.fields and answer.request_id:  # from whoever adds nothing to what an engine says
-        with contextlib.suppress(ApiError):
+    if answer.request_id:
+        with contextlib.suppress(ApiError):  # then what came with the answer is all that is known
             answer.fields = await api.call("decisions", below=answer.request_id)
 
 
@@ -61,13 +62,3 @@ def said_in(chunk: Mapping[str, Any]) -> str:
     """What a piece of an answer adds to its text; engines leave out what they have nothing to say of."""
     deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or ()]
     return "".join(delta.get("content") or "" for delta in deltas)
-
-
-async def whole_decision(api: Api, answer: Turn) -> dict[str, Any]:
-    """All that the server keeps of an answer's decision, or what came with the answer where it keeps no more of it."""
-    try:
-        return await api.call("decisions", below=answer.request_id)
-    except ApiError:
-        if not answer.fields:
-            raise
-        return dict(answer.fields)
