@@ -183,13 +183,18 @@ class _Chat:
     ) -> tuple[Any, ...]:
         """The models that there are, the server's own limits and its policies into the controls, a notice, and what is
         on offer. Of controls only those are shown that have an effect here."""
-        names = [f.name for f in fields(Limits)]
+        names, told, models = [f.name for f in fields(Limits)], "", [""]
         try:
             with self._web.telling():
                 api = self._web.api(request)
-                found, models = await api.call("policy"), await self._web.models(api)
+                found = await api.call("policy")
         except Trouble as trouble:
             return *(gr.skip() for _ in ["model", *names]), notice(str(trouble)), gr.skip()
+        try:
+            with self._web.telling():
+                models = await self._web.models(api)
+        except Trouble as trouble:  # an engine elsewhere may be away
+            told = notice(str(trouble))
         manner, limits = settled(settings)
         given = {name: found["budget"].get(name, getattr(limits, name)) for name in names if name != "policy"}
         shown = [gr.update(value=value, visible=name in found["limits"]) for name, value in given.items()]
@@ -197,7 +202,7 @@ class _Chat:
         policy = gr.update(choices=choices, value="", visible=len(found["policies"]) > 1)
         model = gr.update(choices=models, value=models[0], visible=len(models) > 1)
         offer = await self.points(request, message, turns, *astuple(manner), *given.values(), "")
-        return model, *shown, policy, "", offer
+        return model, *shown, policy, told, offer
 
     def stop(self, request: gr.Request) -> str:
         """End the answer that is being written on this page."""
