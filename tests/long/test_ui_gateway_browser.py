@@ -10,8 +10,12 @@ from browser import CHROMIUM, ask, attach, chat_of, open_tab, page_of, shoot, sl
 from gateway import gateway
 from PIL import Image, ImageDraw
 from server import serving
+from upstream import engine
 
 from adaptive_fusion import AdaptiveRunner
+from adaptive_fusion.rollout.arms import Arms
+from adaptive_fusion.rollout.experiment import Experiment
+from adaptive_fusion.rollout.live import Live
 from adaptive_fusion.serving.run import DrainingServer
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -110,3 +114,21 @@ def test_an_engine_that_has_gone_is_told_and_the_question_stays(browser: Any) ->
         page.press("#message textarea", "Enter")
         page.wait_for_function("document.querySelector('#message textarea').value === 'Hello?'")
         assert "upstream_unreachable" in page.inner_text("#said")
+
+
+def test_the_rollout_page_moves_an_experiment_of_the_gateway(browser: Any, tmp_path: Path) -> None:
+    live = Live(tmp_path / "rollout.db")
+    with (
+        engine() as behind,  # which lists no models
+        gateway(behind.url, "balanced", None, lambda side: Arms(side, live), api_key="k-123", ui=True) as server,
+        page_of(browser, server) as page,
+    ):
+        live.start(Experiment("try", "ab", "quality", steps=(0.5,), least=()))
+        page.fill("#key", "k-123")
+        page.press("#key", "Enter")
+        page.wait_for_function("document.querySelector('#said')?.innerText.includes('names no model')")
+        open_tab(page, "Rollout")
+        page.wait_for_function("document.querySelector('#rollout').innerText.includes('try (ab)')")
+        page.locator("#rollout-sure input").check()
+        page.click("#promote")
+        page.wait_for_function("document.querySelector('#rollout').innerText.includes('promoted')")
