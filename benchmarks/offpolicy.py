@@ -17,6 +17,7 @@ propensities, would have been right with an interval as wide. `--misses` is the 
 import argparse
 import json
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,11 +134,13 @@ def main() -> int:
     parser.add_argument("--measured", type=int, default=20_000, help="rated requests after")
     parser.add_argument("--draws", type=int, default=1000, help="resamples of the bootstrap")
     parser.add_argument("--misses", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, help="of the first rollout; from the clock if left out, and printed")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    first = int(time.time()) if given.seed is None else given.seed
     rows = [
         rollout(seed, n=given.logged, share=given.share, measured=given.measured, draws=given.draws)
-        for seed in range(given.runs)
+        for seed in range(first, first + given.runs)
     ]
     figures = {}
     for name in ("doubly_robust", "snips", "ips"):
@@ -153,9 +156,10 @@ def main() -> int:
     figures["mean of the log"] = {"agree": float(np.mean(plain))}
     worth = float(np.mean([value.effective_samples for value, _, _ in rows]))
     if given.json:
-        print(json.dumps({"runs": given.runs, "effective_samples": worth, "figures": figures}))
+        print(json.dumps({"runs": given.runs, "seed": first, "effective_samples": worth, "figures": figures}))
     else:
-        print(f"{given.runs} rollouts, {given.logged} logged each, worth {worth:.0f}; {given.share:.0%} explored")
+        about = f"{given.runs} rollouts from seed {first}, {given.logged} logged each, worth {worth:.0f}"
+        print(f"{about}; {given.share:.0%} explored")
         for name, found in figures.items():
             print(f"{name:>16}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
     return int(1 - figures["doubly_robust"]["agree"] > given.misses)

@@ -9,6 +9,7 @@ those that it has leaves it.
 
 import hashlib
 import math
+from functools import lru_cache
 
 from adaptive_fusion.errors import ConfigError
 
@@ -26,12 +27,20 @@ def place(salt: str, unit: str) -> float:
         salt: Of the experiment.
         unit: The key of what is assigned as a whole, such as a user's id.
     """
-    digest = hashlib.blake2b(digest_size=8, person=b"arm-of-a-unit")
-    for field in (salt, unit):
-        data = field.encode("utf-8", "surrogatepass")
-        digest.update(b"%d:" % len(data))
-        digest.update(data)
+    digest = _salted(salt).copy()
+    digest.update(_field(unit))
     return (int.from_bytes(digest.digest(), "big") >> 11) / _PLACES
+
+
+@lru_cache(maxsize=64)
+def _salted(salt: str) -> hashlib.blake2b:
+    """The hash of what every unit of an experiment begins with; copied, never updated."""
+    return hashlib.blake2b(_field(salt), digest_size=8, person=b"arm-of-a-unit")
+
+
+def _field(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogatepass")
+    return b"%d:%b" % (len(data), data)
 
 
 def arm_of(salt: str, unit: str, share: float) -> str:

@@ -14,6 +14,7 @@ from adaptive_fusion.errors import RolloutFileError
 from adaptive_fusion.rollout.place import FarStore
 from adaptive_fusion.rollout.store import Store
 
+_TEXT = json.JSONEncoder(sort_keys=True, default=str).encode
 MOST = 65_536
 """Units and conversations that are remembered, least recently used out first."""
 
@@ -41,9 +42,9 @@ class Talks:
             arm: For one that is not known.
             unit: The same.
         """
-        with self._lock:
-            before = self._known.get(talk)
         if follows:
+            with self._lock:
+                before = self._known.get(talk)
             if before is not None and before[0] == experiment:
                 arm, unit = before[1], before[2]
             elif (found := self._in_file(experiment, talk)) is not None:
@@ -78,13 +79,14 @@ def conversation_key(messages: Any) -> tuple[str, bool]:
         if message.get("role") == "user":
             break
     follows = any(message.get("role") == "assistant" for message in messages[len(begun) :])
-    text = json.dumps(_short(begun), sort_keys=True, default=str)
+    text = _TEXT(_short(begun))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(), follows
 
 
 def _short(value: Any) -> Any:
     if isinstance(value, str):
-        return value if len(value) <= 512 else [len(value), value[:128], value[len(value) // 2 :][:128], value[-128:]]
-    if isinstance(value, Mapping):
+        middle = len(value) // 2
+        return value if len(value) <= 512 else [len(value), value[:128], value[middle : middle + 128], value[-128:]]
+    if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 - the first is far quicker
         return {str(name): _short(each) for name, each in value.items()}
     return [_short(each) for each in value] if isinstance(value, list | tuple) else value

@@ -64,30 +64,32 @@ class Course:
             return self._end(ROLLED_BACK, event.why) if self.status == RUNNING else None
         if isinstance(event, Pair):
             self.requests[CANARY] += 1
-            touched = [name for name in self.watches if name in event.control and name in event.canary]
-            for name in touched:
-                self.watches[name].pair(event.control[name], event.canary[name])
+            touched = []
+            for name, watch in self.watches.items():
+                if name in event.control and name in event.canary:
+                    watch.pair(event.control[name], event.canary[name])
+                    touched.append(watch)
         else:
             touched = self._observe(event)
         if self.status != RUNNING or self.experiment.kind == AUDIT:
             return None
-        for name in touched:
-            if why := self.watches[name].worse:
+        for watch in touched:
+            if why := watch.worse:
                 return self._end(ROLLED_BACK, why)
         return self._rise()
 
-    def _observe(self, event: Outcome | Late) -> list[str]:
+    def _observe(self, event: Outcome | Late) -> list[Watch]:
         if event.arm not in ARMS:
             raise ConfigError(f"arm is {event.arm!r}; expected {' or '.join(ARMS)}")
-        late = isinstance(event, Late)
+        arm, metrics, late = event.arm, event.metrics, isinstance(event, Late)
         if not late:
-            self.requests[event.arm] += 1
-            self._at_step += event.arm == CANARY
+            self.requests[arm] += 1
+            self._at_step += arm == CANARY
         touched = []
         for name, watch in self.watches.items():
-            if name in event.metrics or (watch.rail.required and not late):
-                watch.observe(event.arm, event.metrics.get(name))
-                touched.append(name)
+            if name in metrics or (not late and watch.rail.required):
+                watch.observe(arm, metrics.get(name))
+                touched.append(watch)
         return touched
 
     def _rise(self) -> Transition | None:

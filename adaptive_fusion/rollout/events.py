@@ -50,6 +50,7 @@ class Command:
     why: str
 
 
+_NUMBERS, _MOST = (int, float), 1e300
 Event = Outcome | Late | Pair | Missing | Command
 
 
@@ -92,8 +93,6 @@ def from_event(event: Event) -> tuple[str, str, Mapping[str, Any]]:
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics as they may be stored: a value that is no finite number is left out, which counts as missing."""
-    return {name: float(value) for name, value in metrics.items() if _is_finite(value)}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and -1e300 < value < 1e300
+    return {
+        name: float(value) for name, value in metrics.items() if isinstance(value, _NUMBERS) and -_MOST < value < _MOST
+    }

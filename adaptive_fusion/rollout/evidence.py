@@ -93,16 +93,17 @@ class Unpaired:
         mine.append(badness)
         if len(mine) > MOST_WAITING:
             mine.popleft()
+        if not (controls and canaries):
+            return
         if self.eager:
-            if controls and canaries:
-                self._block(min(len(controls), MOST_TO_ONE), min(len(canaries), MOST_TO_ONE))
-        elif len(controls) >= self.to_one and canaries:
+            self._block(min(len(controls), MOST_TO_ONE), min(len(canaries), MOST_TO_ONE))
+        elif len(controls) >= self.to_one:
             self._block(self.to_one, 1)
 
     def _block(self, n_a: int, n_b: int) -> None:
         controls, canaries = self._waiting
-        a = [controls.popleft() for _ in range(n_a)]
-        b = [canaries.popleft() for _ in range(n_b)]
+        a = [controls.popleft()] if n_a == 1 else [controls.popleft() for _ in range(n_a)]
+        b = [canaries.popleft()] if n_b == 1 else [canaries.popleft() for _ in range(n_b)]
         plan = self._plans.get((n_a, n_b))
         if plan is None or plan.left <= 0:
             plan = self._replan(n_a, n_b)
@@ -267,15 +268,16 @@ class MeanSequence:
 
     def observe(self, value: float) -> None:
         """One more number."""
-        n = self.n + 1
+        n, squares = self.n + 1, self._squares
         before = (self.total + 0.5) / n
-        variance = self._squares / n
-        bet = min(math.sqrt(2.0 * self._log / (variance * n * math.log(n + 1.0))), 0.5)
+        bet = math.sqrt(2.0 * self._log / (squares / n * n * math.log(n + 1.0)))
+        bet = bet if bet < 0.5 else 0.5  # `min` and friends are calls: a request has a dozen of these
         self._cost += (value - before) ** 2 * (-math.log1p(-bet) - bet)
         self._weights += bet
         self._weighted += bet * value
-        self.n, self.total = n, self.total + value
-        self._squares += (value - (self.total + 0.5) / (n + 1.0)) ** 2
+        self.n = n
+        self.total = total = self.total + value
+        self._squares = squares + (value - (total + 0.5) / (n + 1.0)) ** 2
 
     @property
     def mean(self) -> float | None:

@@ -76,7 +76,7 @@ class Guardrail:
 
     def badness(self, value: float) -> float | None:
         """A value from 0 (good) to 1 (bad); None for what is no value of this metric, which counts as missing."""
-        if isinstance(value, str) or not math.isfinite(value) or not self.low <= value <= self.high:
+        if isinstance(value, str) or not self.low <= value <= self.high:  # which no NaN is
             return None
         share = (value - self.low) / (self.high - self.low)
         return share if self.worse == "higher" else 1.0 - share

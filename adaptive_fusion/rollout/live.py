@@ -10,9 +10,9 @@ old policy answers, and `dropped` counts it.
     live.finished(given, request_id, {"errors": 0.0, "deadline_misses": 1.0})
 """
 
+import os
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,13 +60,18 @@ class Assignment:
     audit: bool = False
     shadow: bool = False
     candidate: str = ""
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    key: str = field(default_factory=lambda: _key())
     conversation: str = ""
 
     @property
     def observed(self) -> bool:
         """Whether anybody wants to know what comes of it."""
         return self.experiment > 0
+
+
+def _key() -> str:
+    """Of a request: nobody else has it."""
+    return os.urandom(16).hex()
 
 
 class Live:
@@ -129,7 +134,7 @@ class Live:
             self.dropped += 1
             return Assignment()
         experiment, number = course.experiment, control.experiment
-        key = key or uuid.uuid4().hex
+        key = key or _key()
         own = {"user": user, "session": session, "conversation": conversation}.get(experiment.unit, "")
         unit = own or key
         if control.status == RUNNING and experiment.kind in (AUDIT, SHADOW):

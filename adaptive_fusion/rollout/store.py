@@ -12,18 +12,22 @@ may take the newest, never a part of one.
 import json
 import os
 import sqlite3
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adaptive_fusion.errors import ConfigError, RolloutFileError
+from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.rollout.tables import NOTHING, SCHEMA, Control, Row, to_newest, version_of
+from adaptive_fusion.rollout.turn import Turn
 
 _JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 BUSY_MS = 2000
 """How long a write waits for another process's."""
+PAGE_BYTES = 1024
+"""An outcome changes a row and two places of indices: three pages are written, so small ones are."""
+CHECKPOINT_PAGES = 8_000
+"""Of the log before they go into the file, where a page that was written often goes once: 8 MiB."""
 KEEP_S = 30 * 86_400.0
 """Events of a course that is kept whole stay so long, for ratings that come late,"""
 KEEP = 1_000_000
@@ -45,7 +49,7 @@ class Store:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock = threading.RLock()
+        self._turn = Turn(self.path.name)
         self._connect()
 
     def _connect(self) -> None:
@@ -56,7 +60,9 @@ class Store:
             self._db = sqlite3.connect(
                 self.path, timeout=BUSY_MS / 1e3, isolation_level=None, check_same_thread=False, cached_statements=64
             )
+            self._db.execute(f"PRAGMA page_size={PAGE_BYTES}")  # of a new file
             self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
             self._db.execute("PRAGMA synchronous=NORMAL")
             if (version := version_of(self._db)) not in range(SCHEMA + 1):
                 raise ConfigError(f"{name} is of version {version}; expected {SCHEMA}")
@@ -68,26 +74,13 @@ class Store:
         self._version = -1
 
     @contextmanager
-    def _using(self) -> Iterator[None]:
-        """The connection, to one thread at a time.
-
-        Raises:
-            RolloutFileError: For whatever SQLite says.
-        """
-        with self._lock:
-            try:
-                yield
-            except sqlite3.Error as error:
-                raise RolloutFileError(f"{self.path.name} cannot be read or written ({error})") from error
-
-    @contextmanager
     def changing(self) -> Iterator[None]:
         """A transaction that nobody else writes in; what is done inside holds together, and is on the disk after.
 
         Raises:
             RolloutFileError: If it cannot be; then nothing was done.
         """
-        with self._using():
+        with self._turn:
             if self._db.in_transaction:  # inside another
                 yield
                 return
@@ -106,7 +99,7 @@ class Store:
 
     def changed(self) -> bool:
         """Whether another process has written since the last look."""
-        with self._using():
+        with self._turn:
             if self._pid != os.getpid():  # a fork must not use its parent's connection
                 self._connect()
             version = self._db.execute("PRAGMA data_version").fetchone()[0]
@@ -115,7 +108,7 @@ class Store:
 
     def control(self) -> Control:
         """The control record."""
-        with self._using():
+        with self._turn:
             found = self._db.execute("SELECT generation, experiment, status, step, share FROM control").fetchone()
         return Control(*found) if found else NOTHING
 
@@ -125,7 +118,7 @@ class Store:
         Raises:
             ConfigError: If there has been one of that name.
         """
-        with self._using():
+        with self._turn:
             try:
                 found = self._db.execute(
                     "INSERT INTO experiments (name, spec, created_s, who) VALUES (?, ?, ?, ?)",
@@ -137,7 +130,7 @@ class Store:
 
     def experiment(self, number: int) -> tuple[Mapping[str, Any], float, str]:
         """An experiment as it was given, when it began and by whom."""
-        with self._using():
+        with self._turn:
             found = self._db.execute("SELECT spec, created_s, who FROM experiments WHERE id = ?", (number,)).fetchone()
         return json.loads(found[0]), float(found[1]), str(found[2])
 
@@ -153,7 +146,7 @@ class Store:
     ) -> int | None:
         """Append an event; its number, or None if there is one of that kind for that request."""
         text = _JSON(data)
-        with self._using():
+        with self._turn:
             done = self._db.execute(
                 "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s, conversation) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -163,7 +156,7 @@ class Store:
 
     def after(self, experiment: int, event: int) -> list[Row]:
         """Events of an experiment after that one, oldest first."""
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT id, kind, arm, data FROM events WHERE experiment = ? AND id > ? ORDER BY id",
                 (experiment, event),
@@ -172,7 +165,7 @@ class Store:
 
     def served(self, request: str) -> tuple[int, str] | None:
         """Experiment and arm of an answered request; None of one that nobody knows."""
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT experiment, arm FROM events WHERE request = ? AND kind = 'outcome'", (request,)
             ).fetchone()
@@ -180,7 +173,7 @@ class Store:
 
     def talked(self, experiment: int, conversation: str) -> str | None:
         """The arm that answered a conversation first; None of one that nobody knows."""
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT arm FROM events WHERE conversation = ? AND experiment = ? ORDER BY id LIMIT 1",
                 (conversation, experiment),
@@ -189,7 +182,7 @@ class Store:
 
     def probe(self) -> None:
         """Write something that means nothing, and wait for nobody: whether it can be done."""
-        with self._using():
+        with self._turn:
             self._db.execute("PRAGMA busy_timeout=0")
             try:
                 self.keep_learned(0, "", {})
@@ -219,7 +212,7 @@ class Store:
         """Who changed what and why, oldest first; of all experiments without a number."""
         names = ("generation", "time_s", "experiment", "status", "step", "share", "who", "why")
         where, values = ("", ()) if experiment is None else (" WHERE h.experiment = ?", (experiment,))
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT h.generation, h.time_s, e.name, h.status, h.step, h.share, h.who, h.why FROM history h "
                 f"JOIN experiments e ON e.id = h.experiment{where} ORDER BY h.id",
@@ -229,17 +222,18 @@ class Store:
 
     def snapshot(self, experiment: int, event: int, state: Mapping[str, Any], rows: Any, time_s: float) -> None:
         """Keep a course as it was after an event: where the next process goes on, and a point of the curves."""
-        with self._using():
+        with self._turn:
             self._db.execute(
                 "INSERT OR IGNORE INTO snapshots VALUES (?, ?, ?, ?, ?)",
                 (experiment, event, time_s, json.dumps(state), json.dumps(rows)),
             )
 
     def prune(self, event: int, time_s: float) -> None:
-        """Let old events go, a batch at a time; those after `event`, from which courses go on, stay in any case."""
-        with self._using():
+        """Let old events go, a batch at a time; `event`, so that no number comes twice, and those after it, from which
+        courses go on, stay in any case."""
+        with self._turn:
             self._db.execute(
-                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id <= ? ORDER BY id LIMIT ?) "
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id < ? ORDER BY id LIMIT ?) "
                 "AND (time_s < ? OR id <= ?)",
                 (event, _BATCH, time_s - KEEP_S, event - KEEP),
             )
@@ -251,13 +245,13 @@ class Store:
 
     def newest_snapshot(self, experiment: int) -> int:
         """The event of the newest; 0 without one."""
-        with self._using():
+        with self._turn:
             found = self._db.execute("SELECT max(event) FROM snapshots WHERE experiment = ?", (experiment,)).fetchone()
         return int(found[0] or 0)
 
     def last_snapshot(self, experiment: int) -> tuple[int, Mapping[str, Any]] | None:
         """The newest, with its event."""
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT event, state FROM snapshots WHERE experiment = ? ORDER BY event DESC LIMIT 1", (experiment,)
             ).fetchone()
@@ -265,7 +259,7 @@ class Store:
 
     def series(self, experiment: int, most: int = CURVE) -> list[dict[str, Any]]:
         """What the newest snapshots found, oldest first."""
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT event, time_s, rows FROM snapshots WHERE experiment = ? ORDER BY event DESC LIMIT ?",
                 (experiment, most),
@@ -274,12 +268,12 @@ class Store:
 
     def keep_learned(self, experiment: int, arm: str, state: Mapping[str, Any]) -> None:
         """Keep what an arm's controller has learned."""
-        with self._using():
+        with self._turn:
             self._db.execute("INSERT OR REPLACE INTO learned VALUES (?, ?, ?)", (experiment, arm, json.dumps(state)))
 
     def learned(self, experiment: int, arm: str) -> Mapping[str, Any] | None:
         """What an arm's controller had learned."""
-        with self._using():
+        with self._turn:
             found = self._db.execute(
                 "SELECT state FROM learned WHERE experiment = ? AND arm = ?", (experiment, arm)
             ).fetchone()
@@ -287,5 +281,5 @@ class Store:
 
     def close(self) -> None:
         """Let the file go."""
-        with self._using():
+        with self._turn:
             self._db.close()

@@ -54,23 +54,25 @@ class Watch:
 
     def observe(self, arm: str, value: float | None) -> None:
         """An arm's outcome; None if it has no such metric."""
+        rail, canary = self.rail, arm == CANARY
         self._seen[arm] += 1
-        bad = None if value is None else self.rail.badness(value)
+        bad = None if value is None else rail.badness(value)
         if bad is None:
-            self._without += arm == CANARY
+            self._without += canary
             return
-        self._with[arm] += 1
-        if arm == CANARY:
+        seen = self._with[arm] = self._with[arm] + 1
+        if canary:
             self._without = 0
-        if self._with[arm] % self.rail.every:
+        if rail.every > 1 and seen % rail.every:
             return
         self.means[arm].observe(bad)
-        if isinstance(self.evidence, Unpaired):
-            self.evidence.observe(arm == CANARY, bad)
-        elif self.rail.limit is not None and arm == CANARY:
-            self.evidence.observe(bad)
+        evidence = self.evidence
+        if isinstance(evidence, Unpaired):
+            evidence.observe(canary, bad)
+        elif rail.limit is not None and canary:
+            evidence.observe(bad)
         if self.good is not None and self.good.peak < SHOWN:
-            self.good.observe(arm == CONTROL, bad)  # with the arms changed round
+            self.good.observe(not canary, bad)  # with the arms changed round
 
     def pair(self, control: float, canary: float) -> None:
         """Both arms' values on the same request."""
@@ -89,7 +91,7 @@ class Watch:
     def worse(self) -> str:
         """Why the canary is to be taken back, in words; empty while there is no reason."""
         rail, name = self.rail, self.rail.name
-        if rail.required and self._without >= rail.required and self._usual:
+        if self._without and rail.required and self._without >= rail.required and self._usual:
             return f"{name} is missing: the canary's last {self._without} requests came without it"
         if self.evidence.peak < self.threshold:
             return ""
