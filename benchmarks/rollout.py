@@ -5,7 +5,7 @@
 
 Requests are drawn at random, from a seed that the clock gives and the output tells; everything else is what servers
 run: the course of an experiment with all default guardrails, looked at after every request, the price of a miss moved
-by the controller's own law. Times are CPU times of this process. Exit code 1 if a figure falls short of its target.
+by the controller's own law. Times are CPU times of one thread. Exit code 1 if a figure falls short of its target.
 """
 
 import argparse
@@ -149,13 +149,13 @@ def _cost_us(requests: int) -> dict[str, float]:
         live.start(Experiment("try", "ab", "new", steps=(0.5,), least=()))
         for index, outcome in enumerate(outcomes):
             messages, request = _asking(index), f"{draws.getrandbits(128):032x}"
-            times = [time.process_time()]
+            times = [time.thread_time()]
             conversation, follows = conversation_key(messages)
-            times.append(time.process_time())
+            times.append(time.thread_time())
             given = live.assign(conversation=conversation, follows=follows)
-            times.append(time.process_time())
+            times.append(time.thread_time())
             live.finished(given, request, outcome)
-            times.append(time.process_time())
+            times.append(time.thread_time())
             for name, (before, after) in zip(spent, pairwise(times), strict=True):
                 spent[name] += (after - before) / requests * 1e6
         live.store.close()

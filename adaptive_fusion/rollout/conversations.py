@@ -4,17 +4,14 @@ Knows messages in OpenAI's form and the file of experiments. Must not know how a
 """
 
 import hashlib
-import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 from adaptive_fusion.errors import RolloutFileError
 from adaptive_fusion.rollout.place import FarStore
 from adaptive_fusion.rollout.store import Store
 
-_TEXT = json.JSONEncoder(sort_keys=True, default=str).encode
 MOST = 65_536
 """Units and conversations that are remembered, least recently used out first."""
 
@@ -78,15 +75,30 @@ def conversation_key(messages: Any) -> tuple[str, bool]:
         begun.append(message)
         if message.get("role") == "user":
             break
-    follows = any(message.get("role") == "assistant" for message in messages[len(begun) :])
-    text = _TEXT(_short(begun))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(), follows
+    rest = messages[len(begun) :]
+    follows = bool(rest) and any(message.get("role") == "assistant" for message in rest)
+    found: list[str] = []
+    _spell(begun, found)
+    return hashlib.blake2b("".join(found).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(), follows
 
 
-def _short(value: Any) -> Any:
+def _spell(value: Any, found: list[str]) -> None:
+    """Add a value's parts, each with its kind and length before it, so that no two values are spelled alike."""
     if isinstance(value, str):
-        middle = len(value) // 2
-        return value if len(value) <= 512 else [len(value), value[:128], value[middle : middle + 128], value[-128:]]
-    if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 - the first is far quicker
-        return {str(name): _short(each) for name, each in value.items()}
-    return [_short(each) for each in value] if isinstance(value, list | tuple) else value
+        length = len(value)
+        if length > 512:
+            middle = length // 2
+            value = f"{value[:128]}{value[middle : middle + 128]}{value[-128:]}"
+        found.append(f"s{length}:{value}")
+    elif isinstance(value, dict):
+        found.append(f"d{len(value)}:")
+        for name in sorted(value):
+            _spell(str(name), found)
+            _spell(value[name], found)
+    elif isinstance(value, list | tuple):
+        found.append(f"l{len(value)}:")
+        for each in value:
+            _spell(each, found)
+    else:
+        text = str(value)
+        found.append(f"o{len(text)}:{text}")

@@ -135,7 +135,7 @@ class Unpaired:
         logs = self._logs
         for plan in self._plans.values():
             if plan.clean_blocks:
-                logs = [log + plan.clean_blocks * one for log, one in zip(logs, plan.clean, strict=True)]
+                logs = plan.settled(logs)
         return logs
 
     def _replan(self, n_a: int, n_b: int) -> "_Plan":
@@ -175,7 +175,7 @@ class _Plan:
     hold for so many `left`. `x` and `y` are the means of both arms at the edge of the hypothesis. `clean_blocks` have
     come by it with nothing bad in them, and are not in the logarithms yet."""
 
-    __slots__ = ("bets", "clean", "clean_blocks", "given", "left", "size", "x", "y")
+    __slots__ = ("bets", "clean_blocks", "given", "left", "size", "x", "y")
 
     def __init__(
         self,
@@ -202,7 +202,11 @@ class _Plan:
             bets = [strength * alike for strength in STRENGTHS]
         largest = _SURE * min(n_a / (1.0 - self.x), n_b / self.y if self.y > 0.0 else math.inf)
         self.bets = [min(bet, largest) for bet in bets]
-        self.clean = [math.log(gain) for gain in self.gains([0.0] * n_a, [0.0] * n_b)]
+
+    def settled(self, logs: Sequence[float]) -> list[float]:
+        """Logarithms of the process with the clean blocks in them."""
+        clean = self.gains([0.0] * self.size[0], [0.0] * self.size[1])
+        return [log + self.clean_blocks * math.log(gain) for log, gain in zip(logs, clean, strict=True)]
 
     def gains(self, a: Sequence[float], b: Sequence[float]) -> list[float]:
         """By bet what a block multiplies the process by."""
@@ -304,5 +308,7 @@ class MeanSequence:
 
 def _log_sum(logs: Sequence[float]) -> float:
     """The logarithm of the sum of exponentials."""
+    if len(logs) == 1:
+        return logs[0]
     most = max(logs)
     return most + math.log(math.fsum([math.exp(log - most) for log in logs]))

@@ -35,6 +35,10 @@ KEEP = 1_000_000
 CURVE = 200
 """Snapshots of an experiment that are kept: the points of its curves."""
 _BATCH = 2_000
+_ADD = (
+    "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s, conversation) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 
 
 class Store:
@@ -147,11 +151,7 @@ class Store:
         """Append an event; its number, or None if there is one of that kind for that request."""
         text = _JSON(data)
         with self._turn:
-            done = self._db.execute(
-                "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s, conversation) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (experiment, kind, arm, request, text, time_s, conversation),
-            )
+            done = self._db.execute(_ADD, (experiment, kind, arm, request, text, time_s, conversation))
             return int(done.lastrowid or 0) if done.rowcount else None
 
     def after(self, experiment: int, event: int) -> list[Row]:

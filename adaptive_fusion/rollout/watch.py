@@ -105,7 +105,7 @@ class Watch:
     @property
     def doubtful(self) -> bool:
         """Whether a step up had better wait."""
-        return self.evidence.log_e >= DOUBT
+        return self.evidence.peak >= DOUBT and self.evidence.log_e >= DOUBT  # as it is never above its peak
 
     @property
     def shown_good(self) -> bool:

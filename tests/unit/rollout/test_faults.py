@@ -242,6 +242,15 @@ def test_old_events_go_and_the_course_stays(tmp_path: Path, monkeypatch: pytest.
     assert len(live.store.after(number, 0)) <= 100 + SNAPSHOT
 
 
+def test_no_event_gets_the_number_of_one_that_went(tmp_path: Path) -> None:
+    """Else a process that had folded the one would take the other for folded."""
+    kept = Store(tmp_path / "r.db")
+    numbers = [kept.add(1, "outcome", CONTROL, GOOD, 0.0, f"r{index}") for index in range(5)]
+    kept.prune(5, store.KEEP_S + 1.0)
+    assert [row.id for row in kept.after(1, 0)] == numbers[-1:] == [5]
+    assert kept.add(1, "outcome", CONTROL, GOOD, store.KEEP_S, "r0") == 6
+
+
 def test_a_file_of_the_first_version_goes_on(tmp_path: Path) -> None:
     file = tmp_path / "r.db"
     live = Live(file)
