@@ -18,12 +18,12 @@ CALM = 0.7
 SIZES = (1, 2, 4, 10, 30, 100, 300, 1000)
 
 
-def load_of(found: dict[str, Any], **more: Any) -> Load:
-    """What a request does, as it was measured."""
-    work, cached = found["work"], found["cached"]
+def load_of(found: dict[str, Any], count: str = "1", **more: Any) -> Load:
+    """What a request does, as it was measured while there were so many replicas and it was alone."""
+    work, cached = found["work"][count], found["cached"]
     return Load(
         [work["replica_s"] * each for each in work["spread"]],
-        [cached["replica_s"] * each for each in cached["spread"]],
+        [work["replica_s"] * cached["of_new"] * each for each in cached["spread"]],
         around_s=max(0.0, work["mean_s"] - work["replica_s"]),  # some of what is done around it is done beside it
         **more,
     )
@@ -31,18 +31,12 @@ def load_of(found: dict[str, Any], **more: Any) -> Load:
 
 def predictions(found: dict[str, Any], clients: int) -> dict[str, dict[str, float]]:
     """The simulation's word on what was measured, and what it is off by."""
-    work, cores = found["work"], found["cores"] - found["work"]["resting"]
-    # What two requests on two cores take longer than one, beyond their share of cores.
-    slowed = found["beside"]["mean_s"] / work["mean_s"] * min(1.0, cores / 2)
-    load = load_of(
-        found,
-        cores=cores,
-        slowed=max(1.0, slowed),
-        images=32,
-        zipf=0.0,
-    )
     out = {}
     for count, row in found["measured"].items():
+        cores = found["cores"] - found["work"][count]["resting"]
+        # Processor time of requests on two cores at once, in times of one alone: memory and caches are shared.
+        slowed = _processor_s(found["beside"]) / _processor_s(found["work"]["2"])
+        load = load_of(found, count, cores=cores, slowed=max(1.0, slowed), images=32, zipf=0.0)
         most = by_clients(load, int(count), clients, 4000).throughput
         took = mean(at_rate(load, int(count), row["rate"], 8000, steady=True).took_s)
         out[count] = {
@@ -52,6 +46,10 @@ def predictions(found: dict[str, Any], clients: int) -> dict[str, dict[str, floa
             "mean_off": took / row["mean_s"] - 1,
         }
     return out
+
+
+def _processor_s(row: dict[str, Any]) -> float:
+    return float(row["replica_s"] + row["around_s"])
 
 
 def held(load: Load, count: int, limit_s: float, requests: int) -> float:
@@ -68,7 +66,7 @@ def held(load: Load, count: int, limit_s: float, requests: int) -> float:
 
 def fleets(found: dict[str, Any], deadline: float, most: int, images: int, kept: int) -> list[dict[str, float]]:
     """What replicas on machines of their own hold, with and without caches."""
-    limit_s = deadline * found["work"]["alone_s"]
+    limit_s = deadline * found["work"]["1"]["alone_s"]
     rows = []
     for count in (size for size in SIZES if size <= most):
         requests = 100 * count if count > 10 else 1500

@@ -6,7 +6,7 @@ Parts, each with servers of its own (``adaptive-fusion serve --replicas N --batc
 
 - ``work``: requests one after the other against one replica: their time, processor seconds of one in its replica and
   outside it (proxy, front, client), what all of it takes while nothing comes; ``cached``: with images that are cached;
-- ``beside``: the time of a request where two clients keep two replicas busy, which share memory, caches and clock;
+- ``beside``: processor time of a request where two clients keep two replicas busy, which share memory and caches;
 - ``measured``, for one and for two replicas: answers a second with 8 clients that each send the next request when the
   last was answered, and the time of a request with `--share` of that load;
 - ``predicted``: the same by the simulation (`fleet`), which knows nothing but these and the number of cores, with what
@@ -14,8 +14,8 @@ Parts, each with servers of its own (``adaptive-fusion serve --replicas N --batc
 - ``one``: requests a second that one replica with a machine of its own holds with 95 % within ``--deadline`` times a
   request alone; ``fleet``: what 1 to 1,000 such replicas hold, their waiting times and how often an image is cached.
 
-Run it on an otherwise idle machine. Exit code 1 if a prediction is off by more than 15 %. With ``--from`` a file that
-``--keep`` has written nothing is measured.
+The first three take turns, since a machine's speed drifts. Run it on an otherwise idle machine. Exit code 1 if a
+prediction is off by more than 15 %. With ``--from`` a file that ``--keep`` has written nothing is measured.
 """
 
 import argparse
@@ -106,24 +106,23 @@ def replicas(folder: Path, count: int, model: str, cache_mb: int = 0) -> Iterato
         yield server
 
 
-def bodies(count: int, tokens: int) -> list[dict[str, Any]]:
-    """Requests with images of their own."""
-    return [body(picture(300 + number, 200), tokens) | {"min_tokens": tokens} for number in range(count)]
+def bodies(count: int, tokens: int, height: int = 200) -> list[dict[str, Any]]:
+    """Requests with images of their own; those of another height have others."""
+    return [body(picture(300 + number, height), tokens) | {"min_tokens": tokens} for number in range(count)]
 
 
-def by_few(server: ServerProcess, asked: Sequence[dict[str, Any]], clients: int, each: int) -> dict[str, Any]:
+def by_few(
+    server: ServerProcess, asked: Sequence[dict[str, Any]], clients: int, each: int, resting: Sequence[float]
+) -> dict[str, Any]:
     """Processor seconds and times of requests by clients that each send the next when the last was answered: with one
-    there is nobody else, with as many as cores each has one. Half as many before warm up."""
+    there is nobody else, with as many as cores each has one. `resting` is what replicas and the others take of a core
+    while nothing comes."""
     meter = Meter(server)
-    must_be_answered(saturate(server.port, asked, clients, max(1, each // 2)))
-    time.sleep(1.0)
+    must_be_answered(saturate(server.port, asked, clients, 2))
     began = meter()
     outcomes = saturate(server.port, asked, clients, each)
     ended, count = meter(), len(outcomes)
     must_be_answered(outcomes)
-    time.sleep(IDLE_S)
-    idle = meter()
-    resting = [(idle[part] - ended[part]) / (idle[2] - ended[2]) for part in (0, 1)]
     seconds = ended[2] - began[2]
     taken = latencies(server, count)
     return {
@@ -134,6 +133,26 @@ def by_few(server: ServerProcess, asked: Sequence[dict[str, Any]], clients: int,
         "mean_s": mean(o.took_s for o in outcomes),
         "logged_s": mean(taken),
         "spread": [each / mean(taken) for each in taken],
+    }
+
+
+def at_rest(server: ServerProcess) -> list[float]:
+    """Processor seconds a second that replicas and the others take while nothing comes."""
+    meter = Meter(server)
+    time.sleep(1.0)
+    began = meter()
+    time.sleep(IDLE_S)
+    ended = meter()
+    return [(ended[part] - began[part]) / (ended[2] - began[2]) for part in (0, 1)]
+
+
+def together(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rounds of one measurement as one: means, and all of what is in lists."""
+    return {
+        key: [each for one in rounds for each in one[key]]
+        if isinstance(value, list)
+        else mean(one[key] for one in rounds)
+        for key, value in rounds[0].items()
     }
 
 
@@ -169,28 +188,40 @@ def must_be_answered(outcomes: Sequence[Outcome]) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that is measured."""
+    """Everything that is measured: in rounds, so that a machine that is faster for a minute is so for all of it."""
     asked = bodies(32, options.tokens)
-    found: dict[str, Any] = {"cores": os.cpu_count(), "measured": {}}
+    found: dict[str, Any] = {"cores": os.cpu_count(), "measured": {}, "work": {}}
+    each = max(3, options.alone // options.rounds)
     for count in (1, 2):
+        rounds: dict[str, list[dict[str, Any]]] = {"work": [], "beside": [], "measured": []}
         with replicas(folder, count, options.model) as server:
             must_be_answered(saturate(server.port, asked, CLIENTS, WARM))
-            if count == 1:
-                found["work"] = by_few(server, asked, 1, options.alone)
-            else:
-                found["beside"] = by_few(server, asked, 2, options.alone)
-            found["measured"][str(count)] = measured(server, asked, options.seconds, options.share)
+            resting = at_rest(server)
+            for _ in range(options.rounds):
+                rounds["work"].append(by_few(server, asked, 1, each, resting))
+                if count > 1:
+                    rounds["beside"].append(by_few(server, asked, 2, each, resting))
+                rounds["measured"].append(measured(server, asked, options.seconds / options.rounds, options.share))
+        found["work"][str(count)] = together(rounds["work"])
+        found["measured"][str(count)] = together(rounds["measured"])
+        if count > 1:
+            found["beside"] = together(rounds["beside"])
     with replicas(folder, 1, options.model, cache_mb=256) as server:
         must_be_answered(saturate(server.port, asked[:1], CLIENTS, WARM))
-        found["cached"] = by_few(server, asked[:1], 1, options.alone)
+        resting, rounds = at_rest(server), {"cached": [], "new": []}
+        for number in range(options.rounds):
+            rounds["cached"].append(by_few(server, asked[:1], 1, each, resting))
+            rounds["new"].append(by_few(server, bodies(each + 2, options.tokens, 201 + number), 1, each, resting))
+    found["cached"], new = together(rounds["cached"]), together(rounds["new"])
+    found["cached"]["of_new"] = found["cached"]["replica_s"] / new["replica_s"]
     return found
 
 
 def lines(found: dict[str, Any], short: Sequence[str]) -> list[str]:
     """The result in words."""
-    work, cached = found["work"], found["cached"]
+    work, cached = found["work"]["1"], found["cached"]
     out = [
-        f"work of a request: {work['replica_s'] * 1e3:.1f} ms in its replica ({cached['replica_s'] * 1e3:.1f} where "
+        f"work of a request: {work['replica_s'] * 1e3:.1f} ms in its replica ({cached['of_new']:.0%} of it where "
         f"the image is cached), {work['around_s'] * 1e3:.1f} around it; at rest {work['resting']:.2f} of "
         f"{found['cores']} cores; alone {work['alone_s'] * 1e3:.1f} ms",
     ]
@@ -217,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--share", type=float, default=0.6, help="of the saturating load, for the time of a request")
     parser.add_argument("--tokens", type=int, default=8, help="of an answer")
+    parser.add_argument("--rounds", type=int, default=4, help="in which these are measured in turn")
     parser.add_argument("--alone", type=int, default=ALONE * 3 // 2, help="requests one after the other")
     parser.add_argument("--deadline", type=float, default=5.0, help="in times of a request alone")
     parser.add_argument("--most", type=int, default=1000, help="replicas that are simulated")
@@ -227,8 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="PNG of what is held and cached with up to so many replicas")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     options = parser.parse_args(arguments)
-    if options.alone < 3:
-        parser.error("--alone needs at least 3")
+    if options.alone < 3 or options.rounds < 1:
+        parser.error("--alone needs at least 3 and --rounds at least 1")
     if options.source is not None:
         found = json.loads(options.source.read_text())
     else:
