@@ -141,8 +141,7 @@ def test_without_pages_their_path_is_the_engines_and_with_them_a_gateway_ends() 
         assert httpx.get(url_of(server, "/ui/x"), timeout=MOST_S).json()["path"] == "/ui/x"
     with engine() as behind, gateway(behind.url, ui=True) as server, httpx.Client(base_url=url_of(server, "")) as page:
         assert page.get("/ui/en/", timeout=MOST_S).status_code == 200  # no key is asked for where there is none
-        asked = {"session_hash": "a"}
-        with page.stream("GET", "/ui/en/gradio_api/queue/data", params=asked, timeout=MOST_S) as open_page:
+        with page.stream("GET", "/ui/en/gradio_api/heartbeat/a", timeout=MOST_S) as open_page:  # as long as it is open
             assert open_page.status_code == 200
             assert server.loop is not None
             server.loop.call_soon_threadsafe(server.stop)

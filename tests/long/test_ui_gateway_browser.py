@@ -91,7 +91,7 @@ def test_the_other_pages_have_what_a_gateway_says(browser: Any, before: Draining
         page.press("#compare-message textarea", "Enter")
         page.wait_for_selector("#differences p")
         native, adaptive = (page.inner_text(f"#compare-{side}") for side in ("native", "adaptive"))
-        assert "native@1" in native and "native@1" not in adaptive and "First token" in native
+        assert "native@1\n" in native and "native@1\n" not in adaptive and "First token" in native
         open_tab(page, "Live")
         page.wait_for_selector("#live table")
         page.locator("#live button[data-request]").first.click()

@@ -60,6 +60,7 @@ class _Stream:
         self._asked = False
         self._reader: object | None = None
         self._task = asyncio.create_task(self._run(app, {**scope}))
+        self._task.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at
 
     async def deliver(self, receive: Receive, send: Send) -> None:
         """Send what there is to a connection until it ends, or another takes its place."""
