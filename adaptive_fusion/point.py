@@ -7,7 +7,7 @@ they do: `fusion` combines levels, `models` applies a point to a model.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self, get_args
 
 from adaptive_fusion.checks import is_integer, is_number
@@ -186,7 +186,7 @@ class OperatingPoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON and TOML can hold; knobs that are None are left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {name: value for name in (f.name for f in fields(self)) if (value := getattr(self, name)) is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -19,7 +19,7 @@ from adaptive_fusion.runner import AdaptiveRunner, Prepared
 from adaptive_fusion.serving import answers
 from adaptive_fusion.serving.answers import Asked
 from adaptive_fusion.serving.blame import blaming
-from adaptive_fusion.serving.http import ELAPSED, as_json, bodies_of, read_body, while_connected
+from adaptive_fusion.serving.http import ELAPSED, afterwards, as_json, bodies_of, read_body, while_connected
 from adaptive_fusion.serving.job import Job, made, own_budget, record, tokenizer_of
 from adaptive_fusion.serving.media import check_media
 from adaptive_fusion.serving.metrics import Metrics
@@ -205,5 +205,7 @@ async def _whole(job: Job, prepared: Prepared, asked: Asked) -> Response:
     with job.place:
         reply = await take(ModelTurn(job, prepared))
     values = await made(answers.completion, asked, reply, tokenizer_of(prepared), job.waited_s)
-    record(job, asked, reply, values["adaptive_fusion"])
-    return json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))
+    tell = record(job, asked, reply, values["adaptive_fusion"])
+    response = json_response(values, headers=answers.headers(reply.decision, asked.native_tokens, reply))
+    afterwards(response, tell)
+    return response

@@ -10,8 +10,10 @@ import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
+from sse_starlette import EventSourceResponse
+from starlette.background import BackgroundTasks
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adaptive_fusion.errors import AdaptiveFusionError
@@ -213,6 +215,21 @@ async def until_gone(receive: Receive) -> None:
         pass
 
 
+def afterwards(response: Response, work: Callable[[], None]) -> None:
+    """Have `work` done as soon as a whole response is sent, and before anything else of the event loop: what its client
+    need not wait for. Of a response in pieces it is done now."""
+    if isinstance(response, StreamingResponse | EventSourceResponse):
+        work()
+        return
+
+    async def at_once() -> None:
+        work()
+
+    tasks = response.background if isinstance(response.background, BackgroundTasks) else BackgroundTasks()
+    tasks.add_task(at_once)
+    response.background = tasks
+
+
 def answering(
     handle: Callable[[Request], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -230,12 +247,11 @@ def answering(
             if not isinstance(error, AdaptiveFusionError):
                 log.error("a request failed: %s", place_of(error))
             response, code = error_response(error), as_refusal(error).code
-        if request.url.path not in QUIET_PATHS:
+        if request.scope["path"] not in QUIET_PATHS:
             ms = (service.runner.clock() - began) * 1e3
             route_path = getattr(request.scope.get("route"), "path", None)
-            service.access_log.write(
-                "request", route=route_path, method=request.method, status=response.status_code, error=code, ms=ms
-            )
+            told = {"route": route_path, "method": request.method, "status": response.status_code, "error": code}
+            afterwards(response, lambda: service.access_log.write("request", **told, ms=ms))
         return response
 
     route.__name__ = getattr(handle, "__name__", "route")

@@ -6,7 +6,7 @@ Knows the parts of the service. Must not know of bodies, media, or the form of a
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from opentelemetry.context import Context
@@ -102,20 +102,25 @@ def own_budget(service: Service, call: ChatCall) -> Budget:
     return service.settings.budget.merge(call.budget)
 
 
-def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> None:
-    """Count, log and keep what came of a request."""
-    service, decision, took = job.service, reply.decision, reply.measurement
+def record(job: Job, asked: Asked, reply: Reply, fields: Mapping[str, Any]) -> Callable[[], None]:
+    """Keep what came of a request; what is returned counts and logs it, which its client need not wait for."""
+    service, decision = job.service, reply.decision
     e2e_s = service.runner.clock() - job.arrived_s
-    escalated = decision.escalated is True
-    service.metrics.finished(
-        reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=escalated
-    )
     if job.had_to_wait and job.limit_s is not None:
         limit_ms = decision.budget.get("latency_ms")
         service.reserve.observe(reply.met is not False and (limit_ms is None or e2e_s * 1e3 <= limit_ms))
     if job.trial is not None:
         job.trial.answered(reply, e2e_s * 1e3)
     service.records.add(decision.request_id, {"created": asked.created, **fields}, explained(decision))
+    return partial(_tell, job, asked, reply, e2e_s)
+
+
+def _tell(job: Job, asked: Asked, reply: Reply, e2e_s: float) -> None:
+    service, decision, took = job.service, reply.decision, reply.measurement
+    escalated = decision.escalated is True
+    service.metrics.finished(
+        reply, reply.finish_reason, job.waited_s, e2e_s, native_visual_tokens=asked.native_tokens, escalated=escalated
+    )
     service.access_log.write(
         "answer",
         request_id=decision.request_id,

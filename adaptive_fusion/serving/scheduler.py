@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -178,14 +178,20 @@ class Scheduler:
         company = self._company(errand)
         self._running = (errand, *company)
         started = self._clock()
+        loop = asyncio.get_running_loop()
         try:
-            work = asyncio.get_running_loop().run_in_executor(self.thread, do_together, errand, company)
+            work = self.thread.submit(do_together, errand, company)
         except BaseException as error:
             self._next_turn()
             for each in (errand, *company):
                 each.result.set_exception(error)
             return
-        work.add_done_callback(lambda done: self._finished(started, done, 1 + len(company)))
+
+        def finished(done: "Future[None]") -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for a turn any more
+                loop.call_soon_threadsafe(self._finished, started, done, 1 + len(company))
+
+        work.add_done_callback(finished)
 
     def _company(self, errand: Errand[Any]) -> list[Errand[Any]]:
         """Those that wait and may be done with `errand`, in the order of their coming; they wait no longer. Nobody goes
@@ -254,7 +260,7 @@ class Scheduler:
                 raise too_late() from None
             raise
 
-    def _finished(self, started: float, done: "asyncio.Future[Any]", errands: int) -> None:
+    def _finished(self, started: float, done: "Future[None]", errands: int) -> None:
         took = (self._clock() - started) / errands
         if not done.cancelled() and done.exception() is None:
             self._durations.observe(took, errands)

@@ -103,7 +103,7 @@ async def _events(
 def _last_events(asked: Asked, job: Job, reply: Reply, tokenizer: Any) -> list[ServerSentEvent]:
     """What is known only at the end: log-probabilities, the reason to end, what was measured, the usage."""
     fields = answers.outcome(asked, reply, job.waited_s)
-    record(job, asked, reply, fields)
+    record(job, asked, reply, fields)()
     usage = job.call.include_usage
     rows = answers.token_rows(reply, tokenizer, asked) if asked.top_logprobs is not None else None
     last = answers.chunk(

@@ -83,6 +83,10 @@ def span(
     Raises:
         ConfigError: For an attribute that no span has.
     """
+    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):  # no SDK is set up
+        _known(attributes or {})
+        yield trace.INVALID_SPAN
+        return
     tracer = trace.get_tracer("adaptive_fusion")
     with tracer.start_as_current_span(
         name[:_LONGEST],
@@ -102,12 +106,15 @@ def span(
 
 def say(current: Span, attributes: Mapping[str, Any]) -> None:
     """Add attributes, of `ATTRIBUTES`, to a span."""
-    current.set_attributes(_checked(attributes))
+    if current.is_recording():
+        current.set_attributes(_checked(attributes))
+    else:
+        _known(attributes)
 
 
 def caller_context(headers: Mapping[str, str]) -> Context:
     """The trace that a request's ``traceparent`` belongs to."""
-    return TraceContextTextMapPropagator().extract(dict(headers))
+    return TraceContextTextMapPropagator().extract(dict(headers)) if "traceparent" in headers else Context()
 
 
 def request_attributes(model: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -142,10 +149,14 @@ def reply_attributes(reply: Reply) -> dict[str, Any]:
     }
 
 
+def _known(attributes: Mapping[str, Any]) -> None:
+    if unknown := sorted(attributes.keys() - ATTRIBUTES):
+        raise ConfigError(f"span attributes {unknown} are not known; expected some of {', '.join(sorted(ATTRIBUTES))}")
+
+
 def _checked(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Known attributes with plain values; texts are cut and what is not finite left out."""
-    if unknown := sorted(set(attributes) - ATTRIBUTES):
-        raise ConfigError(f"span attributes {unknown} are not known; expected some of {', '.join(sorted(ATTRIBUTES))}")
+    _known(attributes)
     plain: dict[str, Any] = {}
     for name, value in attributes.items():
         if isinstance(value, list | tuple):
