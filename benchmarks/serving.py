@@ -4,8 +4,9 @@
 
 Parts, in this order, against one server in a process of its own:
 
-- ``overhead``: a request of 4 tokens with a small image through the official client, less ``runner.chat`` of the same
-  at the same operating point, in pairs that take turns at going first;
+- ``overhead``: a request of 4 tokens with a small image, sent over an open connection as bytes that were written
+  beforehand and answered as bytes, less ``runner.chat`` of the same at the same operating point, in pairs that take
+  turns at going first; and what the official client's own work adds for the same request;
 - ``load``: seconds of a request with nobody before it, and the saturating load: answers a second with 8 clients that
   each send the next request when the last was answered;
 - ``below``: ``--below`` times the saturating load, with a deadline each of ``--deadline`` times a request alone;
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
@@ -39,7 +40,7 @@ from PIL import Image
 from adaptive_fusion import AdaptiveRunner
 from adaptive_fusion.commands.output import progress
 from adaptive_fusion.progress import Progress, Steps
-from benchmarks.load import Outcome, ServerProcess, offer, saturate, server_process
+from benchmarks.load import Line, Outcome, ServerProcess, offer, saturate, server_process
 
 NAME = "benchmark"
 """By which the server knows its model, whichever it is."""
@@ -76,25 +77,28 @@ def body(image: bytes, tokens: int, **own: Any) -> dict[str, Any]:
 
 
 def overhead(server: ServerProcess, model: str, pairs: int, shown: Progress) -> dict[str, float]:
-    """Milliseconds of a request to the server and of one to a runner, and of the difference in pairs."""
+    """Milliseconds of a request to the server and of one to a runner, of the difference in pairs, and of what the
+    official client adds."""
     runner, image = AdaptiveRunner.from_pretrained(model, policy=PLAN), picture(64, 48)
     client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)
     asked = body(image, 4)
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "runner": lambda: runner.chat(image, QUESTION, max_new_tokens=4),
-        "server": lambda: client.chat.completions.create(**asked, extra_body={"adaptive_fusion": {"policy": PLAN}}),
+        "server": Line(server.port, body(image, 4, policy=PLAN)),
+        "client": lambda: client.chat.completions.create(**asked, extra_body={"adaptive_fusion": {"policy": PLAN}}),
     }
     for call in (*calls.values(), *calls.values()):
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     steps = Steps(shown, "overhead", pairs)
     for index in range(pairs):
-        for name in sorted(calls, reverse=bool(index % 2)):
+        for name in list(calls)[:: -1 if index % 2 else 1]:
             began = time.perf_counter()
             calls[name]()
             times[name].append((time.perf_counter() - began) * 1e3)
         steps.advance()
     low, middle, high = quantiles([s - r for s, r in zip(times["server"], times["runner"], strict=True)], n=4)
+    adds = median([c - s for c, s in zip(times["client"], times["server"], strict=True)])
     return {
         "pairs": pairs,
         "runner_ms": median(times["runner"]),
@@ -102,6 +106,7 @@ def overhead(server: ServerProcess, model: str, pairs: int, shown: Progress) -> 
         "overhead_ms": middle,
         "overhead_low_ms": low,
         "overhead_high_ms": high,
+        "client_ms": adds,
     }
 
 
@@ -221,7 +226,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     cost, load = found["overhead"], found["load"]
     out = [
         f"overhead: {cost['overhead_ms']:+.2f} ms (quartiles {cost['overhead_low_ms']:+.2f} to "
-        f"{cost['overhead_high_ms']:+.2f}), runner {cost['runner_ms']:.1f}, server {cost['server_ms']:.1f}",
+        f"{cost['overhead_high_ms']:+.2f}), runner {cost['runner_ms']:.1f}, server {cost['server_ms']:.1f}; "
+        f"the official client adds {cost['client_ms']:.2f} ms of its own",
         f"load: alone {load['alone_ms']:.1f} ms, saturating {load['saturating']:.1f} a second, "
         f"deadline {load['deadline_ms']:.0f} ms",
     ]

@@ -93,8 +93,9 @@ def taken(page: Any) -> str:
     return str(page.inner_text("#points tr.af-marked th"))
 
 
-def shoot(page: Any, name: str) -> None:
+def shoot(page: Any, name: str, part: str = "") -> None:
+    """A picture for the docs, of the page or a part of it."""
     if SHOTS is not None:
         Path(SHOTS).mkdir(parents=True, exist_ok=True)
         page.evaluate("scrollTo(0, 0)")
-        page.screenshot(path=Path(SHOTS) / f"{name}.png")
+        (page.locator(part) if part else page).screenshot(path=Path(SHOTS) / f"{name}.png")

@@ -66,7 +66,7 @@ def test_a_gateway_shows_its_own_plan_beside_the_engines_answer(
         assert "GiB" not in shown and page.locator("#decision .af-pictures img").count() == 2
         page.click("#down")
         page.wait_for_function("document.querySelector('#said').innerText.includes('in the log')")
-        shoot(page, "ui-gateway")
+        shoot(page, "ui-gateway", "#decision")
 
 
 def test_controls_are_those_that_a_gateway_can_keep(browser: Any, before: DrainingServer, large: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from adaptive_fusion.serving.http import Bodies, while_connected
+from adaptive_fusion.serving.http import Bodies, afterwards, while_connected
 from adaptive_fusion.serving.refusals import Refusal
 
 MIB = 1 << 20
@@ -72,3 +72,22 @@ def test_a_request_that_fails_holds_its_body_no_longer() -> None:
         assert asyncio.run(ask())() is None
     finally:
         gc.enable()
+
+
+def test_what_a_client_need_not_wait_for_is_done_when_its_answer_is_sent() -> None:
+    done = list[str]()
+
+    async def send(message: Any) -> None:
+        done.append(message["type"])
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    whole = Response(b"x")
+    afterwards(whole, lambda: done.append("counted"))
+    afterwards(whole, lambda: done.append("logged"))
+    assert not done
+    asyncio.run(whole({"type": "http"}, receive, send))
+    assert done == ["http.response.start", "http.response.body", "counted", "logged"]
+    afterwards(StreamingResponse(iter([b"x"])), lambda: done.append("begun"))
+    assert done[-1] == "begun"
