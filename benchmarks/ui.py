@@ -1,9 +1,9 @@
 """How soon the web UI is seen, and how much a page that stays open costs the server.
 
-    python benchmarks/ui.py [--loads 5] [--requests 1000] [--json]
+    python benchmarks/ui.py [--gateway] [--loads 5] [--requests 1000] [--json]
 
-Against one server in a process of its own, with a headless Chromium on the same machine (playwright is needed, and
-chromium on the path):
+Against one server in a process of its own, or with ``--gateway`` a gateway before one, with a headless Chromium on the
+same machine (playwright is needed, and chromium on the path):
 
 - ``paint``: of ``--loads`` loads, each in a browser session without a cache, seconds until something is painted, until
   most of it is, and until the message box can be used;
@@ -117,8 +117,25 @@ def shortfalls(found: dict[str, Any]) -> list[str]:
     return said
 
 
+@contextmanager
+def served(folder: Path, *, gateway: bool) -> Iterator[ServerProcess]:
+    """What has the pages."""
+    if not gateway:
+        with server_process(folder, "--ui", "--model", "reference") as server:
+            yield server
+        return
+    before = folder / "gateway"
+    before.mkdir()
+    with (
+        server_process(folder, "--model", "reference") as engine,
+        server_process(before, "--ui", "--upstream", f"http://127.0.0.1:{engine.port}") as server,
+    ):
+        yield server
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gateway", action="store_true")
     parser.add_argument("--loads", type=int, default=5)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--json", action="store_true")
@@ -126,7 +143,7 @@ def main() -> int:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        with server_process(Path(folder), "--ui", "--model", "reference") as server:
+        with served(Path(folder), gateway=given.gateway) as server:
             found: dict[str, Any] = {"paint": paint(browser, server, given.loads)}
             found["memory"] = memory(browser, server, given.requests)
         browser.close()
