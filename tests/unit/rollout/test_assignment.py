@@ -5,31 +5,30 @@ import subprocess
 import sys
 
 import pytest
+from arms_table import PLACES, differing, interpreters, run
+from arms_table import __file__ as TABLE
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL, arm_of, place
 
-PLACES = {
-    # A table for other versions and other languages: BLAKE2b of 8 bytes, personalised "arm-of-a-unit", over
-    # "<bytes>:<salt><bytes>:<unit>"; the first 53 bits over 2**53.
-    ("", ""): "0x1.cefab75c1513cp-3",
-    ("salt", ""): "0x1.c855548f29294p-2",
-    ("", "unit"): "0x1.86b1414a7d950p-4",
-    ("salt", "user-1"): "0x1.ab8493953c334p-3",
-    ("salt", "user-2"): "0x1.f87bd651adc4cp-2",
-    ("general-balanced-20260101-000000", "3f2a"): "0x1.b41ace58c7ee8p-3",
-    ("s\u00e4lt", "\u7528\u6237"): "0x1.5a419278eaf68p-3",
-    ("a", 1000 * "b"): "0x1.3d85fc0f5aba1p-1",
-    ("1:a", "1:b"): "0x1.d7d4f9e6b306dp-1",
-}
 SHARES = st.floats(0, 1)
 
 
 @pytest.mark.parametrize(("fields", "expected"), PLACES.items())
 def test_fixed_cases(fields: tuple[str, str], expected: str) -> None:
     assert place(*fields).hex() == expected
+
+
+def test_the_table_holds_in_every_version_of_python_here_with_nothing_installed() -> None:
+    assert differing() == []
+    others = {version: python for version, python in interpreters().items() if version != sys.version_info[:2]}
+    if not others:
+        pytest.skip("no other Python of 3.11 or later is installed")
+    for version, python in others.items():
+        done = run(python, TABLE)
+        assert done.returncode == 0, (version, done.stdout, done.stderr)
 
 
 def test_another_process_with_another_hash_seed_gives_the_same_arms() -> None:
