@@ -101,6 +101,7 @@ class Ledger:
     def _keep_whole(self, number: int, course: Course) -> None:
         rows = {"requests": dict(course.requests), "share": course.share, "guardrails": course.rows()}
         self.store.snapshot(self._control.experiment, number, course.state(), rows, self._clock())
+        self.store.list_to(number)
         self.store.prune(number, self._clock())
 
     def _try_again(self) -> None:

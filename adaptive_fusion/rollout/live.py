@@ -15,9 +15,8 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from adaptive_fusion.errors import ConfigError, RolloutFileError
 from adaptive_fusion.rollout.assignment import CANARY, CONTROL, arm_of, place
@@ -37,8 +36,7 @@ BLIND_S = 1.0
 """After an outcome could not be kept the old policy answers, and so often it is tried whether one can."""
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """What a request was given.
 
     Attributes:
@@ -49,7 +47,7 @@ class Assignment:
         audit: Whether it is to be decided by the new policy, logged and run natively.
         shadow: Whether the new policy is to be run beside, later.
         candidate: The new policy.
-        key: Of this request alone.
+        key: Of this request alone; empty without an experiment.
         conversation: The conversation's key, hashed with the experiment's salt; empty without one.
     """
 
@@ -60,18 +58,13 @@ class Assignment:
     audit: bool = False
     shadow: bool = False
     candidate: str = ""
-    key: str = field(default_factory=lambda: _key())
+    key: str = ""
     conversation: str = ""
 
     @property
     def observed(self) -> bool:
         """Whether anybody wants to know what comes of it."""
         return self.experiment > 0
-
-
-def _key() -> str:
-    """Of a request: nobody else has it."""
-    return os.urandom(16).hex()
 
 
 class Live:
@@ -134,7 +127,7 @@ class Live:
             self.dropped += 1
             return Assignment()
         experiment, number = course.experiment, control.experiment
-        key = key or _key()
+        key = key or os.urandom(16).hex()
         own = {"user": user, "session": session, "conversation": conversation}.get(experiment.unit, "")
         unit = own or key
         if control.status == RUNNING and experiment.kind in (AUDIT, SHADOW):

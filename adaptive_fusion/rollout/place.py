@@ -44,8 +44,11 @@ class Place:
         return {"control": list(control), "experiment": None if course is None else course.experiment.to_dict()}
 
     def append(self, experiment: int, kind: str, arm: str, data: Mapping[str, Any], *of: str | None) -> bool:
-        """See `Ledger.append`; `of` are request and conversation."""
+        """See `Ledger.append`; `of` are request and conversation. What carries it may do so twice; an outcome that is
+        there is not taken again."""
         self._ledger.refresh()
+        if kind == "outcome" and of and of[0] is not None and self._ledger.store.served(of[0]) is not None:
+            return False
         return self._ledger.append(experiment, to_event(kind, arm, data), *of)
 
     def start(self, experiment: Mapping[str, Any], who: str, why: str) -> int:

@@ -10,24 +10,15 @@ may take the newest, never a part of one.
 """
 
 import json
-import os
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.rollout.tables import NOTHING, SCHEMA, Control, Row, to_newest, version_of
-from adaptive_fusion.rollout.turn import Turn
+from adaptive_fusion.rollout.connection import BUSY_MS, Connection
+from adaptive_fusion.rollout.tables import NOTHING, Control, Row
 
 _JSON = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-BUSY_MS = 2000
-"""How long a write waits for another process's."""
-PAGE_BYTES = 1024
-"""An outcome changes a row and two places of indices: three pages are written, so small ones are."""
-CHECKPOINT_PAGES = 8_000
-"""Of the log before they go into the file, where a page that was written often goes once: 8 MiB."""
 KEEP_S = 30 * 86_400.0
 """Events of a course that is kept whole stay so long, for ratings that come late,"""
 KEEP = 1_000_000
@@ -36,79 +27,28 @@ CURVE = 200
 """Snapshots of an experiment that are kept: the points of its curves."""
 _BATCH = 2_000
 _ADD = (
-    "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s, conversation) "
-    "VALUES (?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR IGNORE INTO events (experiment, kind, arm, request, data, time_s, conversation, listed) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
+_SERVED = """
+SELECT experiment, arm FROM events WHERE listed = 1 AND request = :request AND kind = 'outcome'
+UNION ALL
+SELECT experiment, arm FROM events
+WHERE id > (SELECT event FROM listed_to) AND listed = 0 AND request = :request AND kind = 'outcome'
+LIMIT 1
+"""
+_TALKED = """
+SELECT arm FROM (
+  SELECT id, arm FROM events WHERE listed = 1 AND conversation = :talk AND experiment = :experiment
+  UNION ALL
+  SELECT id, arm FROM events
+  WHERE id > (SELECT event FROM listed_to) AND listed = 0 AND conversation = :talk AND experiment = :experiment)
+ORDER BY id LIMIT 1
+"""
 
 
-class Store:
-    """The file; threads share it, processes each have their own.
-
-    Args:
-        path: The file; its folder is made if need be.
-
-    Raises:
-        ConfigError: If it cannot be opened, or is of another version.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._turn = Turn(self.path.name)
-        self._connect()
-
-    def _connect(self) -> None:
-        name = self.path.name
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._pid = os.getpid()
-            self._db = sqlite3.connect(
-                self.path, timeout=BUSY_MS / 1e3, isolation_level=None, check_same_thread=False, cached_statements=64
-            )
-            self._db.execute(f"PRAGMA page_size={PAGE_BYTES}")  # of a new file
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            if (version := version_of(self._db)) not in range(SCHEMA + 1):
-                raise ConfigError(f"{name} is of version {version}; expected {SCHEMA}")
-            if version < SCHEMA:
-                with self.changing():
-                    to_newest(self._db)
-        except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"{name} cannot be used as a rollout's file ({error}); expected one to write") from error
-        self._version = -1
-
-    @contextmanager
-    def changing(self) -> Iterator[None]:
-        """A transaction that nobody else writes in; what is done inside holds together, and is on the disk after.
-
-        Raises:
-            RolloutFileError: If it cannot be; then nothing was done.
-        """
-        with self._turn:
-            if self._db.in_transaction:  # inside another
-                yield
-                return
-            self._db.execute("PRAGMA synchronous=FULL")
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:  # SQLite itself ends some of them, as on a full disk
-                        self._db.execute("ROLLBACK")
-                    raise
-            finally:
-                self._db.execute("PRAGMA synchronous=NORMAL")
-
-    def changed(self) -> bool:
-        """Whether another process has written since the last look."""
-        with self._turn:
-            if self._pid != os.getpid():  # a fork must not use its parent's connection
-                self._connect()
-            version = self._db.execute("PRAGMA data_version").fetchone()[0]
-            before, self._version = self._version, version
-            return bool(version != before)
+class Store(Connection):
+    """The file; see `Connection`."""
 
     def control(self) -> Control:
         """The control record."""
@@ -148,10 +88,11 @@ class Store:
         request: str | None = None,
         conversation: str | None = None,
     ) -> int | None:
-        """Append an event; its number, or None if there is one of that kind for that request."""
-        text = _JSON(data)
+        """Append an event; its number, or None if there is one of that kind for that request. That an outcome is told
+        once is for its request to see to: it comes into the indices later, by `list_to`."""
+        text, listed = _JSON(data), kind != "outcome"
         with self._turn:
-            done = self._db.execute(_ADD, (experiment, kind, arm, request, text, time_s, conversation))
+            done = self._db.execute(_ADD, (experiment, kind, arm, request, text, time_s, conversation, listed))
             return int(done.lastrowid or 0) if done.rowcount else None
 
     def after(self, experiment: int, event: int) -> list[Row]:
@@ -166,19 +107,25 @@ class Store:
     def served(self, request: str) -> tuple[int, str] | None:
         """Experiment and arm of an answered request; None of one that nobody knows."""
         with self._turn:
-            found = self._db.execute(
-                "SELECT experiment, arm FROM events WHERE request = ? AND kind = 'outcome'", (request,)
-            ).fetchone()
+            found = self._db.execute(_SERVED, {"request": request}).fetchone()
         return (int(found[0]), str(found[1])) if found else None
 
     def talked(self, experiment: int, conversation: str) -> str | None:
         """The arm that answered a conversation first; None of one that nobody knows."""
         with self._turn:
-            found = self._db.execute(
-                "SELECT arm FROM events WHERE conversation = ? AND experiment = ? ORDER BY id LIMIT 1",
-                (conversation, experiment),
-            ).fetchone()
+            found = self._db.execute(_TALKED, {"talk": conversation, "experiment": experiment}).fetchone()
         return None if found is None else str(found[0])
+
+    def list_to(self, event: int) -> None:
+        """Put outcomes up to that event into the indices: many together cost a fraction of one by one. Those after it
+        are looked through one by one until then."""
+        with self._turn:
+            self._db.execute(
+                "UPDATE OR IGNORE events SET listed = 1 "
+                "WHERE id > (SELECT event FROM listed_to) AND id <= ? AND listed = 0",
+                (event,),
+            )
+            self._db.execute("UPDATE listed_to SET event = ? WHERE event < ?", (event, event))
 
     def probe(self) -> None:
         """Write something that means nothing, and wait for nobody: whether it can be done."""
@@ -278,8 +225,3 @@ class Store:
                 "SELECT state FROM learned WHERE experiment = ? AND arm = ?", (experiment, arm)
             ).fetchone()
         return json.loads(found[0]) if found else None
-
-    def close(self) -> None:
-        """Let the file go."""
-        with self._turn:
-            self._db.close()

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-SCHEMA = 2
+SCHEMA = 3
 _TABLES = """
 CREATE TABLE IF NOT EXISTS experiments (
   id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, created_s REAL NOT NULL,
@@ -17,9 +17,12 @@ CREATE TABLE IF NOT EXISTS control (
   status TEXT NOT NULL, step INTEGER NOT NULL, share REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS events (
   id INTEGER PRIMARY KEY, experiment INTEGER NOT NULL, kind TEXT NOT NULL, arm TEXT NOT NULL,
-  request TEXT, data TEXT NOT NULL, time_s REAL NOT NULL, conversation TEXT);
-CREATE UNIQUE INDEX IF NOT EXISTS once ON events (request, kind) WHERE request IS NOT NULL;
-CREATE INDEX IF NOT EXISTS talks ON events (conversation) WHERE conversation IS NOT NULL;
+  request TEXT, data TEXT NOT NULL, time_s REAL NOT NULL, conversation TEXT,
+  listed INTEGER NOT NULL DEFAULT 1);
+CREATE UNIQUE INDEX IF NOT EXISTS once ON events (request, kind) WHERE listed = 1 AND request IS NOT NULL;
+CREATE INDEX IF NOT EXISTS talks ON events (conversation) WHERE listed = 1 AND conversation IS NOT NULL;
+CREATE TABLE IF NOT EXISTS listed_to (one INTEGER PRIMARY KEY CHECK (one = 1), event INTEGER NOT NULL);
+INSERT OR IGNORE INTO listed_to SELECT 1, coalesce(max(id), 0) FROM events;
 CREATE TABLE IF NOT EXISTS history (
   id INTEGER PRIMARY KEY AUTOINCREMENT, experiment INTEGER NOT NULL, event INTEGER NOT NULL,
   generation INTEGER NOT NULL, time_s REAL NOT NULL, status TEXT NOT NULL, step INTEGER NOT NULL, share REAL NOT NULL,
@@ -65,6 +68,10 @@ def to_newest(db: sqlite3.Connection) -> None:
     version = version_of(db)
     if version == 1:
         db.execute("ALTER TABLE events ADD COLUMN conversation TEXT")
+    if version in (1, 2):
+        db.execute("ALTER TABLE events ADD COLUMN listed INTEGER NOT NULL DEFAULT 1")
+        for index in ("once", "talks"):
+            db.execute(f"DROP INDEX IF EXISTS {index}")
     if version < SCHEMA:
         for statement in _TABLES.split(";"):
             db.execute(statement)

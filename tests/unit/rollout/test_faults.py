@@ -251,24 +251,52 @@ def test_no_event_gets_the_number_of_one_that_went(tmp_path: Path) -> None:
     assert kept.add(1, "outcome", CONTROL, GOOD, store.KEEP_S, "r0") == 6
 
 
-def test_a_file_of_the_first_version_goes_on(tmp_path: Path) -> None:
+OLD_INDICES = {
+    1: ("ALTER TABLE events DROP COLUMN conversation",),
+    2: ("CREATE INDEX talks ON events (conversation) WHERE conversation IS NOT NULL",),
+}
+
+
+@pytest.mark.parametrize("version", OLD_INDICES)
+def test_a_file_of_an_earlier_version_goes_on(tmp_path: Path, version: int) -> None:
     file = tmp_path / "r.db"
     live = Live(file)
     live.start(trial())
     served(live, 0, GOOD)
     live.store.close()
     with sqlite3.connect(file) as other:
-        other.execute("DROP INDEX talks")
-        other.execute("ALTER TABLE events DROP COLUMN conversation")
-        other.execute("PRAGMA user_version=1")
+        for statement in (
+            "DROP INDEX once", "DROP INDEX talks", "DROP TABLE listed_to", "ALTER TABLE events DROP COLUMN listed",
+            "CREATE UNIQUE INDEX once ON events (request, kind) WHERE request IS NOT NULL", *OLD_INDICES[version],
+            f"PRAGMA user_version={version}",
+        ):  # fmt: skip
+            other.execute(statement)
     again = Live(file)
     given = again.assign(conversation="c")
     again.finished(given, "r1", GOOD)
     assert again.served("r0") and Live(file).assign(conversation="c", follows=True).arm == given.arm
     with sqlite3.connect(file) as other:
         other.execute("PRAGMA user_version=99")
-    with pytest.raises(ConfigError, match=r"r\.db is of version 99; expected 2"):
+    with pytest.raises(ConfigError, match=r"r\.db is of version 99; expected 3"):
         Live(file)
+
+
+def test_outcomes_are_found_before_and_after_they_are_in_the_indices(tmp_path: Path) -> None:
+    kept = Store(tmp_path / "r.db")
+    arms = (CONTROL, CANARY)
+    numbers = [
+        kept.add(1, "outcome", arms[index % 2], GOOD, 0.0, f"r{index}", f"talk {index // 4}") for index in range(8)
+    ]
+    assert kept.add(1, "late", CONTROL, {"ratings": 1.0}, 0.0, "r0 ratings") == 9
+    for upto in (None, numbers[2], numbers[7], numbers[2]):
+        if upto is not None:
+            kept.list_to(upto)
+        assert [kept.served(f"r{index}") for index in range(9)] == [*[(1, arms[index % 2]) for index in range(8)], None]
+        assert [kept.talked(1, f"talk {index}") for index in range(3)] == [CONTROL, CONTROL, None]
+        assert kept.talked(2, "talk 0") is None and kept.add(1, "late", CONTROL, {}, 0.0, "r0 ratings") is None
+    kept.add(1, "outcome", CANARY, BAD, 0.0, "r0", "talk 0")  # the first stands
+    kept.list_to(10)
+    assert kept.served("r0") == (1, CONTROL) and kept.talked(1, "talk 0") == CONTROL
 
 
 def test_a_broken_file_is_told_without_a_traceback(tmp_path: Path) -> None:
