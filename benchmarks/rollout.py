@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +35,7 @@ from adaptive_fusion.rollout.live import Live
 LABELLED, RATED = 0.1, 0.1
 """Shares of requests that get a shadow label and a rating."""
 ATTAINMENT = 0.95
+IMAGES = tuple(f"data:image/png;base64,{number:08d}" + 50_000 * "A" for number in range(16))
 
 
 @dataclass(frozen=True)
@@ -135,37 +135,37 @@ def figures(runs: int, requests: int, jobs: int, seed: int) -> dict[str, dict[st
 
 def cost_us(requests: int = 4000, repeats: int = 5) -> dict[str, float]:
     """CPU time of a request's part in an experiment, in microseconds, the median of some repeats: which conversation it
-    belongs to, its arm, and the outcome with all that follows from it."""
+    belongs to and its arm; the outcome with all that follows from it; both."""
     runs = [_cost_us(requests) for _ in range(repeats)]
     return {name: median(run[name] for run in runs) for name in runs[0]}
 
 
 def _cost_us(requests: int) -> dict[str, float]:
     draws, price, arm = random.Random(0), Price(), Arm()
-    outcomes = [_outcome(arm, price, draws) for _ in range(requests)]
-    spent = dict.fromkeys(("conversation_us", "assign_us", "log_us"), 0.0)
+    asked = [
+        (_asking(index), f"{draws.getrandbits(128):032x}", _outcome(arm, price, draws)) for index in range(requests)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         live = Live(Path(folder) / "rollout.db")
         live.start(Experiment("try", "ab", "new", steps=(0.5,), least=()))
-        for index, outcome in enumerate(outcomes):
-            messages, request = _asking(index), f"{draws.getrandbits(128):032x}"
-            times = [time.thread_time()]
+        begun = time.thread_time()
+        for messages, request, outcome in asked:
             conversation, follows = conversation_key(messages)
-            times.append(time.thread_time())
-            given = live.assign(conversation=conversation, follows=follows)
-            times.append(time.thread_time())
-            live.finished(given, request, outcome)
-            times.append(time.thread_time())
-            for name, (before, after) in zip(spent, pairwise(times), strict=True):
-                spent[name] += (after - before) / requests * 1e6
+            live.finished(live.assign(conversation=conversation, follows=follows), request, outcome)
+        both = time.thread_time()
+        for messages, _, _ in asked:
+            conversation, follows = conversation_key(messages)
+            live.assign(conversation=conversation, follows=follows)
+        ended = time.thread_time()
         live.store.close()
-    return {**spent, "total_us": sum(spent.values())}
+    total, assign = (both - begun) / requests * 1e6, (ended - both) / requests * 1e6
+    return {"assign_us": assign, "log_us": total - assign, "total_us": total}
 
 
 def _asking(index: int) -> list[dict[str, Any]]:
-    """The messages of a request with an image."""
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{index:08d}" + 50_000 * "A"}}
-    return [{"role": "user", "content": [image, {"type": "text", "text": "What is shown?"}]}]
+    """The messages of a request with an image, a conversation of its own."""
+    image = {"type": "image_url", "image_url": {"url": IMAGES[index % len(IMAGES)]}}
+    return [{"role": "user", "content": [image, {"type": "text", "text": f"What is shown? {index}"}]}]
 
 
 def shortfalls(found: dict[str, dict[str, float]], cost: dict[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Evidence that may be looked at after every request: e-processes against "no worse", and confidence sequences.
+"""Evidence that may be looked at after every request: e-processes against "no worse".
 
 Knows numbers from 0 (good) to 1 (bad). Must not know what they are numbers of, or what follows from them.
 
@@ -23,8 +23,6 @@ A margin below 0 asks the other question: whether an arm can be shown not to be 
 
 One mean against a limit (`Single`), such as that of differences of pairs: factors 1 + w (d - limit), a mixture over w
 (Waudby-Smith, Ramdas 2023, equation 24).
-
-Means (`MeanSequence`): the predictable plug-in empirical-Bernstein confidence sequence of the same paper, theorem 2.
 """
 
 import math
@@ -255,55 +253,6 @@ class Single:
         """Go on from `state`."""
         self._logs, self.n = [float(value) for value in state["logs"]], int(state["n"])
         self.peak, self.log_e = float(state["peak"]), _log_sum(self._logs)
-
-
-class MeanSequence:
-    """A confidence sequence for the mean of numbers from 0 to 1: it holds at every moment together with `level`.
-
-    Args:
-        level: Probability that the mean is inside at all times.
-    """
-
-    def __init__(self, level: float = 0.95) -> None:
-        self._log = math.log(2.0 / (1.0 - level))
-        self.n, self.total = 0, 0.0
-        self._squares = 0.25  # of deviations from the mean as it was then; one pseudo-outcome of variance 1/4
-        self._weights = self._weighted = self._cost = 0.0
-
-    def observe(self, value: float) -> None:
-        """One more number."""
-        n, squares = self.n + 1, self._squares
-        before = (self.total + 0.5) / n
-        bet = math.sqrt(2.0 * self._log / (squares / n * n * math.log(n + 1.0)))
-        bet = bet if bet < 0.5 else 0.5  # `min` and friends are calls: a request has a dozen of these
-        self._cost += (value - before) ** 2 * (-math.log1p(-bet) - bet)
-        self._weights += bet
-        self._weighted += bet * value
-        self.n = n
-        self.total = total = self.total + value
-        self._squares = squares + (value - (total + 0.5) / (n + 1.0)) ** 2
-
-    @property
-    def mean(self) -> float | None:
-        """The plain mean; None of nothing."""
-        return self.total / self.n if self.n else None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end."""
-        if not self.n:
-            return 0.0, 1.0
-        centre, radius = self._weighted / self._weights, (self._log + self._cost) / self._weights
-        return max(0.0, centre - radius), min(1.0, centre + radius)
-
-    def state(self) -> list[float]:
-        """Everything, in plain values for JSON."""
-        return [self.n, self.total, self._squares, self._weights, self._weighted, self._cost]
-
-    def restore(self, state: Sequence[float]) -> None:
-        """Go on from `state`."""
-        self.n = int(state[0])
-        self.total, self._squares, self._weights, self._weighted, self._cost = state[1:]
 
 
 def _log_sum(logs: Sequence[float]) -> float:

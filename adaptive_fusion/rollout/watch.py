@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from adaptive_fusion.rollout.assignment import ARMS, CANARY, CONTROL
-from adaptive_fusion.rollout.evidence import MeanSequence, Single, Unpaired
+from adaptive_fusion.rollout.evidence import Single, Unpaired
 from adaptive_fusion.rollout.guardrails import Guardrail
+from adaptive_fusion.rollout.means import MeanSequence
 
 SHOWN = math.log(20.0)
 """Evidence, as a logarithm, that shows a canary not to be worse than tolerated: wrong in one of 20 that are."""

@@ -91,7 +91,7 @@ class Reach:
         return found
 
 
-def _trials(file: Path, runner: Any) -> Any:
+def trials(file: Path, runner: Any) -> Any:
     """The experiments of a file that one actor has, on the head of the cluster, where the command finds it."""
     actor = (
         ray.remote(resolve_name(PLACE))
@@ -127,7 +127,7 @@ class ReplicaServer:
         options = ReplicaOptions.of(values)
         reach = Reach(options)
         name = serve.get_replica_context().replica_tag
-        self._replica = module.Replica(name, options, reach.tell, reach.ask, _trials)
+        self._replica = module.Replica(name, options, reach.tell, reach.ask, trials)
         await self._replica.begin()
 
     async def answer(self, told: Mapping[str, Any], body: bytes, key: str = "") -> AsyncIterator[list[Message]]:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.rollout.evidence import EAGER_RATIOS, RATIOS, MeanSequence, Single, Unpaired, _Plan
+from adaptive_fusion.rollout.evidence import EAGER_RATIOS, RATIOS, Single, Unpaired, _Plan
+from adaptive_fusion.rollout.means import MeanSequence
 
 SHARES = st.floats(0, 1)
 
