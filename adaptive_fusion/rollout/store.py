@@ -179,11 +179,13 @@ class Store(Connection):
         """Let old events go, a batch at a time; `event`, so that no number comes twice, and those after it, from which
         courses go on, stay in any case."""
         with self._turn:
-            self._db.execute(
-                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id < ? ORDER BY id LIMIT ?) "
-                "AND (time_s < ? OR id <= ?)",
-                (event, _BATCH, time_s - KEEP_S, event - KEEP),
-            )
+            oldest = self._db.execute("SELECT id, time_s FROM events ORDER BY id LIMIT 1").fetchone()
+            if oldest is not None and (oldest[0] <= event - KEEP or oldest[1] < time_s - KEEP_S):
+                self._db.execute(
+                    "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE id < ? ORDER BY id LIMIT ?) "
+                    "AND (time_s < ? OR id <= ?)",
+                    (event, _BATCH, time_s - KEEP_S, event - KEEP),
+                )
             self._db.execute(
                 "DELETE FROM snapshots WHERE (experiment, event) IN (SELECT experiment, event FROM snapshots "
                 "WHERE experiment = (SELECT experiment FROM control) ORDER BY event DESC LIMIT -1 OFFSET ?)",
