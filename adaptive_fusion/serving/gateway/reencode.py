@@ -15,13 +15,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional
 
-from adaptive_fusion.media.pixels import DEFAULT, ORIENTATION_TAG, Array, Limits
+from adaptive_fusion.media.pixels import DEFAULT, Array, Limits
 from adaptive_fusion.serving.gateway.clips import Reencoded, clip
 from adaptive_fusion.serving.gateway.processors import ImageGrid
-from adaptive_fusion.serving.gateway.stills import SIDEWAYS, UPRIGHT, NotPlanned, Still, decoded
+from adaptive_fusion.serving.gateway.stills import SIDEWAYS, NotPlanned, Still, decoded, upright
 
 __all__ = ["Reencoded", "clip", "image", "smaller", "target"]
 
@@ -69,10 +69,7 @@ def smaller(still: Still, max_pixels: int, grid: ImageGrid) -> bytes | None:
     if size is None:
         return None
     small = _shrunk(still, size[::-1] if still.orientation in SIDEWAYS else size)
-    if still.orientation in UPRIGHT:
-        small.getexif()[ORIENTATION_TAG] = still.orientation
-        small = ImageOps.exif_transpose(small)
-    return _encoded(small, still)
+    return _encoded(upright(small, still.orientation), still)
 
 
 def target(width: int, height: int, max_pixels: int, grid: ImageGrid) -> tuple[int, int] | None:
@@ -83,7 +80,7 @@ def target(width: int, height: int, max_pixels: int, grid: ImageGrid) -> tuple[i
     return size if fewer else None
 
 
-def _shrunk(still: Still, size: tuple[int, int]) -> Image.Image:
+def _shrunk(still: Still, size: tuple[int, int]) -> Array:
     """The pixels at `size` (width, height, as stored)."""
     pixels, mode = still.pixels, still.mode
     if mode in _WEIGHED and pixels[..., -1].min() < np.iinfo(pixels.dtype).max:
@@ -91,8 +88,8 @@ def _shrunk(still: Still, size: tuple[int, int]) -> Image.Image:
         stored = Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes()).convert(_WEIGHED[mode])
         small = resized(np.array(stored), size)
         small[..., :-1] = np.minimum(small[..., :-1], small[..., -1:])
-        return Image.frombytes(stored.mode, size, small.tobytes()).convert(mode)
-    return Image.frombytes(mode, size, resized(pixels, size).tobytes())
+        return np.asarray(Image.frombytes(stored.mode, size, small.tobytes()).convert(mode))
+    return resized(pixels, size)
 
 
 def resized(pixels: Array, size: tuple[int, int]) -> Array:
@@ -108,22 +105,22 @@ def resized(pixels: Array, size: tuple[int, int]) -> Array:
     return np.ascontiguousarray(made.numpy().reshape(*size[::-1], *pixels.shape[2:]))
 
 
-def _encoded(small: Image.Image, still: Still) -> bytes:
-    """`small` as the picture that it was made of was encoded."""
-    if still.form == "PNG":
+def _encoded(small: Array, still: Still) -> bytes:
+    """Upright pixels as the picture that they were made of was encoded."""
+    if still.form == "PNG" and still.mode != "LA":  # which OpenCV does not write
         return _png(small, still.profile)
+    picture = Image.frombytes(still.mode, small.shape[1::-1], small.tobytes())
+    if still.form == "PNG":
+        return _saved(picture, "PNG", still.profile, compress_level=1, compress_type=zlib.Z_RLE)
     if still.form == "WEBP":
         quality = 0 if still.lossless else _WEBP_QUALITY
-        return _written(small, still, lossless=still.lossless, quality=quality, method=0)
-    return _written(small, still, **still.jpeg)
+        return _written(picture, still, lossless=still.lossless, quality=quality, method=0)
+    return _written(picture, still, **still.jpeg)
 
 
-def _png(small: Image.Image, profile: bytes) -> bytes:
+def _png(pixels: Array, profile: bytes) -> bytes:
     """A PNG whose rows are predicted from those above and packed by runs: on photographs a third of the time, and no
     more bytes, than zlib's fastest search."""
-    if small.mode == "LA":  # which OpenCV does not write
-        return _saved(small, "PNG", profile, compress_level=1, compress_type=zlib.Z_RLE)
-    pixels = np.asarray(small)
     if pixels.ndim == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if pixels.shape[2] == 3 else cv2.COLOR_RGBA2BGRA)
     done, encoded = cv2.imencode(".png", pixels, _PNG_OPTIONS)

@@ -42,11 +42,24 @@ def grey_png(bits: int, transparent: int) -> bytes:
     )
 
 
+def behind_the_pixels(orientation: int) -> bytes:
+    """A PNG that says only after its pixels how it is to be turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data, said = encoded(scene(320, 256), "PNG"), exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(said)) + b"eXIf" + said + struct.pack(">I", zlib.crc32(b"eXIf" + said))
+    return data[:-12] + chunk + data[-12:]
+
+
 PICTURES = [
     *[encoded(scene(320, 256, mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")],
     encoded(scene(320, 256, "CMYK"), "JPEG"),
     encoded(scene(320, 256, "RGB"), "PNG", transparency=(0, 0, 255)),
-    *[turned(form, orientation) for form in ("JPEG", "PNG", "WEBP") for orientation in (1, 3, 6)],
+    *[turned(form, orientation) for form in ("JPEG", "PNG", "WEBP") for orientation in range(1, 9)],
+    *[encoded(scene(319, 257), "JPEG", subsampling=each, progressive=each == 2) for each in range(3)],
+    encoded(scene(320, 256), "JPEG", keep_rgb=True),
+    encoded(scene(320, 256), "JPEG") + b"and more",
+    behind_the_pixels(6),
     *[grey_png(bits, white) for bits in (1, 2, 4, 8) for white in ((1 << bits) - 1, 0)],
 ]
 
@@ -58,6 +71,36 @@ def test_features_are_those_of_the_picture_loaded_by_itself(data: bytes) -> None
     assert isinstance(loaded, Image.Image) and (rgb == np.asarray(loaded)).all()
     assert still.size == loaded.size
     assert Sizing(GRID, 64).measure(data, "image").complexity == measure_complexity(loaded)
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from(
+        [encoded(scene(97, 65), "JPEG"), encoded(scene(97, 65), "PNG"), turned("JPEG", 6), turned("PNG", 6)]
+    ),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=3),
+    st.floats(0.3, 1.7),
+)
+def test_what_is_broken_is_refused_as_when_it_is_loaded_by_itself(
+    data: bytes, changed: list[tuple[float, int]], cut: float
+) -> None:
+    broken = bytearray(data)
+    for where, value in changed:
+        broken[int(where * (len(broken) - 1))] = value
+    broken = broken[: int(len(broken) * cut)]  # all of it for more than one
+    try:
+        loaded = load_media(bytes(broken))
+    except MediaError:
+        with pytest.raises(MediaError):
+            decoded(bytes(broken))
+        return
+    if not isinstance(loaded, Image.Image):
+        return
+    try:
+        _, rgb = decoded(bytes(broken))
+    except NotPlanned:  # another mode or form than it had
+        return
+    assert (rgb == np.asarray(loaded)).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
