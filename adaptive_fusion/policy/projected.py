@@ -2,16 +2,21 @@
 
 What pools the tokens of all pixels becomes the share of the pixels that has as many tokens. What pools those of an
 image that is smaller already keeps the pixels of that: with fewer than a policy has ever seen judged, nobody knows what
-is lost. How levels are fused is left to the model.
+is lost. How levels are fused is left to the model; where a lane begins with weights that were trained for few pixels,
+it begins with more of them here, as nothing makes up for what few pixels hide.
 Knows policies and rungs. Must not know of models or engines.
 """
 
 from dataclasses import replace
 
 from adaptive_fusion.point import NATIVE
-from adaptive_fusion.policy.escalation import Escalation
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.rungs import Rung
+
+UNTRAINED = 1.6
+"""Times the pixels with which a lane begins whose first step fuses levels by trained weights. On 292 simple screens of
+seeds that were looked at the reference model's own fusion keeps 1.00 (.98-1.03) of its quality with the quarter of the
+pixels that the weights were trained for, 1.02 (.99-1.05) with two fifths and 1.03 (1.01-1.04) with half."""
 
 
 def projected(policy: Policy) -> tuple[Policy, str]:
@@ -22,6 +27,8 @@ def projected(policy: Policy) -> tuple[Policy, str]:
         steps: dict[str, Rung] = {}
         for rung in ladder:  # the best first: of two that become one it gives the quality
             step = on_pixels(rung)
+            if rung is ladder[0] and policy.fusion_weights and rung.point.fusion != NATIVE.fusion:
+                step = replace(step, pixel_share=min(1.0, step.pixel_share * UNTRAINED))
             steps.setdefault(step.name, step)
             names.setdefault(rung.name, step.name)
             lost |= {
@@ -35,9 +42,11 @@ def projected(policy: Policy) -> tuple[Policy, str]:
     escalation = policy.escalation
     if escalation is not None:
         thresholds = {names.get(rung, rung): kinds for rung, kinds in escalation.thresholds.items()}
-        escalation = Escalation(escalation.k, escalation.alpha, thresholds)
+        # For what steps without their weights need not be asked is not known.
+        escalation = replace(escalation, thresholds=thresholds, sure={})
     said = f"{policy.name}'s {', '.join(sorted(lost))} cannot be had upstream: its ladder is one of pixels and frames"
-    return replace(policy, lanes=lanes, escalation=escalation, fusion_weights=()), said
+    cheap = names.get(policy.cheap, on_pixels(policy.cheap_rung).name) if policy.cheap else ""
+    return replace(policy, lanes=lanes, cheap=cheap, escalation=escalation, fusion_weights=()), said
 
 
 def on_pixels(rung: Rung) -> Rung:

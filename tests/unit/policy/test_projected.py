@@ -1,13 +1,14 @@
 """A policy before an engine: never fewer pixels than its steps were judged at, unless they pool all of them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_fusion.point import NATIVE
-from adaptive_fusion.policy.policy import LANES, Policy
-from adaptive_fusion.policy.projected import on_pixels, projected
+from adaptive_fusion.policy.policy import COMPLEX, LANES, SIMPLE, VIDEO, Policy
+from adaptive_fusion.policy.projected import UNTRAINED, on_pixels, projected
 from adaptive_fusion.policy.router import constant_router
 from adaptive_fusion.policy.rungs import Rung
 
@@ -36,3 +37,18 @@ def test_of_steps_that_become_one_the_best_gives_the_quality() -> None:
         (0.0625, 0.5),
     ]
     assert "downsample" in said and "fusion" in said
+
+
+def test_without_its_trained_weights_a_lane_begins_with_more_pixels() -> None:
+    weighted = replace(NATIVE, fusion="weighted", layers=3)
+    few = (Rung(weighted, 1.0, 0.25), Rung(weighted, 0.9, 0.125))
+    many = (Rung(weighted, 1.0, 0.75), Rung(weighted, 0.9, 0.25))
+    plain = (Rung(replace(NATIVE, max_pixels=50_000), 1.0, 0.25), Rung(weighted, 0.9, 0.125))
+    lanes = {SIMPLE: few, COMPLEX: many, VIDEO: plain}
+    policy = Policy("p", constant_router(), 0.5, lanes, cheap=few[0].name)
+    trained = replace(policy, fusion_weights=(Path("weighted3r0.safetensors"),))
+    for each, begins in ((policy, (0.25, 0.75, 0.25)), (trained, (0.25 * UNTRAINED, 1.0, 0.25))):
+        found, _ = projected(each)
+        assert tuple(found.lanes[lane][0].pixel_share for lane in lanes) == begins
+        assert [found.lanes[lane][1].pixel_share for lane in lanes] == [0.125, 0.25, 0.125]
+        assert found.cheap_rung == found.lanes[SIMPLE][0] or found.cheap_rung.pixel_share == begins[0]
