@@ -15,7 +15,7 @@ from typing import Any
 from adaptive_fusion.checks import integer, number
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.rollout.assignment import UNITS
-from adaptive_fusion.rollout.guardrails import DEFAULT, Guardrail, guardrails_from
+from adaptive_fusion.rollout.guardrails import BESIDE, DEFAULT, PAIRED, Guardrail, guardrails_from
 
 AUDIT, SHADOW, AB, CANARIES = "audit", "shadow", "ab", "canary"
 KINDS = (AUDIT, SHADOW, AB, CANARIES)
@@ -79,9 +79,24 @@ class Experiment:
         object.__setattr__(self, "guardrails", tuple(self.guardrails))
         if not self.guardrails or not all(isinstance(rail, Guardrail) for rail in self.guardrails):
             raise ConfigError("guardrails are none; expected at least one Guardrail")
+        self._check_that_values_come()
         object.__setattr__(self, "salt", self.salt or self.name)
         if self.estimate is not None:
             object.__setattr__(self, "estimate", _checked(self.estimate))
+
+    def _check_that_values_come(self) -> None:
+        """What no value ever comes of guards nothing: a canary would rise on no evidence."""
+        names = {rail.name for rail in self.guardrails}
+        if self.kind in (AB, CANARIES) and names <= set(BESIDE):
+            raise ConfigError(
+                f"guardrails of the {self.kind} are {', '.join(sorted(names))}, of which only a shadow has values; "
+                "expected one of live requests among them, such as errors, or a shadow"
+            )
+        if self.kind == SHADOW and names <= {rail.name for rail in DEFAULT} - set(PAIRED):
+            raise ConfigError(
+                f"guardrails of the shadow are {', '.join(sorted(names))}, of which only live requests have values; "
+                f"expected one of {', '.join(PAIRED)} among them"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """In plain values for JSON."""

@@ -14,8 +14,6 @@ from typing import Any
 from adaptive_fusion.checks import check_keys, integer, number
 from adaptive_fusion.errors import ConfigError, PolicyError
 
-LIVE, SHADOW = "live", "shadow"
-
 
 @dataclass(frozen=True)
 class Guardrail:
@@ -107,6 +105,10 @@ DEFAULT = (
     ),
 )  # fmt: skip
 """What every experiment is guarded by, unless it says otherwise; alpha is 0.05 together."""
+BESIDE = ("quality",)
+"""Of these, what is known only of answers that were judged beside, which a shadow does: live arms have no values."""
+PAIRED = (*BESIDE, "errors")
+"""Of these, what a shadow can know."""
 
 
 def guardrails_from(values: Any) -> tuple[Guardrail, ...]:

@@ -159,6 +159,10 @@ def test_the_command_starts_shows_and_ends_an_experiment(tmp_path: Path) -> None
     missing = rollout("status")
     assert missing.exit_code == 2 and "r.db does not exist" in missing.stderr
     assert rollout("start", "native", "--steps", "x").exit_code == 2
+    rails = tmp_path / "rails.json"
+    rails.write_text('[{"name": "quality"}]')
+    blind = rollout("start", "native", "--guardrails", str(rails))
+    assert blind.exit_code == 2 and "of which only a shadow has values" in blind.stderr
     started = rollout("start", "native", "--name", "one", "--why", "to see", "--json")
     assert started.exit_code == 0, started.output
     found = json.loads(started.stdout)

@@ -142,11 +142,25 @@ def test_an_experiment_survives_json_and_refuses_what_makes_no_sense() -> None:
         ({"guardrails": [{"name": "errors"}, {"name": "errors"}]}, "expected each name once"),
         ({"guardrails": [{"name": "errors", "colour": 1}]}, "unknown"),
         ({"guardrails": [{"name": "errors", "alpha": 0.6}]}, "expected less than 0.5"),
+        ({"guardrails": [{"name": "quality"}]}, "guardrails of the canary are quality, of which only a shadow has"),
+        (
+            {"kind": "shadow", "steps": [0.1], "guardrails": [{"name": "ratings"}, {"name": "deadline_misses"}]},
+            "guardrails of the shadow are deadline_misses, ratings, of which only live requests have values",
+        ),
     )
     for change, said in bad:
         with pytest.raises(ConfigError, match=said):
             Experiment.from_dict({**found.to_dict(), **change})
     assert guardrails_from([{"name": "errors", "margin": 0.01}])[0].eager  # the rest is the default's
+    for kind, steps, names in (
+        ("ab", [0.5], ["quality", "errors"]),
+        ("ab", [0.5], ["own"]),  # whoever calls the hook may tell whatever it knows
+        ("shadow", [0.1], ["quality", "deadline_misses"]),
+        ("shadow", [0.1], ["own"]),
+        ("audit", [0.1], ["quality"]),
+    ):
+        rails = [{"name": name, "meaning": ""} for name in names]
+        Experiment.from_dict({"name": "t", "kind": kind, "canary": "n", "steps": steps, "guardrails": rails})
 
 
 @given(st.integers(0, 10**6), st.floats(0.0, 0.2))
