@@ -9,12 +9,20 @@ import typer
 
 from adaptive_fusion.commands import options, serve_options
 from adaptive_fusion.commands.output import complain, refusing
+from adaptive_fusion.errors import ConfigError
 
 app = typer.Typer()
+_BEFORE_AN_ENGINE = (
+    *("upstream", "engine", "processor", "mode", "policy", "latency_ms", "ttft_ms", "attainment", "host", "port"),
+    *("api_key", "allowed_media_domains", "log", "state", "rollout", "ui"),
+)
+"""Options that hold with an engine elsewhere; the others are of a model that runs here."""
+_OF_AN_ENGINE = ("engine", "processor")
 
 
 @app.command()
 def serve(
+    ctx: typer.Context,
     model: options.Model = "reference",
     policy: options.PolicyName = "auto",
     latency_ms: options.LatencyMs = None,
@@ -53,7 +61,9 @@ def serve(
 
     A line says when the first request can come. SIGTERM answers what was admitted, then ends.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    given = {name: value for name, value in locals().items() if name != "ctx" and value is not None}
+    with refusing((), False):
+        _must_hold(ctx, upstream)
     if upstream is not None:
         from adaptive_fusion.commands.gateway import start
 
@@ -119,6 +129,22 @@ def serve(
     gc.freeze()  # the process ends: looking through all that it has once more would take a second or more
     if not server.started or server.failed:
         raise typer.Exit(1)
+
+
+def _must_hold(ctx: typer.Context, upstream: str | None) -> None:
+    """Raises ConfigError for an option that was given and would do nothing."""
+    said = [name for name in ctx.params if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"]
+    idle = [name for name in said if (name in _OF_AN_ENGINE if upstream is None else name not in _BEFORE_AN_ENGINE)]
+    if idle:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(
+            f"{named} {'is of' if len(idle) == 1 else 'are of'} "
+            + (
+                "an engine elsewhere; expected --upstream with it"
+                if upstream is None
+                else "a model that runs here; expected no --upstream with it, or what `adaptive-fusion gateway` takes"
+            )
+        )
 
 
 def name_of(model: str) -> str:

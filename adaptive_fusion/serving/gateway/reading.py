@@ -196,6 +196,13 @@ def _own(fields: Mapping[str, Any]) -> tuple[Budget, OperatingPoint | None]:
         raise Refusal(
             "the gateway has one policy for all requests; expected none in the request", param=f"{OWN}.policy"
         )
+    if budget.vram_gb is not None:
+        raise Refusal("memory is the engine's own; expected no vram_gb in the request", param=f"{OWN}.vram_gb")
+    if budget.on_deadline == "stop":
+        raise Refusal(
+            "an engine's answer is not stopped at its deadline; expected on_deadline 'finish' or none in the request",
+            param=f"{OWN}.on_deadline",
+        )
     return budget, point
 
 

@@ -36,6 +36,9 @@ def test_every_option_is_explained() -> None:
         (["--replicas", "2", "--ui"], "expected no --replicas"),
         (["--replicas", "2", "--model", "no/such/place/at/all"], "which is no folder"),
         (["--replicas", "2", "--policy", "none such"], "unknown policy"),
+        (["--upstream", "http://127.0.0.1:9", "--vram-gb", "8", "--queue", "2"], "--vram-gb, --queue are of a model"),
+        (["--upstream", "http://127.0.0.1:9", "--replicas", "2"], "--replicas is of a model that runs here"),
+        (["--processor", "qwen2-vl"], "--processor is of an engine elsewhere"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], says: str) -> None:

@@ -16,6 +16,7 @@ from adaptive_fusion.serving.gateway.plan import Medium, Planned, Plans
 from adaptive_fusion.serving.gateway.processors import ImageGrid
 from adaptive_fusion.serving.gateway.reading import read_call
 from adaptive_fusion.serving.gateway.sizing import Given, Sizing
+from adaptive_fusion.serving.refusals import Refusal
 
 GRID = ImageGrid(16, 2, 2, 4096, 1 << 22)
 SIZES = Sizing(GRID, 64)
@@ -102,3 +103,11 @@ def test_a_conversation_falls_only_where_the_budget_cannot_be_met_otherwise(pres
     change = second.decision.conversation["change"]
     assert change == ("falls" if pressed else "stays")
     assert (second.given == first.given) is not pressed
+
+
+@pytest.mark.parametrize(("own", "named"), [({"vram_gb": 8}, "vram_gb"), ({"on_deadline": "stop"}, "on_deadline")])
+def test_limits_that_only_an_engine_could_keep_are_refused_by_name(own: dict[str, Any], named: str) -> None:
+    with pytest.raises(Refusal, match=named) as raised:
+        planned(plans(), [([0], QUESTIONS[0])], **own)
+    assert raised.value.param == f"adaptive_fusion.{named}"
+    planned(plans(), [([0], QUESTIONS[0])], on_deadline="finish")
