@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from gateway import client_of, gateway, inside, url_of
 from mutants import mutate, seeds
@@ -20,11 +22,15 @@ from openai import OpenAI
 from server import asking, image, text
 from test_serve_compliance import program
 from test_serve_media import body as conversation
-from upstream import engine
+from upstream import Engine, engine
 from waits import MOST_S, until
 
 from adaptive_fusion.reference import model_path
+from benchmarks.load import server_process
 
+GROWTH_MIB = 50
+WARM = 300
+"""Bodies before memory is looked at: decoders and their buffers come with the first ones."""
 START_S = 600
 """When to give up waiting for the engine."""
 
@@ -95,25 +101,39 @@ def test_llm_comply_finds_through_the_gateway_what_it_finds_without(transformers
     assert len(direct) > 6
 
 
-def test_hostile_bodies_meet_the_engines_own_answer_or_a_refusal(share_of: Callable[[int], int]) -> None:
-    import numpy as np
-
+def test_hostile_bodies_meet_the_engines_own_answer_or_a_refusal(
+    share_of: Callable[[int], int], tmp_path: Path
+) -> None:
     rng = np.random.default_rng(11)
-    statuses: dict[int, int] = {}
-    with engine() as behind, gateway(behind.url, max_body_mib=8) as server, httpx.Client(timeout=MOST_S) as client:
+    statuses: Counter[int] = Counter()
+
+    def send(client: httpx.Client, behind: Engine, url: str, number: int) -> None:
+        messages = conversation(mutate(seeds()[number % len(seeds())], rng), rng)
+        fields: dict[str, Any] = {"model": "m", "messages": messages, "max_tokens": 1}
+        if rng.random() < 0.2:
+            fields[str(rng.choice(["stream", "adaptive_fusion", "logprobs", "n", "tools"]))] = messages
+        data = json.dumps(fields, default=str).encode()
+        data = data if rng.random() < 0.7 else mutate(data, rng)
+        behind.got.clear()
+        answer = client.post(url, content=data, headers={"content-type": "application/json"})
+        statuses[answer.status_code] += 1
+        if behind.got:
+            assert answer.headers["x-engine"] == "yes" and answer.status_code in (200, 400)
+        else:
+            assert 400 <= answer.status_code < 500, answer.text
+
+    # In a process of its own, so that what it takes is not hidden by what this one has given back.
+    with (
+        engine() as behind,
+        server_process(tmp_path, "--upstream", behind.url, "--processor", "reference") as server,
+        httpx.Client(timeout=MOST_S) as client,
+    ):
+        for number in range(WARM):
+            send(client, behind, server.url, number)
+        before = server.resident_mib()
         for number in range(share_of(10_000)):
-            messages = conversation(mutate(seeds()[number % len(seeds())], rng), rng)
-            fields: dict[str, Any] = {"model": "m", "messages": messages, "max_tokens": 1}
-            if rng.random() < 0.2:
-                fields[str(rng.choice(["stream", "adaptive_fusion", "logprobs", "n", "tools"]))] = messages
-            data = json.dumps(fields, default=str).encode()
-            data = data if rng.random() < 0.7 else mutate(data, rng)
-            behind.got.clear()
-            answer = client.post(url_of(server), content=data, headers={"content-type": "application/json"})
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-            if behind.got:
-                assert answer.headers["x-engine"] == "yes" and answer.status_code in (200, 400)
-            else:
-                assert 400 <= answer.status_code < 500, answer.text
-        assert httpx.get(url_of(server, "/health"), timeout=MOST_S).status_code == 200
-    print(statuses)
+            send(client, behind, server.url, WARM + number)
+        grown = server.resident_mib() - before
+        assert httpx.get(f"http://127.0.0.1:{server.port}/health", timeout=MOST_S).status_code == 200
+    print(statuses, f"{grown:.1f} MiB on {before:.0f}")
+    assert grown < GROWTH_MIB
