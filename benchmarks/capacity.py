@@ -89,7 +89,7 @@ def fleets(found: dict[str, Any], deadline: float, most: int, images: int, kept:
 
 def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
     """What `fleets` found, as a PNG: what is held a replica, and how often an image is cached."""
-    figure = new_figure(8, 3.2)
+    figure = new_figure(8, 3.6)
     left, right = figure.subplots(1, 2)
     counts = [row["replicas"] for row in rows]
     for key, label in (("held", "no cache"), ("held_cached", "with caches")):
@@ -97,7 +97,7 @@ def draw(rows: Sequence[dict[str, float]], path: Path) -> None:
     left.set_ylabel("requests a second held, a replica")
     left.legend()
     right.plot(counts, [row["hit_rate"] for row in rows], "o-", label="image is cached")
-    right.set_ylabel("share of requests whose image is cached")
+    right.set_ylabel("share of requests with a cached image")
     right.set_ylim(0, 1)
     for axes in (left, right):
         axes.set_xscale("log")
