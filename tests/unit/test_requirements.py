@@ -15,7 +15,6 @@ OWNERS = packages_distributions()
 BROUGHT_IN_BY_OTHERS = {
     "python-multipart": "starlette reads uploads by it",
     "onnxruntime": "rapidocr runs on it and leaves to the user which engine to install",
-    "torchvision": "the image and video processors of transformers import it",
 }
 """Declared without being imported here, and why."""
 NAMESPACES = {
