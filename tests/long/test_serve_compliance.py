@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -44,10 +45,11 @@ def program(module: str, call: str, *arguments: str) -> str:
     ).stdout
 
 
-def test_the_api_is_openais(server: ServerProcess) -> None:
-    base = server.url.removesuffix("/chat/completions")
-    options = ("--format", "openai-chat", "-u", base, "-m", "reference", "-k", "none", "--json")
-    said = program("llm_comply", "from llm_comply.cli import main; sys.exit(main())", *options)
+def test_the_api_is_openais(tmp_path: Path) -> None:
+    with server_process(tmp_path) as whole:  # its answers come to their own ends
+        base = whole.url.removesuffix("/chat/completions")
+        options = ("--format", "openai-chat", "-u", base, "-m", "reference", "-k", "none", "--json")
+        said = program("llm_comply", "from llm_comply.cli import main; sys.exit(main())", *options)
     report = json.loads(said[said.index("{") :])
     rows = report["results"] if "results" in report else report["tests"]
     verdicts = {row["name"]: row["status"] for row in rows}
