@@ -16,7 +16,7 @@ from adaptive_fusion.budget import MAX_VRAM_GB, Budget
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.model import SIZES, CostModel, Profile
 from adaptive_fusion.cost.profiles import profile_key, save_profile
-from adaptive_fusion.models.base import Adapter
+from adaptive_fusion.models.base import Adapter, Size
 from adaptive_fusion.point import MIN_PIXELS, NATIVE, OperatingPoint
 from adaptive_fusion.progress import Progress, Steps, silent
 from adaptive_fusion.user_cache import user_cache_dir
@@ -32,10 +32,17 @@ SHAPES = (
 """Width and height of the images measured, all different as real ones are: what a request takes also depends on what
 requests of other sizes left in the heap. The last are small: what every request takes, of whatever size, shows there.
 """
+LARGEST = 4_000_000
+"""Pixels of the largest image where the model computes on something faster than a CPU; all others grow with it. There
+the small ones take no less than launching what they need, and say nothing of the large ones."""
 ANSWERS = (4, 24)
+SHORT_ANSWERS = (3, 8)
+"""Tokens of answers on a CPU, and elsewhere, where a token takes as long as the host takes to launch it."""
 BATCHES = ((4, 0, 1.0), (2, 5, 1.0), (3, 11, 0.5), (4, 7, 0.5), (2, 16, 0.5), (4, 13, 1.0), (2, 10, 0.25), (3, 2, 1.0))
 """Rows, the first of their `SHAPES`, and what is left of their tokens' grid: requests that run in one pass, of like and
 of unlike sizes."""
+_Request = tuple[tuple[int, int], OperatingPoint, int]
+"""Sides of the image, point, and tokens of the answer."""
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 
 
@@ -54,7 +61,7 @@ class Calibration:
 def calibrate(
     runner: "AdaptiveRunner",
     *,
-    repeats: int = 2,
+    repeats: int | None = None,
     check: bool = False,
     save: bool = True,
     progress: Progress = silent,
@@ -65,23 +72,26 @@ def calibrate(
     Where measuring memory takes time, on the CPU, memory and times are measured apart. Memory comes first: requests
     that ran unmeasured leave a heap in which others take a quarter more. Elsewhere one request gives both.
 
+    On anything faster than a CPU images are as large as those of use, up to 4 megapixels and the processor's limit.
+
     Args:
         runner: The model to measure; its controller starts anew afterwards.
         repeats: Rounds over all requests for their memory and, where that is measured apart, as many for their times,
-            after one to warm up.
+            after one to warm up. None is 2 on a CPU and 1 elsewhere.
         check: Also measure requests to judge the profile by.
         save: Keep the profile in the user's cache directory, where `find_profile` looks.
         progress: See `Progress`; a step is a request.
     """
+    repeats = _repeats(runner.adapter, repeats)
     plan, unseen = _requests(runner.adapter), _check_requests(runner.adapter) if check else []
     samples: list[Sample] = []
     held_out: list[Sample] = []
     apart = not runner.meter.free_of_charge
     # In rounds, so that no request follows its like; the first brings everything to where later ones find it.
-    rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
+    rounds = [(_first(runner.adapter, plan), True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
     if apart:
         rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
-    together = _batches(runner.adapter)
+    together, shapes, answers = _batches(runner.adapter), _shapes(runner.adapter), _answers(runner.adapter)
     steps = Steps(progress, "calibrate", sum(len(requests) for requests, *_ in rounds) + repeats * len(together))
     images = itertools.count()
     order = random.Random(0)
@@ -97,9 +107,9 @@ def calibrate(
                 steps.advance()
         for _ in range(repeats):
             for number, (rows, first, left) in enumerate(together):
-                images_of = [_scene(next(images), SHAPES[(first + row) % len(SHAPES)]) for row in range(rows)]
+                images_of = [_scene(next(images), shapes[(first + row) % len(shapes)]) for row in range(rows)]
                 point = runner.adapter.restrict(replace(NATIVE, downsample=left))[0]
-                samples.append(_measured_together(runner, images_of, point, ANSWERS[number % len(ANSWERS)]))
+                samples.append(_measured_together(runner, images_of, point, answers[number % 2]))
                 steps.advance()
     profile = fit_profile(samples, profile_key(runner.adapter))
     if save:
@@ -108,10 +118,36 @@ def calibrate(
     return Calibration(profile, _errors(profile, held_out))
 
 
-def count(runner: "AdaptiveRunner", repeats: int = 2) -> int:
+def count(runner: "AdaptiveRunner", repeats: int | None = None) -> int:
     """How many requests and batches `calibrate` measures, without those of a check."""
-    rounds = 1 + repeats + (0 if runner.meter.free_of_charge else repeats)
-    return rounds * len(_requests(runner.adapter)) + repeats * len(_batches(runner.adapter))
+    repeats, plan = _repeats(runner.adapter, repeats), _requests(runner.adapter)
+    rounds = repeats + (0 if runner.meter.free_of_charge else repeats)
+    return len(_first(runner.adapter, plan)) + rounds * len(plan) + repeats * len(_batches(runner.adapter))
+
+
+def _repeats(adapter: Adapter, repeats: int | None) -> int:
+    return repeats if repeats is not None else 2 if adapter.device.type == "cpu" else 1
+
+
+def _first(adapter: Adapter, plan: list[_Request]) -> list[_Request]:
+    """What is run to warm up: on a CPU everything, as every size leaves its own heap; elsewhere a third, with every
+    kind of fusion."""
+    if adapter.device.type == "cpu":
+        return plan
+    kinds = {(point.fusion, point.layers, point.adapter_rank): request for request in plan for point in [request[1]]}
+    return [*kinds.values(), *plan[::3]]
+
+
+def _answers(adapter: Adapter) -> tuple[int, int]:
+    return ANSWERS if adapter.device.type == "cpu" else SHORT_ANSWERS
+
+
+def _shapes(adapter: Adapter) -> Sequence[tuple[int, int]]:
+    """`SHAPES`, enlarged where that is no work."""
+    most = max(width * height for width, height in SHAPES)
+    limit = adapter.native_pixels(Size(1, 8192, 8192))
+    scale = 1.0 if adapter.device.type == "cpu" else math.sqrt(min(LARGEST, limit) / most)
+    return SHAPES if scale <= 1.0 else [(round(scale * width), round(scale * height)) for width, height in SHAPES]
 
 
 def _batches(adapter: Adapter) -> Sequence[tuple[int, int, float]]:
@@ -165,7 +201,7 @@ def _errors(profile: Profile, samples: Sequence[Sample]) -> dict[str, dict[str, 
     return {stage: relative_errors(pairs) for stage, pairs in found.items() if pairs}
 
 
-def _check_requests(adapter: Adapter) -> list[tuple[tuple[int, int], OperatingPoint, int]]:
+def _check_requests(adapter: Adapter) -> list[_Request]:
     return [
         (sides, point, (6, 16)[index % 2])
         for sides in CHECK_SIDES
@@ -200,10 +236,8 @@ def relative_errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     return {"median": median(errors), "bias": bias, "p95": high(errors), "constant_p95": best}
 
 
-def _requests(adapter: Adapter) -> list[tuple[tuple[int, int], OperatingPoint, int]]:
-    """Sides of the image, point and tokens of the answer: every size untouched, downsampled and at a point that does
-    more, most of these on fewer pixels.
-    """
+def _requests(adapter: Adapter) -> list[_Request]:
+    """Every size untouched, downsampled and at a point that does more, most of these on fewer pixels."""
     others = (
         (OperatingPoint("gated", 12, adapter_rank=8), 1),
         (OperatingPoint("weighted", 6, 0.5, adapter_rank=4), 2),
@@ -215,9 +249,10 @@ def _requests(adapter: Adapter) -> list[tuple[tuple[int, int], OperatingPoint, i
         (OperatingPoint("weighted", 6, 0.25, adapter_rank=4), 8),
     )
     found: dict[tuple[tuple[int, int], OperatingPoint], None] = {}
-    for index, sides in enumerate(SHAPES):
+    for index, sides in enumerate(_shapes(adapter)):
         more, part = others[index % len(others)]
         few = max(MIN_PIXELS, sides[0] * sides[1] // part) if part > 1 else None
         for point in (NATIVE, replace(NATIVE, downsample=(0.5, 0.25)[index % 2]), replace(more, max_pixels=few)):
             found[sides, adapter.restrict(point)[0]] = None
-    return [(sides, point, ANSWERS[(index // 2) % len(ANSWERS)]) for index, (sides, point) in enumerate(found)]
+    answers = _answers(adapter)
+    return [(sides, point, answers[index // 2 % 2]) for index, (sides, point) in enumerate(found)]

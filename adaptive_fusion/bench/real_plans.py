@@ -14,7 +14,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.planner import Planner
 from adaptive_fusion.control.request_info import TEMPLATE_TOKENS, RequestInfo
-from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
+from adaptive_fusion.cost.estimate import GPU, analytic_profile, model_shape
 from adaptive_fusion.cost.lengths import LengthModel
 from adaptive_fusion.cost.model import CostModel
 from adaptive_fusion.errors import ConfigError
@@ -64,13 +64,8 @@ class Planners:
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         adapter = self._adapter = released_adapter()
-        flops, rate = RATES["cuda"]
         profile = analytic_profile(
-            model_shape(adapter),
-            {"model": MODEL},
-            dtype_bytes=torch.bfloat16.itemsize,
-            flops_per_s=flops,
-            bytes_per_s=rate,
+            model_shape(adapter), {"model": MODEL}, dtype_bytes=torch.bfloat16.itemsize, rates=GPU
         )
         self._planners = {
             name: Planner(adapter, policy, CostModel(profile), Controller(), LengthModel())

@@ -21,7 +21,9 @@ app = typer.Typer()
 @app.command()
 def calibrate(
     model: options.Model = "reference",
-    repeats: Annotated[int, typer.Option(min=1, help="Times each request is measured.")] = 2,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Times each request is measured: 2 on a CPU, 1 elsewhere.")
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(

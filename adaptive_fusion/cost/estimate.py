@@ -10,8 +10,48 @@ from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.models.base import Adapter
 
 GIB = float(1 << 30)
-RATES = {"cuda": (1e14, 1e12), "cpu": (4e10, 1e10)}
-"""Guessed operations and bytes per second of a device, until the first requests correct them."""
+SHARE_OF_PEAK = 0.3
+"""What transformers' eager code reaches of a GPU's peak, of arithmetic and of memory: on an H200 encoder and prefill
+of the 4B shape take a quarter to a third of it at four megapixels."""
+_PER_CLOCK = {7: 1024, 8: 2048, 9: 4096, 10: 8192, 12: 1024}
+"""Dense half-precision operations of a multiprocessor in one clock, by compute capability (NVIDIA's whitepapers); 8.6
+and 8.9 do half of 8.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a device is taken to do until the first requests correct it.
+
+    Attributes:
+        flops_per_s: Operations.
+        bytes_per_s: Of memory.
+        launch_ms: Of one layer's kernels by the host, below which a layer takes no less; 0 where nothing is launched.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+    launch_ms: float = 0.0
+
+
+CPU, GPU = Rates(4e10, 1e10), Rates(1e14, 1e12, 0.75)
+"""A processor of few cores, and a GPU of which nothing is known. A layer takes .75 ms to launch by eager code on a fast
+host; 1.0 to 1.6 were measured in a virtual machine."""
+
+
+def device_rates(device: str) -> Rates:
+    """Of a device as torch names it: of a CUDA device that is here by its own clocks."""
+    if not device.startswith("cuda"):
+        return CPU
+    import torch
+
+    if not torch.cuda.is_available():
+        return GPU
+    about = torch.cuda.get_device_properties(device)
+    per_clock = _PER_CLOCK.get(about.major, 2048) // (2 if about.major == 8 and about.minor >= 6 else 1)
+    # Clocks in kHz; memory transfers twice a clock over a bus that is given in bits.
+    flops = about.multi_processor_count * per_clock * getattr(about, "clock_rate", 0) * 1e3
+    moved = getattr(about, "memory_bus_width", 0) / 8 * 2 * getattr(about, "memory_clock_rate", 0) * 1e3
+    return Rates(SHARE_OF_PEAK * flops or GPU.flops_per_s, SHARE_OF_PEAK * moved or GPU.bytes_per_s, GPU.launch_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +78,7 @@ def analytic_profile(
     key: Mapping[str, str],
     *,
     dtype_bytes: int = 2,
-    flops_per_s: float = 2e13,
-    bytes_per_s: float = 4e11,
+    rates: Rates = GPU,
 ) -> Profile:
     """An estimate from shapes alone, for use until a profile is measured; the first requests correct its
     scale.
@@ -47,10 +86,10 @@ def analytic_profile(
     Encode and prefill are bound by arithmetic (2 operations per weight and token, 4 x width per pair of
     attention, half of that for causal attention), decode by reading the weights and the key-value cache
     (Kaplan et al. 2020, table 1; Pope et al. 2022, section 2). Memory: activations of one layer, the ViT
-    levels kept, and the key-value cache.
+    levels kept, and the key-value cache. No layer takes less than launching it.
     """
     s = shape
-    per_ms = 1e3 / flops_per_s
+    per_ms = 1e3 / rates.flops_per_s
     vision = s.vision_depth * (8 * s.vision_width**2 + 4 * s.vision_width * s.vision_mlp)
     vision += 2 * s.patch_dim * s.vision_width
     attention = s.heads * s.head_dim
@@ -59,19 +98,25 @@ def analytic_profile(
     )
     head = s.text_width * s.vocab
     cache = 2 * s.text_layers * s.kv_heads * s.head_dim * dtype_bytes
-    read_ms = 1e3 / bytes_per_s
+    read_ms = 1e3 / rates.bytes_per_s
+    pairs, token = 4 * s.vision_depth * s.vision_width * per_ms, 2 * weights * per_ms
+    encoder_ms, decoder_ms = rates.launch_ms * s.vision_depth, rates.launch_ms * s.text_layers
     return Profile(
         dict(key),
         encode=(
             1.0,
             0.0,
             vision * per_ms,
-            4 * s.vision_depth * s.vision_width * per_ms,
+            pairs,
             4 * s.vision_width * per_ms,
             4 * s.vision_width * per_ms,
         ),
-        prefill=(1.0 + 2 * head * per_ms, 2 * weights * per_ms, 2 * s.text_layers * attention * per_ms),
-        decode=((weights + head) * dtype_bytes * read_ms, 2 * (weights + head) * per_ms, cache * read_ms),
+        prefill=(1.0 + 2 * head * per_ms, token, 2 * s.text_layers * attention * per_ms),
+        decode=(
+            max((weights + head) * dtype_bytes * read_ms, decoder_ms),
+            2 * (weights + head) * per_ms,
+            cache * read_ms,
+        ),
         memory=(
             s.vocab * 4 / GIB,
             (4 * s.patch_dim + (8 * s.vision_width + 2 * s.vision_mlp) * dtype_bytes) / GIB,
@@ -80,6 +125,8 @@ def analytic_profile(
             s.vision_width * dtype_bytes / GIB,
             0.0,
         ),
+        hidden_pairs=encoder_ms / pairs,
+        hidden_tokens=decoder_ms / token,
     )
 
 

@@ -4,7 +4,7 @@ Knows samples and the terms of the cost model. Knows nothing of models, files or
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import mul
 from statistics import median
@@ -16,15 +16,19 @@ from adaptive_fusion.point import OperatingPoint
 
 MIN_SAMPLES = 8
 _ROUNDS = 25
+_QUANTILES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_GAIN = 0.05
 
 Sample = tuple[OperatingPoint, Work, Measurement]
+StageSample = tuple[tuple[float, ...], float]
 
 
 def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be
-    told apart. With samples at several levels of concurrency `sharing` is fitted too, else it stays 1.
+    told apart. The work that launching hides is looked for among the samples' own. With samples at several
+    levels of concurrency `sharing` is fitted too, else it stays 1.
     Values that are not finite and positive are left out. Of the peaks of one request measured several times the
     median counts, and every single one for the margin.
 
@@ -33,10 +37,17 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     """
     shared = [sample for sample in samples if sample[1].concurrency > 1]
     alone = [sample for sample in samples if sample[1].concurrency == 1] or list(samples)
-    encode, encode_ratios = fit_stage(
-        "encode", [(encode_terms(p, w), m.ttft_ms - m.prefill_ms) for p, w, m in alone if w.patches]
+    seen = [(p, w, m.ttft_ms - m.prefill_ms) for p, w, m in alone if w.patches]
+    encode, encode_ratios, pairs = _fit_hidden(
+        "encode",
+        lambda hidden: [(encode_terms(p, w, hidden), ms) for p, w, ms in seen],
+        [encode_terms(p, w)[3] for p, w, _ in seen],
     )
-    prefill, prefill_ratios = fit_stage("prefill", [(prefill_terms(w), m.prefill_ms) for _, w, m in alone])
+    prefill, prefill_ratios, tokens = _fit_hidden(
+        "prefill",
+        lambda hidden: [(prefill_terms(w, hidden), m.prefill_ms) for _, w, m in alone],
+        [w.prompt_tokens for _, w, _ in alone],
+    )
     decode, decode_ratios = fit_stage(
         "decode", [(decode_terms(w), m.latency_ms - m.ttft_ms) for _, w, m in alone if w.new_tokens > 1]
     )
@@ -64,6 +75,8 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
             "decode": _median_error(decode_ratios),
             "memory": _median_error(memory_ratios),
         },
+        hidden_pairs=pairs,
+        hidden_tokens=tokens,
     )
     model = CostModel(profile)
     slopes = [
@@ -77,11 +90,31 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     return replace(profile, sharing=min(max(median(slopes), 0.0), 100.0), samples=len(samples))
 
 
+def _fit_hidden(
+    stage: str, samples: Callable[[float], list[StageSample]], work: Sequence[float]
+) -> tuple[tuple[float, ...], list[float], float]:
+    """As `fit_stage`, with the amount of work below which the stage takes no less: one of `work`'s quantiles, or 0
+    unless that takes a twentieth off the error."""
+    best = fit_stage(stage, samples(0.0))
+    hidden, least = 0.0, (1.0 - _GAIN) * _mean_error(best[1])
+    ordered = sorted(work)
+    for quantile in _QUANTILES:
+        amount = float(ordered[int(quantile * (len(ordered) - 1))])
+        found = fit_stage(stage, samples(amount))
+        if _mean_error(found[1]) < least:
+            best, hidden, least = found, amount, _mean_error(found[1])
+    return *best, hidden
+
+
+def _mean_error(ratios: Sequence[float]) -> float:
+    return sum(abs(math.log(ratio)) for ratio in ratios) / len(ratios)
+
+
 def _median_error(ratios: Sequence[float]) -> float:
     return median(abs(ratio - 1.0) for ratio in ratios)
 
 
-def fit_stage(stage: str, samples: Sequence[tuple[tuple[float, ...], float]]) -> tuple[tuple[float, ...], list[float]]:
+def fit_stage(stage: str, samples: Sequence[StageSample]) -> tuple[tuple[float, ...], list[float]]:
     """Non-negative coefficients of least absolute log error, and measured / predicted of every usable sample.
 
     Iteratively reweighted least squares: the absolute log error, unlike the squared relative one, neither

@@ -7,12 +7,15 @@ plans a request says how much work it is. Plain floats only; `fit` and `estimate
 With segments s of n_s patches each, N = sum n_s, Q = sum n_s^2, F = N x fused levels, T prompt tokens of
 the whole batch of B, and t new tokens per sequence:
 
-- encode = e0 B + e1 S + e2 N + e3 Q + e4 F + e5 F rank (attention is within a segment; S = number of segments)
-- prefill = p0 + p1 T + p2 T^2 / B
+- encode = e0 B + e1 S + e2 N + e3 max(Q, hq) + e4 F + e5 F rank (attention is within a segment; S = number of segments)
+- prefill = p0 + p1 max(T, ht) + p2 T^2 / B
 - decode = (t - 1) (d0 + d1 B + d2 (T + B t / 2)): the first token comes with the prefill
 - times of all three x (1 + k (concurrency - 1)): what shares the device from outside; requests of one runner wait for
   each other or are one batch
 - peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F + m5 P, with P pixels of the media as they came
+
+Below hq pairs of patches and ht tokens the device waits for the host that launches its kernels, so that less work takes
+no less time: a small model on a fast GPU answers a quarter of a megapixel no sooner than one. Both are 0 on a CPU.
 
 All coefficients are non-negative, so that more work is never predicted to cost less.
 """
@@ -28,9 +31,10 @@ from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint
 
-VERSION = 2
+VERSION = 3
 
 SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 6}
+HIDDEN = ("hidden_pairs", "hidden_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +90,19 @@ class Work:
         )
 
 
-def encode_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
-    """What e0 to e5 multiply."""
+def encode_terms(point: OperatingPoint, work: Work, hidden: float = 0.0) -> tuple[float, ...]:
+    """What e0 to e5 multiply; `hidden` is hq."""
     patches = work.patches
     total = sum(patches)
     squares = sum([n * n for n in patches])
     fused = total * point.layers if point.fuses else 0
     has_media = float(work.batch) if patches else 0.0
-    return (has_media, len(patches), total, squares, fused, fused * point.adapter_rank)
+    return (has_media, len(patches), total, max(squares, hidden if patches else 0.0), fused, fused * point.adapter_rank)
 
 
-def prefill_terms(work: Work) -> tuple[float, ...]:
-    """What p0 to p2 multiply."""
-    return (1.0, work.prompt_tokens, work.prompt_tokens * work.prompt_tokens / work.batch)
+def prefill_terms(work: Work, hidden: float = 0.0) -> tuple[float, ...]:
+    """What p0 to p2 multiply; `hidden` is ht."""
+    return (1.0, max(work.prompt_tokens, hidden), work.prompt_tokens * work.prompt_tokens / work.batch)
 
 
 def decode_terms(work: Work) -> tuple[float, ...]:
@@ -133,6 +137,8 @@ class Profile:
         sharing: k, the slowdown per further concurrent request; 1 is time sharing.
         samples: Requests it was fitted on; 0 for an analytic estimate.
         errors: Median relative error per stage on those samples.
+        hidden_pairs: hq.
+        hidden_tokens: ht.
 
     Raises:
         ConfigError: For coefficients that are negative, not finite or of the wrong number.
@@ -147,6 +153,8 @@ class Profile:
     sharing: float = 1.0
     samples: int = 0
     errors: Mapping[str, float] = field(default_factory=dict)
+    hidden_pairs: float = 0.0
+    hidden_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         for name, size in SIZES.items():
@@ -158,6 +166,8 @@ class Profile:
         number(self.memory_margin, "memory_margin", 1.0, 4.0)
         number(self.sharing, "sharing", 0.0, 100.0)
         number(self.samples, "samples", 0, 1e12)
+        number(self.hidden_pairs, "hidden_pairs", 0.0, 1e15)
+        number(self.hidden_tokens, "hidden_tokens", 0.0, 1e12)
 
     def mismatch(self, key: Mapping[str, str]) -> str | None:
         """Why this profile does not hold for `key`, or None if it does."""
@@ -178,6 +188,8 @@ class Profile:
             "sharing": self.sharing,
             "samples": self.samples,
             "errors": dict(self.errors),
+            "hidden_pairs": self.hidden_pairs,
+            "hidden_tokens": self.hidden_tokens,
         }
 
     @classmethod
@@ -187,7 +199,7 @@ class Profile:
         Raises:
             ConfigError: For another version, unknown or missing parts, or coefficients out of range.
         """
-        known = ("version", "key", *SIZES, "memory_margin", "sharing", "samples", "errors")
+        known = ("version", "key", *SIZES, "memory_margin", "sharing", "samples", "errors", *HIDDEN)
         if values.get("version") != VERSION:
             raise ConfigError(f"profile has version {values.get('version')!r}; expected {VERSION}")
         if set(values) != set(known):
@@ -209,6 +221,8 @@ class Profile:
             sharing=number(values["sharing"], "sharing", 0.0, 100.0),
             samples=int(number(values["samples"], "samples", 0, 1e12)),
             errors={str(k): number(v, "errors", 0.0, 1e12) for k, v in errors.items()},
+            hidden_pairs=number(values["hidden_pairs"], "hidden_pairs", 0.0, 1e15),
+            hidden_tokens=number(values["hidden_tokens"], "hidden_tokens", 0.0, 1e12),
         )
 
 
@@ -223,8 +237,8 @@ class CostModel:
         profile = self.profile
         shared = 1.0 + profile.sharing * (work.concurrency - 1)
         return Prediction(
-            shared * _dot(profile.encode, encode_terms(point, work)),
-            shared * _dot(profile.prefill, prefill_terms(work)),
+            shared * _dot(profile.encode, encode_terms(point, work, profile.hidden_pairs)),
+            shared * _dot(profile.prefill, prefill_terms(work, profile.hidden_tokens)),
             shared * _dot(profile.decode, decode_terms(work)),
             _dot(profile.memory, memory_terms(point, work)),
         )

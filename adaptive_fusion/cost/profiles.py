@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
+from adaptive_fusion.cost.estimate import analytic_profile, device_rates, model_shape
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.file_lock import write_whole
@@ -99,12 +99,6 @@ def find_profile(adapter: Adapter) -> tuple[Profile, str]:
     profile, note = load_profile(user_cache_dir(os.environ), key)
     if profile is not None:
         return profile, note
-    flops, rate = RATES["cuda" if key["device"].startswith("cuda") else "cpu"]
-    estimate = analytic_profile(
-        model_shape(adapter),
-        key,
-        dtype_bytes=adapter.dtype.itemsize,
-        flops_per_s=flops,
-        bytes_per_s=rate,
-    )
+    rates = device_rates(str(adapter.device))
+    estimate = analytic_profile(model_shape(adapter), key, dtype_bytes=adapter.dtype.itemsize, rates=rates)
     return estimate, f"estimated from the model's shape: {note}"

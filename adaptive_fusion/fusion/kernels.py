@@ -8,8 +8,9 @@ models.
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,20 +21,48 @@ Combine = Callable[[Sequence[Tensor], Tensor, Sequence[int]], Tensor]
 """The signature of `weighted_sum`, so that a compiled form can take its place."""
 
 
-@runtime_checkable
-class CombineAdapted(Protocol):
-    """A `Combine` that can add the share of low-rank adapters in the same pass."""
+@dataclass(frozen=True)
+class Law:
+    """How the levels of a tap are weighed: ``w_i = s a_i``, and ``1 - s`` more for the tap's own level.
 
-    def adapted(
-        self,
-        levels: Sequence[Tensor],
-        weights: Tensor,
-        lengths: Sequence[int],
-        mixed: Tensor,
-        down: Tensor,
-        up: Tensor,
+    Attributes:
+        name: What a_i is: the score itself (``given``), 1 (``unit``), or the score's softplus or sigmoid over their sum
+            over the levels.
+        scores: ``[1, L]`` or ``[n_images, L]`` in float32; None with ``unit``.
+        bias: ``[L]``, added to the scores.
+        mix: s, a tensor of one value; None for 1.
+        tap: Position of the tap's own level.
+    """
+
+    name: Literal["given", "unit", "softplus", "sigmoid"]
+    scores: Tensor | None = None
+    bias: Tensor | None = None
+    mix: Tensor | None = None
+    tap: int = 0
+
+
+@runtime_checkable
+class CombineLaw(Protocol):
+    """A `Combine` that takes the parameters of a law as they are stored. What it does not do it answers with None."""
+
+    def by_law(
+        self, levels: Sequence[Tensor], lengths: Sequence[int], law: Law, down: Tensor | None, up: Tensor | None
     ) -> Tensor | None:
-        """The sum with the adapters' share, each level's times `mixed`; None for what it does not do."""
+        """Sum of ``w_i F_i + s a_i up_i down_i F_i``, accumulated in float32 and rounded once.
+
+        Args:
+            down: ``[L, rank, D]``; None without adapters.
+            up: ``[L, D, rank]``.
+
+        Returns ``[N, D]``. Raises ConfigError if shapes do not fit.
+        """
+        ...
+
+    def scores(
+        self, levels: Sequence[Tensor], lengths: Sequence[int], vectors: Tensor | None, gate: Tensor, tap: int
+    ) -> Tensor | None:
+        """Each level's mean over each image times its own of `vectors` ``[L, D]``, and, last, the tap's own level's
+        times `gate` ``[D]``: ``[n_images, L + 1]`` in float32, the first L zeros without `vectors`."""
         ...
 
 

@@ -1,41 +1,169 @@
-"""A weighted sum of levels with low-rank adapters as one Triton kernel, which reads every level once.
+"""Fusion as two Triton kernels: one gives what levels are weighed by, one weighs, adapts and adds them, each reading a
+level once.
 
-The other forms read a level again for its adapter and go through float32 copies of whole levels. It takes the place of
-`weighted_sum` where asked for (`DeepStackFusion.compile_kernels` with the backend ``triton``), and hands on to it what
-it does not do: gradients, float64, levels that are not contiguous or very wide. Knows packed tensors only. Imported
-when asked for: Triton is not on every machine.
+In the eager form a level goes through memory once for its weight, once for the sum and once for its adapter, by some
+twenty launches a tap, which cost more than the arithmetic where the host is what a request waits for. These take the
+parameters as they are stored: normalising the weights and mixing happen in the kernel. A model on a GPU runs them (see
+`DeepStackFusion.compile_kernels`); what they do not do (gradients, float64, levels that are not contiguous or very
+wide) is handed back to the eager form, which is their oracle in the tests. Knows packed tensors only. Imported when
+asked for: Triton is not on every machine.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive_fusion.fusion.kernels import check_packed, expand_rows, weight_rows, weighted_sum
+from adaptive_fusion.fusion.kernels import Law, check_packed, expand_rows, weight_rows, weighted_sum
 
-MAX_WIDTH = 4096
-_TILE = 8192
-"""Values of a block's sum, kept in registers: 32 a thread with eight warps."""
+MAX_WIDTH, MAX_RANK = 4096, 16
+"""Of a level, and of its adapter."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FACTORS = dict(zip(_DTYPES, (tl.bfloat16, tl.float16, tl.float32), strict=True))
+_LEAST = 16
+"""Rows and columns that a matrix product on tensor cores has at least."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: patches of one program, columns of one step of it, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+PLAIN, ADAPTED, SCORED = Tile(8, 1024, 8), Tile(32, 128, 4), Tile(8, 1024, 8)
+"""Of a sum, of a sum with adapters, and of scores, which take all columns at once."""
+
+
+@triton.jit
+def _log1pexp(x):  # type: ignore[no-untyped-def]
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _score(scores, bias, i: tl.constexpr, BIAS: tl.constexpr, inside):  # type: ignore[no-untyped-def]
+    found = tl.load(scores + i, mask=inside, other=0.0)
+    if BIAS:
+        found += tl.load(bias + i)
+    return found
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_kernel(  # type: ignore[no-untyped-def]
     out,
     levels,
-    weights,
-    mixed,
+    scores,
+    bias,
+    mix,
     down,
     up,
     patches,
-    weight_stride,
-    mixed_stride,
+    score_stride,
+    LAW: tl.constexpr,
+    BIAS: tl.constexpr,
+    MIX: tl.constexpr,
+    TAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    RANK: tl.constexpr,
+    CODES: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < patches
+    own = scores + rows * score_stride
+    highest = tl.full((ROWS,), -float("inf"), tl.float32)
+    norm = tl.zeros((ROWS,), tl.float32)
+    if LAW == "sigmoid":
+        # Sigmoids over their sum as a softmax of their logarithms: finite where all of them underflow.
+        for i in tl.static_range(LEVELS):
+            highest = tl.maximum(highest, -_log1pexp(-_score(own, bias, i, BIAS, inside)))
+        for i in tl.static_range(LEVELS):
+            norm += tl.exp(-_log1pexp(-_score(own, bias, i, BIAS, inside)) - highest)
+    if LAW == "softplus":
+        for i in tl.static_range(LEVELS):
+            norm += _log1pexp(_score(own, bias, i, BIAS, inside))
+    mixed = 1.0
+    if MIX:
+        mixed = tl.load(mix)
+    shares = ()
+    for i in tl.static_range(LEVELS):
+        share = tl.full((ROWS,), 1.0, tl.float32)
+        if LAW == "given":
+            share = _score(own, bias, i, BIAS, inside)
+        if LAW == "sigmoid":
+            share = tl.exp(-_log1pexp(-_score(own, bias, i, BIAS, inside)) - highest) / norm
+        if LAW == "softplus":
+            share = _log1pexp(_score(own, bias, i, BIAS, inside)) / norm
+        shares = shares + (share * mixed,)  # type: ignore[assignment]  # noqa: RUF005
+    ranks = tl.arange(0, CODES)
+    known = ranks < RANK
+    codes = ()
+    if RANK > 0:
+        # What the second pass reads of these rows is still in the cache.
+        for i in tl.static_range(LEVELS):
+            code = tl.zeros((ROWS, CODES), tl.float32)
+            for start in range(0, WIDTH, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)
+                wide = columns < WIDTH
+                level = tl.load(
+                    levels[i] + rows[:, None] * WIDTH + columns[None, :],
+                    mask=inside[:, None] & wide[None, :],
+                    other=0.0,
+                )
+                into = tl.load(
+                    down + (i * RANK + ranks[:, None]) * WIDTH + columns[None, :],
+                    mask=known[:, None] & wide[None, :],
+                    other=0.0,
+                )
+                into = tl.trans(into.to(level.dtype).to(FACTOR))
+                code += tl.dot(level.to(FACTOR), into, input_precision="ieee")
+            code = (code * shares[i][:, None]).to(out.dtype.element_ty).to(FACTOR)
+            codes = codes + (code,)  # type: ignore[assignment]  # noqa: RUF005
+    for start in range(0, WIDTH, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        wide = columns < WIDTH
+        places = rows[:, None] * WIDTH + columns[None, :]
+        mask = inside[:, None] & wide[None, :]
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for i in tl.static_range(LEVELS):
+            level = tl.load(levels[i] + places, mask=mask, other=0.0).to(tl.float32)
+            total += shares[i][:, None] * level
+            if i == TAP:
+                total += (1.0 - mixed) * level
+            if RANK > 0:
+                # Contiguous as stored, [width, rank].
+                back = tl.load(
+                    up + (i * WIDTH + columns[:, None]) * RANK + ranks[None, :],
+                    mask=wide[:, None] & known[None, :],
+                    other=0.0,
+                )
+                back = tl.trans(back.to(out.dtype.element_ty).to(FACTOR))
+                total += tl.dot(codes[i], back, input_precision="ieee")
+        tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _score_kernel(  # type: ignore[no-untyped-def]
+    out,
+    levels,
+    vectors,
+    gate,
+    patches,
+    WEIGHED: tl.constexpr,
+    TAP: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     LEVELS: tl.constexpr,
-    RANK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -43,96 +171,137 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     inside, wide = rows < patches, columns < WIDTH
     places = rows[:, None] * WIDTH + columns[None, :]
     mask = inside[:, None] & wide[None, :]
-    total = tl.zeros((ROWS, PADDED), tl.float32)
     for i in tl.static_range(LEVELS):
         level = tl.load(levels[i] + places, mask=mask, other=0.0).to(tl.float32)
-        weight = tl.load(weights + rows * weight_stride + i, mask=inside, other=0.0)
-        total += weight[:, None] * level
-        if RANK > 0:
-            share = tl.load(mixed + rows * mixed_stride + i, mask=inside, other=0.0)
-            for r in tl.static_range(RANK):
-                place = (i * RANK + r) * WIDTH + columns
-                into = tl.load(down + place, mask=wide, other=0.0).to(tl.float32)
-                back = tl.load(up + place, mask=wide, other=0.0).to(tl.float32)
-                code = tl.sum(level * into[None, :], axis=1) * share
-                total += code[:, None] * back[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+        if WEIGHED:
+            vector = tl.load(vectors + i * WIDTH + columns, mask=wide, other=0.0)
+            tl.store(out + rows * (LEVELS + 1) + i, tl.sum(level * vector[None, :], axis=1), mask=inside)
+        if i == TAP:
+            own = tl.load(gate + columns, mask=wide, other=0.0)
+            tl.store(out + rows * (LEVELS + 1) + LEVELS, tl.sum(level * own[None, :], axis=1), mask=inside)
+
+
+_INTERPRETED = not isinstance(_sum_kernel, triton.runtime.JITFunction)
+"""Whether there is no GPU: the interpreter takes bfloat16 factors of a product for integers."""
 
 
 class TritonSum:
-    """`weighted_sum` by one kernel; `adapted` with the adapters' share in the same pass."""
+    """`weighted_sum` by one kernel; see `CombineLaw` for what else it does.
+
+    Where Triton cannot build or start its kernels (no C compiler, too little shared memory) it says so once, and
+    everything goes the eager way.
+    """
+
+    def __init__(self) -> None:
+        self.broken: str | None = None
 
     def __call__(self, levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
         """See `weighted_sum`."""
         check_packed(levels, lengths)
-        if not _takes(levels, weights):
-            return weighted_sum(levels, weights, lengths)
-        rows = weight_rows(weights, len(levels), len(lengths))
-        return _launch(levels, rows, rows, None, None, lengths)
+        found = None
+        if self._takes(levels, weights):
+            rows = weight_rows(weights, len(levels), len(lengths)).float()
+            found = self._run(partial(_sum, levels, lengths, Law("given", rows)))
+        return weighted_sum(levels, weights, lengths) if found is None else found
 
-    def adapted(
-        self,
-        levels: Sequence[Tensor],
-        weights: Tensor,
-        lengths: Sequence[int],
-        mixed: Tensor,
-        down: Tensor,
-        up: Tensor,
+    def by_law(
+        self, levels: Sequence[Tensor], lengths: Sequence[int], law: Law, down: Tensor | None, up: Tensor | None
     ) -> Tensor | None:
-        """Sum of ``weights[image, i] * levels[i] + mixed[image, i] * up[i] @ down[i] @ levels[i]``.
-
-        Args:
-            mixed: As `weights`, of the adapters.
-            down: ``[L, rank, D]``.
-            up: ``[L, D, rank]``.
-
-        Returns ``[N, D]``, accumulated in float32 and rounded once, or None for what this kernel does not do.
-        Raises ConfigError if shapes do not fit.
-        """
+        """See `CombineLaw.by_law`."""
         check_packed(levels, lengths)
-        if not _takes(levels, weights, mixed, down, up):
+        stored = [each for each in (law.bias, law.mix, down, up) if each is not None]
+        given = stored if law.scores is None else [*stored, law.scores]
+        if not self._takes(levels, *given) or not all(each.is_contiguous() for each in stored):
             return None
-        rows, shares = (weight_rows(each, len(levels), len(lengths)) for each in (weights, mixed))
-        dtype = levels[0].dtype
-        return _launch(levels, rows, shares, down.to(dtype), up.transpose(1, 2).to(dtype).contiguous(), lengths)
+        if down is not None and down.shape[1] > MAX_RANK:
+            return None
+        return self._run(partial(_sum, levels, lengths, law, down, up))
+
+    def scores(
+        self, levels: Sequence[Tensor], lengths: Sequence[int], vectors: Tensor | None, gate: Tensor, tap: int
+    ) -> Tensor | None:
+        """See `CombineLaw.scores`."""
+        check_packed(levels, lengths)
+        given = [gate] if vectors is None else [gate, vectors]
+        if not self._takes(levels, *given) or not all(each.is_contiguous() for each in given):
+            return None
+        return self._run(partial(_scores, levels, lengths, vectors, gate, tap))
+
+    def _takes(self, levels: Sequence[Tensor], *others: Tensor) -> bool:
+        first = levels[0]
+        if self.broken or first.dtype not in _DTYPES or first.shape[1] > MAX_WIDTH:
+            return False
+        if (first.device.type != "cuda" and not _INTERPRETED) or not all(each.is_contiguous() for each in levels):
+            return False
+        if any(each.dtype == torch.float64 or each.device != first.device for each in others):
+            return False
+        return not (torch.is_grad_enabled() and any(each.requires_grad for each in (*levels, *others)))
+
+    def _run(self, launch: Callable[[], Tensor]) -> Tensor | None:
+        try:
+            return launch()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0][:200]
+            self.broken = f"{type(error).__name__}: {said}"
+            warnings.warn(f"Triton's kernels do not run here, fusion runs without them ({self.broken})", stacklevel=2)
+            return None
 
 
-def _takes(levels: Sequence[Tensor], *others: Tensor) -> bool:
+def _scores(levels: Sequence[Tensor], lengths: Sequence[int], vectors: Tensor | None, gate: Tensor, tap: int) -> Tensor:
     first = levels[0]
-    if first.dtype not in _DTYPES or first.shape[1] > MAX_WIDTH or not all(each.is_contiguous() for each in levels):
-        return False
-    return not (torch.is_grad_enabled() and any(each.requires_grad for each in (*levels, *others)))
+    patches, width = first.shape
+    make = first.new_zeros if vectors is None else first.new_empty
+    dots = make((patches, len(levels) + 1), dtype=torch.float32)
+    _score_kernel[(triton.cdiv(patches, SCORED.rows),)](
+        dots,
+        tuple(levels),
+        gate if vectors is None else vectors,
+        gate,
+        patches,
+        WEIGHED=vectors is not None,
+        TAP=tap,
+        WIDTH=width,
+        PADDED=triton.next_power_of_2(width),
+        LEVELS=len(levels),
+        ROWS=SCORED.rows,
+        num_warps=SCORED.warps,
+    )
+    if len(lengths) == 1:
+        return dots.mean(0, keepdim=True)
+    return torch.stack([part.mean(0) for part in torch.split(dots, list(lengths))])
 
 
-def _launch(
-    levels: Sequence[Tensor],
-    weights: Tensor,
-    mixed: Tensor,
-    down: Tensor | None,
-    up: Tensor | None,
-    lengths: Sequence[int],
+def _sum(
+    levels: Sequence[Tensor], lengths: Sequence[int], law: Law, down: Tensor | None = None, up: Tensor | None = None
 ) -> Tensor:
     first = levels[0]
     patches, width = first.shape
-    weights, mixed = (expand_rows(each.float(), lengths).contiguous() for each in (weights, mixed))
+    scores = first if law.scores is None else expand_rows(law.scores, lengths)
     out = torch.empty_like(first)
-    padded = triton.next_power_of_2(width)
-    rows = max(1, _TILE // padded)
-    _sum_kernel[(triton.cdiv(patches, rows),)](
+    tile = PLAIN if down is None else ADAPTED
+    _sum_kernel[(triton.cdiv(patches, tile.rows),)](
         out,
         tuple(levels),
-        weights,
-        mixed,
-        weights if down is None else down.contiguous(),
-        weights if up is None else up,
+        scores,
+        scores if law.bias is None else law.bias,
+        scores if law.mix is None else law.mix,
+        scores if down is None else down,
+        scores if up is None else up,
         patches,
-        0 if weights.shape[0] == 1 else len(levels),
-        0 if mixed.shape[0] == 1 else len(levels),
+        0 if law.scores is None or scores.shape[0] == 1 else scores.stride(0),
+        LAW=law.name,
+        BIAS=law.bias is not None,
+        MIX=law.mix is not None,
+        TAP=law.tap if law.mix is not None else -1,
         WIDTH=width,
-        PADDED=padded,
         LEVELS=len(levels),
         RANK=0 if down is None else down.shape[1],
-        ROWS=rows,
-        num_warps=8,
+        CODES=_LEAST,
+        FACTOR=_FACTORS[torch.float32 if _INTERPRETED else first.dtype],
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        num_warps=tile.warps,
     )
     return out

@@ -8,6 +8,7 @@ tensors and lengths; nothing of mergers or model families.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self, cast
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from adaptive_fusion.checks import integer, is_integer
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion.files import read_tensors, save_tensors
-from adaptive_fusion.fusion.kernels import Combine, CompiledSum, check_packed, expand_rows
+from adaptive_fusion.fusion.kernels import Combine, CompiledSum, check_packed, expand_rows, weighted_sum
 from adaptive_fusion.fusion.levels import check_levels, depth_profile, group_levels
 from adaptive_fusion.fusion.strategies import STRATEGIES, TapFusion
 from adaptive_fusion.reduction.learned_pool import WindowPool
@@ -149,15 +150,27 @@ class DeepStackFusion(nn.Module):
         not write to it.
         Raises ConfigError for an unknown tap, a missing level or shapes that do not fit.
         """
-        tap = self._tap(tap_index)
-        group = self.spec.groups[tap_index]
+        tap, features = self._group(tap_index, levels, lengths)
+        return tap.fuse(features, lengths)
+
+    def fuse_and_gate(
+        self, tap_index: int, levels: Mapping[int, Tensor], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor | float]:
+        """What `fuse` gives and, from the same levels, what `gate` gives."""
+        tap, features = self._group(tap_index, levels, lengths)
+        return tap.both(features, lengths)
+
+    def _group(
+        self, tap_index: int, levels: Mapping[int, Tensor], lengths: Sequence[int]
+    ) -> tuple[TapFusion, list[Tensor]]:
+        tap, group = self._tap(tap_index), self.spec.groups[tap_index]
         if missing := [i for i in group if i not in levels]:
             raise ConfigError(
                 f"tap {tap_index} needs the levels {list(group)}; {missing} are not among {sorted(levels)}"
             )
         features = [levels[i] for i in group]
         self._check(features, lengths)
-        return tap.fuse(features, lengths)
+        return tap, features
 
     def gate(self, tap_index: int, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
         """g_t of tap `tap_index` from its own level ``[patches, d_vision]``.
@@ -187,13 +200,21 @@ class DeepStackFusion(nn.Module):
 
     def compile_kernels(self, max_shapes: int = 8, backend: str = "inductor") -> None:
         """Sum levels with `CompiledSum` at inference, for at most `max_shapes` kinds of input; with the backend
-        ``triton`` by one kernel that takes all of them, adapters included.
+        ``triton`` by kernels that also weigh them and add the adapters' share.
 
         Raises ConfigError where Triton is not installed.
         """
         combine = _triton_sum() if backend == "triton" else CompiledSum(max_shapes, backend)
         for tap in self.taps:
             cast(TapFusion, tap).combine = combine
+
+    def use_device_kernels(self) -> None:
+        """On a GPU with Triton its kernels, unless others were asked for: the eager form's launches take longer there
+        than its arithmetic."""
+        if self.device is None or self.device.type != "cuda" or find_spec("triton") is None:
+            return
+        if all(cast(TapFusion, tap).combine is weighted_sum for tap in self.taps):
+            self.compile_kernels(backend="triton")
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
         """Write the parameters, as `dtype`, and the spec to a safetensors file, replacing it whole or not at all.

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptive_fusion.fusion.kernels import Combine, CombineAdapted, global_pool, weighted_sum
+from adaptive_fusion.fusion.kernels import Combine, CombineLaw, Law, global_pool, weighted_sum
 from adaptive_fusion.fusion.registry import Registry
 from adaptive_fusion.fusion.weights import Adapters, FixedWeights, GatedWeights, LevelWeights, UnitWeights
 
@@ -65,6 +65,10 @@ class TapFusion(nn.Module, ABC):
     def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
         """g_t from the tap's own level: ``[n_images]``, or a float where it is the same constant for all."""
 
+    def both(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor | float]:
+        """`fuse` and `gate` of one group, which read the levels once where a kernel can."""
+        return self.fuse(levels, lengths), self.gate(levels[self.tap], lengths)
+
 
 STRATEGIES: Registry[TapFusion] = Registry("fusion")
 """Every way of combining levels, by the name that an operating point uses."""
@@ -88,6 +92,19 @@ class Mixed(TapFusion):
         self.adapters = Adapters(len(profile), width, rank) if rank else None
 
     def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        return self._fused(levels, lengths, self._law(levels, lengths))
+
+    def _law(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Law | None:
+        """How a kernel that takes parameters as they are would weigh these levels; None where it cannot."""
+        return Law("unit", mix=self.mix, tap=self.tap)
+
+    def _fused(self, levels: Sequence[Tensor], lengths: Sequence[int], law: Law | None) -> Tensor:
+        alone = len(levels) == 1 and self.mix is None
+        if law is not None and isinstance(self.combine, CombineLaw) and not (alone and self.adapters is None):
+            down, up = (None, None) if self.adapters is None else (self.adapters.down, self.adapters.up)
+            found = self.combine.by_law(levels, lengths, law, down, up)
+            if found is not None:
+                return found
         mixed = self.weights(levels, lengths)
         if self.mix is None:
             weights = mixed
@@ -96,11 +113,7 @@ class Mixed(TapFusion):
             own = torch.zeros_like(mixed[:1])
             own[0, self.tap] = 1.0
             weights = mixed + own * (1 - self.mix)
-        if self.adapters is not None and isinstance(self.combine, CombineAdapted):
-            found = self.combine.adapted(levels, weights, lengths, mixed, self.adapters.down, self.adapters.up)
-            if found is not None:
-                return found
-        fused = levels[0] if len(levels) == 1 and self.mix is None else self.combine(levels, weights, lengths)
+        fused = levels[0] if alone else self.combine(levels, weights, lengths)
         return fused if self.adapters is None else self.adapters.add_to(fused, levels, mixed, lengths)
 
 
@@ -126,6 +139,12 @@ class Weighted(Mixed):
         super().__init__(tap, profile, width, rank, FixedWeights(profile))
         self.gate_scale = nn.Parameter(torch.ones(()))
 
+    def _law(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Law | None:
+        raw = self.weights.raw
+        if not isinstance(raw, Tensor):  # of one level
+            return super()._law(levels, lengths)
+        return Law("softplus", raw[None], mix=self.mix, tap=self.tap)
+
     def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
         return self.gate_scale.expand(len(lengths))
 
@@ -142,6 +161,33 @@ class Gated(Mixed):
         self.gate_weight = nn.Parameter(torch.zeros(width))
         self.gate_bias = nn.Parameter(torch.zeros(()))
 
+    def both(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor | float]:
+        scores = self._scores(levels, lengths)
+        if scores is None:
+            return super().both(levels, lengths)
+        return self._fused(levels, lengths, self._scored(scores)), self._gate(scores[:, -1])
+
     def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
         pooled = global_pool([features], lengths)[:, 0]
-        return 2 * torch.sigmoid((pooled * self.gate_weight).sum(1) + self.gate_bias)
+        return self._gate((pooled * self.gate_weight).sum(1))
+
+    def _gate(self, scores: Tensor) -> Tensor:
+        return 2 * torch.sigmoid(scores + self.gate_bias)
+
+    def _law(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Law | None:
+        scores = self._scores(levels, lengths)
+        return None if scores is None else self._scored(scores)
+
+    def _scores(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor | None:
+        """See `CombineLaw.scores`; None where the kernel in use gives none."""
+        if not isinstance(self.combine, CombineLaw):
+            return None
+        vectors = self.weights.weight
+        vectors = vectors if isinstance(vectors, Tensor) else None  # of one level
+        return self.combine.scores(levels, lengths, vectors, self.gate_weight, self.tap)
+
+    def _scored(self, scores: Tensor) -> Law:
+        bias = self.weights.bias
+        if not isinstance(bias, Tensor):
+            return Law("unit", mix=self.mix, tap=self.tap)
+        return Law("sigmoid", scores[:, :-1], bias, self.mix, self.tap)

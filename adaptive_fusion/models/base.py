@@ -347,6 +347,7 @@ class Adapter(Planned):
         """Use `fusion` for every point with its spec, and for those with a count of levels that it was trained to serve
         as well, on the model's device; the model itself is not touched."""
         self._fusions[fusion.spec] = fusion.to(self.device).eval()
+        fusion.use_device_kernels()
         for count in fusion.spec.elastic:
             levels = select_levels(self.depth, self.taps, count)
             if set(levels) <= set(fusion.spec.levels):

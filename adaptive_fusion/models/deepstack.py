@@ -71,8 +71,8 @@ def merge_tap(
     host: Any = called(tower)
     # A tower may be spread over devices; the fusion module is on one.
     group = {level: levels[level].to(fusion.device) for level in fusion.spec.groups[tap]}
-    gate = fusion.gate(tap, group[fusion.spec.taps[tap]], lengths)
-    merged = host.deepstack_merger_list[tap](fusion.fuse(tap, group, lengths))
+    fused, gate = fusion.fuse_and_gate(tap, group, lengths)
+    merged = host.deepstack_merger_list[tap](fused)
     if isinstance(gate, Tensor):
         gate = gate.to(merged.device)
     return apply_gate(merged, gate, [length // host.spatial_merge_size**2 for length in lengths])

@@ -11,7 +11,7 @@ from benchmarks.gpu.book import Desk, Row
 from benchmarks.gpu.models import Request, Scale, exactly, several
 
 SIZES = ("4b", "2b")
-TOKENS = 8
+TOKENS, AGAIN = 8, 8
 
 
 def run(desk: Desk, scale: Scale) -> None:
@@ -35,17 +35,28 @@ def _row(scale: Scale, size: str, case: str) -> Row:
     inputs = _inputs(scale, runner.adapter, case)
     options = {**exactly(TOKENS), "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():
-        first, again = (runner.model.generate(**inputs, **options) for _ in range(2))
+        own = [runner.model.generate(**inputs, **options) for _ in range(2 if scale.tiny else AGAIN)]
     ours = runner.generate(**inputs, **options)
-    logits, same, mine = (torch.stack(list(found.logits)) for found in (first, again, ours))
+    # On some devices the model itself does not repeat the last bit of its decoding steps: what it gives is a few
+    # outcomes, of which the runner's has to be one. Its prefill repeats itself.
+    outcomes: list[torch.Tensor] = []
+    for each in map(_logits, own):
+        if not any(torch.equal(each, known) for known in outcomes):
+            outcomes.append(each)
+    mine = _logits(ours)
     return {
         "rows": int(inputs["input_ids"].shape[0]),
         "prompt_tokens": int(inputs["input_ids"].shape[1]),
         "dtype": str(runner.dtype).removeprefix("torch."),
-        "tokens_equal": torch.equal(first.sequences, ours.sequences),
-        "logits_equal": torch.equal(logits, mine),
-        "largest_difference": float((logits - mine).abs().max()),
-        # Where the model differs from itself, what the runner differs by says nothing.
-        "model_repeats_itself": torch.equal(logits, same),
+        "tokens_equal": any(torch.equal(each.sequences, ours.sequences) for each in own),
+        "logits_equal": any(torch.equal(mine, known) for known in outcomes),
+        "prefill_equal": all(torch.equal(mine[0], known[0]) for known in outcomes),
+        "largest_difference": min(float((mine - known).abs().max()) for known in outcomes),
+        "model_outcomes": len(outcomes),
         "distinct_tokens": int(ours.sequences[:, -TOKENS:].unique().numel()),
     }
+
+
+def _logits(found: Any) -> torch.Tensor:
+    """``[steps, rows, vocabulary]``."""
+    return torch.stack(list(found.logits))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from adaptive_fusion.bench.cost import Workload, build_random
 from adaptive_fusion.bench.shapes import IDS, Shape, ShapeProcessor, Vision, shape
-from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
+from adaptive_fusion.cost.estimate import analytic_profile, device_rates, model_shape
 from adaptive_fusion.cost.model import CostModel, Work
 from adaptive_fusion.cost.profiles import profile_key
 from adaptive_fusion.media.clips import Video
@@ -147,13 +147,11 @@ def several(adapter: Adapter, sides: Sequence[int]) -> dict[str, Any]:
 
 def analytic(adapter: Adapter) -> CostModel:
     """What is predicted from the shape and the guessed rates of a device alone, before anything is measured."""
-    flops, rate = RATES["cuda" if adapter.device.type == "cuda" else "cpu"]
     profile = analytic_profile(
         model_shape(adapter),
         profile_key(adapter),
         dtype_bytes=adapter.dtype.itemsize,
-        flops_per_s=flops,
-        bytes_per_s=rate,
+        rates=device_rates(str(adapter.device)),
     )
     return CostModel(profile)
 

@@ -42,7 +42,7 @@ def shortfalls(found: Mapping[str, Any]) -> list[str]:
     short = [
         f"{key}: native through the runner is not the model's (largest difference {row['largest_difference']:g})"
         for key, row in rows.get("identity", {}).items()
-        if not (row["tokens_equal"] and row["logits_equal"]) and row["model_repeats_itself"]
+        if not (row["tokens_equal"] and row["logits_equal"] and row["prefill_equal"])
     ]
     if found["header"]["tiny"]:
         return short

@@ -18,6 +18,8 @@ from adaptive_fusion.execution.timing import synchronize
 PACKAGES = ("transformers", "triton", "flash-attn", "adaptive-fusion")
 COPIED = 1 << 30
 """Bytes of the tensor whose copy gives the bandwidth: many times the last-level cache."""
+AHEAD = 24
+"""Such copies that are queued before a call whose kernels alone are timed: ten milliseconds and more."""
 
 
 def times_ms(call: Callable[[], Any], device: torch.device, *, repeats: int = 10, warm: int = 3) -> list[float]:
@@ -43,6 +45,40 @@ def times_ms(call: Callable[[], Any], device: torch.device, *, repeats: int = 10
         pairs.append((first, last))
     synchronize(device)
     return [first.elapsed_time(last) for first, last in pairs]
+
+
+def device_times_ms(
+    call: Callable[[], Any], device: torch.device, *, repeats: int = 10, warm: int = 3
+) -> tuple[list[float], list[float]]:
+    """Milliseconds that a GPU takes for a call's kernels, one after the other as launched, and that the host takes to
+    launch them, each of `repeats` times.
+
+    Copies of 1 GiB are queued before each call, so that the device finds all of it there when it comes to it, and
+    nothing of it in its cache. Elsewhere both are the time of the call.
+    """
+    if device.type != "cuda":
+        taken = times_ms(call, device, repeats=repeats, warm=warm)
+        return taken, taken
+    source = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    for _ in range(warm):
+        call()
+    own, host = [], []
+    for _ in range(repeats):
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        synchronize(device)
+        for _ in range(AHEAD):
+            target.copy_(source)
+        began = time.perf_counter()
+        first.record()
+        call()
+        last.record()
+        host.append((time.perf_counter() - began) * 1e3)
+        if first.query():
+            raise RuntimeError("the device was done with what was queued before the call was launched")
+        synchronize(device)
+        own.append(first.elapsed_time(last))
+    return own, host
 
 
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:

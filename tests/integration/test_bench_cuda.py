@@ -48,7 +48,7 @@ def test_every_part_runs_and_a_failure_is_reported(cuda: ModuleType, whole: tupl
         assert part["rows"] or name == "batching", name
     assert set(parts["costs"]["skipped"]) == GPU_ONLY
     for row in parts["identity"]["rows"].values():
-        assert row["tokens_equal"] and row["logits_equal"] and row["model_repeats_itself"]
+        assert row["tokens_equal"] and row["logits_equal"] and row["prefill_equal"]
     points = parts["costs"]["rows"]["4b clip"]["points"]
     assert points["native@1/25%"]["patches"] < points["native@1"]["patches"] == points["gated12r8@1"]["patches"]
     assert points["native@1"]["encode_ms"]["predicted"] > 0 and points["native@0.5"]["prefill_ms"]["ratio"]

@@ -5,7 +5,7 @@ import torch
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
-from adaptive_fusion.fusion.kernels import weighted_sum
+from adaptive_fusion.fusion.kernels import Law, weighted_sum
 from adaptive_fusion.fusion.kernels_triton import TritonSum
 
 LENGTHS = [5, 12]
@@ -28,27 +28,44 @@ def check_sums(kernel: TritonSum) -> None:
             # Wider numbers and levels that are not contiguous go to the eager kernel.
             wide = [feature.double() for feature in features]
             torch.testing.assert_close(kernel(wide, weights, LENGTHS), weighted_sum(wide, weights, LENGTHS))
-            assert kernel.adapted(wide, weights, LENGTHS, weights, weights, weights) is None
+            assert kernel.by_law(wide, LENGTHS, Law("given", weights), None, None) is None
+            assert kernel.scores(wide, LENGTHS, None, wide[0][0], 0) is None
 
 
 def check_modules() -> None:
     for dtype in DTYPES:
         for strategy in ("sum", "weighted", "gated"):
-            torch.manual_seed(0)
-            module = DeepStackFusion(FusionSpec(strategy, (1, 5), (0, 1, 3, 4, 5), 24, 4)).eval()
-            for parameter in module.parameters():
-                torch.nn.init.normal_(parameter, std=0.3)
-            features = dict(zip(module.spec.levels, levels(5, 24, dtype), strict=True))
-            with torch.no_grad():
-                eager = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
-                module.compile_kernels(backend="triton")
-                assert all(isinstance(tap.combine, TritonSum) for tap in module.taps)
-                fused = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
-            # Eagerly, half precision rounds the adapters' codes too.
-            tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.03}
-            for found, expected in zip(fused, eager, strict=True):
-                torch.testing.assert_close(found, expected, **tolerance)
-            assert module.fuse(0, features, LENGTHS).requires_grad  # by the kernel that has gradients
+            for lengths in (LENGTHS, [sum(LENGTHS)]):
+                for blocks in ((0, 1, 3, 4, 5), (1, 5)):  # the second leaves one level a tap
+                    check_module(dtype, strategy, lengths, blocks)
+
+
+def check_module(dtype: torch.dtype, strategy: str, lengths: list[int], blocks: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module = DeepStackFusion(FusionSpec(strategy, (1, 5), blocks, 24, 4)).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    features = dict(zip(module.spec.levels, levels(len(blocks), 24, dtype), strict=True))
+    with torch.no_grad():
+        eager = [both(module, tap, features, lengths) for tap in range(2)]
+        module.compile_kernels(backend="triton")
+        assert all(isinstance(tap.combine, TritonSum) for tap in module.taps)
+        fused = [both(module, tap, features, lengths) for tap in range(2)]
+        alone = [module.fuse(tap, features, lengths) for tap in range(2)]
+    # Eagerly, half precision rounds the adapters' codes and the pooled levels too.
+    tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.03}
+    for found, expected, own in zip(fused, eager, alone, strict=True):
+        torch.testing.assert_close(found[0], expected[0], **tolerance)
+        torch.testing.assert_close(found[1], expected[1], **(tolerance and {"atol": 0.01, "rtol": 0.01}))
+        torch.testing.assert_close(own, found[0])
+    assert module.fuse(0, features, lengths).requires_grad  # by the kernel that has gradients
+
+
+def both(
+    module: DeepStackFusion, tap: int, features: dict[int, torch.Tensor], lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fused, gate = module.fuse_and_gate(tap, features, lengths)
+    return fused, torch.as_tensor(gate)
 
 
 def check_refusals(kernel: TritonSum) -> None:

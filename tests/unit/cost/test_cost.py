@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_fusion.cost.estimate import ModelShape, analytic_profile
+from adaptive_fusion.cost.estimate import ModelShape, Rates, analytic_profile
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.lengths import MAX_KINDS, LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile, Work
@@ -35,15 +35,17 @@ POINTS = [
 ]
 
 
-def sample(rng: random.Random, *, noise: float = 0.0, concurrency: int = 1, slow: float = 1.0) -> Sample:
-    """A measured request whose truth is `TRUE`."""
+def sample(
+    rng: random.Random, *, noise: float = 0.0, concurrency: int = 1, slow: float = 1.0, true: Profile = TRUE
+) -> Sample:
+    """A measured request whose truth is `true`."""
     point = rng.choice(POINTS)
     patches = tuple(rng.randrange(64, 2304) for _ in range(rng.choice([1, 1, 2, 6])))
     visual = int(sum(patches) / 4 * point.downsample**2)
     batch = rng.choice([1, 1, 2])
     source = rng.randrange(10**4, 10**6)
     work = Work(patches, visual + 20 * batch, rng.randrange(2, 80), batch, source_pixels=source)
-    p = CostModel(TRUE).predict(point, work)
+    p = CostModel(true).predict(point, work)
 
     def noisy(value: float) -> float:
         return value * slow * math.exp(rng.gauss(0, noise))
@@ -158,7 +160,7 @@ SHAPE_2B = ModelShape(24, 1024, 4096, 1536, 28, 2048, 6144, 16, 8, 128, 151_936)
 def test_the_analytic_estimate_has_the_right_magnitude_at_the_2b_shape() -> None:
     # encode: 24 x (8 x 1024^2 + 4 x 1024 x 4096) x 1024 patches + attention = 0.72 TFLOP;
     # prefill: 1.4 G weights x 2 x 276 tokens = 0.78 TFLOP
-    model = CostModel(analytic_profile(SHAPE_2B, KEY, flops_per_s=1e12, bytes_per_s=1e11))
+    model = CostModel(analytic_profile(SHAPE_2B, KEY, rates=Rates(1e12, 1e11)))
     full = model.predict(NATIVE, Work((1024,), 276, 10))
     assert full.encode_ms == pytest.approx(720, rel=0.1)
     assert full.prefill_ms == pytest.approx(780, rel=0.1)
@@ -166,6 +168,27 @@ def test_the_analytic_estimate_has_the_right_magnitude_at_the_2b_shape() -> None
     quarter = model.predict(replace(NATIVE, downsample=0.5), Work((1024,), 84, 10))
     assert quarter.encode_ms == full.encode_ms and quarter.prefill_ms < 0.4 * full.prefill_ms
     assert 0 < quarter.peak_memory_gb < full.peak_memory_gb < 1
+
+
+def test_what_launching_hides_takes_no_less_in_an_estimate() -> None:
+    model = CostModel(analytic_profile(SHAPE_2B, KEY, rates=Rates(1e15, 5e12, 1.0)))
+    small, larger, large = (model.predict(NATIVE, Work((n,), n // 4 + 20, 3)) for n in (256, 1024, 65536))
+    # A millisecond a layer: 24 in the encoder and 28 in the language model, beside what they add up to themselves.
+    assert 24 < small.encode_ms < larger.encode_ms < 30 < large.encode_ms
+    assert 28 < small.prefill_ms < larger.prefill_ms < 33 < large.prefill_ms
+    assert small.decode_ms == pytest.approx(2 * 28, rel=0.01)
+
+
+def test_a_fit_finds_what_launching_hides() -> None:
+    rng, true = random.Random(2), replace(TRUE, hidden_pairs=3e6, hidden_tokens=500.0)
+    samples = [sample(rng, true=true) for _ in range(150)]
+    fitted = CostModel(fit_profile(samples, KEY))
+    assert fitted.profile.hidden_pairs > 0 and fitted.profile.hidden_tokens > 0
+    plain = CostModel(replace(fit_profile(samples, KEY), hidden_pairs=0.0, hidden_tokens=0.0))
+    unseen = [sample(rng, true=true) for _ in range(100)]
+    errors = [[abs(model.predict(p, w).ttft_ms / m.ttft_ms - 1) for p, w, m in unseen] for model in (fitted, plain)]
+    assert sorted(errors[0])[95] < 0.1 < sorted(errors[1])[95]
+    assert fit_profile([sample(rng) for _ in range(150)], KEY).hidden_tokens == 0.0  # nothing is hidden
 
 
 def test_profiles_survive_the_disk_and_are_keyed(tmp_path: Path) -> None:
