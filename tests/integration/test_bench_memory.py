@@ -1,12 +1,13 @@
 """Memory budgets of many requests: what is counted is what was measured, and the errors are those of the pairs."""
 
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
-from adaptive_fusion.calibrate import BATCHES, calibrate, relative_errors
+from adaptive_fusion.calibrate import BATCHES, _first, _requests, _shapes, calibrate, relative_errors
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -73,3 +74,19 @@ def test_where_memory_costs_nothing_one_request_gives_peak_and_times(
         assert found.profile.errors["memory"] < 0.01  # always the same peak
     alone = {free: total - len(BATCHES) for free, total in totals.items()}  # batches never say a peak
     assert alone[True] * 3 == alone[False] * 2
+
+
+def test_a_gpu_is_calibrated_with_images_of_use(tiny_dense: Any, processor: Any) -> None:
+    adapter = AdaptiveRunner(tiny_dense, processor, policy="native").adapter
+    told = {
+        "packed": True,
+        "restrict": adapter.restrict,
+        "native_pixels": lambda size: min(size.height * size.width, 3_000_000),
+    }
+    gpu, cpu = (cast(Any, SimpleNamespace(device=torch.device(kind), **told)) for kind in ("cuda", "cpu"))
+    areas = [width * height for width, height in _shapes(gpu)]
+    assert 2_900_000 < max(areas) < 3_100_000 and min(areas) < 200_000 and len(areas) < len(_shapes(cpu))
+    plan = _requests(gpu)
+    first = _first(gpu, plan)
+    assert len(first) < len(plan) / 2 and {p.fusion for _, p, _ in first} == {p.fusion for _, p, _ in plan}
+    assert _first(cpu, _requests(cpu)) == _requests(cpu)

@@ -1,10 +1,12 @@
 """The Triton kernel against the eager one, for a process of its own that has ``TRITON_INTERPRET=1``: Triton reads that
 when it is first imported. Says ``as eager`` at the end."""
 
+import warnings
+
 import torch
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.fusion import DeepStackFusion, FusionSpec
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, kernels_triton
 from adaptive_fusion.fusion.kernels import Law, weighted_sum
 from adaptive_fusion.fusion.kernels_triton import TritonSum
 
@@ -77,9 +79,25 @@ def check_refusals(kernel: TritonSum) -> None:
         raise AssertionError("weights of another number were taken")
 
 
+def check_no_kernels() -> None:
+    """Where Triton cannot build them, fusion says so once and runs eagerly."""
+    kernel, features = TritonSum(), levels(3, 8, torch.float32)
+    tile, kernels_triton.PLAIN = kernels_triton.PLAIN, kernels_triton.Tile(3, 1024, 8)  # no power of two
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = [kernel(features, torch.ones(3), LENGTHS) for _ in range(2)]
+    finally:
+        kernels_triton.PLAIN = tile
+    assert len(said) == 1 and "fusion runs without them" in str(said[0].message)
+    for each in found:
+        torch.testing.assert_close(each, weighted_sum(features, torch.ones(3), LENGTHS))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     check_sums(TritonSum())
     check_modules()
     check_refusals(TritonSum())
+    check_no_kernels()
     print("as eager")

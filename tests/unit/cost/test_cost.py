@@ -3,13 +3,14 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_fusion.cost.estimate import ModelShape, Rates, analytic_profile
+from adaptive_fusion.cost.estimate import CPU, GPU, SHARE_OF_PEAK, ModelShape, Rates, analytic_profile, device_rates
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.lengths import MAX_KINDS, LengthModel
 from adaptive_fusion.cost.model import CostModel, Profile, Work
@@ -177,6 +178,30 @@ def test_what_launching_hides_takes_no_less_in_an_estimate() -> None:
     assert 24 < small.encode_ms < larger.encode_ms < 30 < large.encode_ms
     assert 28 < small.prefill_ms < larger.prefill_ms < 33 < large.prefill_ms
     assert small.decode_ms == pytest.approx(2 * 28, rel=0.01)
+
+
+def test_a_gpu_is_taken_for_what_its_clocks_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_rates("cpu") == CPU and device_rates("mps") == CPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert device_rates("cuda:0") == GPU
+    about = SimpleNamespace(
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        clock_rate=1_980_000,
+        memory_bus_width=6144,
+        memory_clock_rate=3_201_000,
+    )  # of an H200
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _device: about)
+    rates = device_rates("cuda:0")
+    # Its peaks are 990 TFLOP/s and 4.8 TB/s by the datasheet.
+    assert 0.8 < rates.flops_per_s / (SHARE_OF_PEAK * 990e12) < 1.2
+    assert 0.8 < rates.bytes_per_s / (SHARE_OF_PEAK * 4.8e12) < 1.2
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda _device: SimpleNamespace(major=7, minor=5, multi_processor_count=40)
+    )
+    assert device_rates("cuda:0") == GPU  # clocks that an older torch does not tell
 
 
 def test_a_fit_finds_what_launching_hides() -> None:
