@@ -23,6 +23,7 @@ DOWNSAMPLES = (1.0, 0.5, 0.25)
 """Not a type: there are no literal types of floats."""
 MIN_PIXELS = 1024
 MAX_PIXELS = 1 << 28
+MAX_SIDE = 8
 
 _NUMBER = r"\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _HEAD = re.compile(
@@ -73,6 +74,10 @@ def _some_pixels(value: Any) -> bool:
     return value is None or (is_integer(value) and MIN_PIXELS <= value <= MAX_PIXELS)
 
 
+def _some_side(value: Any) -> bool:
+    return value is None or (is_integer(value) and 2 <= value <= MAX_SIDE)
+
+
 def _some_fps(value: Any) -> bool:
     return value is None or (is_number(value) and 0 < value <= 120)
 
@@ -88,6 +93,8 @@ class OperatingPoint:
         max_pixels: Pixel budget before the encoder, per image or frame; None leaves the processor's own.
         adapter_rank: Rank of the per-level adapters: 0, 4, 8 or 16.
         max_fps: Frames a second taken from a clip; None leaves the processor's own.
+        blanks: Of the blank parts of an image one is encoded for all in a window of so many merged tokens a side;
+            None encodes every one.
 
     Raises:
         ConfigError: If a value is not one of the choices above.
@@ -101,6 +108,9 @@ class OperatingPoint:
     )
     adapter_rank: Rank = _one_of(0, RANKS, reduces=False, kind=int)
     max_fps: float | None = knob(None, "before", _some_fps, "None or a number above 0, at most 120", unit="fps")
+    blanks: int | None = knob(
+        None, "inside", _some_side, f"None or an integer from 2 to {MAX_SIDE}", unit="blank", kind=int
+    )
 
     def __post_init__(self) -> None:
         for name, (said, default) in self.knobs().items():

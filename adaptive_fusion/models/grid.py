@@ -18,6 +18,7 @@ from transformers.video_utils import VideoMetadata
 
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
+from adaptive_fusion.models import standing as towers
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, size_of, takes_outputs
 from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
@@ -27,6 +28,7 @@ from adaptive_fusion.models.resize import call_options, resized, with_own_option
 from adaptive_fusion.models.reuse import REUSE, Medium, Reuse, taken
 from adaptive_fusion.models.unwrap import called
 from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.reduction.blanks import Standing, standing
 from adaptive_fusion.reduction.pool import Grid
 
 KINDS = {
@@ -40,7 +42,7 @@ THUMBNAIL = 640
 class GridAdapter(Adapter):
     """Drives any model whose processor gives ``image_grid_thw`` and whose forward takes ``mm_encoder_outputs``."""
 
-    knobs = frozenset({"downsample", "max_pixels", "max_fps", "fusion", "layers", "adapter_rank"})
+    knobs = frozenset({"downsample", "max_pixels", "max_fps", "fusion", "layers", "adapter_rank", "blanks"})
     packed = True
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
@@ -54,7 +56,9 @@ class GridAdapter(Adapter):
         if not self.taps:
             why = f"{type(self.model).__name__} has no DeepStack taps, so there are no levels to fuse"
             self.refusals = {"fusion": why, "layers": why, "adapter_rank": why}
-            self.knobs = self.knobs - set(self.refusals)
+        if why := towers.why_not(self.model.model.visual):
+            self.refusals = {**self.refusals, "blanks": why}
+        self.knobs = self.knobs - set(self.refusals)
 
     @classmethod
     def matches(cls, model: nn.Module) -> bool:
@@ -195,14 +199,17 @@ class GridAdapter(Adapter):
         """See `Adapter.record`: the vision tower without its taps."""
         outputs: dict[str, Any] = {}
         kept: dict[str, Mapping[int, Tensor]] = {}
+        stand: dict[str, Standing] = {}
         for kind, (pixel_key, grid_key, _) in KINDS.items():
             if inputs.get(pixel_key) is not None:
-                with self._captured(levels) as found:
-                    out = self._encoder(kind)(inputs[pixel_key], inputs[grid_key], return_dict=True)
+                found = self._standing(kind, inputs[pixel_key], self._merged(_grids(inputs, kind)), point)
+                with self._captured(levels) as seen:
+                    out = self._encoded(kind, inputs[pixel_key], inputs[grid_key], found)
                 # Nothing else of the result: it holds on to more than fusion needs.
                 outputs[kind] = type(out)(pooler_output=out.pooler_output)
-                kept[kind] = dict(found)
-        return Recorded(outputs, kept)
+                kept[kind] = dict(seen)
+                stand |= {kind: found} if found is not None else {}
+        return Recorded(outputs, kept, stand)
 
     def encode(self, inputs: Mapping[str, Any], point: OperatingPoint, recorded: Recorded | None = None) -> Encoded:
         """See `Adapter.encode`. Gradient reaches the fusion module's parameters unless it is switched off."""
@@ -219,15 +226,14 @@ class GridAdapter(Adapter):
             grids = _grids(inputs, kind, seen=recorded is not None or reuse is not None)
             if not grids:
                 continue
-            merged = [(t, h // self.merge, w // self.merge) for t, h, w in grids]
+            merged = self._merged(grids)
             small = [pooled_grid(*grid, point.downsample) for grid in merged]
-            kept = reuse.of(kind) if reuse is not None else [None] * len(grids)
             if recorded is not None:
-                out = self._replayed(kind, recorded, merged, point)
+                out, ran = self._replayed(kind, recorded, merged, point)
             elif reuse is not None:
-                out = self._reused(kind, reuse, pixels, inputs[grid_key], grids, point)
+                out, ran = self._reused(kind, reuse, pixels, inputs[grid_key], grids, point)
             else:
-                out = self._features(kind, pixels, inputs[grid_key], merged, point)
+                out, ran = self._features(kind, pixels, inputs[grid_key], merged, point)
             outputs[kind] = self._without_taps(self._pooled(out, merged, point))
             segments[getattr(self.model.config, id_key)] = [
                 Segment(h * w, y * x) for (t, h, w), (_, y, x) in zip(merged, small, strict=True) for _ in range(t)
@@ -235,7 +241,7 @@ class GridAdapter(Adapter):
             thw = [(t, h * self.merge, w * self.merge) for t, h, w in small]
             reduced[grid_key] = torch.tensor(thw, dtype=inputs[grid_key].dtype, device=inputs[grid_key].device)
             tokens += sum(t * h * w for t, h, w in small)
-            patches += sum(t * h * w for (t, h, w), one in zip(grids, kept, strict=True) if one is None)
+            patches += ran
         if not outputs:
             return Encoded(reduced, 0, 0)
         reduced = shrink(reduced, segments, self.pad_token_id)
@@ -245,26 +251,56 @@ class GridAdapter(Adapter):
     def _captured(self, levels: Sequence[int]) -> AbstractContextManager[dict[int, Tensor]]:
         return captured_levels(self.model.model.visual, levels) if self.taps else nullcontext({})
 
-    def _features(self, kind: str, pixels: Tensor, thw: Tensor, merged: list[Grid], point: OperatingPoint) -> Any:
-        lengths = [t * h * w * self.merge**2 for t, h, w in merged]
-        encode = self._encoder(kind)
-        if point.fusion == "native" or not self.taps:
-            out = encode(pixels, thw, return_dict=True)
-        else:
-            with fused_taps(self.model.model.visual, self.fusion(point), lengths) as taps:
-                out = encode(pixels, thw, return_dict=True)
-            self._set_taps(out, taps, merged)
+    def _merged(self, grids: Sequence[Grid]) -> list[Grid]:
+        return [(t, h // self.merge, w // self.merge) for t, h, w in grids]
+
+    def _standing(self, kind: str, pixels: Tensor, merged: list[Grid], point: OperatingPoint) -> Standing | None:
+        """Which tokens are encoded for others as well; None where each is for itself."""
+        if point.blanks is None:
+            return None
+        deviations = torch.tensor(self._processor_for(kind == "video").image_std, device=pixels.device) * 255
+        values = (pixels.float().view(len(pixels), len(deviations), -1) * deviations[:, None]).flatten(1)
+        return standing(values, merged, self.merge, (len(deviations), self._temporal, self._patch), point.blanks)
+
+    def _encoded(self, kind: str, pixels: Tensor, thw: Tensor, stand: Standing | None) -> Any:
+        """What the encoder gives for media of a kind; its taps, if it runs them itself, are such of what is encoded."""
+        if stand is None or stand.all:
+            return self._encoder(kind)(pixels, thw, return_dict=True)
+        tower = self.model.model.visual
+        out = towers.encode(tower, pixels.type(called(tower).dtype), thw, stand)
+        sizes = (thw.prod(-1) // self.merge**2).tolist()
+        out.pooler_output = torch.split(stand.spread(out.pooler_output), sizes)
+        if self.taps:
+            out.deepstack_features = [torch.split(stand.spread(tap), sizes) for tap in out.deepstack_features]
         return out
+
+    def _features(
+        self, kind: str, pixels: Tensor, thw: Tensor, merged: list[Grid], point: OperatingPoint
+    ) -> tuple[Any, int]:
+        """The encoder's output, and how many patches it ran for."""
+        stand = self._standing(kind, pixels, merged, point)
+        lengths = self._lengths(merged, stand)
+        if point.fusion == "native" or not self.taps:
+            return self._encoded(kind, pixels, thw, stand), sum(lengths)
+        with fused_taps(self.model.model.visual, self.fusion(point), lengths) as taps:
+            out = self._encoded(kind, pixels, thw, stand)
+        self._set_taps(out, taps if stand is None else [stand.spread(tap) for tap in taps], merged)
+        return out, sum(lengths)
+
+    def _lengths(self, merged: list[Grid], stand: Standing | None) -> list[int]:
+        """Patches of each medium that the encoder runs for."""
+        tokens = [t * h * w for t, h, w in merged] if stand is None else stand.media
+        return [self.merge**2 * count for count in tokens]
 
     def _reused(
         self, kind: str, reuse: Reuse, pixels: Tensor, thw: Tensor, grids: list[Grid], point: OperatingPoint
-    ) -> Any:
-        """The encoder's output, made only for the media that are not there."""
+    ) -> tuple[Any, int]:
+        """The encoder's output, made only for the media that are not there, and how many patches it ran for."""
         rest = [index for index, one in enumerate(reuse.of(kind)) if one is None]
         own: list[Medium] = []
+        ran = 0
         if rest:
-            merged = [(grids[i][0], grids[i][1] // self.merge, grids[i][2] // self.merge) for i in rest]
-            out = self._features(kind, pixels, thw[rest], merged, point)
+            out, ran = self._features(kind, pixels, thw[rest], self._merged([grids[i] for i in rest]), point)
             # Where nothing is tapped there are zeros to show that, which need not be kept.
             taps = out.deepstack_features if self.taps and point.fusion != "top" else ()
             for place, index in enumerate(rest):
@@ -274,13 +310,15 @@ class GridAdapter(Adapter):
         found = whole[0].form(pooler_output=tuple(one.merged for one in whole))
         if self.taps:
             taps = [torch.cat(tap) for tap in zip(*(one.taps for one in whole), strict=True)]
-            self._set_taps(found, taps, [(t, h // self.merge, w // self.merge) for t, h, w in grids])
-        return found
+            self._set_taps(found, taps, self._merged(grids))
+        return found, ran
 
-    def _replayed(self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint) -> Any:
+    def _replayed(
+        self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint
+    ) -> tuple[Any, int]:
         tower, fusion = called(self.model.model.visual), self.fusion(point)
-        levels, source = recorded.levels[kind], recorded.outputs[kind]
-        lengths = [t * h * w * self.merge**2 for t, h, w in merged]
+        levels, source, stand = recorded.levels[kind], recorded.outputs[kind], recorded.standing.get(kind)
+        lengths = self._lengths(merged, stand)
         out = type(source)(pooler_output=source.pooler_output)
         if self.taps:
             taps: list[Tensor] = []
@@ -288,8 +326,8 @@ class GridAdapter(Adapter):
                 taps = [merge_tap(tower, fusion, tap, levels, lengths) for tap in range(len(self.taps))]
             elif point.fusion == "native":
                 taps = [tower.deepstack_merger_list[i](levels[tap]) for i, tap in enumerate(self.taps)]
-            self._set_taps(out, taps, merged)
-        return out
+            self._set_taps(out, taps if stand is None else [stand.spread(tap) for tap in taps], merged)
+        return out, sum(lengths)
 
     def _without_taps(self, out: Any) -> Any:
         """The same; of a model of a kind that may have taps and has none, with an empty list of them, which its forward

@@ -1,11 +1,13 @@
 """What a vision tower made of media, kept for several uses. Knows tensors only: no model, no operating point."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from adaptive_fusion.reduction.blanks import Standing
 
 
 @dataclass(frozen=True)
@@ -13,11 +15,13 @@ class Recorded:
     """What a vision tower made of some media, so that any point can follow without running the tower again.
 
     `outputs` are its results by kind (``image``, ``video``), `levels` its blocks' outputs ``[patches, d_vision]``
-    by kind and block.
+    by kind and block. Where some patches were encoded for others as well, `levels` have those alone, and `standing` says
+    by kind for which.
     """
 
     outputs: Mapping[str, Any]
     levels: Mapping[str, Mapping[int, Tensor]]
+    standing: Mapping[str, Standing] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -39,4 +43,8 @@ class Recorded:
             levels[kind] = {
                 level: torch.cat([part.levels[kind][level] for part in holders]) for level in holders[0].levels[kind]
             }
-        return cls(outputs, levels)
+        standing = {
+            kind: Standing.joined([part.standing[kind] for part in parts if kind in part.standing])
+            for kind in dict.fromkeys(kind for part in parts for kind in part.standing)
+        }
+        return cls(outputs, levels, standing)

@@ -39,7 +39,7 @@ class RemoteAdapter(Planned):
     """
 
     knobs = frozenset({"max_pixels", "max_fps"})
-    refusals = dict.fromkeys(("fusion", "layers", "adapter_rank", "downsample"), _WHY)
+    refusals = dict.fromkeys(("fusion", "layers", "adapter_rank", "downsample", "blanks"), _WHY)
 
     def __init__(self, grid: Grid, name: str) -> None:
         self.grid, self._name = grid, name
