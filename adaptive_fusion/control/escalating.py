@@ -49,6 +49,7 @@ def plans(
     share: Callable[[str, float], float],
     new_tokens: float,
     trusted: bool = False,
+    strong: Sequence[Candidate] = (),
 ) -> tuple[list[Candidate], int]:
     """What the controller chooses from: one pass, and two where the better plan may improve on an answer.
 
@@ -67,11 +68,13 @@ def plans(
         new_tokens: Expected length of an answer.
         trusted: Whether the expected qualities were learned from this model's own answers: then a plan that is as good
             as any by them is sure, whatever its rung loses on other requests.
+        strong: Plans of another lane that may be the better plan too.
 
     Returns:
         The plans, and how many of these have two passes.
     """
-    pool = [*candidates, *([] if any(c.point.is_full for c in candidates) else [full])]
+    beside = [*strong, *([] if any(c.point.is_full for c in candidates) else [full])]
+    pool = [*candidates, *beside]
     pool.sort(key=lambda candidate: -candidate.quality)
     singles, doubles, at_once = list[Candidate](), list[Candidate](), dict[str, Candidate]()
     enough = max(candidate.quality for candidate in pool) - tolerance
@@ -95,7 +98,7 @@ def plans(
             both = _in_two(candidate, better, rule, asking, share, new_tokens)
             if not rule.learned or both.mean_ms < better.predicted.latency_ms:
                 doubles.append(both)
-            elif better is full:
+            elif any(better is each for each in beside):
                 at_once[better.key] = better
     singles += at_once.values()
     return level(singles, doubles, tolerance), len(doubles)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from statistics import fmean
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Candidate
@@ -22,6 +23,7 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy, Route
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import STILL_FPS, Needs, together
+from adaptive_fusion.reduction.blanks import expected_share
 
 SPARE = 4
 """Of the steps that a request without limits will hardly need, every so many are predicted."""
@@ -176,6 +178,17 @@ class Offering:
             return frozenset()
         return frozenset({self.policy.lanes[route.lane][0].name})
 
+    def strong(self, candidates: Sequence[Candidate], info: RequestInfo, new_tokens: float) -> list[Candidate]:
+        """Where the lane for complex images begins, as a better plan for stills that are on another: what the policy
+        has for those that need everything, if that is less than everything. None where it is among the `candidates`."""
+        rung = self.policy.lanes[COMPLEX][0]
+        if info.kind != "image" or rung.is_full or any(each.key == rung.name for each in candidates):
+            return []
+        point = self.adapter.resolve(rung, info.sizes)
+        if any(each.point == point for each in candidates):
+            return []
+        return [self.candidate(point, rung.quality, info, new_tokens, rung.name)]
+
     def expected_tokens(self, info: RequestInfo) -> float:
         """How long an answer to this kind of prompt has been."""
         return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
@@ -200,12 +213,17 @@ class Offering:
                 replace(size, frames=len(frames_at(times, duration, point.max_fps))) if size.clip else size
                 for size, times, duration in zip(sizes, info.frame_times_s, info.durations_s, strict=True)
             ]
-        plan, segments = self.adapter.plan(sizes, point), None
+        plan = self.adapter.plan(sizes, point)
+        segments = plan.segments
         if info.seen is not None and any(there := info.seen(point)):
             sizes = [size for size, known in zip(sizes, there, strict=True) if not known]
             segments = self.adapter.plan(sizes, point).segments
+        if point.blanks is not None:
+            edges = [each.features["edge_density"] for each in info.complexities if "edge_density" in each.features]
+            share = fmean(expected_share(each, point.blanks) for each in edges) if edges else 1.0
+            segments = tuple(round(share * count) for count in segments)
         own = Work(
-            patches=plan.segments if segments is None else segments,
+            patches=segments,
             prompt_tokens=plan.tokens + info.text_tokens,
             new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
             batch=info.batch,

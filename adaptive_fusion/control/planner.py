@@ -248,7 +248,8 @@ class Planner(Offering):
         if always:
             return doubted(candidates, full, asking, tolerance=tolerance, **learned)
         trusted = self.policy.sufficiency is not None and self.policy.sufficiency.own is not None
-        return plans(candidates, full, asking, tolerance=tolerance, trusted=trusted, **learned)
+        strong = self.strong(candidates, info, new_tokens)
+        return plans(candidates, full, asking, tolerance=tolerance, trusted=trusted, strong=strong, **learned)
 
     def _remarks(
         self, choice: Choice, second: Mapping[str, Any], needs: Needs | None, stay: Staying | None

@@ -313,9 +313,7 @@ class GridAdapter(Adapter):
             self._set_taps(found, taps, self._merged(grids))
         return found, ran
 
-    def _replayed(
-        self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint
-    ) -> tuple[Any, int]:
+    def _replayed(self, kind: str, recorded: Recorded, merged: list[Grid], point: OperatingPoint) -> tuple[Any, int]:
         tower, fusion = called(self.model.model.visual), self.fusion(point)
         levels, source, stand = recorded.levels[kind], recorded.outputs[kind], recorded.standing.get(kind)
         lengths = self._lengths(merged, stand)

@@ -15,8 +15,8 @@ class Recorded:
     """What a vision tower made of some media, so that any point can follow without running the tower again.
 
     `outputs` are its results by kind (``image``, ``video``), `levels` its blocks' outputs ``[patches, d_vision]``
-    by kind and block. Where some patches were encoded for others as well, `levels` have those alone, and `standing` says
-    by kind for which.
+    by kind and block. Where some patches were encoded for others as well, `levels` have those alone, and `standing`
+    says by kind for which.
     """
 
     outputs: Mapping[str, Any]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoProcessor,
     Gemma3Config,
@@ -159,6 +160,68 @@ def test_native_equals_generate_and_downsampling_drops_tokens(family: Any, noise
         model.generate(**encoded.inputs, max_new_tokens=3, do_sample=False)
         tokens.append(encoded.visual_tokens)
     assert tokens[0] > tokens[1] > tokens[2] >= 2
+
+
+def bordered(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Noise in the upper left quarter of a screen of one shade."""
+    pixels = np.full((height, width, 3), 235, np.uint8)
+    pixels[: height // 2, : width // 2] = np.random.default_rng(seed).integers(0, 256, (height // 2, width // 2, 3))
+    return Image.fromarray(pixels)
+
+
+def features(encoded: Any) -> list[torch.Tensor]:
+    """Everything that the language model is given of images."""
+    out = encoded.inputs["mm_encoder_outputs"]["image"]
+    return [
+        part for stream in (out.pooler_output, *(getattr(out, "deepstack_features", None) or ())) for part in stream
+    ]
+
+
+def test_blank_parts_are_left_out_of_the_encoder_where_it_can_be_told_so(family: Any, noise_image: Any) -> None:
+    name, model, processor = family
+    adapter, point = adapter_for(model, processor), OperatingPoint(blanks=2)
+    if name != "Qwen3.5":
+        with pytest.raises(UnsupportedModelError, match="blanks: "):
+            adapter.require(point)
+        return
+    blanks_leave_the_rest_as_it_is(adapter, noise_image)
+
+
+def test_blank_parts_are_left_out_of_an_encoder_with_taps(tiny_dense: Any, processor: Any, noise_image: Any) -> None:
+    adapter = adapter_for(tiny_dense, processor)
+    blanks_leave_the_rest_as_it_is(adapter, noise_image)
+    inputs = adapter.prepare(ask(bordered(128, 96), bordered(96, 96)), NATIVE)
+    for point in (OperatingPoint("gated", 12, 0.5, adapter_rank=8, blanks=2), OperatingPoint("top", blanks=4)):
+        with adapter.built([point]):
+            recorded = adapter.record(inputs, point, adapter.levels(point))
+            alone, again = adapter.encode(inputs, point), adapter.encode(inputs, point, recorded)
+        assert alone.patches == again.patches < adapter.plan(adapter.sizes(inputs), point).patches
+        for pair in zip(features(alone), features(again), strict=True):
+            torch.testing.assert_close(*pair)
+
+
+def blanks_leave_the_rest_as_it_is(adapter: Any, noise_image: Any) -> None:
+    point, before = OperatingPoint(blanks=2), adapter.model.config.vision_config._attn_implementation
+    busy = adapter.prepare(ask(noise_image(96, 64), noise_image(64, 64, 1)), NATIVE)
+    native, same = adapter.encode(busy, NATIVE), adapter.encode(busy, point)
+    assert same.patches == native.patches
+    assert all(torch.equal(*pair) for pair in zip(features(native), features(same), strict=True))
+
+    images = [bordered(128, 96), noise_image(64, 64), bordered(96, 128, 1)]
+    inputs = adapter.prepare(ask(*images), NATIVE)
+    native, found = adapter.encode(inputs, NATIVE), adapter.encode(inputs, point)
+    assert found.patches < native.patches and found.visual_tokens == native.visual_tokens
+    for key in ("input_ids", "image_grid_thw"):
+        assert torch.equal(native.inputs[key], found.inputs[key])
+    assert adapter.model.config.vision_config._attn_implementation == before
+    adapter.model.generate(**found.inputs, max_new_tokens=3, do_sample=False)
+    # Packed, each is what it is alone.
+    alone = [adapter.encode(adapter.prepare(ask(image), NATIVE), point) for image in images]
+    assert sum(each.patches for each in alone) == found.patches
+    streams = [features(each) for each in alone]
+    together = [each[place] for place in range(len(streams[0])) for each in streams]
+    for pair in zip(features(found), together, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def test_knobs_that_do_not_apply_are_refused_by_name_or_set_aside(family: Any) -> None:

@@ -2,7 +2,8 @@
 
 Knows labelled data, candidate rungs and policies. Must not know models or files.
 
-The strong lane begins with the rung that is worth most on the stills that the cheapest rung loses on. The cheap
+The strong lane begins with the last rung that is worth, within the tolerance, as much as the best on the stills that
+the cheapest rung loses on. The cheap
 lane begins with the rung at which routing costs least while the whole keeps the tolerance: a cheaper rung saves
 more on each simple input and finds fewer of them. The video lane begins with the last rung before the first that
 loses more than the tolerance on clips. Below its beginning a lane keeps what is worth stepping down to: cheaper,
@@ -54,7 +55,7 @@ def choose_lanes(
         lanes: Candidate rungs by lane, dearest first.
         data: Labelled inputs to choose by, none of those that will judge.
         tolerance: Loss of quality against the strong arm, or of clips against native, that is accepted.
-        slack: Whether clips may miss the tolerance by one standard error.
+        slack: Whether clips, and the strong lane, may miss the tolerance by one standard error.
         leave_out: Features that the trial routers must not read.
         seed: Of folds, fits and bootstraps.
         n: Resamples.
@@ -66,7 +67,7 @@ def choose_lanes(
         ConfigError: If a lane has no labelled rung.
     """
     ladders = {lane: labelled(ladder, data) for lane, ladder in lanes.items()}
-    begin = _strongest(ladders[COMPLEX], data, ladders[SIMPLE][-1].name)
+    begin = _strong(ladders[COMPLEX], data, ladders[SIMPLE][-1].name, tolerance, slack)
     ladders[COMPLEX] = ladders[COMPLEX][begin:]
     strong = ladders[COMPLEX][0].name
     tried: dict[str, Any] = {SIMPLE: {}, VIDEO: {}}
@@ -96,12 +97,22 @@ def choose_lanes(
     return ladders, tried
 
 
-def _strongest(ladder: Sequence[Rung], data: Dataset, cheap: str) -> int:
-    """Place of the rung that is worth most on the stills that `cheap` loses on, the dearest of equals."""
+def _strong(ladder: Sequence[Rung], data: Dataset, cheap: str, tolerance: float, slack: bool) -> int:
+    """Place of the last rung before the first that loses more than the tolerance to the one that is worth most, on the
+    stills that `cheap` loses on."""
     hard = ~data.video & (data.loses(cheap) == 1)
     table = data.quality[np.ix_(hard, [data.rungs.index(rung.name) for rung in ladder])]
     table = table[np.isfinite(table).all(axis=1)]
-    return int(np.argmax(table.mean(axis=0))) if len(table) >= MIN_ROWS else 0
+    if len(table) < MIN_ROWS:
+        return 0
+    begin = best = int(np.argmax(table.mean(axis=0)))  # the dearest of equals
+    for place in range(best + 1, len(ladder)):
+        lost = table[:, best] - table[:, place]
+        error = float(lost.std()) / len(lost) ** 0.5 if slack else 0.0
+        if lost.mean() - error > tolerance * table[:, best].mean():
+            break
+        begin = place
+    return begin
 
 
 def _kept(quality: FloatArray, reference: FloatArray, group: IntArray, seed: int, n: int) -> Interval:

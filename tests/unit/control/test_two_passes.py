@@ -111,6 +111,20 @@ def test_what_is_on_offer_by_what_is_known_of_the_plan() -> None:
     assert count == 1 and Controller().choose(offered, LOOSE).candidate.second is not None
 
 
+def test_the_better_plan_may_be_that_of_another_lane_where_it_is_as_good_as_full_compute_and_takes_less() -> None:
+    strong = candidate(45, 0.99, key="native@1/2blank")
+
+    def offered(share: float) -> list[Candidate]:
+        asking = rules(share=share)
+        found, _ = plans([CHEAP], FULL, asking, tolerance=0.02, share=lambda _, p: p, new_tokens=10.0, strong=[strong])
+        return found
+
+    second = Controller().choose(offered(0.4), LOOSE).candidate.second
+    assert second is not None and second.candidate is strong
+    # Where nearly all go on it is taken at once.
+    assert Controller().choose(offered(0.99), LOOSE).candidate.key == strong.key
+
+
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), shares, st.floats(0.0, 0.5))
 def test_no_tolerance_makes_two_passes_worth_less_than_one(q: float, better: float, p: float, tolerance: float) -> None:
     full = replace(FULL, quality=max(q, better))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptive_fusion.models.standing import _attend
-from adaptive_fusion.reduction.blanks import SHADES, Standing, standing
+from adaptive_fusion.reduction.blanks import SHADES, Standing, expected_share, standing
 
 PATCH, MERGE = 8, 2
 TOKEN = PATCH * MERGE
@@ -37,7 +37,9 @@ def test_who_stands_for_another_is_near_it_and_looks_like_it(t: int, h: int, w: 
     image = flat(h, w, int(rng.integers(256)), t)
     for _ in range(rng.integers(6)):
         top, left = rng.integers(h * TOKEN), rng.integers(w * TOKEN)
-        image[rng.integers(t), top : top + rng.integers(1, 60), left : left + rng.integers(1, 60)] = rng.integers(256, size=3)
+        image[rng.integers(t), top : top + rng.integers(1, 60), left : left + rng.integers(1, 60)] = rng.integers(
+            256, size=3
+        )
     found = of(image, side)
 
     assert torch.equal(found.source.bincount(minlength=len(found.kept)), found.counts)
@@ -107,3 +109,9 @@ def test_attention_to_one_that_counts_n_times_is_attention_to_n_of_it() -> None:
     many = [each.repeat_interleave(counts, dim=2) for each in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *many, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(found, expected)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 8))
+def test_more_edges_leave_less_to_spare(one: float, other: float, side: int) -> None:
+    few, many = (expected_share(edges, side) for edges in sorted((one, other)))
+    assert 1 / side**2 <= few <= many <= 1.0 and expected_share(0.0, side) == pytest.approx(1 / side**2)

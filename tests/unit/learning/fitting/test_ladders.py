@@ -29,14 +29,14 @@ LANES_OFFERED = {
 }
 
 
-def dataset(folder: Path, *, tiny_keeps: float) -> Dataset:
+def dataset(folder: Path, *, tiny_keeps: float, half_keeps: float = 0.7) -> Dataset:
     """Simple stills keep everything at CHEAP and a share at TINY; hard ones only at STRONG; clips down to CHEAP."""
     rng = np.random.default_rng(0)
     records = []
     for i in range(400):
         row = rng.normal(size=4)
         hard, clip = row[0] > 0, i % 5 == 0
-        kept = {STRONG: 0.9, MIDDLE: 0.6 if hard else 0.9, CHEAP: 0.3 if hard else 0.9, "gated3@0.5": 0.7}
+        kept = {STRONG: 0.9, MIDDLE: 0.6 if hard else 0.9, CHEAP: 0.3 if hard else 0.9, "gated3@0.5": half_keeps}
         kept[TINY] = 0.2 if hard else 0.9 * tiny_keeps
         if clip:
             kept = {STRONG: 0.9, CHEAP: 0.9, TINY: 0.4, MIDDLE: 0.9, "gated3@0.5": 0.9}
@@ -57,6 +57,15 @@ def test_lanes_begin_where_the_whole_costs_least_within_the_tolerance(
     costs = {name: found["cost"]["mean"] for name, found in tried["weighted"].items() if found["met"]}
     assert min(costs, key=costs.__getitem__) == begins
     assert tried["video"][TINY]["kept"]["mean"] < 0.98
+
+
+@pytest.mark.parametrize(("half_keeps", "begins"), [(0.89, "gated3@0.5"), (0.87, STRONG)])
+def test_the_strong_lane_begins_with_the_last_rung_that_is_worth_as_much(
+    half_keeps: float, begins: str, tmp_path: Path
+) -> None:
+    data = dataset(tmp_path, tiny_keeps=1.0, half_keeps=half_keeps)
+    lanes, _ = choose_lanes(LANES_OFFERED, data, tolerance=0.02, n=20)
+    assert lanes["gated"][0].name == begins
 
 
 def test_rungs_without_labels_are_not_offered(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Blank parts left out of the encoder, through a runner with the reference model."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.evaluation.scenes import METRIC_OF_TASK, media
+from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.policy.policy import LANES
+from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.reference.screens import PROMPTS, make_scene
+from adaptive_fusion.runner import AdaptiveRunner
+
+BLANKS = OperatingPoint(blanks=2)
+
+
+@pytest.fixture(scope="module")
+def runner(reference_model: Any, processor: Any) -> AdaptiveRunner:
+    return AdaptiveRunner(reference_model, processor, policy="native", encoder_cache_mb=16)
+
+
+def test_screens_are_told_as_well_with_half_of_the_patches_at_most(runner: AdaptiveRunner) -> None:
+    for kind in ("simple", "reading", "clip"):
+        scene = make_scene(kind, 3, "eval", (256, 256))  # type: ignore[arg-type]
+        asked = Question(media(scene), "", (scene.answers[scene.task],), METRIC_OF_TASK[scene.task])
+        native, spared = (
+            runner.chat(media(scene), PROMPTS[scene.task], point=point, max_new_tokens=40, do_sample=False)
+            for point in (NATIVE, BLANKS)
+        )
+        assert (asked.score(spared.text.strip()) or 0) >= 0.8 * (asked.score(native.text.strip()) or 0) > 0
+        assert spared.measurement.patches < 0.6 * native.measurement.patches
+        assert spared.measurement.visual_tokens == native.measurement.visual_tokens
+        assert spared.decision.encoder_cache == "miss"  # what full compute kept is not what it is
+        again = runner.chat(media(scene), PROMPTS[scene.task], point=BLANKS, max_new_tokens=40, do_sample=False)
+        assert again.decision.encoder_cache == "hit" and again.text == spared.text
+        assert again.measurement.patches == 0
+
+
+def test_what_is_predicted_follows_how_much_is_blank(runner: AdaptiveRunner, noise_image: Any) -> None:
+    busy, blank = noise_image(256, 256), Image.new("RGB", (256, 256), "white")
+    for image, least, most in ((busy, 0.8, 1.0), (blank, 0.25, 0.3)):
+        share = sum(runner.work(image, "?", BLANKS, 4).patches) / sum(runner.work(image, "?", NATIVE, 4).patches)
+        assert least <= share <= most
+        reply = runner.chat(image, "Describe the screen.", point=BLANKS, max_new_tokens=2)
+        assert share == pytest.approx(reply.measurement.patches / 1024, abs=0.2)
+
+
+def test_full_detail_is_given_all_patches(runner: AdaptiveRunner) -> None:
+    assert not BLANKS.is_full and BLANKS.before_encoder == {} and BLANKS.name == "native@1/2blank"
+    sure = replace(runner.policy, lanes=dict.fromkeys(LANES, (Rung(BLANKS),)))
+    spares = AdaptiveRunner(runner.model, runner.processor, policy=sure)
+    image = Image.new("RGB", (128, 128), "white")
+    for part, point in (
+        ({"type": "image", "image": image}, BLANKS),
+        ({"type": "image", "image": image, "detail": "high"}, NATIVE),
+    ):
+        assert spares.chat([part], "Describe the screen.", max_new_tokens=2).decision.point == point
