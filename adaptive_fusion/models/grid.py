@@ -7,7 +7,7 @@ with DeepStack taps get the fusion knobs as well. No method of the model is repl
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.video_utils import VideoMetadata
 
-from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.fusion import downsample, pooled_grid
 from adaptive_fusion.models import standing as towers
 from adaptive_fusion.models.base import Adapter, Encoded, Size, VisualPlan, size_of, takes_outputs
 from adaptive_fusion.models.chat_template import media_parts
 from adaptive_fusion.models.deepstack import captured_levels, fused_taps, merge_tap
+from adaptive_fusion.models.patches import KINDS, grids_of, known, unpatched
 from adaptive_fusion.models.placeholders import Segment, shrink
 from adaptive_fusion.models.recorded import Recorded
 from adaptive_fusion.models.resize import call_options, resized, with_own_options
@@ -30,13 +30,6 @@ from adaptive_fusion.models.unwrap import called
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.reduction.blanks import Standing, standing
 from adaptive_fusion.reduction.pool import Grid
-
-KINDS = {
-    "image": ("pixel_values", "image_grid_thw", "image_token_id"),
-    "video": ("pixel_values_videos", "video_grid_thw", "video_token_id"),
-}
-THUMBNAIL = 640
-"""Longest side, in pixels, of what is put back together from patches for measuring complexity."""
 
 
 class GridAdapter(Adapter):
@@ -126,15 +119,15 @@ class GridAdapter(Adapter):
         if images := [part for part in parts if part["type"] == "image"]:
             done = [self._image(part, point) for part in images]
             options = [each for _, each in done]
-            processor = with_own_options(processor, "image_processor", options, _known(reuse, "image"))
+            processor = with_own_options(processor, "image_processor", options, known(reuse, "image"))
             kwargs["images"] = [image for image, _ in done]
             # What is each one's own must not be all others' too.
             kwargs["images_kwargs"] = options[0] if processor is self.processor else {}
         if clips := [part for part in parts if part["type"] == "video"]:
             fewer = [{**part, "video": part["video"].at_most(point.max_fps)} for part in clips]
             options, before = [self._options(size_of(part), point.max_pixels) for part in fewer], processor
-            known = _known(reuse, "video", [VideoMetadata(**part["video"].metadata()) for part in fewer])
-            processor = with_own_options(processor, "video_processor", options, known)
+            there = known(reuse, "video", [VideoMetadata(**part["video"].metadata()) for part in fewer])
+            processor = with_own_options(processor, "video_processor", options, there)
             kwargs["videos"] = [part["video"].frames for part in fewer]
             kwargs["videos_kwargs"] = {
                 **(options[0] if processor is before else {}),
@@ -165,32 +158,17 @@ class GridAdapter(Adapter):
         return [
             Size(t * temporal if kind == "video" else t, h * patch, w * patch, kind == "video", exact=True)
             for kind in KINDS
-            for t, h, w in _grids(inputs, kind)
+            for t, h, w in grids_of(inputs, kind)
         ]
 
     def thumbnails(self, inputs: Mapping[str, Any]) -> list[npt.NDArray[np.uint8]]:
         return [
             array
             for kind, (pixel_key, _, _) in KINDS.items()
-            for array in self._unpatch(inputs.get(pixel_key), _grids(inputs, kind), kind)
+            for array in unpatched(
+                inputs.get(pixel_key), grids_of(inputs, kind), self._processor_for(kind == "video"), self.merge, kind
+            )
         ]
-
-    def _unpatch(self, pixels: Tensor | None, grids: list[Grid], kind: str) -> list[npt.NDArray[np.uint8]]:
-        if pixels is None:
-            return []
-        processor = self.processor.video_processor if kind == "video" else self.processor.image_processor
-        mean, std = (torch.tensor(getattr(processor, k)).view(3, 1, 1) * 255 for k in ("image_mean", "image_std"))
-        p, m, temporal = int(processor.patch_size), self.merge, int(processor.temporal_patch_size)
-        found = []
-        for part, (t, h, w) in zip(torch.split(pixels, [t * h * w for t, h, w in grids]), grids, strict=True):
-            stride = min(p, max(1, -(-max(h, w) * p // THUMBNAIL)))
-            # [t, h/m, w/m, m, m, channel, frame of the pair, y, x] -> [t, y, x, channel], first frame of each pair.
-            cells = part.view(t, h // m, w // m, m, m, 3, temporal, p, p)[..., 0, ::stride, ::stride]
-            # Scaled where they lie and put in order as bytes: a quarter of the memory to move.
-            bytes_ = (cells.float().cpu() * std).add_(mean).round_().clamp_(0, 255).to(torch.uint8)
-            image = bytes_.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, h * cells.shape[-2], w * cells.shape[-1], 3)
-            found.append(cast(npt.NDArray[np.uint8], image.numpy() if kind == "video" else image[0].numpy()))
-        return found
 
     # Tensors to encoder outputs
 
@@ -202,7 +180,7 @@ class GridAdapter(Adapter):
         stand: dict[str, Standing] = {}
         for kind, (pixel_key, grid_key, _) in KINDS.items():
             if inputs.get(pixel_key) is not None:
-                found = self._standing(kind, inputs[pixel_key], self._merged(_grids(inputs, kind)), point)
+                found = self._standing(kind, inputs[pixel_key], self._merged(grids_of(inputs, kind)), point)
                 with self._captured(levels) as seen:
                     out = self._encoded(kind, inputs[pixel_key], inputs[grid_key], found)
                 # Nothing else of the result: it holds on to more than fusion needs.
@@ -223,7 +201,7 @@ class GridAdapter(Adapter):
         tokens = patches = 0
         for kind, (pixel_key, grid_key, id_key) in KINDS.items():
             pixels = reduced.pop(pixel_key, None)
-            grids = _grids(inputs, kind, seen=recorded is not None or reuse is not None)
+            grids = grids_of(inputs, kind, seen=recorded is not None or reuse is not None)
             if not grids:
                 continue
             merged = self._merged(grids)
@@ -361,33 +339,3 @@ class GridAdapter(Adapter):
     def _encoder(self, kind: str) -> Any:
         # Both modalities go through the same tower; get_video_features only adds arguments that do not matter here.
         return self.model.model.get_image_features if kind == "image" else self.model.model.get_video_features
-
-
-def _known(reuse: Reuse | None, kind: str, about: Sequence[Any] = ()) -> list[dict[str, Any] | None]:
-    """What the processor would say of each medium of a kind whose pixels nobody needs; None of the others."""
-    if reuse is None:
-        return []
-    pixel_key, grid_key, _ = KINDS[kind]
-    found: list[dict[str, Any] | None] = []
-    for index, one in enumerate(reuse.of(kind)):
-        features: dict[str, Any] | None = None
-        if one is not None:
-            features = {pixel_key: torch.empty(0), grid_key: torch.tensor([one.grid])}
-        if features is not None and about:
-            features["video_metadata"] = [about[index]]
-        found.append(features)
-    return found
-
-
-def _grids(inputs: Mapping[str, Any], kind: str, *, seen: bool = False) -> list[Grid]:
-    """Frames, rows and columns, in patches, of each image or clip; the pixels of those `seen` already may be gone."""
-    pixel_key, grid_key, _ = KINDS[kind]
-    pixels, grid = inputs.get(pixel_key), inputs.get(grid_key)
-    found = [] if grid is None else [(int(t), int(h), int(w)) for t, h, w in grid.tolist()]
-    rows, patches = 0 if pixels is None else len(pixels), sum(t * h * w for t, h, w in found)
-    if rows != patches and not seen:
-        raise ConfigError(
-            f"{pixel_key} has {rows} rows and {grid_key} stands for {patches} patches; "
-            "expected as many, both as the processor gives them"
-        )
-    return found
