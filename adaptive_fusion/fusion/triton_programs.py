@@ -20,7 +20,8 @@ def _score(scores, bias, i: tl.constexpr, BIAS: tl.constexpr, inside):  # type: 
     return found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# One program for all numbers of patches: what a warm-up has compiled is what later requests run.
+@triton.jit(do_not_specialize=["patches", "score_stride"])  # type: ignore[untyped-decorator]
 def sum_levels(  # type: ignore[no-untyped-def]
     out,
     levels,
@@ -117,7 +118,7 @@ def sum_levels(  # type: ignore[no-untyped-def]
         tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["patches"])  # type: ignore[untyped-decorator]
 def score_levels(  # type: ignore[no-untyped-def]
     out,
     levels,
