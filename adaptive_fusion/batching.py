@@ -187,7 +187,7 @@ class Batching(Answering):
         """Predicted time from the first encoding to the end of the longest answer."""
         longest = max(rows, key=lambda each: each.work.new_tokens)
         beside = [each.work for each in rows if each is not longest]
-        whole = self._predicted(longest, longest.work.beside(beside))
+        whole = self._predicted(longest, self._planner.cost.beside(longest.work, beside))
         return sum(self._predicted(each).encode_ms for each in rows) + whole.prefill_ms + whole.decode_ms
 
     def _ran_alone(self, info: RequestInfo, run: Run) -> None:
@@ -220,7 +220,7 @@ class Batching(Answering):
         replies = [turn.result.result(0) for turn in turns]
         last = max(replies, key=lambda reply: reply.measurement.latency_ms).measurement
         works = [replace(each.work, new_tokens=float(last.new_tokens)) for each in alone]
-        return works[0].beside(works[1:]), last
+        return self._planner.cost.beside(works[0], works[1:]), last
 
     # How a batch is run
 
@@ -244,6 +244,8 @@ class Batching(Answering):
             ends=arguments.end_tokens(),
             stop_strings=arguments.end_strings(),
             tokenizer=getattr(self.processor, "tokenizer", None),
+            least=arguments.value("min_new_tokens") or 0,
+            passes=self._planner.cost.passes,
         )
         self._ran_together(group, [runs[index] for index in sorted(runs)])
         return [those[index].turn for index in over], why

@@ -42,6 +42,7 @@ from adaptive_fusion.execution.request import ChatRequest
 from adaptive_fusion.features.prompts import prompt_kind
 from adaptive_fusion.model_face import ModelFace
 from adaptive_fusion.models import adapter_for
+from adaptive_fusion.models.caches import rows_part
 from adaptive_fusion.models.encoder_keys import EncoderKeys
 from adaptive_fusion.models.fingerprint import fingerprint
 from adaptive_fusion.models.reuse import Seen
@@ -117,8 +118,10 @@ class Wired(ModelFace):
 
     def _learn_with(self, controller: Controller, lengths: LengthModel) -> None:
         self.controller, self.lengths = controller, lengths
-        cost, remark = CostModel(self.profile), self.chosen.remark
-        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, remark, self._seed)
+        cost = CostModel(self.profile, parts=rows_part(self.adapter.model))
+        self._planner = Planner(
+            self.adapter, self.policy, cost, controller, lengths, self.chosen.remark, self._seed
+        )
 
     def state(self) -> dict[str, Any]:
         """What was learned from requests, as plain values for JSON; `restore` reads it."""

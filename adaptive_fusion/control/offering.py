@@ -229,4 +229,4 @@ class Offering:
             batch=info.batch,
             source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )
-        return own.beside(info.beside)
+        return self.cost.beside(own, info.beside)

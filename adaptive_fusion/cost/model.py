@@ -8,8 +8,9 @@ With segments s of n_s patches each, N = sum n_s, Q = sum n_s^2, F = N x fused l
 the whole batch of B, and t new tokens per sequence:
 
 - encode = e0 B + e1 S + e2 N + e3 max(Q, hq) + e4 F + e5 F rank (attention is within a segment; S = number of segments)
-- prefill = p0 + p1 max(T, ht) + p2 T^2 / B
-- decode = (t - 1) (d0 + d1 B + d2 (T + B t / 2)): the first token comes with the prefill
+- prefill = p0 + p1 max(T, ht) + p2 T^2 / B, of each of a batch's passes where its prompts are not all prefilled in one
+- decode = (t - 1) (d0 + d1 G + d2 (T G / B + G t / 2)): the first token comes with the prefill; G is the number of rows
+  that generate at a time, since those that have ended leave their batch
 - times of all three x (1 + k (concurrency - 1)): what shares the device from outside; requests of one runner wait for
   each other or are one batch
 - peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F + m5 P, with P pixels of the media as they came
@@ -49,6 +50,8 @@ class Work:
         batch: Sequences generated together.
         concurrency: Requests that share the device while this one runs, itself included.
         source_pixels: Pixels of all media before they are resized; 0 if the processor is through with them.
+        passes: Rows and longest prompt of each prefill; empty for one of all rows.
+        going: Rows that generate at a time, on average until the answer ends; 0 for all.
 
     Raises:
         ConfigError: For a count that is negative or not finite.
@@ -60,6 +63,8 @@ class Work:
     batch: int = 1
     concurrency: int = 1
     source_pixels: int = 0
+    passes: tuple[tuple[int, int], ...] = ()
+    going: float = 0.0
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -68,26 +73,12 @@ class Work:
             ("batch", 1),
             ("concurrency", 1),
             ("source_pixels", 0),
+            ("going", 0),
         ):
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a finite number from {low}")
         if self.patches and not 0 <= min(self.patches) <= max(self.patches) < math.inf:
             raise ConfigError(f"patches has {min(self.patches)!r}; expected counts of at least 0")
-
-    def beside(self, others: Sequence["Work"]) -> "Work":
-        """What this request, alone a batch of one, is in one batch with `others`: all their media are encoded before
-        its prefill, every prompt is padded to the longest, and its own answer is as long as it was."""
-        if not others:
-            return self
-        rows = (self, *others)
-        return Work(
-            patches=tuple(n for row in rows for n in row.patches),
-            prompt_tokens=len(rows) * max(row.prompt_tokens for row in rows),
-            new_tokens=self.new_tokens,
-            batch=len(rows),
-            concurrency=self.concurrency,
-            source_pixels=sum(row.source_pixels for row in rows),
-        )
 
 
 def encode_terms(point: OperatingPoint, work: Work, hidden: float = 0.0) -> tuple[float, ...]:
@@ -102,14 +93,20 @@ def encode_terms(point: OperatingPoint, work: Work, hidden: float = 0.0) -> tupl
 
 def prefill_terms(work: Work, hidden: float = 0.0) -> tuple[float, ...]:
     """What p0 to p2 multiply; `hidden` is ht."""
-    return (1.0, max(work.prompt_tokens, hidden), work.prompt_tokens * work.prompt_tokens / work.batch)
+    passes = work.passes or ((work.batch, work.prompt_tokens / work.batch),)
+    return (
+        float(len(passes)),
+        sum([max(rows * longest, hidden) for rows, longest in passes]),
+        sum([rows * longest * longest for rows, longest in passes]),
+    )
 
 
 def decode_terms(work: Work) -> tuple[float, ...]:
     """What d0 to d2 multiply."""
     steps = max(work.new_tokens - 1.0, 0.0)
-    context = work.prompt_tokens + work.batch * work.new_tokens / 2
-    return (steps, steps * work.batch, steps * context)
+    going = work.going or work.batch
+    context = work.prompt_tokens * going / work.batch + going * work.new_tokens / 2
+    return (steps, steps * going, steps * context)
 
 
 def memory_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
@@ -227,10 +224,62 @@ class Profile:
 
 
 class CostModel:
-    """Predicts from a profile; a few microseconds a call."""
+    """Predicts from a profile; a few microseconds a call.
 
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
+    Args:
+        profile: The coefficients.
+        parts: Whether prompts of one batch can be prefilled apart, and rows that have ended leave it.
+    """
+
+    def __init__(self, profile: Profile, *, parts: bool = True) -> None:
+        self.profile, self.parts = profile, parts
+
+    def beside(self, own: Work, others: Sequence[Work]) -> Work:
+        """What a request, alone a batch of one, is in one batch with `others`: all media are encoded before its prefill,
+        all prompts are prefilled before it goes on, and its own answer is as long as it was."""
+        if not others:
+            return own
+        rows = (own, *others)
+        lengths = [row.prompt_tokens for row in rows]
+        passes, going = (), 0.0
+        if self.parts:
+            groups = self.passes(lengths)
+            passes = tuple((len(places), max(lengths[place] for place in places)) for places in groups)
+            mine = max(own.new_tokens, 1.0)
+            going = sum(min(max(row.new_tokens, 1.0), mine) for row in rows) / mine
+        return Work(
+            patches=tuple(n for row in rows for n in row.patches),
+            prompt_tokens=len(rows) * max(lengths),
+            new_tokens=own.new_tokens,
+            batch=len(rows),
+            concurrency=own.concurrency,
+            source_pixels=sum(row.source_pixels for row in rows),
+            passes=passes if len(passes) > 1 else (),
+            going=going,
+        )
+
+    def passes(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which prompts of a batch are prefilled together, so that all are done the soonest: padding costs time, and so
+        does a pass. Places in `lengths`, by the first of each group.
+
+        The best groups are runs of the prompts in order of length.
+        """
+        first, token, square = self.profile.prefill
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        best: list[tuple[float, int]] = [(0.0, 0)]  # of the longest so many: the least time, and where its last run begins
+        for end in range(1, len(order) + 1):
+            found = []
+            for begin in range(end):
+                rows, longest = end - begin, lengths[order[begin]]
+                took = first + rows * longest * (token + square * longest)
+                found.append((best[begin][0] + took, begin))
+            best.append(min(found))
+        groups, end = [], len(order)
+        while end:
+            begin = best[end][1]
+            groups.append(sorted(order[begin:end]))
+            end = begin
+        return sorted(groups)
 
     def predict(self, point: OperatingPoint, work: Work) -> Prediction:
         """Milliseconds per stage and peak GiB above the resting set of `work`, counted for `point`."""

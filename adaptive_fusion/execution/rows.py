@@ -2,7 +2,8 @@
 
 Images are encoded one request after the other, each at its own point; prompts are padded on the left, and positions
 follow from the attention mask, so that a row is what it would be alone. A row that has ended is handed out at once,
-while the others go on. Knows tasks and timed passes. Must not know which requests are put together, or why.
+and leaves the batch, while the others go on; see `going`. Knows tasks and timed passes. Must not know which requests
+are put together, or why.
 
 transformers' own continuous batching would have its place in `run_rows`: as of 5.24 it takes token numbers alone
 (``add_request(input_ids, ...)``), no encoder outputs, pixels or positions, so that images cannot come in.
@@ -22,9 +23,16 @@ from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.errors import InfeasibleBudgetError, OutOfMemoryError
 from adaptive_fusion.execution.batches import together
 from adaptive_fusion.execution.executor import Executor, Run, Task, Tries, deadline_s, release
+from adaptive_fusion.execution.going import AGAIN, KEEPS_CACHE, Going
 from adaptive_fusion.execution.oom import run_with_step_down
 from adaptive_fusion.execution.timed import Encoding, TimedModel
+from adaptive_fusion.models.caches import rows_part
 from adaptive_fusion.point import OperatingPoint
+
+LEFT = 8
+"""Fewest tokens that may still come for which it pays to let a row leave: that takes about as long as a token."""
+Passes = Callable[[Sequence[int]], Sequence[Sequence[int]]]
+"""Which of prompts of these lengths are prefilled together, as places."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class _Answer:
 
     def take(self, token: int, now: float, *, ends: bool) -> None:
         """The row's next token came; `ends` says that its answer ends with it."""
-        step = now - self.last_s if self.tokens else 0.0
+        # What comes before the second token is in part the prefill of others.
+        step = now - self.last_s if len(self.tokens) > 1 else 0.0
         self.first_s = self.first_s if self.tokens else now
         self.last_s = now
         self.tokens.append(token)
@@ -105,11 +114,12 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
     """Called after every token: tells each row its own, and which rows have ended.
 
     Args:
-        answers: In the batch's order.
+        answers: All rows.
         ends: Tokens that end an answer.
         strings: Finds strings that end one.
         clock: Seconds, monotonic.
         ended: Called with each row that ends.
+        part: Whether a pass ends with a row that does, so that the others can go on without it.
     """
 
     def __init__(
@@ -119,8 +129,16 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
         strings: StoppingCriteria | None,
         clock: Callable[[], float],
         ended: Callable[[_Answer], None],
+        *,
+        part: bool,
     ) -> None:
-        self._answers, self._ends, self._strings, self._clock, self._ended = answers, ends, strings, clock, ended
+        self._all, self._ends, self._strings, self._clock, self._ended = answers, ends, strings, clock, ended
+        self._answers, self._part = answers, part
+
+    def of(self, rows: Sequence[int]) -> "_Ends":
+        """The same for a pass of some rows."""
+        self._answers = [self._all[row] for row in rows]
+        return self
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """``[rows]`` of bool: whether each must end."""
@@ -134,7 +152,11 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
         for answer in going:
             if answer.over:
                 self._ended(answer)
-        return torch.tensor([answer.over for answer in self._answers], device=input_ids.device)
+        over = [answer.over for answer in self._answers]
+        if self._part and any(over) and not all(over):
+            left = max(answer.row.most - len(answer.tokens) for answer in self._answers if not answer.over)
+            over = [each or left >= LEFT for each in over]
+        return torch.tensor(over, device=input_ids.device)
 
 
 def run_rows(
@@ -146,6 +168,8 @@ def run_rows(
     ends: frozenset[int] = frozenset(),
     stop_strings: Sequence[str] = (),
     tokenizer: Any = None,
+    least: int = 0,
+    passes: Passes = lambda lengths: [range(len(lengths))],
 ) -> tuple[list[int], str]:
     """Run rows as one batch; the caller holds the model's lock.
 
@@ -159,6 +183,8 @@ def run_rows(
         ends: Tokens that end an answer.
         stop_strings: Strings that do.
         tokenizer: Of these strings.
+        least: Fewest new tokens of an answer.
+        passes: Which prompts are prefilled together.
 
     Returns:
         Indices of the rows for which the batch was not to be, neither done nor failed, to be run alone; and why, in
@@ -183,7 +209,8 @@ def run_rows(
                 row.failed(error)
         if answers:
             strings = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
-            why = _generated(executor, list(answers.values()), options, ends, strings, began) or why
+            batch = _Batch(executor, list(answers.values()), options, least, passes)
+            why = batch.generated(ends, strings, began) or why
     finally:
         if measured:
             executor.meter.stop()
@@ -201,45 +228,81 @@ def _encoded(timed: TimedModel, controller: Controller, row: Row) -> _Answer:
     return _Answer(row, tries, encode([tries.used]), deadline_s(row.task.choice.budget, row.task.arrived))
 
 
-def _generated(
-    executor: Executor,
-    answers: Sequence[_Answer],
-    options: Mapping[str, Any],
-    ends: frozenset[int],
-    strings: StoppingCriteria | None,
-    began: float,
-) -> str:
-    """Generate until the last row has ended; why it did not come to that, in words."""
-    timed, encoded = executor.timed, executor.timed.clock()
-    began = min(max(began, answers[0].encoding.prepared_s), encoded)
+@dataclass(frozen=True)
+class _Batch:
+    """Rows whose encoders have run, as they are generated."""
 
-    def ended(answer: _Answer) -> None:
+    executor: Executor
+    answers: Sequence[_Answer]
+    options: Mapping[str, Any]
+    least: int
+    passes: Passes
+
+    def generated(self, ends: frozenset[int], strings: StoppingCriteria | None, began: float) -> str:
+        """Generate until the last row has ended; why it did not come to that, in words."""
+        executor, answers = self.executor, self.answers
+        timed, encoded = executor.timed, executor.timed.clock()
+        began = min(max(began, answers[0].encoding.prepared_s), encoded)
+        part = len(answers) > 1 and rows_part(timed.adapter.model)
+
+        def ended(answer: _Answer) -> None:
+            try:
+                if answer.row.streamer is not None:
+                    answer.row.streamer.end()
+                last = executor.meter.free_of_charge and all(each.over for each in answers)
+                peak = executor.meter.stop() if last else None
+                run = answer.run(began, encoded, peak, len(answers))
+            except Exception as error:  # its own: the others go on
+                answer.row.failed(error)
+            else:
+                answer.row.done(run)
+
+        def attempt(_: OperatingPoint) -> None:
+            for answer in answers:
+                if answer.row.streamer is not None:
+                    answer.row.streamer.put(answer.encoding.encoded.inputs["input_ids"].cpu())
+            told = _Ends(answers, ends, strings, timed.clock, ended, part=part)
+            self._in_parts(told, encoded) if part else self._as_one(told, encoded)
+
         try:
-            if answer.row.streamer is not None:
-                answer.row.streamer.end()
-            last = executor.meter.free_of_charge and all(each.over for each in answers)
-            peak = executor.meter.stop() if last else None
-            run = answer.run(began, encoded, peak, len(answers))
-        except Exception as error:  # its own: the others go on
-            answer.row.failed(error)
-        else:
-            answer.row.done(run)
+            run_with_step_down(attempt, [answers[0].encoding.point], release=executor.release)
+        except OutOfMemoryError:
+            return "the batch ran out of memory"
+        except Exception as error:  # whose fault it was shows where each runs alone
+            return f"the batch failed with {type(error).__name__}"
+        return ""
 
-    def attempt(_: OperatingPoint) -> None:
-        for answer in answers:
-            if answer.row.streamer is not None:
-                answer.row.streamer.put(answer.encoding.encoded.inputs["input_ids"].cpu())
-        batch = together([answer.encoding for answer in answers])
-        most = max(answer.row.most for answer in answers)
-        rules = [_Ends(answers, ends, strings, timed.clock, ended)]
+    def _as_one(self, told: _Ends, encoded: float) -> None:
+        """All rows in one pass, to the end of the last."""
+        batch = together([answer.encoding for answer in self.answers])
+        self.executor.timed.generate(replace(batch, ended_s=encoded), self._options(told, range(len(self.answers))))
+
+    def _in_parts(self, told: _Ends, encoded: float) -> None:
+        """Prompts of like length in one prefill, then all rows together, fewer whenever one has ended."""
+        timed, answers = self.executor.timed, self.answers
+        groups = self.passes([answer.encoding.length for answer in answers])
+        most = 1 if len(groups) > 1 else None
+        parts: list[Going] = []
+        for rows in groups:
+            batch = replace(together([answers[row].encoding for row in rows]), ended_s=encoded)
+            done = timed.generate(batch, {**self._options(told, rows, most), **KEEPS_CACHE})
+            parts.append(Going.after(done, rows).without(self._over))
+        going = Going.together([part for part in parts if part.rows] or parts[:1])
+        while going.rows:
+            options = {**self._options(told, going.rows), **AGAIN}
+            done = timed.generate(going.encoding(batch, timed.adapter.model), options)
+            going = Going.after(done, going.rows).without(self._over)
+
+    @property
+    def _over(self) -> list[int]:
+        return [row for row, answer in enumerate(self.answers) if answer.over]
+
+    def _options(self, told: _Ends, rows: Sequence[int], most: int | None = None) -> dict[str, Any]:
+        """For a pass of these rows, all of which have as many tokens already, that gives `most` tokens or all."""
+        said = len(self.answers[rows[0]].tokens)
+        most = most or max(self.answers[row].row.most for row in rows) - said
         # Strings of the model's own configuration are among those that are looked for here already.
-        own = {"max_new_tokens": most, "stop_strings": None, "stopping_criteria": rules}
-        timed.generate(replace(batch, ended_s=encoded), {**options, **own})
-
-    try:
-        run_with_step_down(attempt, [answers[0].encoding.point], release=executor.release)
-    except OutOfMemoryError:
-        return "the batch ran out of memory"
-    except Exception as error:  # whose fault it was shows where each runs alone
-        return f"the batch failed with {type(error).__name__}"
-    return ""
+        own = {"max_new_tokens": most, "stop_strings": None, "stopping_criteria": [told.of(rows)]}
+        if self.least:
+            own["min_new_tokens"] = min(max(0, self.least - said), most)
+        return {**self.options, **own}

@@ -2,13 +2,17 @@
 
 transformers 5.24 calls it ``cache``, versions before ``past_key_values``: asked of the installed package, so that the
 same code runs with either. Models with M-RoPE keep the offset of their positions apart from the cache, and only that of
-their last call. Knows nothing of what is in a cache.
+their last call. Of what is in a cache this knows no more than where its rows are.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from inspect import signature
 from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
 
 from adaptive_fusion.models.unwrap import unwrap
 
@@ -46,3 +50,49 @@ def remember_positions(model: Any, given: Mapping[str, Any], result: Any) -> Non
 
 def _caches(values: Mapping[str, Any]) -> Iterator[Any]:
     return (values[name] for name in CACHES if name in values and values[name] is not None)
+
+
+def rows_part(model: Any) -> bool:
+    """Whether rows of one of `model`'s caches can be taken apart and put together: it holds keys and values of every
+    token, and nothing else (no windows, no states of linear attention)."""
+    config = unwrap(model).config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        layers = DynamicCache(config=text).layers
+    except (AttributeError, TypeError, ValueError):  # a configuration that says nothing of its layers
+        return False
+    # By name: derived classes hold more.
+    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+
+
+def cache_of(result: Any) -> Any:
+    """The cache in what ``generate`` returned."""
+    return next(_caches(result))
+
+
+def joined(caches: Sequence[Any]) -> Any:
+    """The first of some caches with the rows of all, one after the other, padded on the left to the longest; the others
+    are empty afterwards. See `rows_part`."""
+    first, longest = caches[0], max(cache.get_seq_length() for cache in caches)
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values"):
+            parts = [getattr(layer, name) for layer in layers]
+            whole = torch.cat([nn.functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])
+            for layer in layers[1:]:
+                setattr(layer, name, None)
+            setattr(layers[0], name, whole)
+    offsets = [getattr(cache, _OFFSET, None) for cache in caches]
+    if any(offset is not None for offset in offsets):
+        setattr(first, _OFFSET, torch.cat(offsets))
+    return first
+
+
+def keep_rows(cache: Any, rows: Sequence[int], cut: int) -> None:
+    """Leave nothing but some rows in a cache, without their first `cut` tokens. See `rows_part`."""
+    for layer in cache.layers:
+        at = torch.tensor(rows, device=layer.keys.device)
+        layer.keys, layer.values = (
+            whole[:, :, cut:].index_select(0, at) for whole in (layer.keys, layer.values)
+        )  # fmt: skip
+    if (offset := getattr(cache, _OFFSET, None)) is not None:
+        setattr(cache, _OFFSET, offset.index_select(0, torch.tensor(rows, device=offset.device)))

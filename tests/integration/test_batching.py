@@ -47,7 +47,11 @@ def kin(request: pytest.FixtureRequest, processor: Any) -> AdaptiveRunner:
     return steady(AdaptiveRunner(model, processor, policy="native", profile=paying(), escalate=False))
 
 
-def test_a_row_is_what_it_would_be_alone(kin: AdaptiveRunner, noise_image: Any, clip: Any) -> None:
+@pytest.mark.parametrize("prefill", [(1.0, 0.0, 0.0), (0.0, 1e-3, 0.0), (0.1, 1e-3, 0.0)], ids=["one", "each", "some"])
+def test_a_row_is_what_it_would_be_alone(
+    kin: AdaptiveRunner, noise_image: Any, clip: Any, prefill: tuple[float, ...]
+) -> None:
+    kin.use_profile(replace(paying(), prefill=prefill))
     asked = [
         (noise_image(96, 160, 1), "Describe.", NATIVE, 9),
         (None, "Say something about nothing that is shown, at some length.", None, 12),
@@ -162,8 +166,8 @@ def test_what_cannot_share_a_pass_runs_alone_and_says_why(
 
 def test_nobody_pays_for_a_batch(reference_model: Any, processor: Any, noise_image: Any) -> None:
     # Padding makes it dearer than one after the other: a short prompt beside a long one.
-    squares = replace(paying(), prefill=(0.0, 0.0, 1.0), decode=(0.0, 1.0, 0.0))
-    dear = AdaptiveRunner(reference_model, processor, policy="native", profile=squares, escalate=False)
+    padded = replace(paying(), prefill=(0.0, 1.0, 0.0), decode=(0.0, 0.0, 1.0))
+    dear = AdaptiveRunner(reference_model, processor, policy="native", profile=padded, escalate=False)
     replies = dear.chat([noise_image(256, 256, 0), None], ["?", "Hello"], max_new_tokens=3, **GREEDY)
     assert [reply.decision.batch for reply in replies] == [1, 1]
     assert "alone: a batch would take longer" in replies[0].decision.reason
@@ -352,14 +356,14 @@ def test_a_batch_is_decided_as_a_batch_and_not_asked_if_it_is_sure(reference_mod
 
 
 def test_the_plan_that_is_cheapest_alone_need_not_be_so_in_a_batch() -> None:
-    model = CostModel(replace(paying(), encode=(0.0, 0.0, 1.0, 0.0, 0.0, 0.0), prefill=(0.0, 1.0, 0.0)))
+    model = CostModel(replace(paying(), encode=(0.0, 0.0, 1.0, 0.0, 0.0, 0.0), prefill=(1e3, 1.0, 0.0)))
     few_tokens, few_patches, long = Work((200,), 100), Work((100,), 250), Work((10,), 400)
 
     def took(work: Work, *others: Work) -> float:
-        return model.predict(NATIVE, work.beside(others)).latency_ms
+        return model.predict(NATIVE, model.beside(work, others)).latency_ms
 
     assert took(few_tokens) < took(few_patches)
-    # Prompts are padded to the longest, so that fewer tokens of this one save nothing.
+    # A prefill is dear, so prompts are padded to the longest, and fewer tokens of this one save nothing.
     assert took(few_tokens, long) > took(few_patches, long)
 
 
