@@ -144,8 +144,10 @@ class Answering(Wired):
         for turn in turns:
             turn.settle(partial(self._answer_turn, turn))
 
-    def _answer_turn(self, turn: Turn, remark: str = "") -> Reply:
-        """Answer one request alone; `remark` is said in its reason."""
+    def _answer_turn(
+        self, turn: Turn, remark: str = "", decided: tuple[RequestInfo, Decision, Choice] | None = None
+    ) -> Reply:
+        """Answer one request alone, as `decided` where it was just now; `remark` is said in its reason."""
         prepared, call = turn.prepared, turn.prepared.call
         way, limits = Way(self, prepared, turn.streamer), self.budget.merge(call.budget)
         with self._lock:
@@ -153,8 +155,10 @@ class Answering(Wired):
             # Decided once the model is free, so that waiting for it counts as elapsed.
             if call.arguments.see_prompt:
                 way.prompt()
-            info = replace(self._info_of(prepared), request_id=turn.request_id)
-            decision, choice = self._planned(self._within_context(info, call), limits, call)
+            if decided is None:
+                info = replace(self._info_of(prepared), request_id=turn.request_id)
+                decided = info, *self._planned(self._within_context(info, call), limits, call)
+            info, decision, choice = decided
             if remark:
                 decision = replace(decision, reason=f"{decision.reason}; {remark}")
             task = self._task(turn, way, info, decision, choice)

@@ -10,6 +10,7 @@ Knows turns, decisions and predicted costs. Must not know how rows are run or wh
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from adaptive_fusion.answering import Answering, Way
 from adaptive_fusion.budget import Budget
@@ -48,16 +49,17 @@ class Batching(Answering):
 
         The first in line is never left waiting for the sake of others.
         """
-        waiting = list(turns)
+        waiting, known = list(turns), dict[Any, _Placed]()
         while waiting:
             with self._lock:
                 waiting[0] = waiting[0].come()
-                group, why = self._group(waiting)
-                rest = waiting[:1]
+                group, why = self._group(waiting, known)
                 if group:
                     rest, why = self._run_group(group)
-                for turn in rest:
-                    self._answer_alone(turn.come(), why)
+                    for turn in rest:
+                        self._answer_alone(turn.come(), why)
+                else:
+                    self._answer_alone(waiting[0], why, known.get(waiting[0].result))
             settled = [placed.turn.result for placed in group] or [waiting[0].result]
             waiting = [turn for turn in waiting if turn.result not in settled]
 
@@ -91,14 +93,26 @@ class Batching(Answering):
             raise RequestsFailed(outcomes) from next(each for each in outcomes if isinstance(each, Exception))
         return replies
 
-    def _answer_alone(self, turn: Turn, why: str) -> None:
-        turn.settle(lambda: self._answer_turn(turn, f"alone: {why}" if why else ""))
+    def _answer_alone(self, turn: Turn, why: str, placed: _Placed | None = None) -> None:
+        """Answer one alone, as it was just decided if it was."""
+        decided = None
+        if placed is not None and self.budget.merge(turn.prepared.call.budget).on_infeasible == "cheapest":
+            decided = placed.info, placed.decision, placed.choice
+        turn.settle(lambda: self._answer_turn(turn, f"alone: {why}" if why else "", decided))
 
     # Who shares a batch
 
-    def _group(self, waiting: Sequence[Turn]) -> tuple[list[_Placed], str]:
-        """The first turn with those that share its batch, or nobody and why it runs alone, in words."""
+    def _group(self, waiting: Sequence[Turn], known: dict[Any, _Placed] | None = None) -> tuple[list[_Placed], str]:
+        """The first turn with those that share its batch, or nobody and why it runs alone, in words.
+
+        Args:
+            waiting: In their order.
+            known: How turns were decided alone so far, by their results; kept for the next time, as deciding takes
+                time. The first, and whoever is in a hurry, is decided anew.
+        """
+        known = {} if known is None else known
         first, others = waiting[0], waiting[1:]
+        known.pop(first.result, None)
         if not others:
             return [], ""
         if why := first.prepared.apart:
@@ -111,7 +125,10 @@ class Batching(Answering):
         placed = []
         for turn in (first, *(turn.come() for turn in like)):
             try:
-                placed.append(self._placed(turn))
+                was = known.get(turn.result)
+                if was is None or _hurried(was.limits):
+                    was = known[turn.result] = self._placed(turn)
+                placed.append(replace(was, turn=turn))
             except Exception:  # it is met again, and told, where that request runs
                 if turn is first:
                     return [], ""
@@ -125,14 +142,14 @@ class Batching(Answering):
         """The first with as many of the others as can share its batch without anybody's loss."""
         why = "nobody else could be decided"
         while len(alone) > 1:
-            singles_ms = sum(self._predicted(each).latency_ms for each in alone)
+            singles_ms = sum(self.gain.corrected_ms(self._predicted(each)) for each in alone)
             if slower := self._slower(alone, singles_ms):
                 why, alone = slower, self._one_less(alone)
                 continue
             together = list(alone)
             for index, each in enumerate(alone):
                 beside = [other.work for i, other in enumerate(together) if i != index]
-                together[index] = self._placed(each.turn, beside)
+                together[index] = self._placed(each.turn, beside, each.info)
             losers = [i for i, each in enumerate(alone) if self._loses(each, together[i])]
             if losers:
                 why = "a batch would cost limits or quality"
@@ -159,12 +176,13 @@ class Batching(Answering):
         fewer = [_without(rows, index) for index in range(1, len(rows))]
         return min(fewer, key=lambda left: self._batch_ms(left) / len(left))
 
-    def _placed(self, turn: Turn, beside: Sequence[Work] = ()) -> _Placed:
-        """A turn decided as if alone, or `beside` others. There the model is not asked if it is sure: a second pass of
-        one row would be one of all."""
+    def _placed(self, turn: Turn, beside: Sequence[Work] = (), info: RequestInfo | None = None) -> _Placed:
+        """A turn decided as if alone, or `beside` others with the `info` that it had alone. There the model is not
+        asked if it is sure: a second pass of one row would be one of all."""
         call = turn.prepared.call
         limits = replace(self.budget.merge(call.budget), on_infeasible="cheapest")
-        info = self._within_context(replace(self._info_of(turn.prepared), request_id=turn.request_id), call)
+        if info is None:
+            info = self._within_context(replace(self._info_of(turn.prepared), request_id=turn.request_id), call)
         if beside:
             asking = replace(info.asking, never=info.asking.never or NO_LOOK) if info.asking is not None else None
             info = replace(info, beside=tuple(beside), asking=asking)
@@ -184,11 +202,12 @@ class Batching(Answering):
         return self._planner.cost.predict(self.adapter.computed(placed.decision.point), work or placed.work)
 
     def _batch_ms(self, rows: Sequence[_Placed]) -> float:
-        """Predicted time from the first encoding to the end of the longest answer."""
+        """Expected time from the first encoding to the end of the longest answer."""
         longest = max(rows, key=lambda each: each.work.new_tokens)
         beside = [each.work for each in rows if each is not longest]
         whole = self._predicted(longest, self._planner.cost.beside(longest.work, beside))
-        return sum(self._predicted(each).encode_ms for each in rows) + whole.prefill_ms + whole.decode_ms
+        encode_ms = sum(self._predicted(each).encode_ms for each in rows)
+        return self.gain.corrected_ms(replace(whole, encode_ms=encode_ms))
 
     def _ran_alone(self, info: RequestInfo, run: Run) -> None:
         """Learn what one alone takes beside what is predicted for it; not where a part was done before or twice."""
@@ -196,7 +215,7 @@ class Batching(Answering):
         if decision.encoder_cache in ("", MISS) and decision.escalated is None and not info.pixels_fixed:
             work = self._planner.work(decision.point, replace(info, seen=None), float(took.new_tokens))
             said = self._planner.cost.predict(self.adapter.computed(decision.point), work)
-            self.gain.ran_alone(took.encode_ms + took.prefill_ms + took.decode_ms, said.latency_ms)
+            self.gain.ran_alone((took.encode_ms, took.prefill_ms, took.decode_ms), said)
 
     def _ran_together(self, group: Sequence[_Placed], runs: Sequence[Run]) -> None:
         """The same of a batch, of which every row ran as it was decided."""
@@ -272,6 +291,8 @@ class Batching(Answering):
 
 def _without(rows: Sequence[_Placed], index: int) -> list[_Placed]:
     """The rows but one, which runs next. If that one is in a hurry nobody who came later goes before it."""
-    limits = rows[index].limits
-    hurried = limits.latency_ms is not None or limits.ttft_ms is not None
-    return [*rows[:index], *(() if hurried else rows[index + 1 :])]
+    return [*rows[:index], *(() if _hurried(rows[index].limits) else rows[index + 1 :])]
+
+
+def _hurried(limits: Budget) -> bool:
+    return limits.latency_ms is not None or limits.ttft_ms is not None

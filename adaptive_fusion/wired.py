@@ -119,9 +119,7 @@ class Wired(ModelFace):
     def _learn_with(self, controller: Controller, lengths: LengthModel) -> None:
         self.controller, self.lengths = controller, lengths
         cost = CostModel(self.profile, parts=rows_part(self.adapter.model))
-        self._planner = Planner(
-            self.adapter, self.policy, cost, controller, lengths, self.chosen.remark, self._seed
-        )
+        self._planner = Planner(self.adapter, self.policy, cost, controller, lengths, self.chosen.remark, self._seed)
 
     def state(self) -> dict[str, Any]:
         """What was learned from requests, as plain values for JSON; `restore` reads it."""

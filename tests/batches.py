@@ -24,7 +24,7 @@ def paying() -> Profile:
 class Unmoved(Gain):
     """Is not told what batches take, so that the profile alone says whether one pays."""
 
-    def ran_together(self, measured_ms: float, predicted_ms: float) -> None:
+    def ran_together(self, measured_ms: float, corrected_ms: float) -> None:
         pass
 
 

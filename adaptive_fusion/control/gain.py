@@ -1,22 +1,52 @@
-"""Whether batches take as long as they are predicted to, beside what the same predictions say of requests alone.
+"""What batches take beside their requests alone, by what both were seen to take.
 
-A profile that nobody measured, or that was measured on another day, may be wrong about batches in particular. So the
-ratio of what was measured to what was predicted is kept for each, and the first is set off against the second: a
-machine that is slow today is slow for both. Where batches are refused only because of what was seen of them, that is
-forgotten bit by bit, so that one is tried again.
+A profile that nobody measured, or that was measured on another day, may be wrong, and wrong in another way for each
+stage: where decoding takes ten times as long as predicted and encoding does not, a batch that spares decoding is worth
+far more than it seems. So measured and predicted time are kept of each stage of requests alone, and of batches beside
+what the corrected predictions say of them: a machine that is slow today is slow for both. Long requests count for more
+than short ones, as what is asked is time in all. Where batches are refused only because of what was seen of them, that
+is forgotten bit by bit, so that one is tried again.
 
 Knows milliseconds. Must not know of requests or of how either is predicted.
 """
 
 import math
 import threading
+from collections.abc import Sequence
 
-_MEMORY = 0.25
-"""Weight of the newest ratio."""
+from adaptive_fusion.decisions import Prediction
+
+_MEMORY = 0.2
+"""Weight of the newest time."""
 _FORGET = 0.02
 """Share of what is known against batches that each refusal for that reason forgets."""
-_CLIP = math.log(4.0)
-"""Most that one measurement can say, either way."""
+_CLIP = 4.0
+"""Most by which one measurement can be off what is known, either way."""
+
+
+class _Ratio:
+    """Measured to predicted time, of late; 1 until something was seen."""
+
+    def __init__(self) -> None:
+        self.measured = self.predicted = 0.0
+
+    @property
+    def value(self) -> float:
+        return self.measured / self.predicted if self.predicted else 1.0
+
+    def observe(self, measured_ms: float, predicted_ms: float) -> None:
+        """One more; nothing if it says nothing."""
+        if not (0.0 < measured_ms < math.inf and 0.0 < predicted_ms < math.inf):
+            return
+        if not self.predicted:
+            if 0.0 < measured_ms / predicted_ms < math.inf:
+                self.measured, self.predicted = measured_ms, predicted_ms
+            return
+        measured_ms = min(max(measured_ms, self.value * predicted_ms / _CLIP), self.value * predicted_ms * _CLIP)
+        measured = self.measured + _MEMORY * (measured_ms - self.measured)
+        predicted = self.predicted + _MEMORY * (predicted_ms - self.predicted)
+        if predicted > 0.0 and 0.0 < measured / predicted < math.inf:
+            self.measured, self.predicted = measured, predicted
 
 
 class Gain:
@@ -24,40 +54,46 @@ class Gain:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._alone: float | None = None
-        self._together: float | None = None
+        self._stages = (_Ratio(), _Ratio(), _Ratio())
+        self._alone, self._together = _Ratio(), _Ratio()
 
     @property
     def factor(self) -> float:
-        """By what a batch's predicted time is to be multiplied before it is set against its requests' own; 1 until
-        both have been seen."""
+        """By what a batch's `corrected_ms` is to be multiplied before it is set against its requests' own; 1 until both
+        have been seen."""
         with self._lock:
-            if self._alone is None or self._together is None:
+            if not self._alone.predicted or not self._together.predicted:
                 return 1.0
-            return math.exp(self._together - self._alone)
+            found = self._together.value / self._alone.value
+            return found if 0.0 < found < math.inf else 1.0
 
-    def ran_alone(self, measured_ms: float, predicted_ms: float) -> None:
-        """A request ran alone."""
+    def corrected_ms(self, predicted: Prediction) -> float:
+        """The time that a prediction amounts to, by what each stage was seen to take."""
         with self._lock:
-            self._alone = _moved(self._alone, measured_ms, predicted_ms)
+            return self._corrected(predicted)
 
-    def ran_together(self, measured_ms: float, predicted_ms: float) -> None:
+    def ran_alone(self, measured_ms: Sequence[float], predicted: Prediction) -> None:
+        """A request ran alone, and its encoding, prefill and decoding took so long."""
+        with self._lock:
+            for stage, took, said in zip(self._stages, measured_ms, _of_stages(predicted), strict=True):
+                stage.observe(took, said)
+            self._alone.observe(sum(measured_ms), self._corrected(predicted))
+
+    def ran_together(self, measured_ms: float, corrected_ms: float) -> None:
         """A batch ran, and took so long until its last row ended."""
         with self._lock:
-            self._together = _moved(self._together, measured_ms, predicted_ms)
+            self._together.observe(measured_ms, corrected_ms)
 
     def refused(self) -> None:
         """A batch was not made because of what was seen of others."""
         with self._lock:
-            if self._alone is not None and self._together is not None:
-                self._together += _FORGET * (self._alone - self._together)
+            if self._alone.predicted and self._together.predicted:
+                known = self._together
+                known.measured += _FORGET * (self._alone.value * known.predicted - known.measured)
+
+    def _corrected(self, predicted: Prediction) -> float:
+        return sum(stage.value * said for stage, said in zip(self._stages, _of_stages(predicted), strict=True))
 
 
-def _moved(known: float | None, measured_ms: float, predicted_ms: float) -> float | None:
-    """The mean logarithm of ratios after one more; the same after one that says nothing."""
-    if not (0.0 < measured_ms < math.inf and 0.0 < predicted_ms < math.inf):
-        return known
-    ratio = math.log(measured_ms) - math.log(predicted_ms)
-    if known is None:
-        return ratio
-    return known + _MEMORY * min(max(ratio - known, -_CLIP), _CLIP)
+def _of_stages(predicted: Prediction) -> tuple[float, float, float]:
+    return predicted.encode_ms, predicted.prefill_ms, predicted.decode_ms

@@ -235,18 +235,18 @@ class CostModel:
         self.profile, self.parts = profile, parts
 
     def beside(self, own: Work, others: Sequence[Work]) -> Work:
-        """What a request, alone a batch of one, is in one batch with `others`: all media are encoded before its prefill,
-        all prompts are prefilled before it goes on, and its own answer is as long as it was."""
+        """What a request, alone a batch of one, is in one batch with `others`: all media are encoded before its
+        prefill, all prompts are prefilled before it goes on, and its own answer is as long as it was."""
         if not others:
             return own
         rows = (own, *others)
         lengths = [row.prompt_tokens for row in rows]
-        passes, going = (), 0.0
+        groups, going = [list(range(len(rows)))], 0.0
         if self.parts:
             groups = self.passes(lengths)
-            passes = tuple((len(places), max(lengths[place] for place in places)) for places in groups)
             mine = max(own.new_tokens, 1.0)
             going = sum(min(max(row.new_tokens, 1.0), mine) for row in rows) / mine
+        passes = tuple((len(places), max(lengths[place] for place in places)) for places in groups)
         return Work(
             patches=tuple(n for row in rows for n in row.patches),
             prompt_tokens=len(rows) * max(lengths),
@@ -266,7 +266,9 @@ class CostModel:
         """
         first, token, square = self.profile.prefill
         order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-        best: list[tuple[float, int]] = [(0.0, 0)]  # of the longest so many: the least time, and where its last run begins
+        best: list[tuple[float, int]] = [
+            (0.0, 0)
+        ]  # of the longest so many: the least time, and where its last run begins
         for end in range(1, len(order) + 1):
             found = []
             for begin in range(end):

@@ -70,10 +70,11 @@ class Going:
         mask = self.mask[left]
         cut = int(mask.argmax(1).min())  # of the first 1 of each row
         keep_rows(self.cache, left, cut)
-        return replace(self, rows=tuple(self.rows[place] for place in left), ids=self.ids[left, cut:], mask=mask[:, cut:])
+        return replace(
+            self, rows=tuple(self.rows[place] for place in left), ids=self.ids[left, cut:], mask=mask[:, cut:]
+        )
 
     def encoding(self, like: Encoding, model: Any) -> Encoding:
         """For the next pass, with the times of `like`."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask, cache_name(model): self.cache}
         return replace(like, encoded=Encoded(inputs, like.encoded.visual_tokens, like.encoded.patches))
-

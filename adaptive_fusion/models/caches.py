@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from adaptive_fusion.models.unwrap import unwrap
 
@@ -49,20 +50,22 @@ def remember_positions(model: Any, given: Mapping[str, Any], result: Any) -> Non
 
 
 def _caches(values: Mapping[str, Any]) -> Iterator[Any]:
-    return (values[name] for name in CACHES if name in values and values[name] is not None)
+    # The former names also lead to the present one's value, with a warning.
+    name = next((name for name in CACHES if name in values), None)
+    if name is not None and values[name] is not None:
+        yield values[name]
 
 
 def rows_part(model: Any) -> bool:
     """Whether rows of one of `model`'s caches can be taken apart and put together: it holds keys and values of every
     token, and nothing else (no windows, no states of linear attention)."""
-    config = unwrap(model).config
+    config: Any = unwrap(model).config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     try:
         layers = DynamicCache(config=text).layers
     except (AttributeError, TypeError, ValueError):  # a configuration that says nothing of its layers
         return False
-    # By name: derived classes hold more.
-    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)  # derived classes hold more
 
 
 def cache_of(result: Any) -> Any:
@@ -81,18 +84,16 @@ def joined(caches: Sequence[Any]) -> Any:
             for layer in layers[1:]:
                 setattr(layer, name, None)
             setattr(layers[0], name, whole)
-    offsets = [getattr(cache, _OFFSET, None) for cache in caches]
-    if any(offset is not None for offset in offsets):
-        setattr(first, _OFFSET, torch.cat(offsets))
+    if all(getattr(cache, _OFFSET, None) is not None for cache in caches):
+        setattr(first, _OFFSET, torch.cat([getattr(cache, _OFFSET) for cache in caches]))
     return first
 
 
 def keep_rows(cache: Any, rows: Sequence[int], cut: int) -> None:
     """Leave nothing but some rows in a cache, without their first `cut` tokens. See `rows_part`."""
     for layer in cache.layers:
-        at = torch.tensor(rows, device=layer.keys.device)
-        layer.keys, layer.values = (
-            whole[:, :, cut:].index_select(0, at) for whole in (layer.keys, layer.values)
-        )  # fmt: skip
+        for name in ("keys", "values"):
+            whole = getattr(layer, name)
+            setattr(layer, name, whole[:, :, cut:].index_select(0, torch.tensor(rows, device=whole.device)))
     if (offset := getattr(cache, _OFFSET, None)) is not None:
         setattr(cache, _OFFSET, offset.index_select(0, torch.tensor(rows, device=offset.device)))

@@ -192,9 +192,9 @@ def test_a_batch_is_weighed_by_the_plans_that_it_would_have(
     class Changing(AdaptiveRunner):
         """Takes few pixels for a request alone, and all of them in a batch."""
 
-        def _placed(self, turn: Turn, beside: Sequence[Work] = ()) -> Any:
+        def _placed(self, turn: Turn, beside: Sequence[Work] = (), info: Any = None) -> Any:
             call = replace(turn.prepared.call, point=NATIVE if beside else OperatingPoint(max_pixels=4096))
-            return super()._placed(replace(turn, prepared=replace(turn.prepared, call=call)), beside)
+            return super()._placed(replace(turn, prepared=replace(turn.prepared, call=call)), beside, info)
 
     for each_ms, together_ in ((0.0, 2), (1.0, 0)):
         profile = replace(paying(), encode=(0.0, 0.0, each_ms, 0.0, 0.0, 0.0))
