@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace, folder: Path, shown: Progress) -> list[
             servers[batch] = stack.enter_context(server_process(logs, *arguments))
         for turn in range(options.rounds + 1):  # the first warms up
             for mix, clients in cases:
-                first, count = next(seeds), max(options.requests, 3 * clients) if turn else clients
+                first, count = next(seeds), max(options.requests, 3 * clients) if turn else max(5, clients)
                 runs = list(itertools.product(PLANS, servers))
                 for plan, batch in runs if turn % 2 else runs[::-1]:
                     seen = rate(servers[batch], bodies(mix, plan, count, first), clients)
