@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.audits import audited
@@ -29,12 +28,11 @@ from adaptive_fusion.execution.executor import Run, Task
 from adaptive_fusion.execution.logprobs import token_logprobs
 from adaptive_fusion.execution.merging import why_alone
 from adaptive_fusion.execution.request import ChatRequest, build_request
-from adaptive_fusion.execution.shift import shift
-from adaptive_fusion.execution.stream import Pieces, Repeating
 from adaptive_fusion.features.prompts import prompt_kind
-from adaptive_fusion.point import NATIVE, OperatingPoint
+from adaptive_fusion.point import NATIVE
 from adaptive_fusion.prepared import Call, Prepared, Turn
 from adaptive_fusion.reply import Reply
+from adaptive_fusion.way import Way
 from adaptive_fusion.wired import Wired
 
 PIECE = 16_384
@@ -248,38 +246,6 @@ class Answering(Wired):
         """Keep the plan of a conversation for its next question, if it was decided here and not drawn at random."""
         if request.turns.own and decision.lane != FIXED and not decision.audit and not decision.explored:
             self.conversations.keep(request.turns.own, Plan(decision.rung, decision.point))
-
-
-class Way:
-    """A prepared request's way to the model: its tensors at a point, its full prompt, its options."""
-
-    def __init__(self, runner: Answering, prepared: Prepared, streamer: Pieces | None = None) -> None:
-        self._runner, self._prepared, self._streamer = runner, prepared, streamer
-        # Nobody holds the full prompt: it is the one that the media would have had natively.
-        self.prompt: Callable[[], Tensor] = cache(lambda: self.prepare(NATIVE)["input_ids"])
-
-    def prepare(self, at: OperatingPoint) -> dict[str, Any]:
-        """The processor's tensors."""
-        request = self._prepared.request
-        seen = self._runner._seen(request)
-        reuse: dict[str, Any] = {"reuse": seen.at(at)} if seen is not None else {}
-        return self._runner.adapter.prepare(request.messages, at, **reuse, **request.of_prompt)
-
-    def options(self, reduced: Tensor) -> dict[str, Any]:
-        """``generate``'s options for the prompt that the model sees, with a stream's own streamer, which sees it too.
-        What a try has given that ran out of memory stands: the next one says it again and goes on.
-
-        Raises:
-            ContextLengthError: If prompt and answer do not fit into the call's context.
-        """
-        self._runner._require_context(self._prepared.call, reduced.shape[-1])
-        options, streamer = shift(self._prepared.call.arguments, reduced, self.prompt), self._streamer
-        if streamer is None:
-            return options
-        if streamer.said:
-            repeating = Repeating(reduced.shape[-1], streamer.said)
-            options["logits_processor"] = LogitsProcessorList([*(options.get("logits_processor") or ()), repeating])
-        return {**options, "streamer": streamer}
 
 
 def _pieces(text: str) -> Iterator[str]:

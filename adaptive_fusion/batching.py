@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from adaptive_fusion.answering import Answering, Way
+from adaptive_fusion.answering import Answering
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
 from adaptive_fusion.control.exploring import explores
@@ -22,9 +22,11 @@ from adaptive_fusion.decisions import Decision, Measurement, Prediction
 from adaptive_fusion.errors import OutOfMemoryError, RequestsFailed
 from adaptive_fusion.execution.executor import Run
 from adaptive_fusion.execution.merging import ROWS, shared_options
-from adaptive_fusion.execution.rows import Row, run_rows
+from adaptive_fusion.execution.row import Row
+from adaptive_fusion.execution.rows import run_rows
 from adaptive_fusion.prepared import Call, Turn
 from adaptive_fusion.reply import Reply
+from adaptive_fusion.way import Way
 
 NO_LOOK = "it is in one batch with others"
 

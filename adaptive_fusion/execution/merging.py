@@ -50,7 +50,8 @@ def why_alone(arguments: Arguments) -> str:
         return arguments.whole
     for name, why in ALONE.items():
         value = arguments.value(name)
-        if value is None or value is False or any(value == idle for idle in _IDLE.get(name, ())):
+        off = value is None or (value is False and name not in _IDLE)
+        if off or any(value == idle for idle in _IDLE.get(name, ())):
             continue
         if name in _BESIDE and name not in arguments.lengths:
             continue

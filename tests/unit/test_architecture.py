@@ -32,7 +32,7 @@ FLOORS = (
     "learning/judging",
     "learning/data",
     *("demo", "doctor", "calibrate", "loading"),
-    *("runner", "batching", "answering", "prepared", "wired"),
+    *("runner", "batching", "answering", "way", "prepared", "wired"),
     *("model_face", "pretrained"),
     "execution",
     "control",

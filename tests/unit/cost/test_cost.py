@@ -1,6 +1,7 @@
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,56 @@ def test_predictions_are_finite_and_grow_with_work(work: Work, point: OperatingP
         replace(work, concurrency=work.concurrency + more),
     ):
         assert all(b >= a for a, b in zip(base, parts(model.predict(point, bigger)), strict=True))
+
+
+def partitions(places: list[int]) -> Iterator[list[list[int]]]:
+    """Every way of putting places into groups."""
+    if not places:
+        yield []
+        return
+    for rest in partitions(places[1:]):
+        yield [[places[0]], *rest]
+        for i, group in enumerate(rest):
+            yield [*rest[:i], [places[0], *group], *rest[i + 1 :]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=5),
+    st.tuples(st.floats(0, 100), st.floats(0, 1), st.floats(0, 1e-3)),
+)
+def test_no_other_way_to_prefill_a_batch_is_predicted_to_be_done_sooner(
+    lengths: list[int], prefill: tuple[float, float, float]
+) -> None:
+    model = CostModel(replace(TRUE, prefill=prefill))
+
+    def took(groups: list[list[int]]) -> float:
+        passes = tuple((len(group), max(lengths[place] for place in group)) for group in groups)
+        return model.predict(
+            NATIVE, Work((), len(lengths) * max(lengths), batch=len(lengths), passes=passes)
+        ).prefill_ms
+
+    groups = model.passes(lengths)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    least = min(took(each) for each in partitions(list(range(len(lengths)))))
+    assert took(groups) == pytest.approx(least, rel=1e-9, abs=1e-9)
+    own, *others = [Work((), length, 8.0) for length in lengths]
+    assert model.predict(NATIVE, model.beside(own, others)).prefill_ms == pytest.approx(least, rel=1e-9, abs=1e-9)
+
+
+def test_rows_that_have_ended_cost_nothing_where_they_can_leave() -> None:
+    own, short = Work((), 100, 65.0), Work((), 100, 5.0)
+    none, parting, padded = (
+        model.predict(NATIVE, model.beside(own, others)).decode_ms
+        for model, others in (
+            (CostModel(TRUE), ()),
+            (CostModel(TRUE), (short, short)),
+            (CostModel(TRUE, parts=False), (short, short)),
+        )
+    )
+    assert none < parting < padded
+    each_row = 64 * TRUE.decode[1]
+    assert parting - none == pytest.approx(2 * (5 / 65) * (each_row + 64 * TRUE.decode[2] * (100 + 65 / 2)), rel=1e-6)
 
 
 @pytest.mark.parametrize(

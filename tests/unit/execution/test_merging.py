@@ -50,6 +50,7 @@ def test_every_argument_is_in_one_of_the_tables() -> None:
         ({"logits_processor": [lambda ids, scores: scores]}, "logits_processor"),
         ({"generation_config": GenerationConfig(max_new_tokens=3)}, "generation_config"),
         ({"output_attentions": True}, "output_attentions"),
+        ({"use_cache": False}, "use_cache"),
         ({"max_time": 3.0}, "max_time"),
         ({"strange": 1}, "strange"),
     ],
