@@ -185,6 +185,8 @@ class Batching(Answering):
         limits = replace(self.budget.merge(call.budget), on_infeasible="cheapest")
         if info is None:
             info = self._within_context(replace(self._info_of(turn.prepared), request_id=turn.request_id), call)
+        else:
+            info = replace(info, elapsed_ms=(self._clock() - turn.prepared.arrived_s) * 1e3)
         if beside:
             asking = replace(info.asking, never=info.asking.never or NO_LOOK) if info.asking is not None else None
             info = replace(info, beside=tuple(beside), asking=asking)
@@ -217,7 +219,8 @@ class Batching(Answering):
         if decision.encoder_cache in ("", MISS) and decision.escalated is None and not info.pixels_fixed:
             work = self._planner.work(decision.point, replace(info, seen=None), float(took.new_tokens))
             said = self._planner.cost.predict(self.adapter.computed(decision.point), work)
-            self.gain.ran_alone((took.encode_ms, took.prefill_ms, took.decode_ms), said)
+            before_ms = took.latency_ms - took.prefill_ms - took.decode_ms - decision.elapsed_ms
+            self.gain.ran_alone((before_ms, took.prefill_ms, took.decode_ms), said)
 
     def _ran_together(self, group: Sequence[_Placed], runs: Sequence[Run]) -> None:
         """The same of a batch, of which every row ran as it was decided."""
@@ -228,7 +231,9 @@ class Batching(Answering):
         took = [run.measurement for run in runs]
         works = [replace(p.work, new_tokens=float(t.new_tokens)) for p, t in zip(group, took, strict=True)]
         rows = [replace(placed, work=work) for placed, work in zip(group, works, strict=True)]
-        self.gain.ran_together(max(t.latency_ms - t.preprocess_ms for t in took), self._batch_ms(rows))
+        ends_ms = [p.turn.prepared.arrived_s * 1e3 + t.latency_ms for p, t in zip(group, took, strict=True)]
+        began_ms = group[0].turn.prepared.arrived_s * 1e3 + group[0].decision.elapsed_ms
+        self.gain.ran_together(max(ends_ms) - began_ms, self._batch_ms(rows))
 
     def _measured_together(self, turns: Sequence[Turn]) -> tuple[Work, Measurement]:
         """Run turns as one batch whatever it costs, all with the same limit of tokens, which each answer reaches; what

@@ -262,13 +262,13 @@ class CostModel:
         """Which prompts of a batch are prefilled together, so that all are done the soonest: padding costs time, and so
         does a pass. Places in `lengths`, by the first of each group.
 
-        The best groups are runs of the prompts in order of length.
+        The best groups are runs of the prompts in order of length. A pass takes no less than a step of decoding.
         """
         first, token, square = self.profile.prefill
+        first = max(first, self.profile.decode[0])
         order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-        best: list[tuple[float, int]] = [
-            (0.0, 0)
-        ]  # of the longest so many: the least time, and where its last run begins
+        # Of the longest so many: the least time, and where the last of their runs begins.
+        best: list[tuple[float, int]] = [(0.0, 0)]
         for end in range(1, len(order) + 1):
             found = []
             for begin in range(end):

@@ -47,11 +47,11 @@ def kin(request: pytest.FixtureRequest, processor: Any) -> AdaptiveRunner:
     return steady(AdaptiveRunner(model, processor, policy="native", profile=paying(), escalate=False))
 
 
-@pytest.mark.parametrize("prefill", [(1.0, 0.0, 0.0), (0.0, 1e-3, 0.0), (0.1, 1e-3, 0.0)], ids=["one", "each", "some"])
+@pytest.mark.parametrize("prefill", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (20.0, 1.0, 0.0)], ids=["one", "each", "some"])
 def test_a_row_is_what_it_would_be_alone(
     kin: AdaptiveRunner, noise_image: Any, clip: Any, prefill: tuple[float, ...]
 ) -> None:
-    kin.use_profile(replace(paying(), prefill=prefill))
+    kin.use_profile(replace(paying(), prefill=prefill, decode=(0.1, 0.0, 0.0)))
     asked = [
         (noise_image(96, 160, 1), "Describe.", NATIVE, 9),
         (None, "Say something about nothing that is shown, at some length.", None, 12),

@@ -7,6 +7,7 @@ are drawn; a batch is whatever four come one after the other.
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from batches import TIE, first_difference, gap, paying, steady, together
@@ -63,8 +64,10 @@ def _clip(scene: Any) -> Any:
 def test_answers_in_batches_are_those_alone(
     reference_model: Any, processor: Any, share_of: Callable[[int], int]
 ) -> None:
+    # Prompts of like length share a prefill, others have one of their own.
+    profile = replace(paying(), prefill=(50.0, 1.0, 0.0))
     runner = steady(
-        AdaptiveRunner(reference_model, processor, policy="reference-balanced", profile=paying(), escalate=False)
+        AdaptiveRunner(reference_model, processor, policy="reference-balanced", profile=profile, escalate=False)
     )
     sizes: Counter[int] = Counter()
     same, ties, others = 0, [], []
