@@ -144,7 +144,7 @@ class Batching(Answering):
         """The first with as many of the others as can share its batch without anybody's loss."""
         why = "nobody else could be decided"
         while len(alone) > 1:
-            singles_ms = sum(self.gain.corrected_ms(self._predicted(each)) for each in alone)
+            singles_ms = sum(self.gain.corrected(self._predicted(each)).latency_ms for each in alone)
             if slower := self._slower(alone, singles_ms):
                 why, alone = slower, self._one_less(alone)
                 continue
@@ -164,11 +164,11 @@ class Batching(Answering):
 
     def _slower(self, rows: Sequence[_Placed], singles_ms: float) -> str:
         """Why a batch would take longer than its requests one after the other, in words; empty if it would not."""
-        batch_ms = self._batch_ms(rows)
-        if batch_ms * self.gain.factor <= singles_ms:
+        batch = self._batch(rows)
+        if batch.encode_ms + (batch.prefill_ms + batch.decode_ms) * self.gain.factor <= singles_ms:
             return ""
         why = "a batch would take longer than one after the other"
-        if batch_ms <= singles_ms:
+        if batch.latency_ms <= singles_ms:
             self.gain.refused()
             why += ", as others did"
         return why
@@ -176,7 +176,7 @@ class Batching(Answering):
     def _one_less(self, rows: Sequence[_Placed]) -> list[_Placed]:
         """The first with all but that other without whom a batch takes the least for each."""
         fewer = [_without(rows, index) for index in range(1, len(rows))]
-        return min(fewer, key=lambda left: self._batch_ms(left) / len(left))
+        return min(fewer, key=lambda left: self._batch(left).latency_ms / len(left))
 
     def _placed(self, turn: Turn, beside: Sequence[Work] = (), info: RequestInfo | None = None) -> _Placed:
         """A turn decided as if alone, or `beside` others with the `info` that it had alone. There the model is not
@@ -205,13 +205,12 @@ class Batching(Answering):
         """What the decided point takes for a request's own work, or for other `work`."""
         return self._planner.cost.predict(self.adapter.computed(placed.decision.point), work or placed.work)
 
-    def _batch_ms(self, rows: Sequence[_Placed]) -> float:
-        """Expected time from the first encoding to the end of the longest answer."""
+    def _batch(self, rows: Sequence[_Placed]) -> Prediction:
+        """What a batch is expected to take to the end of its longest answer."""
         longest = max(rows, key=lambda each: each.work.new_tokens)
         beside = [each.work for each in rows if each is not longest]
         whole = self._predicted(longest, self._planner.cost.beside(longest.work, beside))
-        encode_ms = sum(self._predicted(each).encode_ms for each in rows)
-        return self.gain.corrected_ms(replace(whole, encode_ms=encode_ms))
+        return self.gain.corrected(replace(whole, encode_ms=sum(self._predicted(each).encode_ms for each in rows)))
 
     def _ran_alone(self, info: RequestInfo, run: Run) -> None:
         """Learn what one alone takes beside what is predicted for it; not where a part was done before or twice."""
@@ -231,9 +230,7 @@ class Batching(Answering):
         took = [run.measurement for run in runs]
         works = [replace(p.work, new_tokens=float(t.new_tokens)) for p, t in zip(group, took, strict=True)]
         rows = [replace(placed, work=work) for placed, work in zip(group, works, strict=True)]
-        ends_ms = [p.turn.prepared.arrived_s * 1e3 + t.latency_ms for p, t in zip(group, took, strict=True)]
-        began_ms = group[0].turn.prepared.arrived_s * 1e3 + group[0].decision.elapsed_ms
-        self.gain.ran_together(max(ends_ms) - began_ms, self._batch_ms(rows))
+        self.gain.ran_together(max(t.prefill_ms + t.decode_ms for t in took), self._batch(rows))
 
     def _measured_together(self, turns: Sequence[Turn]) -> tuple[Work, Measurement]:
         """Run turns as one batch whatever it costs, all with the same limit of tokens, which each answer reaches; what

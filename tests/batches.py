@@ -7,6 +7,7 @@ import torch
 
 from adaptive_fusion.control.gain import Gain
 from adaptive_fusion.cost.model import Profile
+from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.prepared import Turn, answer
 from adaptive_fusion.reply import Reply
 from adaptive_fusion.runner import AdaptiveRunner
@@ -24,7 +25,7 @@ def paying() -> Profile:
 class Unmoved(Gain):
     """Is not told what batches take, so that the profile alone says whether one pays."""
 
-    def ran_together(self, measured_ms: float, corrected_ms: float) -> None:
+    def ran_together(self, measured_ms: float, corrected: Prediction) -> None:
         pass
 
 
