@@ -260,10 +260,8 @@ class CostModel:
 
     def passes(self, lengths: Sequence[int]) -> list[list[int]]:
         """Which prompts of a batch are prefilled together, so that all are done the soonest: padding costs time, and so
-        does a pass. Places in `lengths`, by the first of each group.
-
-        The best groups are runs of the prompts in order of length. A pass takes no less than a step of decoding.
-        """
+        does a pass, no less than a step of decoding. Places in `lengths`, by the first of each group. The best groups
+        are runs of the prompts in order of length."""
         first, token, square = self.profile.prefill
         first = max(first, self.profile.decode[0])
         order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
@@ -273,7 +271,8 @@ class CostModel:
             found = []
             for begin in range(end):
                 rows, longest = end - begin, lengths[order[begin]]
-                took = first + rows * longest * (token + square * longest)
+                tokens = rows * longest
+                took = first + token * max(tokens, self.profile.hidden_tokens) + square * tokens * longest
                 found.append((best[begin][0] + took, begin))
             best.append(min(found))
         groups, end = [], len(order)

@@ -162,13 +162,14 @@ def partitions(places: list[int]) -> Iterator[list[list[int]]]:
 @given(
     st.lists(st.integers(1, 3000), min_size=1, max_size=5),
     st.tuples(st.floats(0, 100), st.floats(0, 1), st.floats(0, 1e-3)),
+    st.sampled_from((0.0, 500.0)),
 )
 def test_no_other_way_to_prefill_a_batch_is_predicted_to_be_done_sooner(
-    lengths: list[int], prefill: tuple[float, float, float]
+    lengths: list[int], prefill: tuple[float, float, float], hidden: float
 ) -> None:
-    model = CostModel(replace(TRUE, prefill=prefill))
+    model = CostModel(replace(TRUE, prefill=prefill, hidden_tokens=hidden))
     first = max(prefill[0], TRUE.decode[0])  # a pass takes no less than a step of decoding
-    counted = CostModel(replace(TRUE, prefill=(first, *prefill[1:])))
+    counted = CostModel(replace(model.profile, prefill=(first, *prefill[1:])))
 
     def took(groups: list[list[int]]) -> float:
         passes = tuple((len(group), max(lengths[place] for place in group)) for group in groups)
