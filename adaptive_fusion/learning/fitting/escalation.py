@@ -20,6 +20,8 @@ from adaptive_fusion.policy.policy import Policy
 FINE_ALPHA, COARSE_ALPHA = 0.03, 0.05
 """Loss that is kept to with many images, and with fewer than `MANY`."""
 MANY = 200
+MIN_ROWS = 20
+"""Fewest answers by which it is said what the threshold for all kinds leaves of one."""
 FOLDS = 5
 
 
@@ -73,11 +75,7 @@ def fit_threshold(
     value = largest_threshold(entropy, loss, group, alpha)
     if value is None:
         return None
-    kept = np.zeros(len(entropy), dtype=bool)
-    for held in np.unique(fold):
-        other = fold != held
-        each = largest_threshold(entropy[other], loss[other], group[other], alpha) if other.any() else None
-        kept |= (fold == held) & (entropy <= (0.0 if each is None else each))
+    kept = kept_across(entropy, loss, group, fold, alpha)
     told = auc(entropy, loss > tolerance)
     useful = told is None or told >= LEAST_AUC
     return Threshold(
@@ -90,13 +88,24 @@ def fit_threshold(
     )
 
 
+def kept_across(entropy: FloatArray, loss: FloatArray, group: IntArray, fold: IntArray, alpha: float) -> BoolArray:
+    """Which answers are kept, each fold's by a threshold of the others, ``[n]``."""
+    kept = np.zeros(len(entropy), dtype=bool)
+    for held in np.unique(fold):
+        other = fold != held
+        each = largest_threshold(entropy[other], loss[other], group[other], alpha) if other.any() else None
+        kept |= (fold == held) & (entropy <= (0.0 if each is None else each))
+    return kept
+
+
 def fit_escalation(
     data: Dataset, rungs: Sequence[str], *, k: int = 1, alpha: float | None = None, seed: int = 0
 ) -> Escalation | None:
     """Thresholds for those of `rungs` that the data have entropies of, by kind of question where there are enough.
 
     A kind of which the entropy tells too little is not looked at where that keeps to the bound; else the rung's
-    threshold for all kinds holds for it.
+    threshold for all kinds holds for it, with what that one was seen to leave of the kind; so for a kind with too few
+    images for a threshold of its own.
 
     Args:
         data: Labelled inputs; what rows without an entropy say is not used.
@@ -119,6 +128,8 @@ def fit_escalation(
         usable, entropy, loss = known_rows(data, rung, k)
         kinds: dict[str, BoolArray] = {ANY: usable}
         kinds |= {kind: usable & (data.asked == code) for code, kind in enumerate(PROMPT_KINDS)}
+        kept = np.zeros(len(data), dtype=bool)
+        kept[usable] = kept_across(entropy[usable], loss[usable], data.group[usable], folds[usable], alpha)
         for kind, rows in kinds.items():
             if rows.any():
                 each = fit_threshold(
@@ -126,9 +137,20 @@ def fit_escalation(
                 )
                 # Within such a kind the entropy tells nothing, but it may tell this kind from others.
                 blind = each is not None and each.threshold is None and kind != ANY and each.loss > alpha
-                if each is not None and not blind:
+                if blind or (each is None and rows.sum() >= MIN_ROWS and ANY in found.get(rung, {})):
+                    each = _as_all(found[rung][ANY], entropy[rows], loss[rows], kept[rows], data.tolerance)
+                if each is not None:
                     found.setdefault(rung, {})[kind] = each
     return Escalation(k, alpha, found) if found else None
+
+
+def _as_all(of_all: Threshold, entropy: FloatArray, loss: FloatArray, kept: BoolArray, tolerance: float) -> Threshold:
+    """The threshold for all kinds of question with what it does to one, whose answers `kept` were seen to be kept."""
+    if of_all.threshold is None:
+        kept = np.ones(len(loss), dtype=bool)
+    left, share = float(np.where(kept, loss, 0.0).mean()), float(1.0 - kept.mean())
+    told = auc(entropy, loss > tolerance)
+    return Threshold(of_all.threshold, told, len(loss), float(loss.mean()), left, share)
 
 
 def known_rows(data: Dataset, rung: str, k: int) -> tuple[BoolArray, FloatArray, FloatArray]:

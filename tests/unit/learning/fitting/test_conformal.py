@@ -117,6 +117,21 @@ def test_an_entropy_that_tells_too_little_is_not_looked_at(tmp_path: Path) -> No
     assert rule.threshold is None and rule.auc is not None and rule.auc < LEAST_AUC
 
 
+def test_a_kind_within_which_it_tells_nothing_says_what_the_threshold_for_all_leaves_of_it(tmp_path: Path) -> None:
+    rng, records = np.random.default_rng(2), labels(300, 1.0)
+    for record in records:
+        if record["prompt_kind"] == "read":
+            record["entropies"] = {CHEAP: [0.001 * rng.random()]}
+    data = build_dataset([write_jsonl(tmp_path / "a.jsonl", records)], cheap=CHEAP, rungs=RUNGS)
+    found = fit_escalation(data, [CHEAP], alpha=0.3)
+    assert found is not None
+    read, of_all = found.threshold(CHEAP, "read"), found.threshold(CHEAP, "count")
+    assert read.threshold == of_all.threshold is not None and read.rows < of_all.rows
+    assert read.auc is not None and read.auc < LEAST_AUC
+    # Every such answer is kept, so all that they lose is left.
+    assert read.left == pytest.approx(read.loss) and read.share == 0.0 and read.left > of_all.left
+
+
 def test_train_learns_them_and_the_card_says_so(tmp_path: Path) -> None:
     log = write_jsonl(tmp_path / "labels.jsonl", labels(400, 0.9))
     out = train([log], tmp_path / "out", base=base_policy(), n=20, estimators=("logistic",), jobs=1, force=True).folder
