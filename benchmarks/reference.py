@@ -7,14 +7,18 @@ cheap plan, no router, and goes on where the model is not sure) or a point such 
 bootstraps by scene.
 
     python benchmarks/reference.py [--model FOLDER] [--scenes 100] [--draws 3] [--seed N] [--arms ...] [--jobs 2]
+        [--rows FILE]
+
+With `--rows` what was answered is kept in that file, and the same command with the same seed goes on where it stopped.
 """
 
 import argparse
 import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +65,11 @@ def runner_of(arm: str, first: AdaptiveRunner | None, model: str) -> AdaptiveRun
     return AdaptiveRunner(first.model, first.processor, policy=policy)
 
 
-def answers(job: tuple[str, tuple[str, ...], list[tuple[str, int]]]) -> list[dict[str, list[float]]]:
+Job = tuple[str, tuple[str, ...], list[tuple[str, int]]]
+"""The model, arms and scenes (kind and seed) of one part."""
+
+
+def answers(job: Job) -> list[dict[str, list[float]]]:
     """Quality, TTFT in ms, latency in ms, visual tokens and passes given up, by arm, of each scene."""
     model, arms, scenes = job
     torch.set_num_threads(1)
@@ -84,6 +92,22 @@ def answers(job: tuple[str, tuple[str, ...], list[tuple[str, int]]]) -> list[dic
             row[arm] = [score, took.ttft_ms, took.latency_ms, took.visual_tokens, escalated]
         found.append(row)
     return found
+
+
+def all_answers(parts: list[Job], jobs: int, kept: Path | None, quiet: bool) -> list[dict[str, list[float]]]:
+    """The answers of all parts, in order; those that are `kept` in a file are not asked for again."""
+    lines = kept.read_text().splitlines() if kept is not None and kept.exists() else []
+    known = {key: rows for key, rows in map(json.loads, lines)}
+    keys = [repr(part) for part in parts]
+    missing = [(key, part) for key, part in zip(keys, parts, strict=True) if key not in known]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        asked = {pool.submit(answers, part): key for key, part in missing}
+        for done in tqdm(as_completed(asked), total=len(asked), unit="40 scenes", disable=quiet):
+            known[asked[done]] = done.result()
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps([asked[done], done.result()]) + "\n")
+    return [row for key in keys for row in known[key]]
 
 
 def mixed(values: npt.NDArray[np.float64], kinds: npt.NDArray[np.str_]) -> float:
@@ -190,6 +214,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--resamples", type=int, default=2000)
+    parser.add_argument("--rows", type=Path, help="file that keeps what was answered")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if min(args.scenes, args.draws, args.jobs, args.resamples) < 1 or args.scenes > 10_000 or (args.seed or 0) < 0:
@@ -211,10 +236,7 @@ def main() -> None:
         for kind in KINDS
     ]
     parts = [(args.model, arms, scenes[start : start + 40]) for start in range(0, len(scenes), 40)]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context) as pool:
-        done = list(tqdm(pool.map(answers, parts), total=len(parts), unit="40 scenes", disable=args.json))
-    rows = [row for part in done for row in part]
+    rows = all_answers(parts, args.jobs, args.rows, args.json)
     kinds = np.array([kind for kind, _ in scenes])
     found = summary(rows, kinds, args.resamples)
     each = len(scenes) // args.draws

@@ -42,9 +42,9 @@ RECIPES: dict[str, Recipe] = {
         0.01,
         "cost",
         {
-            SIMPLE: (w(1, 0.5), w(0.5, 0.5, 2), w(0.5, 0.35, 2), w(0.25, 0.125)),
+            SIMPLE: (w(0.5, 0.5, 2), w(0.25, 0.125)),
             COMPLEX: (FULL, n(1, 2), g(0.5, 1, blanks=2), g(1, 0.5, blanks=2), g(0.5, 0.25), g(0.25, 0.25)),
-            VIDEO: (FULL, n(1, 2), n(0.7, 2), n(0.5, 2), g(0.5, 0.25), FEW_FRAMES),
+            VIDEO: (FULL, n(1, 2), g(0.5, 0.25), FEW_FRAMES),
         },
     ),
     "reference-latency": Recipe(

@@ -17,7 +17,7 @@ from adaptive_fusion.learning.data.dataset import BoolArray, Dataset, FloatArray
 from adaptive_fusion.policy.escalation import ANY, LEAST_AUC, Escalation, Threshold
 from adaptive_fusion.policy.policy import Policy
 
-FINE_ALPHA, COARSE_ALPHA = 0.03, 0.05
+FINE_ALPHA, COARSE_ALPHA = 0.02, 0.05
 """Loss that is kept to with many images, and with fewer than `MANY`."""
 MANY = 200
 MIN_ROWS = 20
