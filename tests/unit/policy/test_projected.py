@@ -47,7 +47,7 @@ def test_without_its_trained_weights_a_lane_begins_with_more_pixels() -> None:
     lanes = {SIMPLE: few, COMPLEX: many, VIDEO: plain}
     policy = Policy("p", constant_router(), 0.5, lanes, cheap=few[0].name)
     trained = replace(policy, fusion_weights=(Path("weighted3r0.safetensors"),))
-    for each, begins in ((policy, (0.25, 0.75, 0.25)), (trained, (0.25 * UNTRAINED, 1.0, 0.25))):
+    for each, begins in ((policy, (0.25, 0.75, 0.25)), (trained, (UNTRAINED, 0.75, 0.25))):
         found, _ = projected(each)
         assert tuple(found.lanes[lane][0].pixel_share for lane in lanes) == begins
         assert [found.lanes[lane][1].pixel_share for lane in lanes] == [0.125, 0.25, 0.125]
