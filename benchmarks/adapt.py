@@ -25,7 +25,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ import torch
 
 from adaptive_fusion.calibrate import calibrate
 from adaptive_fusion.commands.output import progress
+from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
+from adaptive_fusion.cost.profiles import profile_key
 from adaptive_fusion.errors import PolicyMismatchWarning
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.statistics import Interval, resamples
 from adaptive_fusion.learning.adapting.adapt import Adaptation, policy_name
 from adaptive_fusion.learning.adapting.answers import Answers, read_answers
-from adaptive_fusion.learning.adapting.cases import planner_for
-from adaptive_fusion.learning.adapting.judge import Taken, take
+from adaptive_fusion.learning.adapting.judge import Taken, priced, take
 from adaptive_fusion.learning.adapting.settle import settle
 from adaptive_fusion.learning.adapting.source import Beside
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray
@@ -93,13 +94,15 @@ def main() -> None:
 def measured(model: str, options: argparse.Namespace, shown: Progress) -> dict[str, Any]:
     """All figures of one model."""
     runner = open_runner(model, "balanced")
-    if not options.no_measure and not runner.profile.samples:
+    if options.no_measure:
+        by_shape(runner)
+    elif not runner.profile.samples:
         calibrate(runner, progress=shown)
     folder, name = options.out / Path(model).name, policy_name(model, runner.fingerprint.digest)
     questions = list(scenes(options.images))
     work = Adaptation(Beside(runner), questions, folder, name, measure=False, progress=shown)
     began, before = time.process_time(), work.ahead().answered
-    pool = priced(work.answered(), runner)
+    pool = priced(Beside(runner), work.base, work.answered())
     new = len(pool) - before
     counts = [count for count in sorted(options.counts) if pool.images - count >= HELD]
     bench = Bench(pool, runner, work, counts, options.draws)
@@ -130,18 +133,17 @@ def scenes(count: int) -> Iterator[Question]:
         yield from (Question(image, prompt, slices={"scene": kind}) for prompt in PROMPTS[kind])
 
 
-def priced(pool: Answers, runner: AdaptiveRunner) -> Answers:
-    """The same with the predicted times to the first token in place of those that were taken while others ran."""
-    planner, known = planner_for(runner.adapter, runner.policy, runner.profile), dict[Any, float]()
-    cost = np.empty_like(pool.cost)
-    for row, case in enumerate(pool.cases):
-        for column, rung in enumerate(pool.rungs):
-            key = tuple(case.info.sizes), case.info.text_tokens, rung.name
-            if key not in known:
-                point = runner.adapter.resolve(rung, case.info.sizes)
-                known[key] = planner.candidate(point, 1.0, case.info).predicted.ttft_ms
-            cost[row, column] = known[key]
-    return replace(pool, cost=cost)
+def by_shape(runner: AdaptiveRunner) -> None:
+    """Costs by the model's shape, whatever was measured of it on this machine before."""
+    adapter, (flops, rate) = runner.adapter, RATES["cpu"]
+    estimate = analytic_profile(
+        model_shape(adapter),
+        profile_key(adapter),
+        dtype_bytes=adapter.dtype.itemsize,
+        flops_per_s=flops,
+        bytes_per_s=rate,
+    )
+    runner.use_profile(estimate, "estimated from the model's shape")
 
 
 class Bench:
@@ -255,6 +257,8 @@ def carried(model: str, options: argparse.Namespace, work: Adaptation, shown: Pr
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", PolicyMismatchWarning)
         runner = open_runner(model, options.carried)
+    if options.no_measure:
+        by_shape(runner)
     images = list(dict.fromkeys(case.subject.content_hash for case in work.cases))[:CARRIED]
     cases = [case for case in work.cases if case.subject.content_hash in set(images)]
     lanes = (rung for lane in (SIMPLE, COMPLEX) for rung in runner.policy.lanes[lane])
@@ -262,7 +266,8 @@ def carried(model: str, options: argparse.Namespace, work: Adaptation, shown: Pr
     file = options.out / Path(model).name / f"carried-{options.carried}.jsonl"
     scorer = ModelScorer(RunnerModel(runner, max_new_tokens=work.max_new_tokens))
     label_inputs(scorer, [case.question for case in cases], rungs, file, progress=shown, source_id=work.name)
-    pool = priced(read_answers(file, cases, rungs, work.base.tolerance, runner.fingerprint), runner)
+    pool = read_answers(file, cases, rungs, work.base.tolerance, runner.fingerprint)
+    pool = priced(Beside(runner), work.base, pool)
     bench = Bench(pool, runner, work, (), 1)
     rows = {
         f"{options.carried}, {how}": [take(bench.source, runner.policy, pool, asks=asks)]

@@ -29,6 +29,8 @@ class Asking:
         p_complex: What the router says of the request.
         worth_asking: Keys of plans that may be asked about on doubt beside those that count as good as any.
         sure: Keys of plans that the router has vouched for: they count as good as any.
+        first: Key of the plan that was learned to be the first to take, empty for full compute; None where that was
+            not learned, and what counts as good as any is taken.
     """
 
     thresholds: Escalation
@@ -38,6 +40,7 @@ class Asking:
     p_complex: float = 0.0
     worth_asking: Collection[str] = ()
     sure: Collection[str] = ()
+    first: str | None = None
 
 
 def plans(
@@ -141,6 +144,13 @@ def doubted(
             continue
         rule = asking.thresholds.threshold(candidate.key, asking.kind)
         sure = rule.threshold is None and not asking.doubt  # with what was learned of this model
+        if asking.first is not None:
+            singles.append(_as_learned(candidate, full, rule, taken=sure and candidate.key == asking.first))
+            if candidate.key == asking.first and not asking.never and rule.threshold is not None:
+                both = _in_two(candidate, full, rule, asking, share, new_tokens)
+                if both.mean_ms < full.predicted.latency_ms:
+                    doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))
+            continue
         singles.append(candidate if sure else replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
         if asking.never or rule.threshold is None:
             continue
@@ -155,6 +165,13 @@ def doubted(
     if not any(candidate.point.is_full for candidate in singles):
         singles.append(full)
     return level(singles, doubles, tolerance), len(doubles)
+
+
+def _as_learned(candidate: Candidate, full: Candidate, rule: Threshold, *, taken: bool) -> Candidate:
+    """One pass where it was learned which plan is the first to take: that one, if it need not be asked about, is as
+    good as it was seen to be; of others it is not known that they are good enough."""
+    quality = full.quality - rule.left if taken else min(candidate.quality, full.quality) * (1.0 - rule.loss)
+    return replace(candidate, quality=max(0.0, quality))
 
 
 def _improves(better: Candidate, candidate: Candidate, rule: Threshold, tolerance: float) -> bool:

@@ -91,7 +91,8 @@ class Planner(Offering):
             all_of_them = info.full_detail or bool(unlike) or info.asking is not None
             if info.asking is not None:
                 worth, sure = self.worth_asking(route), self.sure(route)
-                asking = replace(info.asking, p_complex=route.score, worth_asking=worth, sure=sure)
+                first = info.asking.thresholds.first_of(lane, info.asking.kind)
+                asking = replace(info.asking, p_complex=route.score, worth_asking=worth, sure=sure, first=first)
                 info = replace(info, asking=asking)
             candidates = self.candidates(info, lane, hardest, needs, None if all_of_them else limits)
             stay = self._staying(candidates, info, needs)

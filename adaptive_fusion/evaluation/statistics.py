@@ -16,6 +16,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 _WORK = 20_000_000  # rows that a bootstrap goes through
 _BLOCK = 1 << 21  # indices drawn at once: 16 MB
+_MOST_BET = 0.9  # of what a gambler has; below 1, so that one value never takes all
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,36 @@ def most_mean(values: npt.ArrayLike, *, level: float = 0.95) -> float:
         else:
             high = middle
     return high
+
+
+def most_mean_by_betting(values: npt.ArrayLike, *, level: float = 0.95) -> float:
+    """Return what the mean of independent values in [0, 1], shape [samples], stays below with the given confidence,
+    whatever their distribution. Where values vary little it is far tighter than `most_mean`, and a little wider where
+    all are 0.
+
+    Source: the one-sided hedged capital process of Waudby-Smith and Ramdas (2024), arXiv:2010.09686, on 1 - values: a
+    mean is ruled out where a gambler who bets against it, by what was seen before, has 1 / (1 - level) times the stake.
+
+    Raises ConfigError on no values or one outside [0, 1].
+    """
+    column = 1.0 - _column(values)
+    if not len(column) or column.min() < -1e-9 or column.max() > 1 + 1e-9:
+        raise ConfigError("values must be at least one number, each from 0 to 1")
+    n, wanted = len(column), math.log(1.0 / (1.0 - level))
+    count = np.arange(1, n + 1)
+    means = (0.5 + np.cumsum(column)) / (count + 1)
+    variances = (0.25 + np.cumsum((column - means) ** 2)) / (count + 1)
+    before = np.append(0.25, variances[:-1])
+    bets = np.sqrt(2.0 * wanted / (n * before))
+    low, high = 0.0, float(column.mean())
+    for _ in range(50):
+        middle = (low + high) / 2
+        wealth = np.cumsum(np.log1p(np.minimum(bets, _MOST_BET / max(middle, 1e-12)) * (column - middle)))
+        if float(wealth.max()) >= wanted:
+            low = middle
+        else:
+            high = middle
+    return 1.0 - low
 
 
 def _seen_by_chance(n: int, mean: float, true: float) -> float:

@@ -86,6 +86,9 @@ class Escalation:
         always: Whether plans that count as good as any are asked about as well, full compute being the better plan.
         sure: By lane, P(complex) up to which its first rung is taken without asking: there the answers kept as much as
             the policy was to keep, so that a second pass would only cost.
+        first: By lane, then by kind of question, the rung that was learned to be the first to take, whatever else
+            counts as good as any: it is asked about if it has a threshold, and taken as it is if not. Empty for full
+            compute. A lane or kind that is not there goes by what counts as good as any.
 
     Raises:
         PolicyError: For a value out of range or an unknown kind of question.
@@ -96,6 +99,7 @@ class Escalation:
     thresholds: Mapping[str, Mapping[str, Threshold]] = field(default_factory=dict)
     always: bool = False
     sure: Mapping[str, float] = field(default_factory=dict)
+    first: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         integer(self.k, "k of escalation", 1, MOST_TOKENS, error=PolicyError)
@@ -106,11 +110,16 @@ class Escalation:
             raise PolicyError(f"sure of escalation is {self.sure!r}; expected a table of P(complex) by lane")
         for lane, p in self.sure.items():
             number(p, f"sure of escalation for the lane {lane}", 0, 1, error=PolicyError)
-        for rung, kinds in self.thresholds.items():
-            for kind in kinds:
-                if kind != ANY and kind not in PROMPT_KINDS:
+        for what, tables in (("thresholds", self.thresholds), ("first", self.first)):
+            if not isinstance(tables, Mapping) or not all(isinstance(kinds, Mapping) for kinds in tables.values()):
+                raise PolicyError(f"{what} of escalation is {tables!r}; expected tables by kind of question")
+            for name, kinds in tables.items():
+                if unknown := set(kinds) - {ANY, *PROMPT_KINDS}:
                     known = ", ".join((ANY, *PROMPT_KINDS))
-                    raise PolicyError(f"thresholds of {rung} have the kind {kind!r}; expected one of {known}")
+                    raise PolicyError(f"{what} of {name} have the kind {min(unknown)!r}; expected one of {known}")
+        for lane, rungs in self.first.items():
+            if wrong := [rung for rung in rungs.values() if not isinstance(rung, str)]:
+                raise PolicyError(f"first of {lane} has {wrong[0]!r}; expected the name of a rung, or nothing")
 
     def threshold(self, rung: str, kind: str) -> Threshold:
         """The threshold for a rung and a kind of question: its own, else the general ones, else `GENERAL`."""
@@ -120,6 +129,11 @@ class Escalation:
                 return found
         return GENERAL
 
+    def first_of(self, lane: str, kind: str) -> str | None:
+        """The rung that a lane takes first for a kind of question, empty for full compute; None where that was not
+        learned."""
+        return self.first.get(lane, {}).get(kind)
+
     def to_dict(self) -> dict[str, Any]:
         """TOML-able values."""
         tables = {
@@ -127,17 +141,19 @@ class Escalation:
         }
         always = {"always": True} if self.always else {}
         sure = {"sure": dict(self.sure)} if self.sure else {}
-        return {"k": self.k, "alpha": self.alpha, **always, **sure, "thresholds": tables}
+        first = {"first": {lane: dict(kinds) for lane, kinds in self.first.items()}} if self.first else {}
+        return {"k": self.k, "alpha": self.alpha, **always, **sure, **first, "thresholds": tables}
 
     @classmethod
     def from_dict(cls, values: Any) -> "Escalation":
         """Read `to_dict`'s form; raises PolicyError where it is not one."""
-        table = check_keys(values, "escalation", (), ("k", "alpha", "always", "sure", "thresholds"))
+        table = check_keys(values, "escalation", (), ("k", "alpha", "always", "sure", "first", "thresholds"))
         rungs = table.get("thresholds", {})
         if not isinstance(rungs, Mapping) or not all(isinstance(kinds, Mapping) for kinds in rungs.values()):
             raise PolicyError(f"thresholds of escalation is {rungs!r}; expected tables by rung and kind of question")
         read = {str(rung): {str(kind): _read(each) for kind, each in kinds.items()} for rung, kinds in rungs.items()}
-        return cls(table.get("k", 1), table.get("alpha", 0.05), read, table.get("always", False), table.get("sure", {}))
+        always, sure, first = table.get("always", False), table.get("sure", {}), table.get("first", {})
+        return cls(table.get("k", 1), table.get("alpha", 0.05), read, always, sure, first)
 
 
 UNFITTED = Escalation(

@@ -44,8 +44,12 @@ def projected(policy: Policy) -> tuple[Policy, str]:
     escalation = policy.escalation
     if escalation is not None:
         thresholds = {names.get(rung, rung): kinds for rung, kinds in escalation.thresholds.items()}
+        first = {
+            lane: {kind: names.get(rung, rung) for kind, rung in kinds.items()}
+            for lane, kinds in escalation.first.items()
+        }
         # For what steps without their weights need not be asked is not known.
-        escalation = replace(escalation, thresholds=thresholds, sure={})
+        escalation = replace(escalation, thresholds=thresholds, sure={}, first={} if policy.fusion_weights else first)
     said = f"{policy.name}'s {', '.join(sorted(lost))} cannot be had upstream: its ladder is one of pixels and frames"
     cheap = names.get(policy.cheap, on_pixels(policy.cheap_rung).name) if policy.cheap else ""
     return replace(policy, lanes=lanes, cheap=cheap, escalation=escalation, fusion_weights=()), said

@@ -5,7 +5,7 @@ Knows label records and rungs. Must not know fits, planners or how answers are h
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Answers:
         entropy: Of the first tokens' distributions, in nats, ``[n, rungs, MOST_TOKENS]``; NaN past an answer's end.
         tolerance: Loss up to which an answer is good enough.
         model: Whose answers they are.
+        wait: Milliseconds that each more token takes that is looked at, ``[n]``; none of it where nobody knows.
     """
 
     cases: tuple[Case, ...]
@@ -49,6 +50,11 @@ class Answers:
     entropy: FloatArray
     tolerance: float
     model: Fingerprint
+    wait: FloatArray = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.wait):
+            object.__setattr__(self, "wait", np.zeros(len(self.cases)))
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -104,7 +110,7 @@ class Answers:
         """Those rows, by mask."""
         cases = tuple(case for case, wanted in zip(self.cases, rows, strict=True) if wanted)
         parts = (self.quality[rows], self.cost[rows], self.tokens[rows], self.entropy[rows])
-        return Answers(cases, self.rungs, *parts, self.tolerance, self.model)
+        return Answers(cases, self.rungs, *parts, self.tolerance, self.model, self.wait[rows])
 
     def folds(self, count: int) -> IntArray:
         """A fold for each row, ``[n]``, the same for all rows of an image; every fold has an image where there are

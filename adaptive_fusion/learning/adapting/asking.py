@@ -37,10 +37,12 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Asked:
-    """What was chosen: octaves on top of the needs by kind, and the thresholds."""
+    """What was chosen: octaves on top of the needs by kind, and the thresholds; beside what that costs, of full
+    compute's."""
 
     margins: Mapping[str, float]
     rules: Escalation
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ def choose_asking(answers: Answers, octaves: FloatArray) -> Asked | None:
     if answers.images < MANY:
         return None
     found = [each for k in (1, MOST_TOKENS) if (each := _chosen(answers, octaves, k)) is not None]
-    return min(found, key=lambda each: each[0])[1] if found else None
+    return min(found, key=lambda each: each.cost) if found else None
 
 
-def _chosen(answers: Answers, octaves: FloatArray, k: int) -> tuple[float, Asked] | None:
+def _chosen(answers: Answers, octaves: FloatArray, k: int) -> Asked | None:
     kinds = {kind: np.array([each == kind for each in answers.kinds]) for kind in sorted(set(answers.kinds))}
     offered = {kind: _plans(answers, octaves, rows, k) for kind, rows in kinds.items()}
     best: tuple[float, dict[str, _Plan]] | None = None
@@ -90,7 +92,7 @@ def _chosen(answers: Answers, octaves: FloatArray, k: int) -> tuple[float, Asked
     rules = {kind: _rule(plan, answers.tolerance) for kind, plan in best[1].items()}
     others = {kind: rule for kind, rule in UNFITTED.thresholds[ANY].items() if kind not in rules}
     table = Escalation(k, BOUND, {ANY: {**others, **rules}}, always=True)
-    return best[0], Asked({kind: plan.margin for kind, plan in best[1].items()}, table)
+    return Asked({kind: plan.margin for kind, plan in best[1].items()}, table, best[0] / len(answers))
 
 
 def _plans(answers: Answers, octaves: FloatArray, rows: BoolArray, k: int) -> list[_Plan]:
@@ -98,7 +100,8 @@ def _plans(answers: Answers, octaves: FloatArray, rows: BoolArray, k: int) -> li
     names = [rung.pixel_share for rung in answers.rungs]
     columns = [names.index(share) for share in (1.0, *answers.shares)]
     quality = np.column_stack([np.ones(len(answers)), answers.kept])[rows]
-    tokens = answers.tokens[rows][:, columns] / answers.tokens[rows][:, columns[:1]]
+    full = answers.cost[rows][:, columns[:1]]
+    costs, wait = answers.cost[rows][:, columns] / full, (k - 1) * answers.wait[rows] / full[:, 0]
     unsure = np.column_stack([mean_of_first(answers.entropy[:, column], k) for column in columns])[rows]
     line, found = np.arange(len(quality)), list[_Plan]()
     for margin in MARGINS[::-1]:
@@ -108,7 +111,7 @@ def _plans(answers: Answers, octaves: FloatArray, rows: BoolArray, k: int) -> li
         thresholds = [None, *np.unique(np.quantile(known, QUANTILES))] if len(known) else [None]
         for threshold in thresholds:
             up = below & (entropy > threshold) if threshold is not None else np.zeros(len(line), dtype=bool)
-            cost = tokens[line, place] + up
+            cost = costs[line, place] + up + (0.0 if threshold is None else wait * below)
             value = None if threshold is None else float(threshold)
             found.append(_Plan(float(margin), value, cost, np.where(up, 0.0, lost), up, below, lost, entropy))
     return found

@@ -12,8 +12,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adaptive_fusion.learning.adapting.answers import NAMES, Answers
 from adaptive_fusion.learning.adapting.asking import MANY, choose_asking
-from adaptive_fusion.learning.adapting.needs import fit_own_needs
-from adaptive_fusion.learning.adapting.router import fit_router
+from adaptive_fusion.learning.adapting.lanes import Laned, choose_lanes
+from adaptive_fusion.learning.adapting.needs import FOLDS, fit_own_needs
+from adaptive_fusion.learning.adapting.router import fit_router, scores_out_of_fold, widened
 from adaptive_fusion.learning.fitting.fit import fitted_to
 from adaptive_fusion.policy.escalation import UNFITTED
 from adaptive_fusion.policy.familiar import Familiar
@@ -77,11 +78,16 @@ def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path],
         parts |= dict.fromkeys(("router", "needs", "escalation"), f"general: {few}")
         policy = replace(policy, escalation=UNFITTED)
     else:
-        x = data.columns(base.router.inputs.names)
+        router = widened(base.router, data.names, data.x)
+        x = data.columns(router.inputs.names)
         parts["router"] = f"general, moved by {answers.images} images"
         lanes = {lane: _qualities(base.lanes[lane], answers) for lane in base.lanes}
-        policy = replace(policy, router=fit_router(base.router, x, data.y), lanes=lanes)
-        policy = _with_needs(policy, answers, parts, many)
+        policy = replace(policy, router=fit_router(router, x, data.y), lanes=lanes)
+        laned = None
+        if many:
+            unseen = scores_out_of_fold(router, x, data.y, answers.folds(FOLDS))
+            laned = choose_lanes(answers, unseen, base.threshold, lanes)
+        policy = _with_needs(policy, answers, parts, many, laned)
     return Adapted(_with_familiar(policy, answers, parts), parts)
 
 
@@ -97,9 +103,21 @@ def _qualities(ladder: Sequence[Rung], answers: Answers) -> tuple[Rung, ...]:
     return tuple(out)
 
 
-def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: bool) -> Policy:
-    """The policy with the model's own needs, and what is asked about them; with too few images what is enough stays a
-    guess, and is asked about as for a model that nothing was fitted to."""
+def _with_lanes(policy: Policy, laned: Laned, parts: dict[str, str]) -> Policy:
+    """The policy with the steps that its lanes take first."""
+    said = [
+        f"{kind} in {lane}: {name or 'full compute'}"
+        for lane, kinds in laned.rules.first.items()
+        for kind, name in kinds.items()
+    ]
+    parts["needs"] = "general, where a budget asks for less than the first steps"
+    parts["escalation"] = f"own first steps and thresholds ({'; '.join(said)})"
+    return replace(policy, threshold=laned.cut, escalation=laned.rules)
+
+
+def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: bool, laned: Laned | None) -> Policy:
+    """The policy with the model's own needs, and what is asked about them, or with lanes where these cost less; with
+    too few images what is enough stays a guess, and is asked about as for a model that nothing was fitted to."""
     enough = policy.sufficiency
     if answers.tells:
         policy = replace(policy, escalation=UNFITTED)
@@ -109,15 +127,17 @@ def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: b
         parts["escalation"] = "none: the engine gave no log-probabilities to look at"
     if enough is None:
         parts["needs"] = "general: the base policy has none"
-        return policy
+        return policy if laned is None else _with_lanes(policy, laned, parts)
     own, octaves = fit_own_needs(answers, enough.text.per_octave)
+    asked = choose_asking(answers, octaves) if many and own is not None else None
+    if laned is not None and (asked is None or laned.cost < asked.cost):
+        return _with_lanes(policy, laned, parts)
     if own is None:
         parts["needs"] = (
             f"general, with its margin of {policy.margin:g}: {answers.images} images are too few for another"
         )
         return policy
     parts["needs"] = f"own, by kind of question ({', '.join(own.kinds)}), in place of the reader's margin"
-    asked = choose_asking(answers, octaves) if many else None
     if asked is not None:
         kinds = {kind: value + asked.margins[kind] for kind, value in own.kinds.items()}
         own = replace(own, kinds=kinds, margin=0.0)

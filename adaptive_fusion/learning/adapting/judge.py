@@ -6,13 +6,15 @@ would be, and what they lead to is read off the labels.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
+from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.evaluation.statistics import Interval, intervals, most_mean
+from adaptive_fusion.evaluation.statistics import Interval, intervals, most_mean, most_mean_by_betting
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.cases import planner_for
 from adaptive_fusion.learning.adapting.needs import by_image
@@ -23,8 +25,14 @@ from adaptive_fusion.policy.policy import Policy
 FOLDS = 5
 SURE = 0.975
 """Confidence of a lower end, as that of a 95 % interval."""
-MOST_LESS = 0.5
-"""Share of the tolerance by which a policy may keep less than the one that it replaces."""
+PROMISED = 0.5
+"""Share of the tolerance that a policy may lose on average."""
+ALLOWED = 0.125
+"""Share of the tolerance by which what is seen may fall short of that: it is right as often as not."""
+SURELY = 0.9
+"""Confidence of the bound on what is kept (`most_mean_by_betting`)."""
+FOUR_IN_FIVE = 0.43
+"""Of the half width of a 95 % interval: what lies beyond has one chance in five, by the normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,24 @@ def _waited_ms(choice: Choice, first_ms: float) -> float:
     return 0.0 if second is None else first_ms * second.wait_ms / choice.candidate.predicted.ttft_ms
 
 
+def priced(source: Source, policy: Policy, answers: Answers) -> Answers:
+    """The same with the predicted times to the first token in place of those that were taken while all else ran, and
+    what each more token takes: the same answers then lead to the same policy, however they were had."""
+    planner, known = planner_for(source.adapter, policy, source.profile), dict[Any, Prediction]()
+    cost, wait = np.empty_like(answers.cost), np.zeros(len(answers))
+    for row, case in enumerate(answers.cases):
+        tokens = planner.expected_tokens(case.info)
+        for column, rung in enumerate(answers.rungs):
+            key = tuple(case.info.sizes), case.info.text_tokens, case.info.max_new_tokens, rung.name
+            if key not in known:
+                point = source.adapter.resolve(rung, case.info.sizes)
+                known[key] = planner.candidate(point, 1.0, case.info).predicted
+            cost[row, column] = known[key].ttft_ms
+            if rung.pixel_share == 1.0:
+                wait[row] = known[key].decode_ms / max(1.0, tokens - 1)
+    return replace(answers, cost=cost, wait=wait)
+
+
 def cross_fitted(
     answers: Answers, fit: Callable[[Answers], Policy], judge: Callable[[Policy, Answers], Taken]
 ) -> Taken:
@@ -112,7 +138,7 @@ def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: i
     """Of every side: quality ``kept`` of native's, ``ttft`` and ``tokens`` as shares of native's, share of ``second``
     passes; and of every side but the first the differences of the first to it. With 95 % bootstrap intervals over
     images, all sides on the same resamples. What is kept has no lower end that so few images cannot promise, whatever
-    they showed (`most_mean`)."""
+    they showed (`most_mean`). The first side's ``surely`` is a bound on what it keeps, with confidence `SURELY`."""
     native = [rung.name for rung in answers.rungs].index("native@1")
     full_cost, full_tokens = answers.cost[:, native], answers.tokens[:, native]
     first, *others = sides
@@ -134,27 +160,30 @@ def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: i
         kept = found[f"{name} kept"]
         surely = 1.0 - most_mean(by_image(1.0 - taken.quality, answers.group), level=SURE)
         found[f"{name} kept"] = replace(kept, low=min(kept.low, surely))
-    return found
+    bound = 1.0 - most_mean_by_betting(by_image(1.0 - sides[first].quality, answers.group), level=SURELY)
+    return {**found, f"{first} surely": Interval(bound, bound, bound)}
 
 
 def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
     """Why a policy must not take the place of `other`, in words; empty where it may.
 
-    It may not if it keeps less than the tolerance allows with its whole interval; if it keeps less than the other by
-    more than half of the tolerance, as far as can be seen: few images hide a loss, so the benefit of the doubt is not
-    its own; or if it is not surely as cheap, unless the other surely loses more than the tolerance and it surely keeps
-    more.
+    What is promised is what `PROMISED` of the tolerance leaves. A policy may not replace the other if it keeps less
+    than that and than the other, `ALLOWED` of the tolerance aside; if it keeps less than the other and is not sure to
+    lose no more than the tolerance; or if it is not cheaper with four chances in five, unless the other surely loses
+    more than the tolerance and it surely keeps more.
     """
-    kept, more, tokens = found["adapted kept"], found[f"kept over {other}"], found[f"tokens over {other}"]
-    floor = min(1.0 - tolerance, found[f"{other} kept"].mean)
-    if kept.high < floor:
-        return f"it keeps {_said(kept)} of the answers at full compute; expected {floor:.3f} or more"
-    if more.mean < -tolerance * MOST_LESS:
-        return f"it keeps {_said(more)} over {other}; expected {-tolerance * MOST_LESS:g} or more"
-    needed = found[f"{other} kept"].high < 1.0 - tolerance and more.low > 0
-    if tokens.high > 0 and not needed:
-        beside = f"{_said(tokens)} more visual tokens, of native's"
-        return f"it is not surely as cheap as {other} ({beside}), which keeps {found[f'{other} kept'].mean:.3f}"
+    kept, more, ttft = found["adapted kept"], found[f"kept over {other}"], found[f"ttft over {other}"]
+    beside = found[f"{other} kept"]
+    least = min(1.0 - PROMISED * tolerance, beside.mean) - ALLOWED * tolerance
+    if kept.mean < least:
+        return f"it keeps {_said(kept)} of the answers at full compute; expected {least:.4f} or more"
+    surely = found["adapted surely"].mean
+    if more.mean < 0 and surely < 1.0 - tolerance:
+        return f"it keeps less than {other}, and {surely:.3f} is all that is sure; expected {1 - tolerance:.3f} or more"
+    needed = beside.high < 1.0 - tolerance and more.low > 0
+    if ttft.mean + FOUR_IN_FIVE * (ttft.high - ttft.mean) > 0 and not needed:
+        said = f"{_said(ttft)} more time to the first token, of native's"
+        return f"it is not surely as cheap as {other} ({said}), which keeps {beside.mean:.3f}"
     return ""
 
 

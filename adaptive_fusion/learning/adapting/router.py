@@ -7,13 +7,14 @@ b ~ N(0, `OFFSET`^2) and w ~ N(0, `WEIGHT`^2). The fit is the mode of the poster
 as it is, many make it the model's own.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import minimize
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.learning.data.dataset import FloatArray
+from adaptive_fusion.learning.data.dataset import FloatArray, IntArray
 from adaptive_fusion.policy.calibration import Platt
 from adaptive_fusion.policy.predictors import LargestModel, LinearModel
 from adaptive_fusion.policy.router import PlainRouter, Router
@@ -21,8 +22,31 @@ from adaptive_fusion.policy.router import PlainRouter, Router
 OFFSET, WEIGHT = 2.0, 0.5
 
 
+def widened(general: Router, names: Sequence[str], x: FloatArray) -> Router:
+    """The same router reading more features, which say nothing yet: what tells a user's images apart need not be what
+    tells images apart in general.
+
+    Args:
+        general: A plain linear one, or the largest of several; any other is given back as it is.
+        names: All features that there are.
+        x: Their values, ``[n, names]``, whose means stand for what was not measured.
+    """
+    if not isinstance(general, PlainRouter) or not isinstance(general.model, LinearModel | LargestModel):
+        return general
+    more = [name for name in names if name not in general.inputs.names]
+    columns = [x[:, list(names).index(name)] for name in more]
+    fill = tuple(float(column[np.isfinite(column)].mean()) if np.isfinite(column).any() else 0.0 for column in columns)
+    none = (0.0,) * len(more)
+    models = [
+        replace(model, weights=model.weights + none, fill=model.fill + fill, spread=())
+        for model in _parts(general.model)
+    ]
+    model = models[0] if isinstance(general.model, LinearModel) else LargestModel(tuple(models))
+    return PlainRouter(replace(general.inputs, names=(*general.inputs.names, *more)), model, general.calibration)
+
+
 def fit_router(general: Router, x: FloatArray, y: FloatArray) -> PlainRouter:
-    """The model's own router, which reads what the general one reads.
+    """The model's own router, which reads what `general` reads.
 
     Args:
         general: A linear model or the largest of several, calibrated by Platt's method.
@@ -60,6 +84,15 @@ def fit_router(general: Router, x: FloatArray, y: FloatArray) -> PlainRouter:
     bias = float(found[-1] - weights @ middle)
     own = [_plus(model, line, weights, bias) for model in models]
     return replace(general, model=own[0] if len(own) == 1 else LargestModel(tuple(own)), calibration=Platt())
+
+
+def scores_out_of_fold(general: Router, x: FloatArray, y: FloatArray, folds: IntArray) -> FloatArray:
+    """P(complex) of each row by a fit on the rows of other folds, ``[n]``."""
+    found = np.empty(len(x))
+    for fold in np.unique(folds):
+        held = folds == fold
+        found[held] = fit_router(general, x[~held], y[~held]).p_complex_batch(x[held])
+    return found
 
 
 def _parts(model: LinearModel | LargestModel) -> tuple[LinearModel, ...]:

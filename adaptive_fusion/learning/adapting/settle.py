@@ -13,7 +13,7 @@ from adaptive_fusion.evaluation.statistics import Interval
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.asking import MANY
 from adaptive_fusion.learning.adapting.fit import Adapted, adapt_policy
-from adaptive_fusion.learning.adapting.judge import FOLDS, Taken, cross_fitted, figures, refused, take
+from adaptive_fusion.learning.adapting.judge import FOLDS, Taken, cross_fitted, figures, priced, refused, take
 from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.policy.policy import Policy
 
@@ -51,6 +51,7 @@ def settle(source: Source, answers: Answers, base: Policy, name: str, weights: S
         weights: Fusion modules that the lanes run.
     """
 
+    answers = priced(source, base, answers)
     folds = answers.folds(FOLDS)
     # The policies that are judged, each without a fold, must be of the kind that is used.
     many = min(answers.take(folds != fold).images for fold in np.unique(folds)) >= MANY
