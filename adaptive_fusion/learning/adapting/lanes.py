@@ -6,7 +6,7 @@ Where the image does not say how many pixels it needs, one share for all that th
 than any need by image (`asking`). A cell is a lane with a kind of question. Its requests take full compute, or all of
 them one share of the pixels, with a look at the first tokens or without: that costs ``c1 + wait + P(entropy >
 threshold) c2`` and loses what those below the threshold lose. Of all combinations of a plan a cell, at several
-thresholds of the router's score, the one is taken that costs least and of which the mean loss of images is within a
+thresholds of the router's score, the one is taken that costs least and of which the mean loss of requests is within a
 limit: with `IMAGES_BESIDE` more images that lose the tolerance each it is `KEPT` of the tolerance. Looks whose entropy
 does not surely tell which answers lose (`tells`) are not tried: the best of their thresholds is luck.
 
@@ -71,13 +71,14 @@ class Cells:
         answers: The model's own, with predicted costs.
         ladders: By lane, with all shares that were run.
         rows: By lane and kind, masks ``[n]``.
-        weight: What a row counts, one over the rows of its image, ``[n]``.
+        weight: What a row counts: all rows together count as much as there are images, since few of them are few images
+            whatever is asked of each.
     """
 
     answers: Answers
     ladders: Mapping[str, tuple[Rung, ...]]
     rows: Mapping[tuple[str, str], BoolArray]
-    weight: FloatArray
+    weight: float
 
     @classmethod
     def of(cls, answers: Answers, ladders: Mapping[str, tuple[Rung, ...]], simple: BoolArray) -> "Cells":
@@ -88,8 +89,7 @@ class Cells:
             for lane, mask in ((SIMPLE, asked & simple), (COMPLEX, asked & ~simple)):
                 if mask.any():
                     rows[lane, kind] = mask
-        _, codes, counts = np.unique(answers.group, return_inverse=True, return_counts=True)
-        return cls(answers, ladders, rows, np.asarray(1.0 / counts[codes], dtype=np.float64))
+        return cls(answers, ladders, rows, answers.images / len(answers))
 
     def column(self, rung: str) -> int:
         """Of a rung among those that were run."""
@@ -111,7 +111,7 @@ class Cells:
     def plans(self, lane: str, kind: str, k: int) -> list[Plan]:
         """All that a cell may do."""
         rows = self.rows[lane, kind]
-        weight, full = self.weight[rows], self.answers.cost[rows, self.column(NATIVE_RUNG.name)]
+        weight, full = self.weight, self.answers.cost[rows, self.column(NATIVE_RUNG.name)]
         wait = (k - 1) * float(self.answers.wait[rows].sum())
         found, run = [Plan(float(full.sum()), 0.0, Step("", None))], {rung.name for rung in self.answers.rungs}
         for rung in self.ladders[lane]:
