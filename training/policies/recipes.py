@@ -64,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
         {
             SIMPLE: (w(1, 0.5), w(0.5, 0.5, 2)),
             COMPLEX: (FULL, n(1, 2), g(0.5, 1, blanks=2), g(1, 0.5, blanks=2)),
-            VIDEO: (FULL, n(1, 2), n(0.7, 2)),
+            VIDEO: (FULL, n(1, 2)),
         },
     ),
 }
