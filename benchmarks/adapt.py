@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--carried", default="reference-balanced", help="policy of another model; '' for none")
-    parser.add_argument("--no-measure", action="store_true", help="costs by the model's shape, also where they were measured")
+    parser.add_argument("--no-measure", action="store_true", help="costs by the model's shape even if they are known")
     parser.add_argument("--json", action="store_true", help="one object for each model")
     options = parser.parse_args()
     torch.set_num_threads(1)
