@@ -36,7 +36,7 @@ import torch
 
 from adaptive_fusion.calibrate import calibrate
 from adaptive_fusion.commands.output import progress
-from adaptive_fusion.cost.estimate import RATES, analytic_profile, model_shape
+from adaptive_fusion.cost.estimate import CPU, analytic_profile, model_shape
 from adaptive_fusion.cost.profiles import profile_key
 from adaptive_fusion.errors import PolicyMismatchWarning
 from adaptive_fusion.evaluation.questions import Question
@@ -135,13 +135,9 @@ def scenes(count: int) -> Iterator[Question]:
 
 def by_shape(runner: AdaptiveRunner) -> None:
     """Costs by the model's shape, whatever was measured of it on this machine before."""
-    adapter, (flops, rate) = runner.adapter, RATES["cpu"]
+    adapter = runner.adapter
     estimate = analytic_profile(
-        model_shape(adapter),
-        profile_key(adapter),
-        dtype_bytes=adapter.dtype.itemsize,
-        flops_per_s=flops,
-        bytes_per_s=rate,
+        model_shape(adapter), profile_key(adapter), dtype_bytes=adapter.dtype.itemsize, rates=CPU
     )
     runner.use_profile(estimate, "estimated from the model's shape")
 
