@@ -11,6 +11,7 @@ from adaptive_fusion.budget import Budget
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.errors import ConfigError, ContextLengthError
 from adaptive_fusion.point import NATIVE
+from adaptive_fusion.reference.screens import PROMPTS, make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -79,12 +80,11 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(runner: Adapti
                 exact.chat()
 
 
-def test_an_audit_runs_native_and_says_what_would_have_been(
-    reference_model: Any, processor: Any, noise_image: Any
-) -> None:
+def test_an_audit_runs_native_and_says_what_would_have_been(reference_model: Any, processor: Any) -> None:
     runner = AdaptiveRunner(reference_model, processor, policy="reference-latency")
-    decided = runner.prepared(noise_image(200, 160), "?", max_new_tokens=2).decide()
-    reply = runner.prepared(noise_image(200, 160), "?", max_new_tokens=2, audit=True).chat()
+    screen, ask = make_scene("simple", 3, "train").image, PROMPTS["describe"]
+    decided = runner.prepared(screen, ask, max_new_tokens=2).decide()
+    reply = runner.prepared(screen, ask, max_new_tokens=2, audit=True).chat()
     audit = reply.decision.audit
     assert reply.decision.point == NATIVE and audit["point"] == decided.point.to_dict()
     assert audit["saved"]["tokens"] > 0 and audit["predicted"]["encode_ms"] > 0

@@ -108,9 +108,10 @@ def recipe_labels(path: Path, count: int, seed: int) -> Path:
         kind = "video" if scene == "clip" else "image"
         known = replace(known, kind=kind, slices={"scene": scene, "task": task})
         shares = {name: step.pixel_share * step.point.downsample**2 for name, step in rungs.items()} | {"native@1": 1.0}
-        loses = 0.8 if scene in ("dense", "reading") else 0.05
+        loses = 0.8 if scene in ("dense", "reading") else 0.01
         quality = {name: 0.9 * (1 - loses * (1 - share) ** 4) for name, share in shares.items()}
-        cost = {name: 10 + 90 * share for name, share in shares.items()}
+        spared = {name: 0.5 for name, step in rungs.items() if step.point.blanks is not None}
+        cost = {name: 10 + 90 * share * spared.get(name, 1.0) for name, share in shares.items()}
         records.append(label_record(known, "oracle", quality=quality, reference_quality=0.9, cost=cost))
     return write_jsonl(path, records)
 
