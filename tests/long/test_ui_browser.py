@@ -101,7 +101,7 @@ def test_a_clip_is_taken_as_a_clip(browser: Any, server: DrainingServer) -> None
 def test_a_tighter_budget_changes_the_point(browser: Any, server: DrainingServer, picture: Path) -> None:
     with chat_of(browser, server) as page:
         attach(page, "#message", picture)
-        page.wait_for_function("document.querySelectorAll('#points tr').length > 3")
+        page.wait_for_function("document.querySelectorAll('#points tr').length > 2")
         free = taken(page)
         slide(page, "latency", 20)
         page.wait_for_function(
