@@ -142,15 +142,25 @@ def _answers(adapter: Adapter) -> tuple[int, int]:
     return ANSWERS if adapter.device.type == "cpu" else SHORT_ANSWERS
 
 
+def _scale(adapter: Adapter) -> float:
+    """How much larger images are than they are listed."""
+    if adapter.device.type == "cpu":
+        return 1.0
+    most = max(width * height for width, height in SHAPES)
+    return max(1.0, math.sqrt(min(LARGEST, adapter.native_pixels(Size(1, 8192, 8192))) / most))
+
+
+def _scaled(adapter: Adapter, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    scale = _scale(adapter)
+    return [(round(scale * width), round(scale * height)) for width, height in shapes]
+
+
 def _shapes(adapter: Adapter) -> Sequence[tuple[int, int]]:
     """`SHAPES`, of which there are fewer and larger ones on anything faster than a CPU."""
-    most = max(width * height for width, height in SHAPES)
     if adapter.device.type == "cpu":
         return SHAPES
-    scale = max(1.0, math.sqrt(min(LARGEST, adapter.native_pixels(Size(1, 8192, 8192))) / most))
     # Two of three: what is measured there has to be done within a minute.
-    chosen = [sides for index, sides in enumerate(SHAPES) if index % 3 != 1]
-    return [(round(scale * width), round(scale * height)) for width, height in chosen]
+    return _scaled(adapter, [sides for index, sides in enumerate(SHAPES) if index % 3 != 1])
 
 
 def _batches(adapter: Adapter) -> Sequence[tuple[int, int, float]]:
@@ -207,7 +217,7 @@ def _errors(profile: Profile, samples: Sequence[Sample]) -> dict[str, dict[str, 
 def _check_requests(adapter: Adapter) -> list[_Request]:
     return [
         (sides, point, (6, 16)[index % 2])
-        for sides in CHECK_SIDES
+        for sides in _scaled(adapter, CHECK_SIDES)
         for index, point in enumerate(_check_points(adapter, sides))
     ]
 

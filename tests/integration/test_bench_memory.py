@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from adaptive_fusion.calibrate import BATCHES, _first, _requests, _shapes, calibrate, relative_errors
+from adaptive_fusion.calibrate import BATCHES, _check_requests, _first, _requests, _shapes, calibrate, relative_errors
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -86,6 +86,7 @@ def test_a_gpu_is_calibrated_with_images_of_use(tiny_dense: Any, processor: Any)
     gpu, cpu = (cast(Any, SimpleNamespace(device=torch.device(kind), **told)) for kind in ("cuda", "cpu"))
     areas = [width * height for width, height in _shapes(gpu)]
     assert 2_900_000 < max(areas) < 3_100_000 and min(areas) < 200_000 and len(areas) < len(_shapes(cpu))
+    assert max(width * height for (width, height), _, _ in _check_requests(gpu)) > 2_000_000
     plan = _requests(gpu)
     first = _first(gpu, plan)
     assert len(first) < len(plan) / 2 and {p.fusion for _, p, _ in first} == {p.fusion for _, p, _ in plan}
