@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adaptive_fusion.learning.adapting.answers import Answers
+from adaptive_fusion.learning.adapting.asking import KEPT
 from adaptive_fusion.learning.adapting.choosing import Plan, cheapest, front
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
 from adaptive_fusion.learning.fitting.escalation import auc
@@ -29,8 +30,6 @@ from adaptive_fusion.policy.escalation import ANY, MOST_TOKENS, UNFITTED, Escala
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE
 from adaptive_fusion.policy.rungs import Rung
 
-KEPT = 0.5
-"""Share of the tolerance that may be lost on average: the other half is for what the choice owes to chance."""
 QUANTILES = np.linspace(0.05, 0.95, 13)
 """Of a step's entropies: thresholds that are tried, beside no look."""
 CUTS = np.linspace(0.15, 0.85, 8)
