@@ -102,8 +102,8 @@ class TritonSum:
     def _run(self, launch: Callable[[], Tensor]) -> Tensor | None:
         try:
             return launch()
-        except torch.OutOfMemoryError:
-            raise
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # of the device, and no fault of the kernels'
         except Exception as error:
             said = (str(error).splitlines() or [""])[0][:200]
             self.broken = f"{type(error).__name__}: {said}"
