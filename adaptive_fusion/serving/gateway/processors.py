@@ -25,7 +25,7 @@ PRESETS: dict[str, tuple[int, int, int, int, int]] = {
 """Patch, merge, temporal patch, least and most pixels by name, as the models' published ``preprocessor_config.json``
 has them."""
 _EDGES = ("shortest_edge", "longest_edge")
-_MAX_ASPECT = 200
+MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ImageGrid:
         if max_pixels is None:
             return native
         within = self._sides(width, height, max(max_pixels, self.min_pixels, self.side**2))
-        if max(within) > _MAX_ASPECT * min(within):  # rounded to a strip that would be refused upstream
+        if max(within) > MAX_ASPECT * min(within):  # rounded to a strip that would be refused upstream
             return native
         seen = self._sides(*within, None)  # sides are rounded down: that may have been below the least
         return seen if seen[0] * seen[1] < native[0] * native[1] else native

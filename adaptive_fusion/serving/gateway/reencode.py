@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from adaptive_fusion.media.pixels import DEFAULT, Array, Limits
 from adaptive_fusion.serving.gateway.clips import Reencoded, clip
-from adaptive_fusion.serving.gateway.processors import ImageGrid
+from adaptive_fusion.serving.gateway.processors import MAX_ASPECT, ImageGrid
 from adaptive_fusion.serving.gateway.stills import SIDEWAYS, NotPlanned, Still, decoded, upright
 
 __all__ = ["Reencoded", "clip", "image", "smaller", "target"]
@@ -75,7 +75,9 @@ def smaller(still: Still, max_pixels: int, grid: ImageGrid) -> bytes | None:
 def target(width: int, height: int, max_pixels: int, grid: ImageGrid) -> tuple[int, int] | None:
     """(width, height) to which `image` brings an upright picture; None where it is to be sent as it came."""
     wide, high = grid.size(width, height, max_pixels)
-    size = min(wide, width), min(high, height)  # a strip thinner than a token is enlarged upstream, not here
+    size = min(wide, width), min(high, height)  # what is rounded up is enlarged upstream, not here
+    if min(size) < grid.side or max(size) > MAX_ASPECT * min(size):
+        return None  # a strip thinner than a token comes out otherwise upstream, or is refused there
     fewer = grid.tokens(*size) < grid.tokens(width, height)
     return size if fewer else None
 

@@ -1,6 +1,7 @@
 """Pictures for tests of what is sent upstream: made here, in every form that is written again."""
 
 import io
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,5 +38,7 @@ def opened(data: bytes) -> Any:
     return found
 
 
+@cache
 def profile() -> bytes:
+    """Always the same: a profile has the second in which it was made."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
