@@ -139,6 +139,11 @@ class OperatingPoint:
         return all(getattr(self, name) == default for name, (said, default) in self.knobs().items() if said.reduces)
 
     @property
+    def spares_blanks_only(self) -> bool:
+        """Whether all that the model does not see natively is blank: every detail is there, at its own resolution."""
+        return self.blanks is not None and replace(self, blanks=None).is_full
+
+    @property
     def before_encoder(self) -> dict[str, Any]:
         """The knobs in use that act before the encoder, and their values."""
         return {

@@ -13,7 +13,7 @@ by the number of images alone. Rows:
   warning and asking the model (on the first images of the pool, since its plans have to be run as well);
 - the general policy where it is trusted, and with escalation: what a model gets that nothing was fitted to;
 - what `adapt` leaves in place: its policy, or the general one where its gate refuses;
-- an oracle that knows the smallest share that is good enough.
+- an oracle that knows the cheapest pass that is good enough.
 
 Times to the first token are those that the cost model predicts after it has been measured on this machine
 (`--no-measure`: from the model's shape), so that what else runs while the pool is answered does not show. The 95 %
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=["reference"], help="folders, ids or 'reference'")
     parser.add_argument("--out", type=Path, required=True, help="work folder")
     parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--skip", type=int, default=0, help="first scenes to leave out: settings were chosen on these")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     parser.add_argument("--carried", default="reference-balanced", help="policy of another model; '' for none")
@@ -99,7 +100,7 @@ def measured(model: str, options: argparse.Namespace, shown: Progress) -> dict[s
     elif not runner.profile.samples:
         calibrate(runner, progress=shown)
     folder, name = options.out / Path(model).name, policy_name(model, runner.fingerprint.digest)
-    questions = list(scenes(options.images))
+    questions = list(scenes(options.images, options.skip))
     work = Adaptation(Beside(runner), questions, folder, name, measure=False, progress=shown)
     began, before = time.process_time(), work.ahead().answered
     pool = priced(Beside(runner), work.base, work.answered())
@@ -125,9 +126,9 @@ def measured(model: str, options: argparse.Namespace, shown: Progress) -> dict[s
     return dict(finite(found | carried(model, options, work, shown)))
 
 
-def scenes(count: int) -> Iterator[Question]:
-    """Questions about so many screens."""
-    for seed in range(count):
+def scenes(count: int, skip: int = 0) -> Iterator[Question]:
+    """Questions about so many screens, after the first that are left out."""
+    for seed in range(skip, skip + count):
         kind = KINDS[seed % len(KINDS)]
         image = make_scene(kind, FIRST + seed, "train", sides=(256, 384)).image
         yield from (Question(image, prompt, slices={"scene": kind}) for prompt in PROMPTS[kind])
@@ -238,10 +239,9 @@ def statistics(rows: Mapping[str, Sequence[Taken]], native: Taken, weights: Sequ
 
 
 def oracle(pool: Answers) -> Taken:
-    """The smallest share of one pass that is good enough, known beforehand."""
-    places = [[rung.pixel_share for rung in pool.rungs].index(share) for share in (1.0, *pool.shares)]
-    good = (pool.kept >= 1 - pool.tolerance).sum(axis=1)
-    column, row = np.array(places)[good], np.arange(len(pool))
+    """The cheapest pass that is good enough, known beforehand."""
+    column = np.where(pool.quality >= 1 - pool.tolerance, pool.cost, np.inf).argmin(axis=1)
+    row = np.arange(len(pool))
     parts = (pool.quality[row, column], pool.cost[row, column], pool.tokens[row, column])
     return Taken(*parts, np.zeros(len(pool), dtype=bool))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from adaptive_fusion.control.candidates import Candidate, Choice, Second
-from adaptive_fusion.policy.escalation import Escalation, Threshold
+from adaptive_fusion.policy.escalation import Escalation, Threshold, spares_blanks
 
 MOST_SECONDS = 2
 """Better plans that are tried for a cheap one, the best first: the next is for budgets that the best does not fit."""
@@ -123,7 +123,8 @@ def doubted(
     learned. What counts as good as any, within the tolerance, is asked about,
     as is what is worth asking: such a plan of two passes is on offer where it takes less time on average than full
     compute from the start, with P(going on) at first the router's P(complex), or the kind of question's own where that
-    is higher, and then as it was seen. One pass without a verdict is for budgets that nothing else fits.
+    is higher, and then as it was seen. One that leaves the model every detail and spares blank parts alone goes before
+    those with fewer pixels. One pass without a verdict is for budgets that nothing else fits.
 
     Args:
         candidates: The lane's, with the policy's own expected qualities.
@@ -157,14 +158,22 @@ def doubted(
         seldom = not rule.learned and rule.share < 0.5  # below what is enough only where few are known to go on
         if candidate.quality < enough and not (seldom and candidate.key in asking.worth_asking):
             continue
-        if not rule.learned:
+        if not rule.learned and not spares_blanks(candidate.key):  # P(complex) is of pixels, and all are there
             rule = replace(rule, share=max(rule.share, asking.p_complex))
         both = _in_two(candidate, full, rule, asking, share, new_tokens)
         if both.mean_ms < full.predicted.latency_ms:
             doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))
     if not any(candidate.point.is_full for candidate in singles):
         singles.append(full)
+    if asking.first is None and any(spares_blanks(each.key) for each in doubles):
+        # What leaves every detail loses less: fewer pixels are for budgets that it does not fit.
+        doubles = [each if spares_blanks(each.key) else _behind(each, enough, tolerance) for each in doubles]
     return level(singles, doubles, tolerance), len(doubles)
+
+
+def _behind(double: Candidate, enough: float, tolerance: float) -> Candidate:
+    """Worth less than what counts as good as any, by the tolerance."""
+    return replace(double, quality=max(0.0, min(double.quality, enough - tolerance)))
 
 
 def _as_learned(candidate: Candidate, full: Candidate, rule: Threshold, *, taken: bool) -> Candidate:

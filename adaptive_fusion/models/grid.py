@@ -238,11 +238,12 @@ class GridAdapter(Adapter):
             return None
         deviations = torch.tensor(self._processor_for(kind == "video").image_std, device=pixels.device) * 255
         values = (pixels.float().view(len(pixels), len(deviations), -1) * deviations[:, None]).flatten(1)
-        return standing(values, merged, self.merge, (len(deviations), self._temporal, self._patch), point.blanks)
+        found = standing(values, merged, self.merge, (len(deviations), self._temporal, self._patch), point.blanks)
+        return found if found.worth_it else None
 
     def _encoded(self, kind: str, pixels: Tensor, thw: Tensor, stand: Standing | None) -> Any:
         """What the encoder gives for media of a kind; its taps, if it runs them itself, are such of what is encoded."""
-        if stand is None or stand.all:
+        if stand is None:
             return self._encoder(kind)(pixels, thw, return_dict=True)
         tower = self.model.model.visual
         out = towers.encode(tower, pixels.type(called(tower).dtype), thw, stand)

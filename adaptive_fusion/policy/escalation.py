@@ -7,14 +7,18 @@ learned.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from adaptive_fusion.checks import check_keys, integer, is_number, number
-from adaptive_fusion.errors import PolicyError
+from adaptive_fusion.errors import ConfigError, PolicyError
 from adaptive_fusion.features.prompts import PROMPT_KINDS
+from adaptive_fusion.policy.rungs import Rung
 
 ANY = "*"
 """The rung, or the kind of question, that stands for all that have no threshold of their own."""
+BLANKS = "*blank"
+"""All rungs that leave the model every detail and spare blank parts alone, where one has no threshold of its own."""
 MOST_TOKENS = 4
 """The most first tokens that may be looked at."""
 GENERAL_THRESHOLD = 0.1
@@ -23,6 +27,9 @@ GENERAL_THRESHOLD = 0.1
 UNFITTED_THRESHOLD = 0.05
 """Nats above which an answer is not trusted whose plan was chosen by a policy that was not fitted to the model: the
 mean of `MOST_TOKENS` first tokens, since a caption's first token is often certain whatever follows."""
+SPARED_THRESHOLD = 1.0
+"""Nats above which an answer to all but blank parts is not trusted. With every detail there the model is about as
+unsure as at full compute, so that the entropy tells only whether it can do with copies at all."""
 GENERAL_SHARE = 0.65
 """Share of requests that is expected to be above it, until it is known better."""
 LEAST_AUC = 0.7
@@ -123,7 +130,7 @@ class Escalation:
 
     def threshold(self, rung: str, kind: str) -> Threshold:
         """The threshold for a rung and a kind of question: its own, else the general ones, else `GENERAL`."""
-        for name in (rung, ANY):
+        for name in (rung, BLANKS, ANY) if BLANKS in self.thresholds and spares_blanks(rung) else (rung, ANY):
             kinds = self.thresholds.get(name, {})
             if found := kinds.get(kind, kinds.get(ANY)):
                 return found
@@ -163,11 +170,23 @@ UNFITTED = Escalation(
         ANY: {
             "describe": Threshold(UNFITTED_THRESHOLD, loss=0.1, left=0.01, share=0.1),
             ANY: Threshold(UNFITTED_THRESHOLD, loss=0.3, left=0.01, share=0.8),
-        }
+        },
+        BLANKS: {ANY: Threshold(SPARED_THRESHOLD, loss=0.022, left=0.005, share=0.05)},
     },
 )
 """For policies that were not fitted to the model at hand, whose sufficient plans are a guess: what keeping every such
 answer may lose, what is lost after the verdict, and how many go on at the least until it is known better."""
+
+
+@lru_cache(maxsize=4096)
+def spares_blanks(rung: str) -> bool:
+    """Whether the rung of that name leaves the model every detail and spares blank parts alone; False for a name of
+    something else."""
+    try:
+        step = Rung.parse(rung)
+    except (ConfigError, PolicyError):
+        return False
+    return step.pixel_share == 1.0 and step.point.spares_blanks_only
 
 
 def _read(values: Any) -> Threshold:

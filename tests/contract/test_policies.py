@@ -14,6 +14,7 @@ from adaptive_fusion.features.complexity import Complexity, measure_complexity
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.policy import LANES, Policy
 from adaptive_fusion.policy.files import shipped_root
+from adaptive_fusion.policy.policy import COMPLEX, SIMPLE
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.reference.screens import KINDS, PROMPTS, Kind, make_scene
 
@@ -63,9 +64,10 @@ def test_ladders_step_down_in_cost_and_quality(name: str) -> None:
     policy = Policy.load(name)
     for lane in LANES:
         ladder = policy.ladder(lane)
-        costs = [cost(rung) for rung in ladder]
-        assert costs == sorted(costs, reverse=True)
-        assert len(set(costs)) == len(costs), f"{lane}: two rungs cost the same"
+        for spared in (False, True):  # what blank parts spare depends on the image, so these are compared apart
+            costs = [cost(rung) for rung in ladder if (rung.point.blanks is not None) == spared]
+            assert costs == sorted(costs, reverse=True)
+            assert len(set(costs)) == len(costs), f"{lane}: two rungs cost the same"
         qualities = [rung.quality for rung in ladder]
         assert len(set(qualities)) == len(qualities), f"{lane}: a cheaper rung is as good"
         for pixels in (1, 147_456, 16_777_216):
@@ -151,7 +153,10 @@ def test_general_policies_know_no_model_and_only_what_released_models_know(name:
         for rung in policy.ladder(lane):
             assert rung.point.downsample == 1 and rung.point.fusion in ("weighted", "gated")
             assert rung.point.adapter_rank == 0 and rung.point.max_pixels is None
-    shares = [rung.pixel_share for rung in policy.ladder("gated")]
+    shares = [rung.pixel_share for rung in policy.ladder("gated") if rung.point.blanks is None]
+    for lane in (SIMPLE, COMPLEX):
+        [spared] = [rung for rung in policy.ladder(lane) if rung.point.blanks is not None]
+        assert spared.point.spares_blanks_only and spared.pixel_share == 1 and 0.02 < 1 - spared.quality < 0.05
     assert shares[0] == 1 and set(shares) >= {1, 0.71, 0.5, 0.35, 0.25, 0.18, 0.125, 0.09, 0.0625}
     # An image of which a little else is measured is planned pixels within 25 %.
     assert max(high / low for high, low in pairwise(shares)) <= 1.25

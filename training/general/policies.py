@@ -10,7 +10,7 @@ module is shipped with them: untrained, both are the native computation.
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
 from adaptive_fusion.policy.router import PlainRouter
 from adaptive_fusion.policy.rungs import Rung
-from adaptive_fusion.policy.sufficiency import Scene, Sufficiency, Text
+from adaptive_fusion.policy.sufficiency import BLANKS, Scene, Sufficiency, Text
 
 FLOORS = {"count": 1024, "event": 256, "other": 1024, "yesno": 1024}
 """Tokens (event: of each frame) below which nothing is known of kinds of question that no reader labels."""
@@ -37,6 +37,8 @@ CLIPS = (
     (0.25, 1.0), (0.18, 1.0), (0.125, 1.0), (0.125, 0.5), (0.09, 0.5), (0.0625, 0.5),
 )  # fmt: skip
 """Share of the pixels and frames a second of the steps of clips; usual clips have two frames a second."""
+SIDE = 2
+"""Merged tokens on the side of a window of which one blank token is encoded: with larger ones text is lost."""
 HALVED = 0.9
 """Quality kept where a clip's frames are halved, on average; nothing here has labels of it."""
 
@@ -123,6 +125,13 @@ def ladders(labels: list[dict[str, Any]]) -> dict[str, tuple[Rung, ...]]:
     kept = np.average(curves, axis=0, weights=1 / count[index])
     quality = {share: round(float(each), 4) for share, each in zip(LADDER, kept, strict=True)}
     weighted, gated = (OperatingPoint(fusion=fusion) for fusion in ("weighted", "gated"))
+
+    def stills(point: OperatingPoint) -> tuple[Rung, ...]:
+        """The best first."""
+        spared = Rung(replace(point, blanks=SIDE), 1.0 - BLANKS)
+        steps = [*(Rung(point, quality[share], share) for share in LADDER), spared]
+        return tuple(sorted(steps, key=lambda rung: -rung.quality))
+
     clips = tuple(
         Rung(
             OperatingPoint(fusion="gated", max_fps=fps),
@@ -132,8 +141,8 @@ def ladders(labels: list[dict[str, Any]]) -> dict[str, tuple[Rung, ...]]:
         for share, fps in CLIPS
     )
     return {
-        SIMPLE: tuple(Rung(weighted, quality[share], share) for share in LADDER),
-        COMPLEX: tuple(Rung(gated, quality[share], share) for share in LADDER),
+        SIMPLE: stills(weighted),
+        COMPLEX: stills(gated),
         VIDEO: clips,
     }
 
@@ -147,9 +156,9 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             "",
             policy.description,
             "",
-            "Fitted to no model. It takes pixels and frames away, which every released model knows, and no tokens after"
-            " the encoder. No fusion module comes with it: `weighted` and `gated` run as the native computation until"
-            " modules are trained for the model.",
+            "Fitted to no model. It takes pixels and frames away, which every released model knows, or encodes one for"
+            " several blank parts of an image, and takes no tokens after the encoder. No fusion module comes with it:"
+            " `weighted` and `gated` run as the native computation until modules are trained for the model.",
             "",
             *lane_lines(policy),
             "The qualities are text kept on average at a fixed share. What a request is expected to keep comes from its"
@@ -162,6 +171,9 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             f" margin of {policy.margin:g} on the linear scale, since a model reads worse than the reader that made the"
             " labels.",
             "- Objects, for questions that describe: what keeps the shorter side of their boxes at a patch or more.",
+            f"- Blank parts: with `blanks={SIDE}` every detail is there, and {BLANKS:g} may be lost all the same, more"
+            " than counts as nothing. So it is for budgets, and for simple images of models to which nothing was"
+            " fitted, which are asked about it.",
             f"- Floors in tokens for kinds of question that nothing labels (event: of each frame): {floors}.",
             "",
             *figures("Text kept, each source left out in turn", fitted["text"]["figures"], *TEXT_FIGURES),

@@ -191,6 +191,13 @@ class Adaptation:
         lanes = (rung for lane in (SIMPLE, COMPLEX) for rung in self.base.lanes[lane])
         return tuple({rung.name: rung for rung in (NATIVE_RUNG, self.base.cheap_rung, *lanes)}.values())
 
+    @cached_property
+    def _spared(self) -> tuple[Rung, ...]:
+        """Of several rungs that spare blank parts and are one computation the first; none where the model cannot."""
+        adapter = self.source.adapter
+        points = {adapter.computed(adapter.restrict(rung.point)[0]): rung for rung in reversed(self.rungs)}
+        return tuple(rung for point, rung in points.items() if point.blanks is not None)
+
     def ahead(self) -> Ahead:
         """What `run` will do, from what is there already."""
         cases, source = self._cases, self.source
@@ -200,7 +207,7 @@ class Adaptation:
             images=self._looked.images,
             questions=len(cases),
             answered=len(known),
-            passes=len(left) * (len(self._shares) + (1 if source.by_text else 3)),
+            passes=len(left) * (len(self._shares) + len(self._spared) + (1 if source.by_text else 3)),
             calibrating=source.to_calibrate() if self.measure else 0,
             training=self._modules.questions,
             seconds=self._seconds(left),
@@ -216,14 +223,15 @@ class Adaptation:
         some = left[:: -(-len(left) // SAMPLED) or 1]
         total = 0.0
         for case in some:
-            for share in (1.0, *self._shares):
-                point = self.source.adapter.resolve(replace(NATIVE_RUNG, pixel_share=share), case.info.sizes)
+            below = [replace(NATIVE_RUNG, pixel_share=share) for share in self._shares]
+            for rung in (NATIVE_RUNG, *below, *self._spared):
+                point = self.source.adapter.resolve(rung, case.info.sizes)
                 predicted = planner.candidate(point, 1.0, case.info).predicted
                 if self.source.by_text:
                     total += predicted.latency_ms
                     continue
                 # A full answer is run for its first tokens, as a whole and once more with its tokens given.
-                total += predicted.ttft_ms if share < 1 else 2 * predicted.ttft_ms + predicted.latency_ms
+                total += 2 * predicted.ttft_ms + predicted.latency_ms if rung is NATIVE_RUNG else predicted.ttft_ms
         return total / 1e3 * len(left) / max(1, len(some))
 
     def run(self, root: Path) -> Installed:

@@ -40,6 +40,7 @@ class Answers:
         tolerance: Loss up to which an answer is good enough.
         model: Whose answers they are.
         wait: Milliseconds that each more token takes that is looked at, ``[n]``; none of it where nobody knows.
+        patches: That were encoded, ``[n, rungs]``; NaN where nobody counted them.
     """
 
     cases: tuple[Case, ...]
@@ -51,10 +52,13 @@ class Answers:
     tolerance: float
     model: Fingerprint
     wait: FloatArray = field(default_factory=lambda: np.zeros(0))
+    patches: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __post_init__(self) -> None:
         if not len(self.wait):
             object.__setattr__(self, "wait", np.zeros(len(self.cases)))
+        if not len(self.patches):
+            object.__setattr__(self, "patches", np.full(self.quality.shape, np.nan))
 
     def __len__(self) -> int:
         return len(self.cases)
@@ -62,16 +66,16 @@ class Answers:
     @cached_property
     def shares(self) -> FloatArray:
         """Different shares of the native pixels below 1, the largest first."""
-        found = {rung.pixel_share for rung in self.rungs} - {1.0}
+        found = {rung.pixel_share for rung in self.rungs if rung.point.blanks is None} - {1.0}
         return np.array(sorted(found, reverse=True), dtype=np.float64)
 
     @cached_property
     def kept(self) -> FloatArray:
         """What each of `shares` keeps, ``[n, shares]``: of several rungs of a share the least, and no more than a
         larger share does, so that a need may be read off it."""
+        of_pixels = [(i, rung.pixel_share) for i, rung in enumerate(self.rungs) if rung.point.blanks is None]
         by_share = [
-            np.min([self.quality[:, i] for i, rung in enumerate(self.rungs) if rung.pixel_share == share], axis=0)
-            for share in self.shares
+            np.min([self.quality[:, i] for i, each in of_pixels if each == share], axis=0) for share in self.shares
         ]
         return np.minimum.accumulate(np.stack(by_share, axis=1), axis=1)
 
@@ -110,7 +114,7 @@ class Answers:
         """Those rows, by mask."""
         cases = tuple(case for case, wanted in zip(self.cases, rows, strict=True) if wanted)
         parts = (self.quality[rows], self.cost[rows], self.tokens[rows], self.entropy[rows])
-        return Answers(cases, self.rungs, *parts, self.tolerance, self.model, self.wait[rows])
+        return Answers(cases, self.rungs, *parts, self.tolerance, self.model, self.wait[rows], self.patches[rows])
 
     def folds(self, count: int) -> IntArray:
         """A fold for each row, ``[n]``, the same for all rows of an image; every fold has an image where there are
@@ -171,6 +175,7 @@ def read_answers(
         np.array([[_first(row, name) for name in names] for row in rows]).reshape(len(rows), len(names), MOST_TOKENS),
         tolerance,
         model,
+        patches=_table(rows, names, lambda row, name: row["measurement"][name].get("patches", np.nan)),
     )
 
 

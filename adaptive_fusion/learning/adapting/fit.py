@@ -86,7 +86,7 @@ def _adapted(answers: Answers, base: Policy, name: str, weights: Sequence[Path],
         laned = None
         if many:
             unseen = scores_out_of_fold(router, x, data.y, answers.folds(FOLDS))
-            laned = choose_lanes(answers, unseen, base.threshold, lanes)
+            laned = choose_lanes(answers, unseen, base.threshold, base.lanes)
         policy = _with_needs(policy, answers, parts, many, laned)
     return Adapted(_with_familiar(policy, answers, parts), parts)
 
@@ -115,6 +115,10 @@ def _with_lanes(policy: Policy, laned: Laned, parts: dict[str, str]) -> Policy:
     return replace(policy, threshold=laned.cut, escalation=laned.rules)
 
 
+def _of_pixels(lanes: Mapping[str, tuple[Rung, ...]]) -> dict[str, tuple[Rung, ...]]:
+    return {lane: tuple(rung for rung in ladder if rung.point.blanks is None) for lane, ladder in lanes.items()}
+
+
 def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: bool, laned: Laned | None) -> Policy:
     """The policy with the model's own needs, and what is asked about them, or with lanes where these cost less; with
     too few images what is enough stays a guess, and is asked about as for a model that nothing was fitted to."""
@@ -138,6 +142,8 @@ def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: b
         )
         return policy
     parts["needs"] = f"own, by kind of question ({', '.join(own.kinds)}), in place of the reader's margin"
+    # What it needs is a number of pixels: of steps that spare something else nothing was learned.
+    policy = replace(policy, lanes=_of_pixels(policy.lanes))
     if asked is not None:
         kinds = {kind: value + asked.margins[kind] for kind, value in own.kinds.items()}
         own = replace(own, kinds=kinds, margin=0.0)

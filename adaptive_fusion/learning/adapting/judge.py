@@ -4,6 +4,7 @@ Knows planners, policies and answers. Must not know how a policy was fitted. No 
 would be, and what they lead to is read off the labels.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +13,18 @@ import numpy as np
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
+from adaptive_fusion.control.planner import Planner
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, intervals, most_mean, most_mean_by_betting
 from adaptive_fusion.learning.adapting.answers import Answers
-from adaptive_fusion.learning.adapting.cases import planner_for
+from adaptive_fusion.learning.adapting.asking import MANY
+from adaptive_fusion.learning.adapting.cases import Case, planner_for
 from adaptive_fusion.learning.adapting.needs import by_image
 from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
 from adaptive_fusion.policy.policy import Policy
+from adaptive_fusion.policy.rungs import Rung
 
 FOLDS = 5
 SURE = 0.975
@@ -106,20 +110,31 @@ def _waited_ms(choice: Choice, first_ms: float) -> float:
 
 def priced(source: Source, policy: Policy, answers: Answers) -> Answers:
     """The same with the predicted times to the first token in place of those that were taken while all else ran, and
-    what each more token takes: the same answers then lead to the same policy, however they were had."""
+    what each more token takes: the same answers then lead to the same policy, however they were had. How many patches
+    are blank is not predicted, since they were counted."""
     planner, known = planner_for(source.adapter, policy, source.profile), dict[Any, Prediction]()
     cost, wait = np.empty_like(answers.cost), np.zeros(len(answers))
     for row, case in enumerate(answers.cases):
         tokens = planner.expected_tokens(case.info)
         for column, rung in enumerate(answers.rungs):
-            key = tuple(case.info.sizes), case.info.text_tokens, case.info.max_new_tokens, rung.name
+            count = float(answers.patches[row, column]) if rung.point.blanks is not None else math.nan
+            key = tuple(case.info.sizes), case.info.text_tokens, case.info.max_new_tokens, rung.name, str(count)
             if key not in known:
-                point = source.adapter.resolve(rung, case.info.sizes)
-                known[key] = planner.candidate(point, 1.0, case.info).predicted
+                known[key] = _predicted(planner, rung, case, count)
             cost[row, column] = known[key].ttft_ms
             if rung.pixel_share == 1.0:
                 wait[row] = known[key].decode_ms / max(1.0, tokens - 1)
     return replace(answers, cost=cost, wait=wait)
+
+
+def _predicted(planner: Planner, rung: Rung, case: Case, patches: float) -> Prediction:
+    """Of a rung for a case, with so many patches encoded; NaN for as many as are expected."""
+    point = planner.adapter.resolve(rung, case.info.sizes)
+    work = planner.work(point, case.info)
+    if not math.isnan(patches):
+        whole = sum(work.patches)
+        work = replace(work, patches=tuple(round(each * patches / whole) for each in work.patches))
+    return planner.cost.predict(planner.adapter.computed(point), work)
 
 
 def cross_fitted(
@@ -164,12 +179,13 @@ def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: i
     return {**found, f"{first} surely": Interval(bound, bound, bound)}
 
 
-def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
+def refused(found: Mapping[str, Interval], other: str, tolerance: float, images: int) -> str:
     """Why a policy must not take the place of `other`, in words; empty where it may.
 
     What is promised is what `PROMISED` of the tolerance leaves. A policy may not replace the other if it keeps less
     than that and than the other, `ALLOWED` of the tolerance aside; if it keeps less than the other and is not sure to
-    lose no more than the tolerance; or if it is not cheaper with four chances in five, unless the other surely loses
+    lose no more than the tolerance, or as sure as `MANY` images or more can be that lose no more than what is promised;
+    or if it is not cheaper with four chances in five, unless the other surely loses
     more than the tolerance and it surely keeps more.
     """
     kept, more, ttft = found["adapted kept"], found[f"kept over {other}"], found[f"ttft over {other}"]
@@ -177,9 +193,12 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float) -> str:
     least = min(1.0 - PROMISED * tolerance, beside.mean) - ALLOWED * tolerance
     if kept.mean < least:
         return f"it keeps {_said(kept)} of the answers at full compute; expected {least:.4f} or more"
-    surely = found["adapted surely"].mean
-    if more.mean < 0 and surely < 1.0 - tolerance:
-        return f"it keeps less than {other}, and {surely:.3f} is all that is sure; expected {1 - tolerance:.3f} or more"
+    surely, expected = found["adapted surely"].mean, 1.0 - tolerance
+    if images >= MANY:
+        nothing_lost = 1.0 - most_mean_by_betting(np.zeros(images), level=SURELY)
+        expected = min(expected, nothing_lost - (PROMISED + ALLOWED) * tolerance)
+    if more.mean < 0 and surely < expected:
+        return f"it keeps less than {other}, and {surely:.4f} is all that is sure; expected {expected:.4f} or more"
     needed = beside.high < 1.0 - tolerance and more.low > 0
     if ttft.mean + FOUR_IN_FIVE * (ttft.high - ttft.mean) > 0 and not needed:
         said = f"{_said(ttft)} more time to the first token, of native's"

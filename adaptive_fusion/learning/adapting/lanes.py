@@ -3,12 +3,12 @@
 Pure functions over arrays: knows no files, models or planners.
 
 Where the image does not say how many pixels it needs, one share for all that the router calls simple may be cheaper
-than any need by image (`asking`). A cell is a lane with a kind of question. Its requests take full compute, or all of
-them one share of the pixels, with a look at the first tokens or without: that costs ``c1 + wait + P(entropy >
-threshold) c2`` and loses what those below the threshold lose. Of all combinations of a plan a cell, at several
-thresholds of the router's score, the one is taken that costs least and of which the mean loss of requests is within a
-limit: with `IMAGES_BESIDE` more images that lose the tolerance each it is `KEPT` of the tolerance. Looks whose entropy
-does not surely tell which answers lose (`tells`) are not tried: the best of their thresholds is luck.
+than any need by image (`asking`), as may every detail without the blank parts. A cell is a lane with a kind of
+question. Its requests take full compute, or all of them one step, with a look at the first tokens or without: that
+costs ``c1 + wait + P(entropy > threshold) c2`` and loses what those below the threshold lose. Of all combinations of a
+plan a cell, at several thresholds of the router's score, the one is taken that costs least and of which the mean loss
+of requests is within `KEPT` of the tolerance, with what its steps generally lose as a prior (`ROWS_BESIDE`). Looks
+whose entropy does not surely tell which answers lose (`tells`) are not tried: the best of their thresholds is luck.
 
 The router's scores are those of fits on other folds, so that rows judge lanes that they have not taught.
 """
@@ -26,17 +26,20 @@ from adaptive_fusion.learning.adapting.choosing import Plan, cheapest, front
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
 from adaptive_fusion.learning.fitting.escalation import auc
 from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG
-from adaptive_fusion.policy.escalation import ANY, MOST_TOKENS, UNFITTED, Escalation, Threshold
+from adaptive_fusion.policy.escalation import MOST_TOKENS, UNFITTED, Escalation, Threshold, spares_blanks
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE
 from adaptive_fusion.policy.rungs import Rung
 
 QUANTILES = np.linspace(0.05, 0.95, 13)
 """Of a step's entropies: thresholds that are tried, beside no look."""
-CUTS = np.linspace(0.15, 0.85, 8)
+CUTS = np.linspace(0.1, 0.9, 17)
 """Quantiles of the router's scores: thresholds that are tried, beside its own."""
-IMAGES_BESIDE = 30
-"""Images that lose the whole tolerance each and count beside those that were seen: the best of many plans looks better
-than it is on the images that chose it, and few images choose one that happened to lose little on them."""
+ROWS_BESIDE = 20.0
+"""Rows of a cell that what a step generally loses counts as beside those that were seen: the best of many plans looks
+better than it is on the images that chose it, and few images choose one that happened to lose little on them."""
+BLANK_ROWS = 1.0
+"""The same where only blank parts are spared: that loses often and little, where fewer pixels lose seldom and much, so
+that few rows tell what it loses."""
 LOOKS = (1, MOST_TOKENS)
 """First tokens that may be looked at."""
 DEVIATIONS = 2.0
@@ -68,7 +71,7 @@ class Cells:
 
     Attributes:
         answers: The model's own, with predicted costs.
-        ladders: By lane, with all shares that were run.
+        ladders: By lane, with all shares that were run and their general qualities.
         rows: By lane and kind, masks ``[n]``.
         weight: What a row counts: all rows together count as much as there are images, since few of them are few images
             whatever is asked of each.
@@ -114,19 +117,21 @@ class Cells:
         wait = (k - 1) * float(self.answers.wait[rows].sum())
         found, run = [Plan(float(full.sum()), 0.0, Step("", None))], {rung.name for rung in self.answers.rungs}
         for rung in self.ladders[lane]:
-            if rung.pixel_share == 1.0 or rung.name not in run:
+            if rung.is_full or rung.name not in run:
                 continue
             column = self.column(rung.name)
             cost = float(self.answers.cost[rows, column].sum())
             lost = (1.0 - self.answers.quality[rows, column]) * weight
-            found.append(Plan(cost, float(lost.sum()), Step(rung.name, None)))
+            beside = BLANK_ROWS if spares_blanks(rung.name) else ROWS_BESIDE
+            general = beside * (1.0 - rung.quality) * weight
+            found.append(Plan(cost, float(lost.sum()) + general, Step(rung.name, None)))
             entropy = mean_of_first(self.answers.entropy[rows, column], k)
             known = entropy[np.isfinite(entropy)]
             if len(known) < len(entropy) or not tells(entropy, lost > self.answers.tolerance * weight):
                 continue
             tried = np.unique(np.quantile(known, QUANTILES))
             up = entropy[:, None] > tried[None, :]
-            costs, losses = cost + wait + full @ up, lost @ ~up
+            costs, losses = cost + wait + full @ up, lost @ ~up + general * (~up).mean(axis=0)
             for threshold, each, loss in zip(tried, costs, losses, strict=True):
                 found.append(Plan(float(each), float(loss), Step(rung.name, float(threshold))))
         return found
@@ -140,8 +145,7 @@ class Cells:
             first[lane][kind] = step.rung
             if step.rung:
                 thresholds.setdefault(step.rung, {})[kind] = self._threshold(self.rows[lane, kind], step, k)
-        others = {ANY: UNFITTED.thresholds[ANY]}
-        return Escalation(k, self.answers.tolerance, thresholds | others, always=True, first=first)
+        return Escalation(k, self.answers.tolerance, {**UNFITTED.thresholds, **thresholds}, always=True, first=first)
 
     def _threshold(self, rows: BoolArray, step: Step, k: int) -> Threshold:
         answers, column = self.answers, self.column(step.rung)
@@ -163,15 +167,15 @@ def choose_lanes(
         answers: The model's own, with predicted costs.
         score: P(complex) of each row by fits on other images, ``[n]``.
         cut: The threshold so far.
-        ladders: By lane, with all shares that were run.
+        ladders: By lane, with all shares that were run and their general qualities.
     """
-    limit = KEPT * answers.tolerance * answers.images - (1.0 - KEPT) * answers.tolerance * IMAGES_BESIDE
+    limit = KEPT * answers.tolerance * answers.images
     best, found = math.inf, None
     for value in map(float, np.unique([cut, *np.quantile(score, CUTS)])):
         cells = Cells.of(answers, ladders, score < value)
         for k in LOOKS if answers.tells else LOOKS[:1]:
             offered = {cell: front(cells.plans(*cell, k)) for cell in cells.rows}
-            chosen = cheapest(offered, max(0.0, limit))
+            chosen = cheapest(offered, limit)
             cost = sum(plan.cost for plan in chosen.values())
             if cost < best * (1 - TINY):
                 best, found = cost, (cells, chosen, k, value)

@@ -66,4 +66,4 @@ def settle(source: Source, answers: Answers, base: Policy, name: str, weights: S
     adapted = cross_fitted(answers, lambda some: fit(some).policy, judge)
     general = cross_fitted(answers, lambda some: base, judge)
     found = figures(answers, {"adapted": adapted, "general": general})
-    return Settled(base, fit(answers), found, refused(found, "general", answers.tolerance))
+    return Settled(base, fit(answers), found, refused(found, "general", answers.tolerance, answers.images))

@@ -212,6 +212,32 @@ def test_where_the_policy_is_a_guess_nothing_below_full_compute_is_as_good_witho
     assert any(each.point.is_full for each in found)
 
 
+def test_doubt_takes_every_detail_before_fewer_pixels_and_fewer_pixels_before_missing_a_deadline() -> None:
+    spared = candidate(50, 0.978, key="weighted3@1/2blank")
+    fewer = candidate(20, 0.99, key="weighted3@1/25%")
+    controller = Controller(clock=lambda: 0.0)
+
+    def chosen(kind: str, limits: Budget = LOOSE, *, simple: bool = True) -> Candidate:
+        worth = (spared.key, fewer.key) if simple else ()
+        asking = Asking(UNFITTED, kind, "", "a guess", 0.4, worth)
+        offered, _ = doubted([spared, fewer], FULL, asking, tolerance=0.02, share=controller.share, new_tokens=10)
+        return controller.choose(offered, limits).candidate
+
+    for kind in ("describe", "read", "count"):
+        found = chosen(kind)
+        assert found.key == spared.key and found.second is not None
+        # P(complex) is of pixels, and all are there; what is looked at is whether the model can do with copies at all.
+        assert found.second.share == UNFITTED.threshold(spared.key, kind).share < 0.1
+        assert found.second.threshold == UNFITTED.threshold(spared.key, kind).threshold > 0.5
+    assert chosen("describe", simple=False).key == fewer.key  # not where the router sees no simple image
+    assert chosen("describe", Budget(latency_ms=40.0)).key == fewer.key
+
+    first = controller.choose([chosen("describe")], LOOSE)
+    for _ in range(60):
+        controller.looked_at(first, spared.predicted.ttft_ms, escalated=True)
+    assert chosen("describe").key != spared.key  # what was seen of this model speaks against it
+
+
 def test_doubt_prefers_full_compute_from_the_start_where_most_go_on_and_says_so() -> None:
     enough, controller = candidate(60, 1.0, key="enough"), Controller(clock=lambda: 0.0)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_fusion.errors import PolicyError
-from adaptive_fusion.policy.escalation import ANY, GENERAL, Escalation, Threshold
+from adaptive_fusion.policy.escalation import ANY, GENERAL, Escalation, Threshold, spares_blanks
 from adaptive_fusion.policy.policy import Policy
 
 RULES = Escalation(
@@ -26,6 +26,17 @@ def test_the_nearest_threshold_holds() -> None:
     assert RULES.threshold(rung, "count").threshold is None  # off for this rung, whatever is said in general
     assert RULES.threshold("native@0.5", "count").threshold == 0.7
     assert RULES.threshold("native@0.5", "read") is GENERAL is Escalation().threshold("a", "")
+
+
+def test_all_rungs_that_spare_blank_parts_alone_may_have_one_threshold() -> None:
+    table = {"*blank": {ANY: 1.0}, ANY: {"read": 0.2}, "gated3@1/4blank": {"read": 0.4}}
+    found = Escalation.from_dict({"thresholds": table})
+    assert Escalation.from_dict(found.to_dict()) == found
+    for rung in ("native@1/2blank", "weighted12r4@1/2blank"):
+        assert found.threshold(rung, "read").threshold == 1.0
+    assert found.threshold("gated3@1/4blank", "read").threshold == 0.4  # its own
+    for rung in ("native@1", "native@1/2blank/50%", "native@0.5/2blank", "native@1/2blank/1fps", "no rung", ""):
+        assert not spares_blanks(rung) and found.threshold(rung, "read").threshold == 0.2
 
 
 def test_a_policy_keeps_the_table_on_disk_and_has_none_by_itself(tmp_path: Path) -> None:

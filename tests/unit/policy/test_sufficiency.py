@@ -17,7 +17,17 @@ from adaptive_fusion.features.prompts import PROMPT_KINDS
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.own_needs import OwnNeeds
 from adaptive_fusion.policy.rungs import Rung
-from adaptive_fusion.policy.sufficiency import AT_NEED, MOVING_FPS, Need, Needs, Scene, Sufficiency, Text, together
+from adaptive_fusion.policy.sufficiency import (
+    AT_NEED,
+    BLANKS,
+    MOVING_FPS,
+    Need,
+    Needs,
+    Scene,
+    Sufficiency,
+    Text,
+    together,
+)
 
 ENOUGH = Sufficiency(Text(6.0, 3.2, 0.1, 0.8, 0.2), Scene(("edge_density",), (2.0,), 17.0, 0.1))
 LENGTHS = ("text_height_low", "text_height", "stroke_low", "stroke", "flank", "enlarged")
@@ -105,6 +115,11 @@ def test_frames_and_tokens_of_a_rung_count() -> None:
     assert still.quality_of(replace(half, point=OperatingPoint(max_fps=0.25))) < still.quality_of(half) - 0.2
     assert still.quality_of(Rung(OperatingPoint(downsample=0.5))) == pytest.approx(1 - AT_NEED - 0.1)
     assert still.quality_of(Rung(OperatingPoint(max_pixels=50_000))) == still.quality_of(half)
+    whole = Rung(OperatingPoint(blanks=2))
+    for rung in (whole, replace(half, point=whole.point)):
+        without = replace(rung, point=OperatingPoint())
+        assert still.quality_of(rung) == pytest.approx(still.quality_of(without) - BLANKS)
+    assert still.quality_of(whole) < 1 - AT_NEED  # not as good as any where the tolerance is the usual one
     assert together([]) is None
     mixed = together([still, Needs(10, (Need("text", 5, 0.1),))])
     assert mixed is not None and mixed.fps == 0.5 and mixed.native == 100_000

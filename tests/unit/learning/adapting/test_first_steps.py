@@ -19,7 +19,7 @@ from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.cases import Case
 from adaptive_fusion.learning.adapting.choosing import STEPS, Plan, cheapest, front
 from adaptive_fusion.learning.adapting.fit import adapt_policy, ladders
-from adaptive_fusion.learning.adapting.lanes import IMAGES_BESIDE, KEPT, Laned, choose_lanes, tells
+from adaptive_fusion.learning.adapting.lanes import KEPT, Laned, choose_lanes, tells
 from adaptive_fusion.learning.data.labels import Subject
 from adaptive_fusion.policy.escalation import MOST_TOKENS, Escalation
 from adaptive_fusion.policy.fitted import Fingerprint
@@ -90,9 +90,34 @@ def test_lanes_save_more_where_entropies_tell_and_lose_no_more_on_other_images_t
     name = told.rules.first_of(SIMPLE, "describe")
     assert again.first == told.rules.first and again.thresholds[name] == told.rules.thresholds[name]
 
-    few = [choose_lanes(*pool(2 * IMAGES_BESIDE, seed), 0.5, LADDERS) for seed in range(20)]
+    few = [choose_lanes(*pool(60, seed), 0.5, LADDERS) for seed in range(20)]
     lost = [0.0 if found is None else used(unseen, scores, found)[1] for found in few]
     assert np.mean(lost) <= KEPT * unseen.tolerance * 1.2  # the best of many plans on few images, on others
+
+
+def test_every_detail_without_blank_parts_is_a_first_step_that_few_images_tell_of() -> None:
+    """It loses a little of everything, where fewer pixels lose all of a few: both as much on average."""
+    spared = {lane: Rung.parse(f"{name}@1/2blank") for lane, name in ((SIMPLE, "weighted3"), (COMPLEX, "gated3"))}
+    ladders = {lane: (*ladder, replace(spared[lane], quality=0.98)) for lane, ladder in LADDERS.items()}
+    rungs = (*RUNGS, *spared.values())
+
+    def with_it(n: int, seed: int) -> tuple[Answers, np.ndarray]:
+        answers, scores = pool(n, seed)
+        two = (n, 2)
+        quality = np.column_stack([answers.quality, np.clip(np.random.default_rng(seed).normal(0.99, 0.01, two), 0, 1)])
+        cost = np.column_stack([answers.cost, np.full(two, 0.5)])
+        entropy = np.concatenate([answers.entropy, answers.entropy[:, :2]], axis=1)
+        return replace(answers, rungs=rungs, quality=quality, cost=cost, tokens=cost, entropy=entropy), scores
+
+    unseen, unseen_scores = with_it(2000, 99)
+    assert 1.0 not in unseen.shares and len(unseen.shares) == len(SHARES)  # it is no share of the pixels
+    for seed in range(5):
+        found = choose_lanes(*with_it(100, seed), 0.5, ladders)
+        assert found is not None
+        first = {found.rules.first_of(lane, "describe") for lane in (SIMPLE, COMPLEX)}
+        assert first >= {spared[COMPLEX].name} or not found.rules.first_of(COMPLEX, "describe")
+        cost, loss = used(unseen, unseen_scores, found)
+        assert cost < 0.6 and loss <= unseen.tolerance
 
 
 def test_the_lanes_of_a_policy_are_its_own_routers_and_no_limit_leaves_full_compute() -> None:
