@@ -35,6 +35,8 @@ RUNGS = (
     Rung(NATIVE_POINT, pixel_share=0.25),
 )
 CHEAP = RUNGS[-1].name
+SPARED = (Rung(NATIVE_POINT), Rung(OperatingPoint(blanks=2)))
+"""On an image half of which is blank: attention takes other kernels where tokens have weights."""
 SIZES = ("4b", "2b", "8b")
 INPUTS = {"1 MP": (1024, 1), "4 MP": (2048, 1), "0.25 MP": (512, 1), "clip": (512, 16)}
 """Side in pixels and frames."""
@@ -61,6 +63,9 @@ def run(desk: Desk, scale: Scale) -> None:
         for name in ("1 MP", "clip") if scale.tiny else INPUTS:
             side, frames = INPUTS[name]
             desk.row(f"{size} {name}", partial(_points, desk, scale, size, side, frames), needs_s=seconds)
+        for name in ("1 MP",) if scale.tiny else ("4 MP", "1 MP"):
+            work = partial(_points, desk, scale, size, *INPUTS[name], rungs=SPARED, ground=True)
+            desk.row(f"{size} {name}, half blank", work, needs_s=seconds / 3)
         desk.row(f"{size} launches", partial(_launches, scale, size), needs_s=4)
         if size == SIZES[0]:
             for attention in ("flash", "efficient", "flash_attention_2"):
@@ -73,20 +78,22 @@ def _flash_first(device: torch.device) -> Any:
     return sdpa_kernel(FLASH_FIRST, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
-def _points(desk: Desk, scale: Scale, size: str, side: int, frames: int) -> Row:
+def _points(
+    desk: Desk, scale: Scale, size: str, side: int, frames: int, rungs: Sequence[Rung] = RUNGS, ground: bool = False
+) -> Row:
     """All operating points on one input, in rounds, until there are enough or time runs short."""
     adapter = scale.adapter(size)
-    request = Request(scale.side(side), NEW_TOKENS, frames if not scale.tiny else min(frames, 4))
-    rungs = {rung.name: rung for rung in RUNGS}
+    request = Request(scale.side(side), NEW_TOKENS, frames if not scale.tiny else min(frames, 4), ground)
+    named = {rung.name: rung for rung in rungs}
     runs: list[RowRun] = []
     with _flash_first(adapter.device):
         for done in range(0, scale.repeats, 2):
             if done and desk.left_s < 5 * desk.hurry:
                 break
-            runs += measure_costs(adapter, rungs, request, repeats=2)
+            runs += measure_costs(adapter, named, request, repeats=2)
     cost = analytic(adapter)
-    points = {name: adapter.resolve(rung, [request.size()]) for name, rung in rungs.items()}
-    summary = summarise_costs(runs, lane=[CHEAP])
+    points = {name: adapter.resolve(rung, [request.size()]) for name, rung in named.items()}
+    summary = summarise_costs(runs, lane=[rungs[-1].name])
     return {
         "side": request.side,
         "frames": request.frames,

@@ -96,9 +96,11 @@ def talking(model: Any) -> Adapter:
 
 @dataclass(frozen=True)
 class Request(Workload):
-    """One square image, or a clip of `frames`, and a question. Its tensors are made once for each point."""
+    """One square image, or a clip of `frames`, and a question; of an image with `ground` the left half is white. Its
+    tensors are made once for each point."""
 
     frames: int = 1
+    ground: bool = False
     kept: dict[OperatingPoint, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self) -> Size:
@@ -114,6 +116,8 @@ class Request(Workload):
     def message(self, seed: int = 0) -> dict[str, Any]:
         """The request as a chat message."""
         medium = noise(self.side, seed, self.frames)
+        if self.ground:
+            medium.paste("white", (0, 0, self.side // 2, self.side))
         part = {"type": "image", "image": medium} if self.frames == 1 else {"type": "video", "video": medium}
         return {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
 
@@ -121,7 +125,10 @@ class Request(Workload):
         """What the cost model is told of it, for `batch` of them together."""
         plan = adapter.plan([self.size()], point)
         said = self.inputs(adapter, point)["input_ids"].shape[1] - adapter.plan([self.size()], _before(point)).tokens
-        return Work(plan.segments * batch, batch * (said + plan.tokens), self.new_tokens, batch=batch)
+        segments = plan.segments
+        if self.ground and point.blanks is not None:  # but for the border of the half that has something to show
+            segments = tuple(round(count * (1 + 1 / point.blanks**2) / 2) for count in segments)
+        return Work(segments * batch, batch * (said + plan.tokens), self.new_tokens, batch=batch)
 
 
 def _before(point: OperatingPoint) -> OperatingPoint:

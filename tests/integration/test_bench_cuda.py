@@ -49,6 +49,8 @@ def test_every_part_runs_and_a_failure_is_reported(cuda: ModuleType, whole: tupl
     assert set(parts["costs"]["skipped"]) == GPU_ONLY
     for row in parts["identity"]["rows"].values():
         assert row["tokens_equal"] and row["logits_equal"] and row["prefill_equal"]
+    spared = parts["costs"]["rows"]["4b 1 MP, half blank"]["points"]
+    assert spared["native@1/2blank"]["patches"] < 0.8 * spared["native@1"]["patches"]
     points = parts["costs"]["rows"]["4b clip"]["points"]
     assert points["native@1/25%"]["patches"] < points["native@1"]["patches"] == points["gated12r8@1"]["patches"]
     assert points["native@1"]["encode_ms"]["predicted"] > 0 and points["native@0.5"]["prefill_ms"]["ratio"]
