@@ -13,9 +13,12 @@ from transformers import AutoProcessor
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.decisions import Decision
 from adaptive_fusion.media.clips import Video
+from adaptive_fusion.point import OperatingPoint
+from adaptive_fusion.policy.escalation import SPARED_THRESHOLD
 from adaptive_fusion.policy.policy import Policy
 from adaptive_fusion.policy.sufficiency import STILL_FPS
 from adaptive_fusion.reference import model_path
+from adaptive_fusion.reference.screens import make_scene
 from adaptive_fusion.runner import AdaptiveRunner
 
 READ, DESCRIBE, OTHER = "Read all the text in the image.", "Describe the image.", "Which of them is the cheapest?"
@@ -152,13 +155,38 @@ def test_an_unfamiliar_image_gets_full_compute_and_says_so_even_where_the_budget
     assert "but full compute does not fit" in tight.reason
 
 
-def test_after_preprocessing_nothing_is_taken_away(runner_of: Callable[..., AdaptiveRunner], released: Any) -> None:
-    runner = runner_of("latency")
+def test_a_model_that_nothing_was_fitted_to_is_asked_about_simple_images_without_their_blank_parts(
+    reference_model: Any, processor: Any
+) -> None:
+    runner = AdaptiveRunner(reference_model, processor, policy="balanced")
+    screens = [make_scene("simple", seed, "eval", (256, 256)).image for seed in range(6)]
+    spared = 0
+    for screen in screens:
+        for prompt in (DESCRIBE, "Is there a button?"):
+            reply = runner.chat(screen, prompt, max_new_tokens=12)
+            decision = reply.decision
+            assert decision.point.is_full or decision.point.spares_blanks_only
+            if not decision.point.is_full:
+                assert decision.escalated is False and "not trusted" in decision.reason
+                assert 0 <= decision.escalation["entropy"] <= decision.escalation["threshold"] == SPARED_THRESHOLD
+                same = runner.chat(screen, prompt, point=OperatingPoint(blanks=2), max_new_tokens=12)
+                assert reply.token_ids == same.token_ids
+                assert reply.measurement.patches == same.measurement.patches < reply.measurement.visual_tokens * 4
+                spared += 1
+    assert spared >= 6
+
+
+def test_after_preprocessing_no_pixels_are_taken_away(runner_of: Callable[..., AdaptiveRunner], released: Any) -> None:
+    runner = runner_of("balanced")
     text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>?<|im_end|>\n<|im_start|>assistant\n"
     inputs = released(text=[text], images=[page(48, (320, 320))], return_tensors="pt")
     found = runner.generate(**inputs, max_new_tokens=1, do_sample=False)
     expected = runner.model.generate(**inputs, max_new_tokens=1, do_sample=False)
     assert runner.last is not None and runner.last[0].point.is_full and found.tolist() == expected.tolist()
+    quick = runner_of("latency")  # which gives up a little: blank parts can still be spared
+    assert quick.generate(**inputs, max_new_tokens=1, do_sample=False).shape == expected.shape
+    assert quick.last is not None and quick.last[0].point.without(["blanks"]).is_full
+    assert quick.last[1].patches < runner.last[1].patches
 
 
 def test_the_log_says_what_was_needed(runner_of: Callable[..., AdaptiveRunner], tmp_path: Path) -> None:

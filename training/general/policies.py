@@ -37,6 +37,12 @@ CLIPS = (
     (0.25, 1.0), (0.18, 1.0), (0.125, 1.0), (0.125, 0.5), (0.09, 0.5), (0.0625, 0.5),
 )  # fmt: skip
 """Share of the pixels and frames a second of the steps of clips; usual clips have two frames a second."""
+SPARED_SELDOM = (
+    " more than counts as nothing: it is for budgets, and for simple images of models to which nothing was fitted,"
+    " which are asked about it."
+)
+SPARED = " which counts as nothing here. Models to which nothing was fitted are asked about it, for simple images."
+"""What cards say of blank parts, by whether their loss counts."""
 SIDE = 2
 """Merged tokens on the side of a window of which one blank token is encoded: with larger ones text is lost."""
 HALVED = 0.9
@@ -171,9 +177,8 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             f" margin of {policy.margin:g} on the linear scale, since a model reads worse than the reader that made the"
             " labels.",
             "- Objects, for questions that describe: what keeps the shorter side of their boxes at a patch or more.",
-            f"- Blank parts: with `blanks={SIDE}` every detail is there, and {BLANKS:g} may be lost all the same, more"
-            " than counts as nothing. So it is for budgets, and for simple images of models to which nothing was"
-            " fitted, which are asked about it.",
+            f"- Blank parts: with `blanks={SIDE}` every detail is there, and {BLANKS:g} may be lost all the same,"
+            + (SPARED_SELDOM if policy.tolerance < BLANKS else SPARED),
             f"- Floors in tokens for kinds of question that nothing labels (event: of each frame): {floors}.",
             "",
             *figures("Text kept, each source left out in turn", fitted["text"]["figures"], *TEXT_FIGURES),
