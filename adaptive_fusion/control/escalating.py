@@ -12,6 +12,10 @@ from adaptive_fusion.policy.escalation import Escalation, Threshold, spares_blan
 
 MOST_SECONDS = 2
 """Better plans that are tried for a cheap one, the best first: the next is for budgets that the best does not fit."""
+SPARES_MUCH = 0.8
+"""Most of the time at full compute that a plan without blank parts may take on average to go before fewer pixels."""
+BELOW = 1e-6
+"""Of quality, by which one plan counts as less than another."""
 NO_SECOND = "no second pass: "
 SURE = "the plan counts as good as any"
 UNTRUSTED = "what the policy calls enough is not trusted"
@@ -123,8 +127,9 @@ def doubted(
     learned. What counts as good as any, within the tolerance, is asked about,
     as is what is worth asking: such a plan of two passes is on offer where it takes less time on average than full
     compute from the start, with P(going on) at first the router's P(complex), or the kind of question's own where that
-    is higher, and then as it was seen. One that leaves the model every detail and spares blank parts alone goes before
-    those with fewer pixels. One pass without a verdict is for budgets that nothing else fits.
+    is higher, and then as it was seen. One that leaves the model every detail and spares blank parts alone is on offer
+    for what is worth asking, and goes before those with fewer pixels if it takes much less time than full compute. One
+    pass without a verdict is for budgets that nothing else fits.
 
     Args:
         candidates: The lane's, with the policy's own expected qualities.
@@ -152,20 +157,22 @@ def doubted(
                 if both.mean_ms < full.predicted.latency_ms:
                     doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))
             continue
-        singles.append(candidate if sure else replace(candidate, quality=candidate.quality * (1.0 - rule.loss)))
+        singles.append(candidate if sure else _untrusted(candidate, full, rule, tolerance))
         if asking.never or rule.threshold is None:
             continue
         seldom = not rule.learned and rule.share < 0.5  # below what is enough only where few are known to go on
-        if candidate.quality < enough and not (seldom and candidate.key in asking.worth_asking):
+        spared = not rule.learned and spares_blanks(candidate.key)  # for simple images alone
+        if (spared or candidate.quality < enough) and not (seldom and candidate.key in asking.worth_asking):
             continue
-        if not rule.learned and not spares_blanks(candidate.key):  # P(complex) is of pixels, and all are there
+        if not rule.learned and not spared:  # P(complex) is of pixels, of which all are there
             rule = replace(rule, share=max(rule.share, asking.p_complex))
         both = _in_two(candidate, full, rule, asking, share, new_tokens)
         if both.mean_ms < full.predicted.latency_ms:
             doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))
     if not any(candidate.point.is_full for candidate in singles):
         singles.append(full)
-    if asking.first is None and any(spares_blanks(each.key) for each in doubles):
+    much = SPARES_MUCH * full.predicted.latency_ms
+    if asking.first is None and any(spares_blanks(each.key) and each.mean_ms <= much for each in doubles):
         # What leaves every detail loses less: fewer pixels are for budgets that it does not fit.
         doubles = [each if spares_blanks(each.key) else _behind(each, enough, tolerance) for each in doubles]
     return level(singles, doubles, tolerance), len(doubles)
@@ -174,6 +181,12 @@ def doubted(
 def _behind(double: Candidate, enough: float, tolerance: float) -> Candidate:
     """Worth less than what counts as good as any, by the tolerance."""
     return replace(double, quality=max(0.0, min(double.quality, enough - tolerance)))
+
+
+def _untrusted(candidate: Candidate, full: Candidate, rule: Threshold, tolerance: float) -> Candidate:
+    """One pass without a verdict: not as good as any, whatever the tolerance is."""
+    most = full.quality - tolerance - BELOW
+    return replace(candidate, quality=max(0.0, min(candidate.quality * (1.0 - rule.loss), most)))
 
 
 def _as_learned(candidate: Candidate, full: Candidate, rule: Threshold, *, taken: bool) -> Candidate:

@@ -115,7 +115,9 @@ class Offering:
         """
         lanes, ladder = self.policy.lanes, self.policy.lanes[lane]
         arms = [ladder[0]] if lane == VIDEO else [self.policy.cheap_rung, lanes[SIMPLE][0], lanes[COMPLEX][0]]
-        below = [after for rung, after in pairwise(ladder) if rung.name == own]
+        at = next((rung.point.blanks for rung in ladder if rung.name == own), None)
+        alike = [rung for rung in ladder if rung.point.blanks == at]  # what blank parts spare orders no ladder
+        below = [after for rung, after in pairwise(alike) if rung.name == own]
         wanted = {rung.name: rung for rung in (*arms, *below)}
         found = [candidate for candidate in candidates if candidate.key in wanted]
         more = [rung for name, rung in wanted.items() if name not in {candidate.key for candidate in found}]
@@ -199,14 +201,19 @@ class Offering:
         """One point on offer for `info`, with its predicted cost for an answer of `new_tokens` (else as expected)."""
         # In a batch it waits for what others have to encode.
         encoded = found_in_cache(info, point) == HIT and not any(work.patches for work in info.beside)
-        return Candidate(point, quality, self._predicted(point, info, new_tokens), key, encoded=encoded)
+        return Candidate(point, quality, self.predicted(point, info, new_tokens), key, encoded=encoded)
 
-    def _predicted(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None) -> Prediction:
-        return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens))
+    def predicted(
+        self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None, patches: int | None = None
+    ) -> Prediction:
+        """What a point costs; see `work`."""
+        return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens, patches))
 
-    def work(self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None) -> Work:
+    def work(
+        self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None, patches: int | None = None
+    ) -> Work:
         """What `point` makes the model do for `info` and an answer of `new_tokens` (else as expected), with all that is
-        beside it."""
+        beside it. How many patches are encoded is expected, unless `patches` were counted."""
         sizes = info.sizes
         if point.max_fps is not None and info.frame_times_s and not info.pixels_fixed:
             sizes = [
@@ -218,7 +225,10 @@ class Offering:
         if info.seen is not None and any(there := info.seen(point)):
             sizes = [size for size, known in zip(sizes, there, strict=True) if not known]
             segments = self.adapter.plan(sizes, point).segments
-        if point.blanks is not None:
+        if patches is not None:
+            whole = sum(segments)
+            segments = tuple(round(count * patches / whole) for count in segments)
+        elif point.blanks is not None:
             edges = [each.features["edge_density"] for each in info.complexities if "edge_density" in each.features]
             share = fmean(expected_share(each, point.blanks) for each in edges) if edges else 1.0
             segments = tuple(round(share * count) for count in segments)

@@ -119,8 +119,12 @@ def staying(candidates: Sequence[Candidate], plan: Candidate, tolerance: float, 
 
 
 def below(point: OperatingPoint, other: OperatingPoint) -> bool:
-    """Whether media get less of something at `point` than at the `other`: pixels, tokens or frames."""
-    return any(a < b for a, b in zip(_given(point), _given(other), strict=True))
+    """Whether media get less of something at `point` than at the `other`: pixels, tokens or frames, or with as much of
+    these, patches for blank parts."""
+    own, others = _given(point), _given(other)
+    return any(a < b for a, b in zip(own, others, strict=True)) or (
+        own == others and (point.blanks or 1) > (other.blanks or 1)
+    )
 
 
 def _given(point: OperatingPoint) -> tuple[float, float, float]:

@@ -239,7 +239,7 @@ class GridAdapter(Adapter):
         deviations = torch.tensor(self._processor_for(kind == "video").image_std, device=pixels.device) * 255
         values = (pixels.float().view(len(pixels), len(deviations), -1) * deviations[:, None]).flatten(1)
         found = standing(values, merged, self.merge, (len(deviations), self._temporal, self._patch), point.blanks)
-        return found if found.worth_it else None
+        return None if found.all else found
 
     def _encoded(self, kind: str, pixels: Tensor, thw: Tensor, stand: Standing | None) -> Any:
         """What the encoder gives for media of a kind; its taps, if it runs them itself, are such of what is encoded."""

@@ -14,10 +14,11 @@ from adaptive_fusion.checks import check_keys, integer, is_number, number
 from adaptive_fusion.errors import ConfigError, PolicyError
 from adaptive_fusion.features.prompts import PROMPT_KINDS
 from adaptive_fusion.policy.rungs import Rung
+from adaptive_fusion.policy.sufficiency import BLANKS_LOSE
 
 ANY = "*"
 """The rung, or the kind of question, that stands for all that have no threshold of their own."""
-BLANKS = "*blank"
+ANY_SPARED = "*blank"
 """All rungs that leave the model every detail and spare blank parts alone, where one has no threshold of its own."""
 MOST_TOKENS = 4
 """The most first tokens that may be looked at."""
@@ -72,13 +73,15 @@ class Threshold:
         return self.rows > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """TOML-able values; a threshold that is not there is left out."""
+        """TOML-able values; a threshold that is not there is left out, and what is not known."""
         found = {"threshold": self.threshold, "auc": self.auc, "rows": self.rows}
-        known = {"loss": self.loss, "left": self.left, "share": self.share} if self.learned else {}
+        said = {"loss": self.loss, "left": self.left, "share": self.share}
+        known = said if self.learned or said != _UNKNOWN else {}
         return {name: value for name, value in {**found, **known}.items() if value is not None}
 
 
 GENERAL = Threshold(GENERAL_THRESHOLD)
+_UNKNOWN = {"loss": GENERAL.loss, "left": GENERAL.left, "share": GENERAL.share}
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ class Escalation:
 
     def threshold(self, rung: str, kind: str) -> Threshold:
         """The threshold for a rung and a kind of question: its own, else the general ones, else `GENERAL`."""
-        for name in (rung, BLANKS, ANY) if BLANKS in self.thresholds and spares_blanks(rung) else (rung, ANY):
+        spared = ANY_SPARED in self.thresholds and spares_blanks(rung)
+        for name in (rung, ANY_SPARED, ANY) if spared else (rung, ANY):
             kinds = self.thresholds.get(name, {})
             if found := kinds.get(kind, kinds.get(ANY)):
                 return found
@@ -171,7 +175,7 @@ UNFITTED = Escalation(
             "describe": Threshold(UNFITTED_THRESHOLD, loss=0.1, left=0.01, share=0.1),
             ANY: Threshold(UNFITTED_THRESHOLD, loss=0.3, left=0.01, share=0.8),
         },
-        BLANKS: {ANY: Threshold(SPARED_THRESHOLD, loss=0.022, left=0.005, share=0.05)},
+        ANY_SPARED: {ANY: Threshold(SPARED_THRESHOLD, loss=BLANKS_LOSE, left=0.005, share=0.05)},
     },
 )
 """For policies that were not fitted to the model at hand, whose sufficient plans are a guess: what keeping every such

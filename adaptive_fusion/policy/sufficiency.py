@@ -31,7 +31,7 @@ OWN = "the model's own answers"
 """What asks for the pixels where the model's own needs were learned."""
 AT_NEED = 0.02
 """Quality lost where the need is just met: a need is what keeps .98 of what the labels count."""
-BLANKS = 0.022
+BLANKS_LOSE = 0.022
 """Quality lost where blank parts are encoded once (`OperatingPoint.blanks`) by a model of which nothing is known: what
 the reference model loses by the likelihood of its own answers (.020, standard error .002, on 249 questions about
 screens), where nothing that is gained counts, and a little more."""
@@ -76,7 +76,7 @@ class Needs(NamedTuple):
         if rung.point.max_pixels is not None:
             pixels = min(pixels, rung.point.max_pixels)
         kept = self.quality(pixels * rung.point.downsample**2, rung.point.max_fps)
-        return kept if rung.point.blanks is None else max(0.0, kept - BLANKS)
+        return kept if rung.point.blanks is None else max(0.0, kept - BLANKS_LOSE)
 
     def in_words(self) -> str:
         """What is enough, for people."""

@@ -26,7 +26,7 @@ from adaptive_fusion.policy.fitted import Fitted
 from adaptive_fusion.policy.policy import COMPLEX, SIMPLE, VIDEO, Policy
 from adaptive_fusion.policy.router import PlainRouter
 from adaptive_fusion.policy.rungs import Rung
-from adaptive_fusion.policy.sufficiency import BLANKS, Scene, Sufficiency, Text
+from adaptive_fusion.policy.sufficiency import BLANKS_LOSE, Scene, Sufficiency, Text
 
 FLOORS = {"count": 1024, "event": 256, "other": 1024, "yesno": 1024}
 """Tokens (event: of each frame) below which nothing is known of kinds of question that no reader labels."""
@@ -134,7 +134,7 @@ def ladders(labels: list[dict[str, Any]]) -> dict[str, tuple[Rung, ...]]:
 
     def stills(point: OperatingPoint) -> tuple[Rung, ...]:
         """The best first."""
-        spared = Rung(replace(point, blanks=SIDE), 1.0 - BLANKS)
+        spared = Rung(replace(point, blanks=SIDE), 1.0 - BLANKS_LOSE)
         steps = [*(Rung(point, quality[share], share) for share in LADDER), spared]
         return tuple(sorted(steps, key=lambda rung: -rung.quality))
 
@@ -177,8 +177,8 @@ def card_of(policy: Policy, fitted: dict[str, Any], digest: str) -> str:
             f" margin of {policy.margin:g} on the linear scale, since a model reads worse than the reader that made the"
             " labels.",
             "- Objects, for questions that describe: what keeps the shorter side of their boxes at a patch or more.",
-            f"- Blank parts: with `blanks={SIDE}` every detail is there, and {BLANKS:g} may be lost all the same,"
-            + (SPARED_SELDOM if policy.tolerance < BLANKS else SPARED),
+            f"- Blank parts: with `blanks={SIDE}` every detail is there, and {BLANKS_LOSE:g} may be lost all the same,"
+            + (SPARED_SELDOM if policy.tolerance < BLANKS_LOSE else SPARED),
             f"- Floors in tokens for kinds of question that nothing labels (event: of each frame): {floors}.",
             "",
             *figures("Text kept, each source left out in turn", fitted["text"]["figures"], *TEXT_FIGURES),

@@ -97,8 +97,8 @@ def _chosen(answers: Answers, octaves: FloatArray, k: int) -> Asked | None:
 
 def _plans(answers: Answers, octaves: FloatArray, rows: BoolArray, k: int) -> list[_Plan]:
     """All pairs on some rows; the first takes all pixels."""
-    names = [rung.pixel_share for rung in answers.rungs]
-    columns = [names.index(share) for share in (1.0, *answers.shares)]
+    of_pixels = [rung.pixel_share if rung.point.blanks is None else None for rung in answers.rungs]
+    columns = [of_pixels.index(share) for share in (1.0, *answers.shares)]
     quality = np.column_stack([np.ones(len(answers)), answers.kept])[rows]
     full = answers.cost[rows][:, columns[:1]]
     costs, wait = answers.cost[rows][:, columns] / full, (k - 1) * answers.wait[rows] / full[:, 0]

@@ -116,7 +116,12 @@ def _with_lanes(policy: Policy, laned: Laned, parts: dict[str, str]) -> Policy:
 
 
 def _of_pixels(lanes: Mapping[str, tuple[Rung, ...]]) -> dict[str, tuple[Rung, ...]]:
-    return {lane: tuple(rung for rung in ladder if rung.point.blanks is None) for lane, ladder in lanes.items()}
+    """The lanes with steps of pixels alone for stills, where there are such."""
+    pixels = {
+        lane: tuple(rung for rung in lanes[lane] if rung.point.blanks is None) or lanes[lane]
+        for lane in (SIMPLE, COMPLEX)
+    }
+    return {**lanes, **pixels}
 
 
 def _with_needs(policy: Policy, answers: Answers, parts: dict[str, str], many: bool, laned: Laned | None) -> Policy:

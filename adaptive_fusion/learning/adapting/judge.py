@@ -4,7 +4,6 @@ Knows planners, policies and answers. Must not know how a policy was fitted. No 
 would be, and what they lead to is read off the labels.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,18 +12,16 @@ import numpy as np
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.control.candidates import Choice
-from adaptive_fusion.control.planner import Planner
 from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.evaluation.statistics import Interval, intervals, most_mean, most_mean_by_betting
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.asking import MANY
-from adaptive_fusion.learning.adapting.cases import Case, planner_for
+from adaptive_fusion.learning.adapting.cases import planner_for
 from adaptive_fusion.learning.adapting.needs import by_image
 from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
 from adaptive_fusion.policy.policy import Policy
-from adaptive_fusion.policy.rungs import Rung
 
 FOLDS = 5
 SURE = 0.975
@@ -117,24 +114,16 @@ def priced(source: Source, policy: Policy, answers: Answers) -> Answers:
     for row, case in enumerate(answers.cases):
         tokens = planner.expected_tokens(case.info)
         for column, rung in enumerate(answers.rungs):
-            count = float(answers.patches[row, column]) if rung.point.blanks is not None else math.nan
-            key = tuple(case.info.sizes), case.info.text_tokens, case.info.max_new_tokens, rung.name, str(count)
+            count = answers.patches[row, column] if rung.point.blanks is not None else np.nan
+            patches = None if np.isnan(count) else int(count)
+            key = tuple(case.info.sizes), case.info.text_tokens, case.info.max_new_tokens, rung.name, patches
             if key not in known:
-                known[key] = _predicted(planner, rung, case, count)
+                point = source.adapter.resolve(rung, case.info.sizes)
+                known[key] = planner.predicted(point, case.info, patches=patches)
             cost[row, column] = known[key].ttft_ms
             if rung.pixel_share == 1.0:
                 wait[row] = known[key].decode_ms / max(1.0, tokens - 1)
     return replace(answers, cost=cost, wait=wait)
-
-
-def _predicted(planner: Planner, rung: Rung, case: Case, patches: float) -> Prediction:
-    """Of a rung for a case, with so many patches encoded; NaN for as many as are expected."""
-    point = planner.adapter.resolve(rung, case.info.sizes)
-    work = planner.work(point, case.info)
-    if not math.isnan(patches):
-        whole = sum(work.patches)
-        work = replace(work, patches=tuple(round(each * patches / whole) for each in work.patches))
-    return planner.cost.predict(planner.adapter.computed(point), work)
 
 
 def cross_fitted(

@@ -75,7 +75,8 @@ class Modules:
         lanes = dict(policy.lanes)
         for lane, point in self.points.items():
             lanes[lane] = tuple(
-                replace(rung, point=NATIVE if rung.pixel_share == 1 else point) for rung in policy.lanes[lane]
+                replace(rung, point=replace(NATIVE, blanks=rung.point.blanks) if rung.pixel_share == 1 else point)
+                for rung in policy.lanes[lane]
             )
         return replace(policy, lanes=lanes)
 

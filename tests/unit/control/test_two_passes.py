@@ -212,15 +212,19 @@ def test_where_the_policy_is_a_guess_nothing_below_full_compute_is_as_good_witho
     assert any(each.point.is_full for each in found)
 
 
-def test_doubt_takes_every_detail_before_fewer_pixels_and_fewer_pixels_before_missing_a_deadline() -> None:
-    spared = candidate(50, 0.978, key="weighted3@1/2blank")
-    fewer = candidate(20, 0.99, key="weighted3@1/25%")
+@pytest.mark.parametrize("tolerance", [0.01, 0.02, 0.05])
+def test_doubt_takes_every_detail_before_fewer_pixels_and_fewer_pixels_before_missing_a_deadline(
+    tolerance: float,
+) -> None:
+    spared, fewer = candidate(50, 0.978, key="weighted3@1/2blank"), candidate(20, 0.99, key="weighted3@1/25%")
     controller = Controller(clock=lambda: 0.0)
 
-    def chosen(kind: str, limits: Budget = LOOSE, *, simple: bool = True) -> Candidate:
+    def chosen(
+        kind: str, limits: Budget = LOOSE, *, simple: bool = True, never: str = "", first: Candidate = spared
+    ) -> Candidate:
         worth = (spared.key, fewer.key) if simple else ()
-        asking = Asking(UNFITTED, kind, "", "a guess", 0.4, worth)
-        offered, _ = doubted([spared, fewer], FULL, asking, tolerance=0.02, share=controller.share, new_tokens=10)
+        asking = Asking(UNFITTED, kind, never, "a guess", 0.4, worth)
+        offered, _ = doubted([first, fewer], FULL, asking, tolerance=tolerance, share=controller.share, new_tokens=10)
         return controller.choose(offered, limits).candidate
 
     for kind in ("describe", "read", "count"):
@@ -229,8 +233,12 @@ def test_doubt_takes_every_detail_before_fewer_pixels_and_fewer_pixels_before_mi
         # P(complex) is of pixels, and all are there; what is looked at is whether the model can do with copies at all.
         assert found.second.share == UNFITTED.threshold(spared.key, kind).share < 0.1
         assert found.second.threshold == UNFITTED.threshold(spared.key, kind).threshold > 0.5
-    assert chosen("describe", simple=False).key == fewer.key  # not where the router sees no simple image
+        # Never unasked, and not where the router sees no simple image.
+        assert chosen(kind, never="num_beams is 2").point.is_full
+        assert chosen(kind, simple=False).key != spared.key
     assert chosen("describe", Budget(latency_ms=40.0)).key == fewer.key
+    hardly = candidate(88, 0.978, key=spared.key)  # an image that is hardly blank
+    assert chosen("describe", first=hardly).key == fewer.key
 
     first = controller.choose([chosen("describe")], LOOSE)
     for _ in range(60):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_fusion.errors import PolicyError
-from adaptive_fusion.policy.escalation import ANY, GENERAL, Escalation, Threshold, spares_blanks
+from adaptive_fusion.policy.escalation import ANY, GENERAL, UNFITTED, Escalation, Threshold, spares_blanks
 from adaptive_fusion.policy.policy import Policy
 
 RULES = Escalation(
@@ -37,6 +37,12 @@ def test_all_rungs_that_spare_blank_parts_alone_may_have_one_threshold() -> None
     assert found.threshold("gated3@1/4blank", "read").threshold == 0.4  # its own
     for rung in ("native@1", "native@1/2blank/50%", "native@0.5/2blank", "native@1/2blank/1fps", "no rung", ""):
         assert not spares_blanks(rung) and found.threshold(rung, "read").threshold == 0.2
+
+
+def test_what_holds_where_nothing_was_learned_survives_a_file(tmp_path: Path) -> None:
+    assert Escalation.from_dict(UNFITTED.to_dict()) == UNFITTED
+    kept = Policy.load(replace(Policy.load("balanced"), escalation=UNFITTED).save(tmp_path / "own"))
+    assert kept.escalation == UNFITTED
 
 
 def test_a_policy_keeps_the_table_on_disk_and_has_none_by_itself(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from adaptive_fusion.policy.own_needs import OwnNeeds
 from adaptive_fusion.policy.rungs import Rung
 from adaptive_fusion.policy.sufficiency import (
     AT_NEED,
-    BLANKS,
+    BLANKS_LOSE,
     MOVING_FPS,
     Need,
     Needs,
@@ -118,7 +118,7 @@ def test_frames_and_tokens_of_a_rung_count() -> None:
     whole = Rung(OperatingPoint(blanks=2))
     for rung in (whole, replace(half, point=whole.point)):
         without = replace(rung, point=OperatingPoint())
-        assert still.quality_of(rung) == pytest.approx(still.quality_of(without) - BLANKS)
+        assert still.quality_of(rung) == pytest.approx(still.quality_of(without) - BLANKS_LOSE)
     assert still.quality_of(whole) < 1 - AT_NEED  # not as good as any where the tolerance is the usual one
     assert together([]) is None
     mixed = together([still, Needs(10, (Need("text", 5, 0.1),))])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptive_fusion.models.standing import _attend
-from adaptive_fusion.reduction.blanks import SHADES, Standing, expected_share, standing
+from adaptive_fusion.reduction.blanks import LEAST_SPARED, SHADES, Standing, expected_share, standing
 
 PATCH, MERGE = 8, 2
 TOKEN = PATCH * MERGE
@@ -90,6 +90,24 @@ def test_grounds_of_two_shades_in_one_window_each_stand_for_their_own() -> None:
     values = packed(image).view(16, -1)
     assert len(found.kept) < 16
     assert torch.equal(values[found.kept[found.source]], values)
+
+
+def test_below_a_tenth_none_is_left_out_and_from_a_tenth_on_all_that_can_be() -> None:
+    rng, spared = np.random.default_rng(0), []
+    for columns in range(1, 21):
+        image = rng.integers(0, 256, (1, 8 * TOKEN, 20 * TOKEN, 3)).astype(np.uint8)
+        image[0, :, : columns * TOKEN] = 200
+        found = of(image)
+        spared.append(1 - len(found.kept) / len(found.source))
+        assert found.all == (spared[-1] == 0)
+        if found.all:
+            alone = Standing.alone((1, 8, 20), found.kept.device)
+            assert torch.equal(alone.source, found.source) and alone.frames == found.frames
+    some = [each for each in spared if each]
+    assert min(some) == pytest.approx(LEAST_SPARED, abs=0.05) and min(some) >= LEAST_SPARED - 1e-9
+    assert spared[0] == 0 and spared[-1] == max(spared) > 0.7
+    for edges in np.linspace(0, 0.5, 50):
+        assert expected_share(float(edges), 2) <= 1 - LEAST_SPARED or expected_share(float(edges), 2) == 1
 
 
 def test_several_media_are_those_of_each_alone() -> None:

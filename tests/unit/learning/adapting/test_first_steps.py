@@ -15,6 +15,7 @@ from adaptive_fusion.evaluation.statistics import most_mean, most_mean_by_bettin
 from adaptive_fusion.features.complexity import FEATURE_NAMES, VERSION
 from adaptive_fusion.features.detail import DETAIL_FEATURES
 from adaptive_fusion.features.detail import VERSION as DETAIL_VERSION
+from adaptive_fusion.learning.adapting import lanes
 from adaptive_fusion.learning.adapting.answers import Answers
 from adaptive_fusion.learning.adapting.cases import Case
 from adaptive_fusion.learning.adapting.choosing import STEPS, Plan, cheapest, front
@@ -28,8 +29,12 @@ from adaptive_fusion.policy.rungs import Rung
 
 MODEL = Fingerprint("Model", {"depth": 2}, {"depth": 2}, "abc")
 SHARES = (0.71, 0.5, 0.25)
+GENERAL = (1.0, 0.98, 0.97, 0.92)
 LADDERS = {
-    lane: tuple(Rung.parse(f"{name}@1{share}") for share in ("", *(f"/{100 * each:g}%" for each in SHARES)))
+    lane: tuple(
+        replace(Rung.parse(f"{name}@1{share}"), quality=quality)
+        for quality, share in zip(GENERAL, ("", *(f"/{100 * each:g}%" for each in SHARES)), strict=True)
+    )
     for lane, name in ((SIMPLE, "weighted3"), (COMPLEX, "gated3"))
 }
 RUNGS = (Rung.parse("native@1"), *LADDERS[SIMPLE], *LADDERS[COMPLEX])
@@ -95,10 +100,12 @@ def test_lanes_save_more_where_entropies_tell_and_lose_no_more_on_other_images_t
     assert np.mean(lost) <= KEPT * unseen.tolerance * 1.2  # the best of many plans on few images, on others
 
 
-def test_every_detail_without_blank_parts_is_a_first_step_that_few_images_tell_of() -> None:
-    """It loses a little of everything, where fewer pixels lose all of a few: both as much on average."""
+def test_every_detail_without_blank_parts_is_a_first_step_that_few_images_tell_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It loses a little of everything, where fewer pixels lose much of a few."""
     spared = {lane: Rung.parse(f"{name}@1/2blank") for lane, name in ((SIMPLE, "weighted3"), (COMPLEX, "gated3"))}
-    ladders = {lane: (*ladder, replace(spared[lane], quality=0.98)) for lane, ladder in LADDERS.items()}
+    ladders = {lane: (*ladder, replace(spared[lane], quality=0.978)) for lane, ladder in LADDERS.items()}
     rungs = (*RUNGS, *spared.values())
 
     def with_it(n: int, seed: int) -> tuple[Answers, np.ndarray]:
@@ -111,13 +118,21 @@ def test_every_detail_without_blank_parts_is_a_first_step_that_few_images_tell_o
 
     unseen, unseen_scores = with_it(2000, 99)
     assert 1.0 not in unseen.shares and len(unseen.shares) == len(SHARES)  # it is no share of the pixels
-    for seed in range(5):
-        found = choose_lanes(*with_it(100, seed), 0.5, ladders)
-        assert found is not None
-        first = {found.rules.first_of(lane, "describe") for lane in (SIMPLE, COMPLEX)}
-        assert first >= {spared[COMPLEX].name} or not found.rules.first_of(COMPLEX, "describe")
-        cost, loss = used(unseen, unseen_scores, found)
-        assert cost < 0.6 and loss <= unseen.tolerance
+
+    def bought() -> tuple[float, float]:
+        """Mean cost and loss on other images of what 100 choose."""
+        found = [choose_lanes(*with_it(100, seed), 0.5, ladders) for seed in range(10)]
+        pairs = [(1.0, 0.0) if each is None else used(unseen, unseen_scores, each) for each in found]
+        cost, loss = np.mean(pairs, axis=0)
+        return float(cost), float(loss)
+
+    cost, loss = bought()
+    assert cost < 0.55 and loss <= 0.8 * KEPT * unseen.tolerance
+    monkeypatch.setattr(lanes, "ROWS_BESIDE", 0.0)
+    assert bought()[1] > loss + 0.005  # a quarter of the pixels, where few of the 100 happened to lose
+    monkeypatch.setattr(lanes, "ROWS_BESIDE", 20.0)
+    monkeypatch.setattr(lanes, "BLANK_ROWS", 200.0)
+    assert bought()[0] > cost + 0.1
 
 
 def test_the_lanes_of_a_policy_are_its_own_routers_and_no_limit_leaves_full_compute() -> None:

@@ -20,6 +20,7 @@ from adaptive_fusion.learning.adapting.asking import MANY, choose_asking
 from adaptive_fusion.learning.adapting.cases import Case
 from adaptive_fusion.learning.adapting.choice import informative
 from adaptive_fusion.learning.adapting.fit import adapt_policy, ladders
+from adaptive_fusion.learning.adapting.modules import POINTS, Modules
 from adaptive_fusion.learning.adapting.needs import (
     BOUND,
     LEAST_IMAGES,
@@ -67,6 +68,18 @@ def answers(n: int, seed: int, *, spread: float = 0.25) -> Answers:
     cost = np.tile([1.0, *SHARES], (n, 1))
     entropy = np.full((n, len(RUNGS), MOST_TOKENS), np.nan)
     return Answers(cases, RUNGS, quality, cost, cost, entropy, 0.02, MODEL)
+
+
+@pytest.mark.parametrize("name", ["balanced", "latency", "quality"])
+def test_lanes_that_run_trained_modules_keep_every_step_once(name: str) -> None:
+    general = Policy.load(name)
+    base = replace(general, lanes=ladders(general, SHARES))
+    found = Modules(None, None, 1, POINTS).used_by(base)
+    for lane, point in POINTS.items():
+        assert len(found.lanes[lane]) == len(base.lanes[lane])
+        whole = [rung.name for rung in found.lanes[lane] if rung.pixel_share == 1]
+        assert whole == ["native@1", "native@1/2blank"]
+        assert {rung.point for rung in found.lanes[lane] if rung.pixel_share < 1} == {point}
 
 
 def test_few_images_leave_the_general_needs_and_many_give_the_models_own() -> None:
