@@ -81,7 +81,7 @@ def adapt(
 ) -> None:
     """Fit a policy to MODEL by its own answers about IMAGES and install it, so that it is used from then on.
 
-    No labels are needed: the model's own full answer is the measure of what fewer pixels lose. Says first what will
+    No labels are needed: the model's own full answer is the measure of what cheaper plans lose. Says first what will
     be run and about how long that takes, and afterwards what was bought. A run that was stopped goes on where it was.
     Exit code 1 if the general policy turns out to be as good, 2 if an input is refused; nothing is installed then.
     """

@@ -13,7 +13,8 @@ from adaptive_fusion.policy.escalation import Escalation, Threshold, spares_blan
 MOST_SECONDS = 2
 """Better plans that are tried for a cheap one, the best first: the next is for budgets that the best does not fit."""
 SPARES_MUCH = 0.8
-"""Most of the time at full compute that a plan without blank parts may take on average to go before fewer pixels."""
+"""Most of the time to the first token at full compute that a plan without blank parts may take on average to go before
+fewer pixels."""
 BELOW = 1e-6
 """Of quality, by which one plan counts as less than another."""
 NO_SECOND = "no second pass: "
@@ -128,8 +129,8 @@ def doubted(
     as is what is worth asking: such a plan of two passes is on offer where it takes less time on average than full
     compute from the start, with P(going on) at first the router's P(complex), or the kind of question's own where that
     is higher, and then as it was seen. One that leaves the model every detail and spares blank parts alone is on offer
-    for what is worth asking, and goes before those with fewer pixels if it takes much less time than full compute. One
-    pass without a verdict is for budgets that nothing else fits.
+    for what is worth asking, and goes before those with fewer pixels if its first token takes much less time than at full
+    compute. One pass without a verdict is for budgets that nothing else fits.
 
     Args:
         candidates: The lane's, with the policy's own expected qualities.
@@ -171,8 +172,8 @@ def doubted(
             doubles.append(replace(both, quality=max(both.quality, full.quality - rule.left)))
     if not any(candidate.point.is_full for candidate in singles):
         singles.append(full)
-    much = SPARES_MUCH * full.predicted.latency_ms
-    if asking.first is None and any(spares_blanks(each.key) and each.mean_ms <= much for each in doubles):
+    much = SPARES_MUCH * full.predicted.ttft_ms
+    if asking.first is None and any(spares_blanks(each.key) and _first_token_ms(each) <= much for each in doubles):
         # What leaves every detail loses less: fewer pixels are for budgets that it does not fit.
         doubles = [each if spares_blanks(each.key) else _behind(each, enough, tolerance) for each in doubles]
     return level(singles, doubles, tolerance), len(doubles)
@@ -181,6 +182,13 @@ def doubted(
 def _behind(double: Candidate, enough: float, tolerance: float) -> Candidate:
     """Worth less than what counts as good as any, by the tolerance."""
     return replace(double, quality=max(0.0, min(double.quality, enough - tolerance)))
+
+
+def _first_token_ms(double: Candidate) -> float:
+    """On average, to the first token that is shown of a plan of two passes."""
+    second = double.second
+    assert second is not None
+    return double.predicted.ttft_ms + second.wait_ms + second.share * second.candidate.predicted.ttft_ms
 
 
 def _untrusted(candidate: Candidate, full: Candidate, rule: Threshold, tolerance: float) -> Candidate:

@@ -3,8 +3,8 @@
     python training/general/policies.py --labels labels.jsonl --text sufficiency.json --scene boxes.json \
         --router router.json --range range.json --out policies
 
-They use what released models know: fewer pixels and fewer frames. The lanes are named by how levels are fused, but no
-module is shipped with them: untrained, both are the native computation.
+They use what released models know, fewer pixels and fewer frames, and blank parts encoded once. The lanes are named by
+how levels are fused, but no module is shipped with them: untrained, both are the native computation.
 """
 
 import argparse

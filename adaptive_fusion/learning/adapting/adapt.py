@@ -51,7 +51,7 @@ class Ahead:
         images: Different images that can be used.
         questions: Questions about them; with modules, about those that none is trained on.
         answered: Of these, answered by an earlier run.
-        passes: Runs of the model that are left: full answers, and prefills at fewer pixels.
+        passes: Runs of the model that are left: full answers, and prefills of cheaper plans.
         calibrating: Requests that are measured first; 0 where this machine's profile is known.
         training: Questions that fusion modules are trained on, steps times batch; 0 without.
         seconds: About how long the passes take, by predictions.
