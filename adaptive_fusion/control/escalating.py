@@ -129,8 +129,8 @@ def doubted(
     as is what is worth asking: such a plan of two passes is on offer where it takes less time on average than full
     compute from the start, with P(going on) at first the router's P(complex), or the kind of question's own where that
     is higher, and then as it was seen. One that leaves the model every detail and spares blank parts alone is on offer
-    for what is worth asking, and goes before those with fewer pixels if its first token takes much less time than at full
-    compute. One pass without a verdict is for budgets that nothing else fits.
+    for what is worth asking, and goes before those with fewer pixels if its first token takes much less time than full
+    compute's. One pass without a verdict is for budgets that nothing else fits.
 
     Args:
         candidates: The lane's, with the policy's own expected qualities.
