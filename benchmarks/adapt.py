@@ -65,8 +65,8 @@ FIRST = 50_000
 COUNTS = (25, 50, 100, 200, 1000)
 HELD = 60
 """Fewest images that are left to judge by."""
-CARRIED = 150
-"""Images on which a policy of another model is run."""
+CARRIED = 600
+"""Images on which a policy of another model is run; each draw leaves out a sixth of them."""
 FIGURES = ("kept", "ttft", "tokens", "second")
 RESAMPLES = 1000
 GENERAL, FEW, SOME = "general, escalating", "adapt, 25 images", "adapt, 100 images"
@@ -264,9 +264,9 @@ def carried(model: str, options: argparse.Namespace, work: Adaptation, shown: Pr
     label_inputs(scorer, [case.question for case in cases], rungs, file, progress=shown, source_id=work.name)
     pool = read_answers(file, cases, rungs, work.base.tolerance, runner.fingerprint)
     pool = priced(Beside(runner), work.base, pool)
-    bench = Bench(pool, runner, work, (), 1)
+    bench = Bench(pool, runner, work, (pool.images // 6,), options.draws)
     rows = {
-        f"{options.carried}, {how}": [take(bench.source, runner.policy, pool, asks=asks)]
+        f"{options.carried}, {how}": [take(bench.source, runner.policy, pool, asks=asks)] * options.draws
         for how, asks in (("trusted", False), ("as it is used", True))
     }
     figures, _ = bench.figures(rows)
