@@ -21,6 +21,7 @@ from adaptive_fusion.learning.adapting.cases import planner_for
 from adaptive_fusion.learning.adapting.needs import by_image
 from adaptive_fusion.learning.adapting.source import Source
 from adaptive_fusion.learning.data.dataset import BoolArray, FloatArray, mean_of_first
+from adaptive_fusion.learning.labelling.scoring import NATIVE_RUNG
 from adaptive_fusion.policy.policy import Policy
 
 FOLDS = 5
@@ -121,7 +122,7 @@ def priced(source: Source, policy: Policy, answers: Answers) -> Answers:
                 point = source.adapter.resolve(rung, case.info.sizes)
                 known[key] = planner.predicted(point, case.info, patches=patches)
             cost[row, column] = known[key].ttft_ms
-            if rung.pixel_share == 1.0:
+            if rung.name == NATIVE_RUNG.name:
                 wait[row] = known[key].decode_ms / max(1.0, tokens - 1)
     return replace(answers, cost=cost, wait=wait)
 
@@ -143,7 +144,7 @@ def figures(answers: Answers, sides: Mapping[str, Taken], *, seed: int = 0, n: i
     passes; and of every side but the first the differences of the first to it. With 95 % bootstrap intervals over
     images, all sides on the same resamples. What is kept has no lower end that so few images cannot promise, whatever
     they showed (`most_mean`). The first side's ``surely`` is a bound on what it keeps, with confidence `SURELY`."""
-    native = [rung.name for rung in answers.rungs].index("native@1")
+    native = [rung.name for rung in answers.rungs].index(NATIVE_RUNG.name)
     full_cost, full_tokens = answers.cost[:, native], answers.tokens[:, native]
     first, *others = sides
 
@@ -174,8 +175,8 @@ def refused(found: Mapping[str, Interval], other: str, tolerance: float, images:
     What is promised is what `PROMISED` of the tolerance leaves. A policy may not replace the other if it keeps less
     than that and than the other, `ALLOWED` of the tolerance aside; if it keeps less than the other and is not sure to
     lose no more than the tolerance, or as sure as `MANY` images or more can be that lose no more than what is promised;
-    or if it is not cheaper with four chances in five, unless the other surely loses
-    more than the tolerance and it surely keeps more.
+    or if it is not cheaper with four chances in five, unless the other surely loses more than the tolerance and it
+    surely keeps more.
     """
     kept, more, ttft = found["adapted kept"], found[f"kept over {other}"], found[f"ttft over {other}"]
     beside = found[f"{other} kept"]
