@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoProcessor
 
 from adaptive_fusion.budget import Budget
 from adaptive_fusion.decisions import Decision
+from adaptive_fusion.evaluation.questions import Question
+from adaptive_fusion.learning.adapting.cases import look, planner_for
 from adaptive_fusion.media.clips import Video
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.escalation import SPARED_THRESHOLD
@@ -174,6 +177,21 @@ def test_a_model_that_nothing_was_fitted_to_is_asked_about_simple_images_without
                 assert reply.measurement.patches == same.measurement.patches < reply.measurement.visual_tokens * 4
                 spared += 1
     assert spared >= 6
+
+
+def test_the_next_step_that_is_explored_has_fewer_pixels_and_never_stands_for_full_compute(
+    runner_of: Callable[..., AdaptiveRunner],
+) -> None:
+    """Steps without blank parts stand between those with fewer pixels and are none of these."""
+    runner = runner_of("balanced")
+    planner = planner_for(runner.adapter, runner.policy, runner.profile)
+    [case] = look(planner, [Question(page(48, (320, 320)), READ)], max_new_tokens=4).cases
+    ladder = [rung for rung in runner.policy.lanes["gated"] if rung.point.blanks is None]
+    for own, after in pairwise(ladder):
+        taken = {each.key: each.point for each in planner.beside([], own.name, case.info, "gated", None)}
+        assert "gated3@1/2blank" not in taken
+        # Steps that come to the same pixels on a small image are one.
+        assert planner.adapter.resolve(after, case.info.sizes) in taken.values()
 
 
 def test_after_preprocessing_no_pixels_are_taken_away(runner_of: Callable[..., AdaptiveRunner], released: Any) -> None:
