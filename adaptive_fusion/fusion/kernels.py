@@ -7,10 +7,11 @@ models.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,47 +24,61 @@ Combine = Callable[[Sequence[Tensor], Tensor, Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Law:
-    """How the levels of a tap are weighed: ``w_i = s a_i``, and ``1 - s`` more for the tap's own level.
+    """How the levels of a tap are weighed where that is the same for all images: ``w_i = s a_i``, and ``1 - s`` more
+    for the tap's own level.
 
     Attributes:
-        name: What a_i is: the score itself (``given``), 1 (``unit``), or the score's softplus or sigmoid over their sum
-            over the levels.
-        scores: ``[1, L]`` or ``[n_images, L]`` in float32; None with ``unit``.
-        bias: ``[L]``, added to the scores.
+        name: What a_i is: 1 (``unit``), or the softplus of a weight over their sum over the levels.
+        weights: ``[L]`` in float32; None with ``unit``.
         mix: s, a tensor of one value; None for 1.
         tap: Position of the tap's own level.
     """
 
-    name: Literal["given", "unit", "softplus", "sigmoid"]
-    scores: Tensor | None = None
-    bias: Tensor | None = None
+    name: Literal["unit", "softplus"]
+    weights: Tensor | None = None
     mix: Tensor | None = None
     tap: int = 0
 
 
-@runtime_checkable
-class CombineLaw(Protocol):
-    """A `Combine` that takes the parameters of a law as they are stored. What it does not do it answers with None."""
+@dataclass(frozen=True)
+class Gating:
+    """How the levels of a tap are weighed, and its merger's output is gated, by what each image has in them.
 
+    ``a_i`` are the sigmoids of ``vectors[i] . GlobalPool(F_i) + bias[i]`` over their sum, ``w_i`` as in `Law`, and the
+    gate is ``2 sigmoid(gate . GlobalPool(F_tap) + gate_bias)``.
+
+    Attributes:
+        vectors, bias: ``[L, D]`` and ``[L]``; None for a level alone, whose a_i is 1.
+        gate, gate_bias: ``[D]`` and one value.
+        mix, tap: As in `Law`.
+    """
+
+    vectors: Tensor | None
+    bias: Tensor | None
+    gate: Tensor
+    gate_bias: Tensor
+    mix: Tensor | None
+    tap: int
+
+
+class CombineLaw(ABC):
+    """A `Combine` that takes the parameters of a law as they are stored. What it does not do it answers with None.
+
+    Adapters are ``down [L, rank, D]`` and ``up [L, D, rank]``, or None. Sums are accumulated in float32 and rounded
+    once. Both raise ConfigError if shapes do not fit.
+    """
+
+    @abstractmethod
     def by_law(
         self, levels: Sequence[Tensor], lengths: Sequence[int], law: Law, down: Tensor | None, up: Tensor | None
     ) -> Tensor | None:
-        """Sum of ``w_i F_i + s a_i up_i down_i F_i``, accumulated in float32 and rounded once.
+        """Sum of ``w_i F_i + s a_i up_i down_i F_i``, ``[N, D]``."""
 
-        Args:
-            down: ``[L, rank, D]``; None without adapters.
-            up: ``[L, D, rank]``.
-
-        Returns ``[N, D]``. Raises ConfigError if shapes do not fit.
-        """
-        ...
-
-    def scores(
-        self, levels: Sequence[Tensor], lengths: Sequence[int], vectors: Tensor | None, gate: Tensor, tap: int
-    ) -> Tensor | None:
-        """Each level's mean over each image times its own of `vectors` ``[L, D]``, and, last, the tap's own level's
-        times `gate` ``[D]``: ``[n_images, L + 1]`` in float32, the first L zeros without `vectors`."""
-        ...
+    @abstractmethod
+    def gated(
+        self, levels: Sequence[Tensor], lengths: Sequence[int], gating: Gating, down: Tensor | None, up: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same sum with each image's own weights, and its gate: ``[N, D]`` and ``[n_images]`` in float32."""
 
 
 # Elements of a block: its float32 form (2 MiB) stays in the last-level cache and splits over two threads
@@ -76,12 +91,14 @@ def check_packed(levels: Sequence[Tensor], lengths: Sequence[int]) -> None:
     """ConfigError unless levels are packed ``[N, D]`` tensors alike and `lengths`, each >= 1, sum to N."""
     if not levels:
         raise ConfigError("got no levels; expected at least one [patches, width] tensor")
-    shapes = {(tuple(level.shape), level.dtype, level.device) for level in levels}
-    if len(shapes) > 1 or levels[0].ndim != 2 or not levels[0].is_floating_point():
+    first = levels[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
+    alike = all(each.shape == shape and each.dtype == dtype and each.device == device for each in levels)
+    if not alike or len(shape) != 2 or not dtype.is_floating_point:
         found = sorted(f"{list(level.shape)} {level.dtype} on {level.device}" for level in levels)
         raise ConfigError(f"levels are {found}; expected floating [patches, width] tensors of one shape, dtype, device")
-    if any(length < 1 for length in lengths) or sum(lengths) != levels[0].shape[0]:
-        raise ConfigError(f"lengths {list(lengths)} do not add up, each at least 1, to {levels[0].shape[0]} patches")
+    if any(length < 1 for length in lengths) or sum(lengths) != shape[0]:
+        raise ConfigError(f"lengths {list(lengths)} do not add up, each at least 1, to {shape[0]} patches")
 
 
 def weighted_sum(levels: Sequence[Tensor], weights: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -129,7 +146,8 @@ def expand_rows(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Repeat row i of ``[n_images, ...]`` lengths[i] times; a single row is left to broadcasting."""
     if values.shape[0] == 1:
         return values
-    counts = torch.tensor(list(lengths), device=values.device)
+    # Not waited for: a copy that the device is waited for with ends all that is queued on it.
+    counts = torch.tensor(list(lengths)).to(values.device, non_blocking=True)
     return values.repeat_interleave(counts, dim=0, output_size=sum(lengths))
 
 

@@ -8,6 +8,7 @@ tensors and lengths; nothing of mergers or model families.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self, cast
@@ -65,7 +66,7 @@ class FusionSpec:
         if any(not is_integer(count) or not 1 <= count < len(self.levels) for count in self.elastic):
             raise ConfigError(f"elastic is {self.elastic!r}; expected counts below the {len(self.levels)} levels")
 
-    @property
+    @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """The levels of each tap's group, ascending; empty for a model without taps."""
         return group_levels(self.levels, self.taps)
@@ -210,8 +211,10 @@ class DeepStackFusion(nn.Module):
 
     def use_device_kernels(self) -> None:
         """On a GPU with Triton its kernels, unless others were asked for: the eager form's launches take longer there
-        than its arithmetic."""
+        than its arithmetic. Not on GPUs before Ampere, which do not multiply in bfloat16."""
         if self.device is None or self.device.type != "cuda" or find_spec("triton") is None:
+            return
+        if torch.cuda.get_device_capability(self.device) < (8, 0):
             return
         if all(cast(TapFusion, tap).combine is weighted_sum for tap in self.taps):
             self.compile_kernels(backend="triton")
@@ -288,4 +291,7 @@ def apply_gate(tokens: Tensor, gate: Tensor | float, lengths: Sequence[int]) -> 
     check_packed([tokens], lengths)
     if gate.shape != (len(lengths),):
         raise ConfigError(f"gate has shape {list(gate.shape)}; expected [{len(lengths)}], one value per image")
-    return (tokens * expand_rows(gate[:, None], lengths)).to(tokens.dtype)
+    rows = expand_rows(gate[:, None], lengths)
+    if torch.is_grad_enabled() and (tokens.requires_grad or rows.requires_grad):
+        return (tokens * rows).to(tokens.dtype)
+    return torch.mul(tokens, rows, out=torch.empty_like(tokens))

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from adaptive_fusion.fusion.kernels import Combine, CombineLaw, Law, global_pool, weighted_sum
+from adaptive_fusion.fusion.kernels import Combine, CombineLaw, Gating, Law, global_pool, weighted_sum
 from adaptive_fusion.fusion.registry import Registry
 from adaptive_fusion.fusion.weights import Adapters, FixedWeights, GatedWeights, LevelWeights, UnitWeights
 
@@ -92,19 +92,22 @@ class Mixed(TapFusion):
         self.adapters = Adapters(len(profile), width, rank) if rank else None
 
     def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-        return self._fused(levels, lengths, self._law(levels, lengths))
-
-    def _law(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Law | None:
-        """How a kernel that takes parameters as they are would weigh these levels; None where it cannot."""
-        return Law("unit", mix=self.mix, tap=self.tap)
-
-    def _fused(self, levels: Sequence[Tensor], lengths: Sequence[int], law: Law | None) -> Tensor:
+        law = self._law()
         alone = len(levels) == 1 and self.mix is None
         if law is not None and isinstance(self.combine, CombineLaw) and not (alone and self.adapters is None):
-            down, up = (None, None) if self.adapters is None else (self.adapters.down, self.adapters.up)
-            found = self.combine.by_law(levels, lengths, law, down, up)
+            found = self.combine.by_law(levels, lengths, law, *self._adapted())
             if found is not None:
                 return found
+        return self._eagerly(levels, lengths)
+
+    def _law(self) -> Law | None:
+        """How these levels are weighed where that is the same for all images; None where it is not."""
+        return Law("unit", mix=self.mix, tap=self.tap)
+
+    def _adapted(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.adapters is None else (self.adapters.down, self.adapters.up)
+
+    def _eagerly(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         mixed = self.weights(levels, lengths)
         if self.mix is None:
             weights = mixed
@@ -113,6 +116,7 @@ class Mixed(TapFusion):
             own = torch.zeros_like(mixed[:1])
             own[0, self.tap] = 1.0
             weights = mixed + own * (1 - self.mix)
+        alone = len(levels) == 1 and self.mix is None
         fused = levels[0] if alone else self.combine(levels, weights, lengths)
         return fused if self.adapters is None else self.adapters.add_to(fused, levels, mixed, lengths)
 
@@ -139,11 +143,11 @@ class Weighted(Mixed):
         super().__init__(tap, profile, width, rank, FixedWeights(profile))
         self.gate_scale = nn.Parameter(torch.ones(()))
 
-    def _law(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Law | None:
+    def _law(self) -> Law | None:
         raw = self.weights.raw
         if not isinstance(raw, Tensor):  # of one level
-            return super()._law(levels, lengths)
-        return Law("softplus", raw[None], mix=self.mix, tap=self.tap)
+            return super()._law()
+        return Law("softplus", raw, mix=self.mix, tap=self.tap)
 
     def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
         return self.gate_scale.expand(len(lengths))
@@ -161,33 +165,25 @@ class Gated(Mixed):
         self.gate_weight = nn.Parameter(torch.zeros(width))
         self.gate_bias = nn.Parameter(torch.zeros(()))
 
-    def both(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor | float]:
-        scores = self._scores(levels, lengths)
-        if scores is None:
-            return super().both(levels, lengths)
-        return self._fused(levels, lengths, self._scored(scores)), self._gate(scores[:, -1])
+    def fuse(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+        found = self._gated(levels, lengths)
+        return self._eagerly(levels, lengths) if found is None else found[0]
 
     def gate(self, features: Tensor, lengths: Sequence[int]) -> Tensor | float:
         pooled = global_pool([features], lengths)[:, 0]
-        return self._gate((pooled * self.gate_weight).sum(1))
+        return 2 * torch.sigmoid((pooled * self.gate_weight).sum(1) + self.gate_bias)
 
-    def _gate(self, scores: Tensor) -> Tensor:
-        return 2 * torch.sigmoid(scores + self.gate_bias)
+    def both(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor | float]:
+        found = self._gated(levels, lengths)
+        return (self._eagerly(levels, lengths), self.gate(levels[self.tap], lengths)) if found is None else found
 
-    def _law(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Law | None:
-        scores = self._scores(levels, lengths)
-        return None if scores is None else self._scored(scores)
+    def _law(self) -> Law | None:
+        return None
 
-    def _scores(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> Tensor | None:
-        """See `CombineLaw.scores`; None where the kernel in use gives none."""
+    def _gated(self, levels: Sequence[Tensor], lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        """Both by a kernel; None where the one in use does not do it."""
         if not isinstance(self.combine, CombineLaw):
             return None
-        vectors = self.weights.weight
-        vectors = vectors if isinstance(vectors, Tensor) else None  # of one level
-        return self.combine.scores(levels, lengths, vectors, self.gate_weight, self.tap)
-
-    def _scored(self, scores: Tensor) -> Law:
-        bias = self.weights.bias
-        if not isinstance(bias, Tensor):
-            return Law("unit", mix=self.mix, tap=self.tap)
-        return Law("sigmoid", scores[:, :-1], bias, self.mix, self.tap)
+        stored = [each if isinstance(each, Tensor) else None for each in (self.weights.weight, self.weights.bias)]
+        gating = Gating(*stored, self.gate_weight, self.gate_bias, self.mix, self.tap)
+        return self.combine.gated(levels, lengths, gating, *self._adapted())

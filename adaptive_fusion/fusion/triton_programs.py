@@ -1,10 +1,15 @@
-"""The Triton programs of `kernels_triton`: what one block of patches goes through.
+"""The Triton programs of fusion: what one block of patches goes through.
 
-Knows pointers, strides and constants; who launches them with what is `kernels_triton`'s.
+A block holds patches of one image alone, so that weights are scalars in it. Knows pointers, strides and constants; who
+launches them with what is `triton_launch`'s.
 """
 
 import triton
 import triton.language as tl
+
+# `several` is the number of images where there are more than one, else 0. It, and the number of patches, are no
+# constants: what a warm-up has compiled is what later requests run.
+VARYING = ["patches", "several"]
 
 
 @triton.jit
@@ -13,135 +18,257 @@ def _log1pexp(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _score(scores, bias, i: tl.constexpr, BIAS: tl.constexpr, inside):  # type: ignore[no-untyped-def]
-    found = tl.load(scores + i, mask=inside, other=0.0)
-    if BIAS:
-        found += tl.load(bias + i)
+def _place(block, lengths, several, patches, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block of ROWS patches: its image, its first patch, the image's first and the one after its last."""
+    image, own, first, end = block * 0, block * ROWS, block * 0, block * 0 + patches
+    blocks, row = block * 0, block * 0
+    for i in range(several):
+        length = tl.load(lengths + i)
+        more = tl.cdiv(length, ROWS)
+        here = (block >= blocks) & (block < blocks + more)
+        image = tl.where(here, i, image)
+        own = tl.where(here, row + (block - blocks) * ROWS, own)
+        first, end = tl.where(here, row, first), tl.where(here, row + length, end)
+        blocks, row = blocks + more, row + length
+    return image, own, first, end
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fixed(value, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A block's sum as a whole number: such are the same in whatever order blocks add theirs. What is beyond 2^30
+    weighs all or nothing anyway."""
+    return (tl.minimum(tl.maximum(value, -1073741824.0), 1073741824.0) * SCALE).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shares(  # type: ignore[no-untyped-def]
+    weights, image, ranks, mixed, LAW: tl.constexpr, LEVELS: tl.constexpr
+):
+    """What each level is weighed by, the mix included: a vector whose first LEVELS entries count."""
+    known = ranks < LEVELS
+    if LAW == "given":
+        share = tl.load(weights + image * LEVELS + ranks, mask=known, other=0.0)
+    elif LAW == "softplus":
+        share = tl.where(known, _log1pexp(tl.load(weights + ranks, mask=known, other=0.0)), 0.0)
+        share = share / tl.sum(share, axis=0)
+    else:
+        share = tl.where(known, 1.0, 0.0)
+    return share * mixed
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _at(vector, ranks, i: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.where(ranks == i, vector, 0.0), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _by_code(shares, ranks, places, LEVELS: tl.constexpr, RANK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The share of the level that each place among the codes belongs to."""
+    found = tl.zeros_like(places).to(tl.float32)
+    for i in tl.static_range(LEVELS):
+        found = tl.where(places // RANK == i, _at(shares, ranks, i), found)
     return found
 
 
-# One program for all numbers of patches: what a warm-up has compiled is what later requests run.
-@triton.jit(do_not_specialize=["patches", "score_stride"])  # type: ignore[untyped-decorator]
-def sum_levels(  # type: ignore[no-untyped-def]
-    out,
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def score_levels(  # type: ignore[no-untyped-def]
+    sums,
+    codes,
     levels,
-    scores,
-    bias,
-    mix,
-    down,
-    up,
+    into,
+    lengths,
+    several,
     patches,
-    score_stride,
-    LAW: tl.constexpr,
-    BIAS: tl.constexpr,
-    MIX: tl.constexpr,
     TAP: tl.constexpr,
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
+    PADDED: tl.constexpr,
     RANK: tl.constexpr,
-    CODES: tl.constexpr,
+    SLOTS: tl.constexpr,
     FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = rows < patches
-    own = scores + rows * score_stride
-    highest = tl.full((ROWS,), -float("inf"), tl.float32)
-    norm = tl.zeros((ROWS,), tl.float32)
-    if LAW == "sigmoid":
-        # Sigmoids over their sum as a softmax of their logarithms: finite where all of them underflow.
-        for i in tl.static_range(LEVELS):
-            highest = tl.maximum(highest, -_log1pexp(-_score(own, bias, i, BIAS, inside)))
-        for i in tl.static_range(LEVELS):
-            norm += tl.exp(-_log1pexp(-_score(own, bias, i, BIAS, inside)) - highest)
-    if LAW == "softplus":
-        for i in tl.static_range(LEVELS):
-            norm += _log1pexp(_score(own, bias, i, BIAS, inside))
-    mixed = 1.0
-    if MIX:
-        mixed = tl.load(mix)
-    shares = ()
+    """One level's codes, and its scores added to its image's: ``into`` has the rows of `packed.scored`."""
+    image, own, _, end = _place(tl.program_id(0), lengths, several, patches, ROWS)
+    rows = own.to(tl.int64) + tl.arange(0, ROWS)
+    inside = rows < end
+    slots = tl.arange(0, SLOTS)
     for i in tl.static_range(LEVELS):
-        share = tl.full((ROWS,), 1.0, tl.float32)
-        if LAW == "given":
-            share = _score(own, bias, i, BIAS, inside)
-        if LAW == "sigmoid":
-            share = tl.exp(-_log1pexp(-_score(own, bias, i, BIAS, inside)) - highest) / norm
-        if LAW == "softplus":
-            share = _log1pexp(_score(own, bias, i, BIAS, inside)) / norm
-        shares = shares + (share * mixed,)  # type: ignore[assignment]  # noqa: RUF005
-    ranks = tl.arange(0, CODES)
-    known = ranks < RANK
-    codes = ()
-    if RANK > 0:
-        # What the second pass reads of these rows is still in the cache.
-        for i in tl.static_range(LEVELS):
-            code = tl.zeros((ROWS, CODES), tl.float32)
-            for start in range(0, WIDTH, COLUMNS):
-                columns = start + tl.arange(0, COLUMNS)
+        if tl.program_id(1) == i:
+            found = tl.zeros((ROWS, SLOTS), tl.float32)
+            for begin in range(0, WIDTH, COLUMNS):
+                columns = begin + tl.arange(0, COLUMNS)
                 wide = columns < WIDTH
                 level = tl.load(
                     levels[i] + rows[:, None] * WIDTH + columns[None, :],
                     mask=inside[:, None] & wide[None, :],
                     other=0.0,
                 )
-                into = tl.load(
-                    down + (i * RANK + ranks[:, None]) * WIDTH + columns[None, :],
-                    mask=known[:, None] & wide[None, :],
-                    other=0.0,
+                vectors = tl.load(
+                    into + (i * SLOTS + slots[None, :]) * WIDTH + columns[:, None], mask=wide[:, None], other=0.0
                 )
-                into = tl.trans(into.to(level.dtype).to(FACTOR))
-                code += tl.dot(level.to(FACTOR), into, input_precision="ieee")
-            code = (code * shares[i][:, None]).to(out.dtype.element_ty).to(FACTOR)
-            codes = codes + (code,)  # type: ignore[assignment]  # noqa: RUF005
-    for start in range(0, WIDTH, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+                found += tl.dot(level.to(FACTOR), vectors.to(FACTOR), input_precision="ieee")
+            if RANK > 0:
+                tl.store(
+                    codes + rows[:, None] * (LEVELS * RANK) + i * RANK + slots[None, :],
+                    found,
+                    mask=inside[:, None] & (slots < RANK)[None, :],
+                )
+            total = tl.sum(found, axis=0)
+            mine = sums + image * PADDED
+            score = tl.sum(tl.where((slots == RANK) | (slots == RANK + 1), total, 0.0), axis=0)
+            tl.atomic_add(mine + i, _fixed(score, SCALE))
+            if i == TAP:
+                gate = tl.sum(tl.where((slots == RANK + 2) | (slots == RANK + 3), total, 0.0), axis=0)
+                tl.atomic_add(mine + LEVELS, _fixed(gate, SCALE))
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def sum_levels(  # type: ignore[no-untyped-def]
+    out,
+    gates,
+    levels,
+    weights,
+    sums,
+    gate_bias,
+    mix,
+    codes,
+    back,
+    lengths,
+    several,
+    patches,
+    LAW: tl.constexpr,
+    BIAS: tl.constexpr,
+    MIX: tl.constexpr,
+    TAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK: tl.constexpr,
+    CODES: tl.constexpr,
+    FACTOR: tl.constexpr,
+    SCALE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The weighted sum of levels, and of what adapters add by their codes; under ``sigmoid`` the image's gate too.
+
+    PADDED is above LEVELS, CODES at least LEVELS * RANK.
+    """
+    # Programs that run together share rows: memory is read in longer pieces than one of them takes.
+    block, part = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
+    image, own, first, end = _place(block, lengths, several, patches, ROWS)
+    rows = own.to(tl.int64) + tl.arange(0, ROWS)
+    columns = part * COLUMNS + tl.arange(0, COLUMNS)
+    inside, wide = rows < end, columns < WIDTH
+    places = rows[:, None] * WIDTH + columns[None, :]
+    mask = inside[:, None] & wide[None, :]
+    # All that comes from memory is asked for before anything is waited for.
+    read = ()
+    for i in tl.static_range(LEVELS):
+        read = read + (tl.load(levels[i] + places, mask=mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    at = tl.arange(0, CODES)
+    if RANK > 0:
+        known = at < LEVELS * RANK
+        code = tl.load(
+            codes + rows[:, None] * (LEVELS * RANK) + at[None, :], mask=inside[:, None] & known[None, :], other=0.0
+        )
+        out_of = tl.load(back + at[:, None] * WIDTH + columns[None, :], mask=known[:, None] & wide[None, :], other=0.0)
+    ranks = tl.arange(0, PADDED)
+    mixed = 1.0
+    if MIX:
+        mixed = tl.load(mix)
+    if LAW == "sigmoid":
+        score = tl.load(sums + image * PADDED + ranks).to(tl.float32) / (SCALE * (end - first).to(tl.float32))
+        if (own == first) & (part == 0):
+            gate = _at(score, ranks, LEVELS) + tl.load(gate_bias)
+            tl.store(gates + image, 2.0 / (1.0 + tl.exp(-gate)))
+        if BIAS:
+            score += tl.load(weights + ranks, mask=ranks < LEVELS, other=0.0)
+        # Sigmoids over their sum as a softmax of their logarithms: finite where all of them underflow.
+        share = tl.where(ranks < LEVELS, -_log1pexp(-score), -float("inf"))
+        share = tl.exp(share - tl.max(share, axis=0))
+        shares = share / tl.sum(share, axis=0) * mixed
+    else:
+        shares = _shares(weights, image, ranks, mixed, LAW, LEVELS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(LEVELS):
+        share = _at(shares, ranks, i)
+        if i == TAP:
+            share += 1.0 - mixed
+        total += share * read[i].to(tl.float32)
+    if RANK > 0:
+        code = code * _by_code(shares, ranks, at, LEVELS, RANK)[None, :]
+        code = code.to(out.dtype.element_ty).to(FACTOR)
+        total += tl.dot(code, out_of.to(FACTOR), input_precision="ieee")
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
+def adapt_levels(  # type: ignore[no-untyped-def]
+    out,
+    levels,
+    weights,
+    mix,
+    into,
+    back,
+    lengths,
+    several,
+    patches,
+    LAW: tl.constexpr,
+    MIX: tl.constexpr,
+    TAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK: tl.constexpr,
+    CODES: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """`sum_levels` where the weights are the same for all: codes are made here, and levels read again while they are in
+    the cache."""
+    image, own, _, end = _place(tl.program_id(0), lengths, several, patches, ROWS)
+    rows = own.to(tl.int64) + tl.arange(0, ROWS)
+    inside = rows < end
+    ranks, at = tl.arange(0, PADDED), tl.arange(0, CODES)
+    mixed = 1.0
+    if MIX:
+        mixed = tl.load(mix)
+    shares = _shares(weights, image, ranks, mixed, LAW, LEVELS)
+    code = tl.zeros((ROWS, CODES), tl.float32)
+    for i in tl.static_range(LEVELS):
+        for begin in range(0, WIDTH, COLUMNS):
+            columns = begin + tl.arange(0, COLUMNS)
+            wide = columns < WIDTH
+            level = tl.load(
+                levels[i] + rows[:, None] * WIDTH + columns[None, :], mask=inside[:, None] & wide[None, :], other=0.0
+            )
+            vectors = tl.load(
+                into + (i * CODES + at[None, :]) * WIDTH + columns[:, None], mask=wide[:, None], other=0.0
+            )
+            code += tl.dot(level.to(FACTOR), vectors.to(FACTOR), input_precision="ieee")
+    code = code * _by_code(shares, ranks, at, LEVELS, RANK)[None, :]
+    code = code.to(out.dtype.element_ty).to(FACTOR)
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * COLUMNS + tl.arange(0, COLUMNS)
         wide = columns < WIDTH
         places = rows[:, None] * WIDTH + columns[None, :]
         mask = inside[:, None] & wide[None, :]
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        known = (at < LEVELS * RANK)[:, None] & wide[None, :]
+        out_of = tl.load(back + at[:, None] * WIDTH + columns[None, :], mask=known, other=0.0)
+        read = ()
         for i in tl.static_range(LEVELS):
-            level = tl.load(levels[i] + places, mask=mask, other=0.0).to(tl.float32)
-            total += shares[i][:, None] * level
+            read = read + (tl.load(levels[i] + places, mask=mask, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        total = tl.dot(code, out_of.to(FACTOR), input_precision="ieee")
+        for i in tl.static_range(LEVELS):
+            share = _at(shares, ranks, i)
             if i == TAP:
-                total += (1.0 - mixed) * level
-            if RANK > 0:
-                # Contiguous as stored, [width, rank].
-                back = tl.load(
-                    up + (i * WIDTH + columns[:, None]) * RANK + ranks[None, :],
-                    mask=wide[:, None] & known[None, :],
-                    other=0.0,
-                )
-                back = tl.trans(back.to(out.dtype.element_ty).to(FACTOR))
-                total += tl.dot(codes[i], back, input_precision="ieee")
+                share += 1.0 - mixed
+            total += share * read[i].to(tl.float32)
         tl.store(out + places, total.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["patches"])  # type: ignore[untyped-decorator]
-def score_levels(  # type: ignore[no-untyped-def]
-    out,
-    levels,
-    vectors,
-    gate,
-    patches,
-    WEIGHED: tl.constexpr,
-    TAP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, PADDED)
-    inside, wide = rows < patches, columns < WIDTH
-    places = rows[:, None] * WIDTH + columns[None, :]
-    mask = inside[:, None] & wide[None, :]
-    for i in tl.static_range(LEVELS):
-        level = tl.load(levels[i] + places, mask=mask, other=0.0).to(tl.float32)
-        if WEIGHED:
-            vector = tl.load(vectors + i * WIDTH + columns, mask=wide, other=0.0)
-            tl.store(out + rows * (LEVELS + 1) + i, tl.sum(level * vector[None, :], axis=1), mask=inside)
-        if i == TAP:
-            own = tl.load(gate + columns, mask=wide, other=0.0)
-            tl.store(out + rows * (LEVELS + 1) + LEVELS, tl.sum(level * own[None, :], axis=1), mask=inside)

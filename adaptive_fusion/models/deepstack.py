@@ -69,8 +69,11 @@ def merge_tap(
 ) -> Tensor:
     """Tap `tap` (0 is the first) from its group's levels: fused, through the tower's own merger, gated."""
     host: Any = called(tower)
-    # A tower may be spread over devices; the fusion module is on one.
-    group = {level: levels[level].to(fusion.device) for level in fusion.spec.groups[tap]}
+    group = {level: levels[level] for level in fusion.spec.groups[tap]}
+    device = fusion.device
+    if device is not None and any(each.device != device for each in group.values()):
+        # A tower may be spread over devices; the fusion module is on one.
+        group = {level: each.to(device) for level, each in group.items()}
     fused, gate = fusion.fuse_and_gate(tap, group, lengths)
     merged = host.deepstack_merger_list[tap](fused)
     if isinstance(gate, Tensor):

@@ -6,17 +6,17 @@ import warnings
 import torch
 
 from adaptive_fusion.errors import ConfigError
-from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, kernels_triton
-from adaptive_fusion.fusion.kernels import Law, weighted_sum
+from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, kernels_triton, triton_launch
+from adaptive_fusion.fusion.kernels import Gating, Law, weighted_sum
 from adaptive_fusion.fusion.kernels_triton import TritonSum
 
 LENGTHS = [5, 12]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def levels(count: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def levels(count: int, width: int, dtype: torch.dtype, rows: int = sum(LENGTHS)) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
-    return [torch.randn(sum(LENGTHS), width, generator=generator).to(dtype) for _ in range(count)]
+    return [torch.randn(rows, width, generator=generator).to(dtype) for _ in range(count)]
 
 
 def check_sums(kernel: TritonSum) -> None:
@@ -30,8 +30,9 @@ def check_sums(kernel: TritonSum) -> None:
             # Wider numbers and levels that are not contiguous go to the eager kernel.
             wide = [feature.double() for feature in features]
             torch.testing.assert_close(kernel(wide, weights, LENGTHS), weighted_sum(wide, weights, LENGTHS))
-            assert kernel.by_law(wide, LENGTHS, Law("given", weights), None, None) is None
-            assert kernel.scores(wide, LENGTHS, None, wide[0][0], 0) is None
+            assert kernel.by_law(wide, LENGTHS, Law("unit"), None, None) is None
+            gating = Gating(None, None, wide[0][0], weights[0, 0], None, 0)
+            assert kernel.gated(wide, LENGTHS, gating, None, None) is None
 
 
 def check_modules() -> None:
@@ -42,25 +43,73 @@ def check_modules() -> None:
                     check_module(dtype, strategy, lengths, blocks)
 
 
-def check_module(dtype: torch.dtype, strategy: str, lengths: list[int], blocks: tuple[int, ...]) -> None:
+def check_large() -> None:
+    """Images of several blocks and one of a single patch, more columns than a step takes, more codes than a sum makes
+    itself, half of a block that is not there."""
+    check_module(torch.float32, "gated", [70, 1, 20], (0, 1, 5), width=288)
+    check_module(torch.float32, "weighted", [35], (0, 1, 5), width=288)
+    one_pass, kernels_triton.ONE_PASS = kernels_triton.ONE_PASS, 4
+    try:
+        check_module(torch.float32, "weighted", [30, 3], (0, 1, 3, 4, 5))
+        check_module(torch.float32, "sum", [30, 3], (0, 1, 3, 4, 5))
+    finally:
+        kernels_triton.ONE_PASS = one_pass
+
+
+def check_module(
+    dtype: torch.dtype, strategy: str, lengths: list[int], blocks: tuple[int, ...], width: int = 24
+) -> None:
     torch.manual_seed(0)
-    module = DeepStackFusion(FusionSpec(strategy, (1, 5), blocks, 24, 4)).eval()
+    module = DeepStackFusion(FusionSpec(strategy, (1, 5), blocks, width, 4)).eval()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    features = dict(zip(module.spec.levels, levels(len(blocks), 24, dtype), strict=True))
+    features = dict(zip(module.spec.levels, levels(len(blocks), width, dtype, sum(lengths)), strict=True))
+    # Eagerly, half precision rounds the adapters' codes and the pooled levels too.
+    tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.03}
     with torch.no_grad():
         eager = [both(module, tap, features, lengths) for tap in range(2)]
         module.compile_kernels(backend="triton")
         assert all(isinstance(tap.combine, TritonSum) for tap in module.taps)
         fused = [both(module, tap, features, lengths) for tap in range(2)]
         alone = [module.fuse(tap, features, lengths) for tap in range(2)]
-    # Eagerly, half precision rounds the adapters' codes and the pooled levels too.
-    tolerance = {} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.03}
     for found, expected, own in zip(fused, eager, alone, strict=True):
         torch.testing.assert_close(found[0], expected[0], **tolerance)
         torch.testing.assert_close(found[1], expected[1], **(tolerance and {"atol": 0.01, "rtol": 0.01}))
-        torch.testing.assert_close(own, found[0])
+        assert torch.equal(own, found[0])
+    assert all(tap.combine.broken is None for tap in module.taps)
     assert module.fuse(0, features, lengths).requires_grad  # by the kernel that has gradients
+
+
+def check_packed() -> None:
+    """A parameter that changes, in place or for another, is packed anew."""
+    module = DeepStackFusion(FusionSpec("gated", (1, 5), (0, 1, 3, 4, 5), 24, 4)).eval()
+    module.compile_kernels(backend="triton")
+    features = dict(zip(module.spec.levels, levels(5, 24, torch.float32), strict=True))
+    with torch.no_grad():
+        for change in (None, "in place", "another", "loaded", "inference"):
+            state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+            if change == "in place":
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(state[name])
+            elif change == "another":
+                for name, parameter in module.named_parameters():
+                    parameter.data = state[name]
+            elif change == "inference":
+                with torch.inference_mode():
+                    module.load_state_dict({name: value + 0 for name, value in state.items()}, assign=True)
+            elif change is not None:
+                module.load_state_dict(state)
+            kernel = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
+            again = [module.fuse(tap, features, LENGTHS) for tap in range(2)]  # as they were packed
+            assert all(map(torch.equal, kernel, again))
+            own = [tap.combine for tap in module.taps]
+            for tap in module.taps:
+                tap.combine = weighted_sum
+            eager = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
+            for tap, combine in zip(module.taps, own, strict=True):
+                tap.combine = combine
+            for found, expected in zip(kernel, eager, strict=True):
+                torch.testing.assert_close(found, expected)
 
 
 def both(
@@ -82,13 +131,13 @@ def check_refusals(kernel: TritonSum) -> None:
 def check_no_kernels() -> None:
     """Where Triton cannot build them, fusion says so once and runs eagerly."""
     kernel, features = TritonSum(), levels(3, 8, torch.float32)
-    tile, kernels_triton.PLAIN = kernels_triton.PLAIN, kernels_triton.Tile(3, 1024, 8)  # no power of two
+    tile, triton_launch.PLAIN = triton_launch.PLAIN, triton_launch.Tile(3, 1024, 8)  # no power of two
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = [kernel(features, torch.ones(3), LENGTHS) for _ in range(2)]
     finally:
-        kernels_triton.PLAIN = tile
+        triton_launch.PLAIN = tile
     assert len(said) == 1 and "fusion runs without them" in str(said[0].message)
     for each in found:
         torch.testing.assert_close(each, weighted_sum(features, torch.ones(3), LENGTHS))
@@ -98,6 +147,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     check_sums(TritonSum())
     check_modules()
+    check_large()
+    check_packed()
     check_refusals(TritonSum())
     check_no_kernels()
     print("as eager")
