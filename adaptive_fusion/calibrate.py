@@ -36,7 +36,7 @@ LARGEST = 4_000_000
 """Pixels of the largest image where the model computes on something faster than a CPU; all others grow with it. There
 the small ones take no less than launching what they need, and say nothing of the large ones."""
 ANSWERS = (4, 24)
-SHORT_ANSWERS = (3, 8)
+SHORT_ANSWERS = (2, 6)
 """Tokens of answers on a CPU, and elsewhere, where a token takes as long as the host takes to launch it."""
 BATCHES = ((4, 0, 1.0), (2, 5, 1.0), (3, 11, 0.5), (4, 7, 0.5), (2, 16, 0.5), (4, 13, 1.0), (2, 10, 0.25), (3, 2, 1.0))
 """Rows, the first of their `SHAPES`, and what is left of their tokens' grid: requests that run in one pass, of like and
@@ -130,12 +130,12 @@ def _repeats(adapter: Adapter, repeats: int | None) -> int:
 
 
 def _first(adapter: Adapter, plan: list[_Request]) -> list[_Request]:
-    """What is run to warm up: on a CPU everything, as every size leaves its own heap; elsewhere a third, with every
-    kind of fusion."""
+    """What is run to warm up: on a CPU everything, as every size leaves its own heap; elsewhere a quarter, with
+    every kind of fusion."""
     if adapter.device.type == "cpu":
         return plan
     kinds = {(point.fusion, point.layers, point.adapter_rank): request for request in plan for point in [request[1]]}
-    return [*kinds.values(), *plan[::3]]
+    return [*kinds.values(), *plan[::4]]
 
 
 def _answers(adapter: Adapter) -> tuple[int, int]:

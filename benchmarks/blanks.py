@@ -50,7 +50,7 @@ def main() -> None:
                 assert isinstance(image, Image.Image)
                 pixels, grid = packed(image, args.patch, args.merge)
                 began = time.perf_counter()
-                found = standing(pixels, [grid], args.merge, (3, 1, args.patch), side)
+                found = standing(pixels, torch.ones(3), [grid], args.merge, (3, 1, args.patch), side)
                 took.append(1e3 * (time.perf_counter() - began))
                 shares.append(len(found.kept) / len(found.source))
                 edges = measure_complexity(image).features["edge_density"]

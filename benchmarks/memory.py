@@ -37,6 +37,7 @@ def keep_budgets(
     *,
     seed: int = 0,
     sides: tuple[int, int] = SIDES,
+    tokens: tuple[int, int] = NEW_TOKENS,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run the requests and count.
@@ -54,7 +55,7 @@ def keep_budgets(
     for index in range(requests):
         width, height = rng.randint(*sides), rng.randint(*sides)
         image = make_scene(rng.choice(("simple", "dense")), index, "eval", (400, 400)).image.resize((width, height))
-        most = rng.randint(*NEW_TOKENS)
+        most = rng.randint(*tokens)
         _, offers = runner.offers(image, PROMPTS["describe"], max_new_tokens=most)
         envelope = math.exp(runner.controller.state()["memory"])
         needs = [envelope * candidate.predicted.peak_memory_gb for candidate in offers]

@@ -206,8 +206,14 @@ class Offering:
     def predicted(
         self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None, patches: int | None = None
     ) -> Prediction:
-        """What a point costs; see `work`."""
-        return self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens, patches))
+        """What a point costs; see `work`. The peak of memory is that of encoding every patch also where blank parts are
+        spared: a limit has to hold however many there are, and what is prepared for the encoder is all of them."""
+        found = self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens, patches))
+        if point.blanks is None:
+            return found
+        whole = point.without(("blanks",))
+        most = self.cost.predict(self.adapter.computed(whole), self.work(whole, info, new_tokens))
+        return replace(found, peak_memory_gb=most.peak_memory_gb)
 
     def work(
         self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None, patches: int | None = None

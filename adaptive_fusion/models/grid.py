@@ -236,9 +236,8 @@ class GridAdapter(Adapter):
         """Which tokens are encoded for others as well; None where each is for itself."""
         if point.blanks is None:
             return None
-        deviations = torch.tensor(self._processor_for(kind == "video").image_std, device=pixels.device) * 255
-        values = (pixels.float().view(len(pixels), len(deviations), -1) * deviations[:, None]).flatten(1)
-        found = standing(values, merged, self.merge, (len(deviations), self._temporal, self._patch), point.blanks)
+        scale = torch.tensor(self._processor_for(kind == "video").image_std, device=pixels.device) * 255
+        found = standing(pixels, scale, merged, self.merge, (len(scale), self._temporal, self._patch), point.blanks)
         return None if found.all else found
 
     def _encoded(self, kind: str, pixels: Tensor, thw: Tensor, stand: Standing | None) -> Any:

@@ -33,6 +33,10 @@ LEAST_SPARED = 0.1
 than without, and what hardly has any blank parts is then as it is natively, to the last bit."""
 
 
+AT_ONCE = 1024
+"""Tokens that are looked at for grain together."""
+
+
 @dataclass(frozen=True)
 class Standing:
     """Which merged tokens are encoded, and for which others.
@@ -104,11 +108,14 @@ def _patches(tokens: Tensor, merge: int) -> Tensor:
     return (tokens[:, None] * (merge * merge) + cells).flatten()
 
 
-def standing(pixels: Tensor, grids: Sequence[Grid], merge: int, shape: tuple[int, int, int], side: int) -> Standing:
-    """Who stands for whom.
+def standing(
+    pixels: Tensor, scale: Tensor, grids: Sequence[Grid], merge: int, shape: tuple[int, int, int], side: int
+) -> Standing:
+    """Who stands for whom. Takes memory for a few numbers a patch, not for another copy of the pixels.
 
     Args:
-        pixels: Patches in values of 0 to 255, ``[patches, channels * frames * size * size]``, packed by merged token.
+        pixels: Patches ``[patches, channels * frames * size * size]``, packed by merged token.
+        scale: By what values of each channel are multiplied to differ as those of 0 to 255 do, ``[channels]``.
         grids: Frames, rows and columns in merged tokens of each image or clip.
         merge: Patches on a token's side.
         shape: Channels, frames and pixels on a patch's side.
@@ -116,15 +123,17 @@ def standing(pixels: Tensor, grids: Sequence[Grid], merge: int, shape: tuple[int
     """
     sizes = [t * h * w for t, h, w in grids]
     each = torch.split(pixels, [merge * merge * size for size in sizes])
-    return Standing.joined([_of_one(*pair, merge, shape, side) for pair in zip(each, grids, strict=True)])
+    return Standing.joined(
+        [_of_one(part, scale, grid, merge, shape, side) for part, grid in zip(each, grids, strict=True)]
+    )
 
 
-def _of_one(pixels: Tensor, grid: Grid, merge: int, shape: tuple[int, int, int], side: int) -> Standing:
+def _of_one(pixels: Tensor, scale: Tensor, grid: Grid, merge: int, shape: tuple[int, int, int], side: int) -> Standing:
     t, h, w = grid
     channels = shape[0]
     values = pixels.view(t, h, w, merge * merge, channels, -1)
-    blank = _blank(values, merge, shape)
-    means = values.mean((3, 5))
+    blank = _blank(values, scale, merge, shape)
+    means = values.mean((3, 5), dtype=torch.float32) * scale
     free = _windows(blank[..., None].float(), side)[..., 0] > 0
     shade = _windows(means, side)
     # The most central of a window's blank tokens, the first of several.
@@ -147,18 +156,20 @@ def _of_one(pixels: Tensor, grid: Grid, merge: int, shape: tuple[int, int, int],
     return Standing(kept, source, counts[kept], tuple(frames.tolist()), (len(kept),))
 
 
-def _blank(values: Tensor, merge: int, shape: tuple[int, int, int]) -> Tensor:
+def _blank(values: Tensor, scale: Tensor, merge: int, shape: tuple[int, int, int]) -> Tensor:
     """Which tokens hold one shade or grain, and have no patch beside them that does not: ``[t, h, w]`` of the patches'
     `values` ``[t, h, w, merge * merge, channels, rest]``."""
     t, h, w = values.shape[:3]
-    high, low = values.amax(-1), values.amin(-1)
+    high, low = values.amax(-1).float() * scale, values.amin(-1).float() * scale
     plain = (high - low).amax(-1) <= SHADES
     # By token: two patches of one shade each need not be of the same.
     differ = (high.amax(3) - low.amin(3)).amax(-1)
     one = differ <= SHADES
     perhaps = (differ <= GRAIN) & ~one
-    if bool(perhaps.any()):
-        one[perhaps] = _is_grain(values[perhaps], shape)
+    grainy = perhaps.view(-1).nonzero()[:, 0]
+    for begin in range(0, len(grainy), AT_ONCE):
+        some = grainy[begin : begin + AT_ONCE]
+        one.view(-1)[some] = _is_grain(values.flatten(0, 2)[some].float() * scale[:, None], shape)
     busy = ~(plain | one[..., None])
     busy = busy.view(t, h, w, merge, merge).transpose(2, 3).reshape(t, 1, h * merge, w * merge).float()
     near = F.max_pool2d(F.max_pool2d(busy, 3, 1, 1), merge)[:, 0] > 0

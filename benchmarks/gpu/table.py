@@ -12,6 +12,7 @@ from benchmarks.gpu import budgets, costs, kernels, starved
 TITLES = {
     "identity": "native through the runner equals the model",
     "kernels": "fusion kernels against the bandwidth of memory",
+    "tiles": "the same kernels cut otherwise (patches x columns x warps x steps read ahead)",
     "costs": "operating points (median [quartiles], ratio to native, predicted from the shape)",
     "starved": "out of memory",
     "budgets": "predictions and budgets",
@@ -28,7 +29,12 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield ""
         yield f"{name}: {TITLES.get(name, '')}"
         for key, row in part["rows"].items():
-            yield from _costs(key, row) if "points" in row and name == "costs" else [f"  {key}: {_flat(row)}"]
+            if name == "costs" and "points" in row:
+                yield from _costs(key, row)
+            elif name == "tiles" and key != "copy":
+                yield from _tiles(key, row)
+            else:
+                yield f"  {key}: {_flat(row)}"
         for kind in ("skipped", "failed"):
             yield from (f"  {key}: {kind}, {reason}" for key, reason in part[kind].items())
     short = shortfalls(found)
@@ -64,6 +70,21 @@ def _costs(key: str, row: Mapping[str, Any]) -> Iterator[str]:
             quartiles = f" [{cell['low']:.4g} {cell['high']:.4g}]" if column == "encode_prefill_ms" else ""
             cells.append(f"{cell['median']:.4g}{quartiles}{ratio} ({cell['predicted']:.3g})".ljust(24))
         yield " | ".join(cells)
+
+
+def _tiles(key: str, row: Mapping[str, Any]) -> Iterator[str]:
+    """One line a tile: how far off, and at each size its time, as a multiple of the floor too."""
+    for cut, found in row.items():
+        if isinstance(found, Mapping) and "error" in found:
+            sizes = [
+                f"{size} {each['ms']['median']:.4g} ms x{each['over_floor']:.3f}"
+                for size, each in found.items()
+                if isinstance(each, Mapping)
+            ]
+            error = found["error"]
+            yield f"  {key} {cut}: " + ", ".join(
+                [*sizes, f"error {error if isinstance(error, str) else f'{error:.2g}'}"]
+            )
 
 
 def _flat(value: Any) -> str:

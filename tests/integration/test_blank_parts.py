@@ -48,6 +48,18 @@ def test_what_is_predicted_follows_how_much_is_blank(runner: AdaptiveRunner, noi
         assert share == pytest.approx(reply.measurement.patches / 1024, abs=0.2)
 
 
+def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner) -> None:
+    # What is spared is not known before, and every patch is prepared for the encoder.
+    ladder = (Rung(NATIVE), Rung(BLANKS, quality=0.99))
+    both = AdaptiveRunner(
+        runner.model, runner.processor, policy=replace(runner.policy, lanes=dict.fromkeys(LANES, ladder))
+    )
+    image = Image.new("RGB", (320, 320), "white")
+    costs = {each.point: each.predicted for each in both.offers(image, "Describe the screen.")[1]}
+    assert costs[BLANKS].encode_ms < 0.9 * costs[NATIVE].encode_ms
+    assert costs[BLANKS].peak_memory_gb == costs[NATIVE].peak_memory_gb > 0
+
+
 def test_full_detail_is_given_all_patches(runner: AdaptiveRunner) -> None:
     assert not BLANKS.is_full and BLANKS.before_encoder == {} and BLANKS.name == "native@1/2blank"
     sure = replace(runner.policy, lanes=dict.fromkeys(LANES, (Rung(BLANKS),)))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptive_fusion.models.standing import _attend
+from adaptive_fusion.reduction import blanks
 from adaptive_fusion.reduction.blanks import LEAST_SPARED, SHADES, Standing, expected_share, standing
 
 PATCH, MERGE = 8, 2
@@ -23,7 +24,7 @@ def packed(image: np.ndarray) -> Tensor:
 
 def of(image: np.ndarray, side: int = 2) -> Standing:
     t, height, width, _ = image.shape
-    return standing(packed(image), [(t, height // TOKEN, width // TOKEN)], MERGE, SHAPE, side)
+    return standing(packed(image), torch.ones(3), [(t, height // TOKEN, width // TOKEN)], MERGE, SHAPE, side)
 
 
 def flat(rows: int, columns: int, shade: int = 230, frames: int = 1) -> np.ndarray:
@@ -113,11 +114,27 @@ def test_below_a_tenth_none_is_left_out_and_from_a_tenth_on_all_that_can_be() ->
 def test_several_media_are_those_of_each_alone() -> None:
     images = [flat(3, 5), flat(4, 4, 90, 2), np.random.default_rng(1).integers(0, 256, (1, 32, 48, 3)).astype(np.uint8)]
     grids = [(len(image), image.shape[1] // TOKEN, image.shape[2] // TOKEN) for image in images]
-    together = standing(torch.cat([packed(image) for image in images]), grids, MERGE, SHAPE, 2)
+    together = standing(torch.cat([packed(image) for image in images]), torch.ones(3), grids, MERGE, SHAPE, 2)
     alone = Standing.joined([of(image) for image in images])
     assert (together.frames, together.media) == (alone.frames, alone.media)
     for name in ("kept", "source", "counts"):
         assert torch.equal(getattr(together, name), getattr(alone, name))
+
+
+def test_pixels_in_other_units_and_grain_looked_at_in_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(0).normal(0, 4, (1, 96, 128, 1)).repeat(3, -1)
+    image = (flat(6, 8) - 20 + noise).clip(0, 255).astype(np.uint8)
+    image[0, 40:42, 30:60] -= 60
+    pixels, grids, scale = packed(image), [(1, 6, 8)], torch.tensor([2.0, 4.0, 0.5])
+    expected = standing(pixels, torch.ones(3), grids, MERGE, SHAPE, 2)
+    assert 0 < len(expected.kept) < 48
+    monkeypatch.setattr(blanks, "AT_ONCE", 5)
+    units = (pixels.view(len(pixels), 3, -1) / scale[:, None]).flatten(1)
+    for given, dtype in ((units, torch.float32), (units, torch.float64), (pixels, torch.bfloat16)):
+        by = scale if given is units else torch.ones(3)
+        found = standing(given.to(dtype), by, grids, MERGE, SHAPE, 2)
+        for name in ("kept", "source", "counts"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def test_attention_to_one_that_counts_n_times_is_attention_to_n_of_it() -> None:
