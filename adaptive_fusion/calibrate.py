@@ -36,11 +36,12 @@ LARGEST = 4_000_000
 """Pixels of the largest image where the model computes on something faster than a CPU; all others grow with it. There
 the small ones take no less than launching what they need, and say nothing of the large ones."""
 ANSWERS = (4, 24)
-SHORT_ANSWERS = (2, 6)
+SHORT_ANSWERS = (2, 8)
 """Tokens of answers on a CPU, and elsewhere, where a token takes as long as the host takes to launch it."""
 BATCHES = ((4, 0, 1.0), (2, 5, 1.0), (3, 11, 0.5), (4, 7, 0.5), (2, 16, 0.5), (4, 13, 1.0), (2, 10, 0.25), (3, 2, 1.0))
 """Rows, the first of their `SHAPES`, and what is left of their tokens' grid: requests that run in one pass, of like and
 of unlike sizes."""
+FEWER = 6
 _Request = tuple[tuple[int, int], OperatingPoint, int]
 """Sides of the image, point, and tokens of the answer."""
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
@@ -130,12 +131,12 @@ def _repeats(adapter: Adapter, repeats: int | None) -> int:
 
 
 def _first(adapter: Adapter, plan: list[_Request]) -> list[_Request]:
-    """What is run to warm up: on a CPU everything, as every size leaves its own heap; elsewhere a quarter, with
-    every kind of fusion."""
+    """What is run to warm up: on a CPU everything, as every size leaves its own heap; elsewhere every size once,
+    with every kind of fusion."""
     if adapter.device.type == "cpu":
         return plan
     kinds = {(point.fusion, point.layers, point.adapter_rank): request for request in plan for point in [request[1]]}
-    return [*kinds.values(), *plan[::4]]
+    return list(dict.fromkeys([*kinds.values(), *plan[::3]]))
 
 
 def _answers(adapter: Adapter) -> tuple[int, int]:
@@ -164,8 +165,8 @@ def _shapes(adapter: Adapter) -> Sequence[tuple[int, int]]:
 
 
 def _batches(adapter: Adapter) -> Sequence[tuple[int, int, float]]:
-    """See `BATCHES`; none where requests cannot share a pass."""
-    return BATCHES if adapter.packed else ()
+    """See `BATCHES`, the first of which on anything faster than a CPU; none where requests cannot share a pass."""
+    return (BATCHES if adapter.device.type == "cpu" else BATCHES[:FEWER]) if adapter.packed else ()
 
 
 def _scene(seed: int, sides: tuple[int, int]) -> Any:

@@ -238,6 +238,7 @@ class Controller:
                 before_ms=choice.elapsed_ms + lost_ms,
                 held_ms=held_ms,
                 feasible=choice.feasible,
+                peak_at_most=candidate.point.blanks is not None,
             )
 
     def miss(

@@ -56,6 +56,7 @@ class Corrections:
         before_ms: float,
         held_ms: float = 0.0,
         feasible: bool,
+        peak_at_most: bool = False,
     ) -> None:
         """Learn from a request that ran to its end.
 
@@ -68,6 +69,7 @@ class Corrections:
             before_ms: The part of the measured times that passed before it was run.
             held_ms: The part of the time to the first token for which that token was held back.
             feasible: Whether it was thought to fit.
+            peak_at_most: Whether the predicted peak is what it may come to, so that a lower one says nothing of others.
         """
         late: list[bool] = []
         for drift, limit, taken, beside, expected in (
@@ -84,7 +86,7 @@ class Corrections:
             self.price(budget.attainment).move(budget.attainment, missed=any(late))
         self.memory_ceiling.passed()
         self.time_ceiling.passed()
-        if measured.peak_memory_gb != 0.0:
+        if measured.peak_memory_gb > predicted.peak_memory_gb or (measured.peak_memory_gb != 0.0 and not peak_at_most):
             self._peaked(measured.peak_memory_gb, predicted.peak_memory_gb)
 
     def looked_at(self, key: str, share: str, predicted: Prediction, ttft_ms: float, *, escalated: bool) -> None:

@@ -211,7 +211,9 @@ class Offering:
         found = self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens, patches))
         if point.blanks is None:
             return found
-        whole = point.without(("blanks",))
+        whole, seen = point.without(("blanks",)), info.seen
+        if seen is not None:
+            info = replace(info, seen=lambda _: seen(point))  # what was kept of the whole serves no other point
         most = self.cost.predict(self.adapter.computed(whole), self.work(whole, info, new_tokens))
         return replace(found, peak_memory_gb=most.peak_memory_gb)
 

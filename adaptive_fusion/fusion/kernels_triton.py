@@ -81,6 +81,8 @@ class TritonSum(CombineLaw):
             return False
         if any(each.ndim == 3 and min(each.shape[1:]) > MAX_RANK for each in given):
             return False
+        if any(each.ndim == 1 and not each.is_contiguous() for each in given):
+            return False
         return not (torch.is_grad_enabled() and any(each.requires_grad for each in (*levels, *given)))
 
     def _run(self, launch: Callable[[], Made]) -> Made | None:

@@ -1,15 +1,17 @@
 """A tap's parameters as its kernels read them: in the levels' dtype, and in the order in which they are multiplied.
 
-Made when they are first asked for and again when torch says that a parameter changed. What changes one behind torch's
-back (through ``.data``) is not seen: write to the parameter itself, under ``torch.no_grad()``. Knows tensors only.
+Made when they are first asked for and again when a parameter lies elsewhere or torch says that it changed. What writes
+to one behind torch's back (``parameter.data.copy_(...)``) is not seen: write to the parameter itself, under
+``torch.no_grad()``. Knows tensors only.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-MOST = 256
+MOST = 64
 """Forms that are kept; beyond that the oldest goes."""
 
 
@@ -17,30 +19,43 @@ class Packed:
     """The forms of some parameters, each made once."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[object, ...], tuple[tuple[object, ...], tuple[Tensor | None, ...], Tensor]] = {}
+        self._kept: dict[tuple[object, ...], _Form] = {}
 
     def __call__(
         self, key: tuple[object, ...], parameters: Sequence[Tensor | None], make: Callable[[], Tensor]
     ) -> Tensor:
         """The form `key` of `parameters`, as `make` gives it."""
+        whose = (*key, *map(id, parameters))
         stamp = tuple(None if each is None else _stamp(each) for each in parameters)
-        whose = (*key, *(None if each is None else each.data_ptr() for each in parameters))
         known = self._kept.get(whose)
-        if known is not None and known[0] == stamp:
-            return known[2]
+        if known is not None and known.stamp == stamp:
+            return known.made
         with torch.no_grad():
             made = make().contiguous()
-        if all(each is None or not each.is_inference() for each in parameters):  # else nothing says when they change
-            if len(self._kept) >= MOST:
-                del self._kept[next(iter(self._kept))]
-            # The parameters are held, so that no other tensor can come to have their address.
-            self._kept[whose] = stamp, tuple(parameters), made
+        given = [each for each in parameters if each is not None]
+        if not any(each.is_inference() for each in given):  # else nothing says when they change
+            form = _Form(stamp, made, (*given, *(each.detach() for each in given)))
+            # Another in its place, for threads that look into the one that was.
+            self._kept = dict([*self._kept.items(), (whose, form)][-MOST:])
         return made
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy begins empty: it is asked for forms of other parameters."""
+        return Packed, ()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A form, and of what: parameters and their memory are held, so that no others come to have their names."""
+
+    stamp: tuple[object, ...]
+    made: Tensor
+    held: tuple[Tensor, ...]
 
 
 def _stamp(parameter: Tensor) -> tuple[object, ...]:
     version = None if parameter.is_inference() else parameter._version
-    return version, tuple(parameter.shape), parameter.stride(), parameter.dtype
+    return parameter.data_ptr(), version, tuple(parameter.shape), parameter.stride(), parameter.dtype
 
 
 def scored(

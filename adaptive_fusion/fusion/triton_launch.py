@@ -86,12 +86,12 @@ def score(
     Args:
         into: `packed.scored`.
 
-    Returns the sums of scores by image, ``[n_images, L + 1]`` in whole numbers and more that nobody reads, and codes
+    Returns the sums of scores by image, ``[n_images, PADDED]`` in whole numbers, see `sum_levels`, and codes
     ``[N, L * rank]`` in float32, None without adapters.
     """
     first, (images, several) = levels[0], _cut(lengths, levels[0])
     blocks = _blocks(lengths, SCORED.rows)
-    padded = _power(len(levels) + 1)
+    padded = _power(len(levels) + 3)
     sums = first.new_zeros((len(lengths), padded), dtype=torch.int64)
     codes = first.new_empty((first.shape[0], len(levels) * rank), dtype=torch.float32) if rank else None
     score_levels[(blocks, len(levels))](
@@ -161,7 +161,7 @@ def weigh(
         TAP=tap if mix is not None else -1,
         WIDTH=width,
         LEVELS=len(levels),
-        PADDED=_power(len(levels) + 1),
+        PADDED=_power(len(levels) + 3),
         RANK=0 if codes is None else codes.shape[1] // len(levels),
         CODES=_LEAST if codes is None else padded(codes.shape[1]),
         FACTOR=_FACTORS[torch.float32 if INTERPRETED else first.dtype],
@@ -195,7 +195,7 @@ def adapt(levels: Sequence[Tensor], law: Law, into: Tensor, wide: Tensor) -> Ten
         TAP=law.tap if law.mix is not None else -1,
         WIDTH=width,
         LEVELS=len(levels),
-        PADDED=_power(len(levels) + 1),
+        PADDED=_power(len(levels) + 3),
         RANK=wide.shape[0] // len(levels),
         CODES=into.shape[1],
         FACTOR=_FACTORS[torch.float32 if INTERPRETED else first.dtype],

@@ -49,7 +49,7 @@ def _shares(  # type: ignore[no-untyped-def]
     if LAW == "given":
         share = tl.load(weights + image * LEVELS + ranks, mask=known, other=0.0)
     elif LAW == "softplus":
-        share = tl.where(known, _log1pexp(tl.load(weights + ranks, mask=known, other=0.0)), 0.0)
+        share = tl.where(known, _log1pexp(tl.load(weights + ranks, mask=known, other=0.0).to(tl.float32)), 0.0)
         share = share / tl.sum(share, axis=0)
     else:
         share = tl.where(known, 1.0, 0.0)
@@ -120,9 +120,13 @@ def score_levels(  # type: ignore[no-untyped-def]
             mine = sums + image * PADDED
             score = tl.sum(tl.where((slots == RANK) | (slots == RANK + 1), total, 0.0), axis=0)
             tl.atomic_add(mine + i, _fixed(score, SCALE))
+            if score != score:  # no whole number says so
+                tl.atomic_add(mine + LEVELS + 1, 1)
             if i == TAP:
                 gate = tl.sum(tl.where((slots == RANK + 2) | (slots == RANK + 3), total, 0.0), axis=0)
                 tl.atomic_add(mine + LEVELS, _fixed(gate, SCALE))
+                if gate != gate:
+                    tl.atomic_add(mine + LEVELS + 2, 1)
 
 
 @triton.jit(do_not_specialize=VARYING)  # type: ignore[untyped-decorator]
@@ -156,7 +160,8 @@ def sum_levels(  # type: ignore[no-untyped-def]
 ):
     """The weighted sum of levels, and of what adapters add by their codes; under ``sigmoid`` the image's gate too.
 
-    PADDED is above LEVELS, CODES at least LEVELS * RANK.
+    PADDED is at least LEVELS + 3: of each image the levels' scores, the gate's, and how many blocks had none of either.
+    CODES is at least LEVELS * RANK.
     """
     # Programs that run together share rows: memory is read in longer pieces than one of them takes.
     block, part = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
@@ -180,18 +185,20 @@ def sum_levels(  # type: ignore[no-untyped-def]
     ranks = tl.arange(0, PADDED)
     mixed = 1.0
     if MIX:
-        mixed = tl.load(mix)
+        mixed = tl.load(mix).to(tl.float32)
     if LAW == "sigmoid":
         score = tl.load(sums + image * PADDED + ranks).to(tl.float32) / (SCALE * (end - first).to(tl.float32))
         if (own == first) & (part == 0):
-            gate = _at(score, ranks, LEVELS) + tl.load(gate_bias)
+            gate = _at(score, ranks, LEVELS) + tl.load(gate_bias).to(tl.float32)
+            gate = tl.where(_at(score, ranks, LEVELS + 2) > 0, float("nan"), gate)
             tl.store(gates + image, 2.0 / (1.0 + tl.exp(-gate)))
+        lost = _at(score, ranks, LEVELS + 1) > 0
         if BIAS:
-            score += tl.load(weights + ranks, mask=ranks < LEVELS, other=0.0)
+            score += tl.load(weights + ranks, mask=ranks < LEVELS, other=0.0).to(tl.float32)
         # Sigmoids over their sum as a softmax of their logarithms: finite where all of them underflow.
         share = tl.where(ranks < LEVELS, -_log1pexp(-score), -float("inf"))
         share = tl.exp(share - tl.max(share, axis=0))
-        shares = share / tl.sum(share, axis=0) * mixed
+        shares = tl.where(lost, float("nan"), share / tl.sum(share, axis=0) * mixed)
     else:
         shares = _shares(weights, image, ranks, mixed, LAW, LEVELS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -239,7 +246,7 @@ def adapt_levels(  # type: ignore[no-untyped-def]
     ranks, at = tl.arange(0, PADDED), tl.arange(0, CODES)
     mixed = 1.0
     if MIX:
-        mixed = tl.load(mix)
+        mixed = tl.load(mix).to(tl.float32)
     shares = _shares(weights, image, ranks, mixed, LAW, LEVELS)
     code = tl.zeros((ROWS, CODES), tl.float32)
     for i in tl.static_range(LEVELS):

@@ -111,7 +111,7 @@ def _patches(tokens: Tensor, merge: int) -> Tensor:
 def standing(
     pixels: Tensor, scale: Tensor, grids: Sequence[Grid], merge: int, shape: tuple[int, int, int], side: int
 ) -> Standing:
-    """Who stands for whom. Takes memory for a few numbers a patch, not for another copy of the pixels.
+    """Who stands for whom. Takes memory for a few numbers a patch, not for another copy of pixels in float32.
 
     Args:
         pixels: Patches ``[patches, channels * frames * size * size]``, packed by merged token.

@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,21 @@ def run(desk: Desk, scale: Scale) -> None:
     if rate is None or made is None:
         return
     for kind in TILES:
-        desk.row(kind, partial(_row, scale, kind, made["errors"][kind], rate["bytes_per_s"]["median"]), needs_s=4)
+        with as_they_are():
+            desk.row(kind, partial(_row, scale, kind, made["errors"][kind], rate["bytes_per_s"]["median"]), needs_s=4)
+
+
+@contextmanager
+def as_they_are() -> Iterator[None]:
+    """After this context the kernels have the tiles that they had before."""
+    from adaptive_fusion.fusion import triton_launch
+
+    before = {name: getattr(triton_launch, name) for name in NAMES.values()}
+    try:
+        yield
+    finally:
+        for name, tile in before.items():
+            setattr(triton_launch, name, tile)
 
 
 def _built(scale: Scale) -> Row:
@@ -166,7 +181,8 @@ def main() -> None:
     every = [(kind, cut) for kind, cuts in TILES.items() for cut in cuts]
     for kind, cut in every[first::step]:
         try:
-            error: float | str = _error(kind, cut, device)
+            with as_they_are():
+                error: float | str = _error(kind, cut, device)
         except Exception as failed:
             error = f"{type(failed).__name__}: {(str(failed).splitlines() or [''])[0][:150]}"
         print(json.dumps([kind, "x".join(map(str, cut)), error]), flush=True)

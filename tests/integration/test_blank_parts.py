@@ -57,7 +57,16 @@ def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner) -> None:
     image = Image.new("RGB", (320, 320), "white")
     costs = {each.point: each.predicted for each in both.offers(image, "Describe the screen.")[1]}
     assert costs[BLANKS].encode_ms < 0.9 * costs[NATIVE].encode_ms
-    assert costs[BLANKS].peak_memory_gb == costs[NATIVE].peak_memory_gb > 0
+    whole = costs[NATIVE].peak_memory_gb
+    assert costs[BLANKS].peak_memory_gb == whole > 0
+    # What the encoder made of every patch is there for native alone, what it made of the rest for the other alone.
+    for point in (NATIVE, BLANKS):
+        kept = AdaptiveRunner(runner.model, runner.processor, policy=both.policy, encoder_cache_mb=16)
+        kept.chat(image, "Describe the screen.", point=point, max_new_tokens=2)
+        costs = {each.point: each.predicted for each in kept.offers(image, "Describe the screen.")[1]}
+        peaks = {each: costs[each].peak_memory_gb for each in costs}
+        other = BLANKS if point == NATIVE else NATIVE
+        assert peaks[other] == whole > 2 * peaks[point]
 
 
 def test_full_detail_is_given_all_patches(runner: AdaptiveRunner) -> None:

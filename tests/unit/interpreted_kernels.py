@@ -1,6 +1,7 @@
 """The Triton kernel against the eager one, for a process of its own that has ``TRITON_INTERPRET=1``: Triton reads that
 when it is first imported. Says ``as eager`` at the end."""
 
+import copy
 import warnings
 
 import torch
@@ -81,35 +82,67 @@ def check_module(
 
 
 def check_packed() -> None:
-    """A parameter that changes, in place or for another, is packed anew."""
+    """A parameter that changes, in place, for another or in its type, is packed anew; a copy packs its own."""
+    torch.manual_seed(0)
     module = DeepStackFusion(FusionSpec("gated", (1, 5), (0, 1, 3, 4, 5), 24, 4)).eval()
     module.compile_kernels(backend="triton")
     features = dict(zip(module.spec.levels, levels(5, 24, torch.float32), strict=True))
-    with torch.no_grad():
-        for change in (None, "in place", "another", "loaded", "inference"):
-            state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    same_as_eager(module, features)
+    forms = len(module.taps[0].combine.packed._kept)
+    assert forms == 4
+    for change in ("in place", "another", "loaded", "there and back", "there and back", "inference"):
+        state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+        with torch.no_grad():
             if change == "in place":
                 for name, parameter in module.named_parameters():
                     parameter.copy_(state[name])
             elif change == "another":
                 for name, parameter in module.named_parameters():
                     parameter.data = state[name]
+            elif change == "there and back":  # the allocator gives one parameter the place of another
+                module.double().float()
             elif change == "inference":
                 with torch.inference_mode():
                     module.load_state_dict({name: value + 0 for name, value in state.items()}, assign=True)
-            elif change is not None:
+            else:
                 module.load_state_dict(state)
-            kernel = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
-            again = [module.fuse(tap, features, LENGTHS) for tap in range(2)]  # as they were packed
-            assert all(map(torch.equal, kernel, again))
-            own = [tap.combine for tap in module.taps]
+            same_as_eager(module, features)
+            same_as_eager(copy.deepcopy(module), features)
+        assert len(module.taps[0].combine.packed._kept) == forms
+
+
+def same_as_eager(module: DeepStackFusion, features: dict[int, torch.Tensor]) -> None:
+    own = [tap.combine for tap in module.taps]
+    with torch.no_grad():
+        kernel, again = ([module.fuse(tap, features, LENGTHS) for tap in range(2)] for _ in range(2))
+        for tap in module.taps:
+            tap.combine = weighted_sum
+        eager = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
+    for tap, combine in zip(module.taps, own, strict=True):
+        assert isinstance(combine, TritonSum) and combine.broken is None
+        tap.combine = combine
+    assert all(map(torch.equal, kernel, again))  # as they were packed
+    for found, expected in zip(kernel, eager, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def check_broken_numbers() -> None:
+    """An image with a value that is none has none in what becomes of it, and no other image has."""
+    torch.manual_seed(0)
+    module = DeepStackFusion(FusionSpec("gated", (1, 5), (0, 1, 3, 4, 5), 24, 4)).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for level in (0, 1):  # the second is the tap's own, by which its gate goes
+        features = dict(zip(module.spec.levels, levels(5, 24, torch.float32), strict=True))
+        features[level][2, 3] = float("nan")
+        with torch.no_grad():
             for tap in module.taps:
                 tap.combine = weighted_sum
-            eager = [module.fuse(tap, features, LENGTHS) for tap in range(2)]
-            for tap, combine in zip(module.taps, own, strict=True):
-                tap.combine = combine
-            for found, expected in zip(kernel, eager, strict=True):
-                torch.testing.assert_close(found, expected)
+            eager = both(module, 0, features, LENGTHS)
+            module.compile_kernels(backend="triton")
+            for found, expected in zip(both(module, 0, features, LENGTHS), eager, strict=True):
+                torch.testing.assert_close(found, expected, equal_nan=True)
+                assert found.isnan().any() == (level == 1 or found.ndim == 2) and not found.isnan().all()
 
 
 def both(
@@ -149,6 +182,7 @@ if __name__ == "__main__":
     check_modules()
     check_large()
     check_packed()
+    check_broken_numbers()
     check_refusals(TritonSum())
     check_no_kernels()
     print("as eager")

@@ -7,10 +7,13 @@ import pytest
 from controlled import LADDER, LOOSE, candidate, settled, took
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.candidates import Candidate
 from adaptive_fusion.control.controller import Controller
 from adaptive_fusion.control.estimators import Drift, probability_above
 from adaptive_fusion.control.law import MAX_LEVELS, MAX_POINTS, PRICE_MAX, PRICE_MIN
+from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
+from adaptive_fusion.point import OperatingPoint
 
 
 def test_drift_is_learned_and_the_right_points_own_part_of_it() -> None:
@@ -187,6 +190,17 @@ def test_the_memory_envelope_follows_the_largest_measured_peak() -> None:
         over += peak > 1.02 * 1.2
         controller.update(choice, took(100, gb=peak))
     assert over == 0
+
+
+def test_peaks_with_blank_parts_spared_say_how_high_others_come_only_where_they_are_higher() -> None:
+    controller = Controller(memory_margin=1.2)
+    spares = Candidate(OperatingPoint(blanks=2), 0.9, Prediction(40, 40, 120, 1.0))
+    choice = controller.choose([spares], Budget(vram_gb=4))
+    for _ in range(4000):  # of screens of which little is encoded
+        controller.update(choice, took(200.0, gb=0.6))
+    assert controller.state()["memory"] == pytest.approx(math.log(1.2))
+    controller.update(choice, took(200.0, gb=1.3))
+    assert controller.state()["memory"] == pytest.approx(math.log(1.3 * 1.05))
 
 
 def test_out_of_memory_drops_at_once_and_comes_back_in_steps() -> None:

@@ -130,9 +130,9 @@ def test_pixels_in_other_units_and_grain_looked_at_in_parts_change_nothing(monke
     assert 0 < len(expected.kept) < 48
     monkeypatch.setattr(blanks, "AT_ONCE", 5)
     units = (pixels.view(len(pixels), 3, -1) / scale[:, None]).flatten(1)
-    for given, dtype in ((units, torch.float32), (units, torch.float64), (pixels, torch.bfloat16)):
-        by = scale if given is units else torch.ones(3)
-        found = standing(given.to(dtype), by, grids, MERGE, SHAPE, 2)
+    ones = torch.ones(3)
+    for values, by in ((units, scale), (units.double(), scale), (pixels.bfloat16(), ones), (pixels.half(), ones)):
+        found = standing(values, by, grids, MERGE, SHAPE, 2)
         for name in ("kept", "source", "counts"):
             assert torch.equal(getattr(found, name), getattr(expected, name))
 
