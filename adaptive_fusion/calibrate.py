@@ -88,8 +88,9 @@ def calibrate(
     samples: list[Sample] = []
     held_out: list[Sample] = []
     apart = not runner.meter.free_of_charge
-    # In rounds, so that no request follows its like; the first brings everything to where later ones find it.
-    rounds = [(_first(runner.adapter, plan), True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
+    # In rounds, so that no request follows its like. The first brings everything to where later ones find it: the heap
+    # on a CPU, elsewhere the kernels of each size, which are loaded when it first comes.
+    rounds = [(plan, True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
     if apart:
         rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
     together, shapes, answers = _batches(runner.adapter), _shapes(runner.adapter), _answers(runner.adapter)
@@ -123,20 +124,11 @@ def count(runner: "AdaptiveRunner", repeats: int | None = None) -> int:
     """How many requests and batches `calibrate` measures, without those of a check."""
     repeats, plan = _repeats(runner.adapter, repeats), _requests(runner.adapter)
     rounds = repeats + (0 if runner.meter.free_of_charge else repeats)
-    return len(_first(runner.adapter, plan)) + rounds * len(plan) + repeats * len(_batches(runner.adapter))
+    return (1 + rounds) * len(plan) + repeats * len(_batches(runner.adapter))
 
 
 def _repeats(adapter: Adapter, repeats: int | None) -> int:
     return repeats if repeats is not None else 2 if adapter.device.type == "cpu" else 1
-
-
-def _first(adapter: Adapter, plan: list[_Request]) -> list[_Request]:
-    """What is run to warm up: on a CPU everything, as every size leaves its own heap; elsewhere every size once,
-    with every kind of fusion."""
-    if adapter.device.type == "cpu":
-        return plan
-    kinds = {(point.fusion, point.layers, point.adapter_rank): request for request in plan for point in [request[1]]}
-    return list(dict.fromkeys([*kinds.values(), *plan[::3]]))
 
 
 def _answers(adapter: Adapter) -> tuple[int, int]:

@@ -45,10 +45,13 @@ def keep_budgets(
     Returns:
         Numbers of `requests`, those `unmeasured`, `infeasible` and `exceeded` by more than 2 %; of the feasible ones
         the `worst` peak / budget, the median share of the budget that was `used` and the share at which it `limited`
-        the choice; and `errors` of the prediction as `calibrate --check` gives them.
+        the choice; `errors` of the prediction as `calibrate --check` gives them; and `over`, what is known of each that
+        exceeded its budget.
     """
     rng = random.Random(seed)
-    shares, pairs = [], []
+    shares: list[float] = []
+    pairs: list[tuple[float, float]] = []
+    over: list[dict[str, Any]] = []
     counts = {"requests": requests, "unmeasured": 0, "infeasible": 0, "exceeded": 0}
     limited = 0
     steps = Steps(progress, "answer", requests)
@@ -71,7 +74,13 @@ def keep_budgets(
             counts["infeasible"] += 1
             continue
         shares.append(peak / budget.vram_gb)
-        counts["exceeded"] += shares[-1] > 1 + TOLERANCE
+        if shares[-1] > 1 + TOLERANCE:
+            counts["exceeded"] += 1
+            over.append({
+                "image": [width, height], "rung": reply.decision.rung, "escalated": reply.decision.escalated,
+                "patches": reply.measurement.patches, "tokens": reply.measurement.prompt_tokens,
+                "predicted": predicted.peak_memory_gb, "envelope": envelope, "peak": peak, "budget": budget.vram_gb,
+            })  # fmt: skip
         limited += bool(reply.decision.rejected)
     return {
         **counts,
@@ -79,6 +88,7 @@ def keep_budgets(
         "used": median(shares) if shares else None,
         "limited": limited / len(shares) if shares else None,
         "errors": relative_errors(pairs) if pairs else None,
+        "over": over,
     }
 
 

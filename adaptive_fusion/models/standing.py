@@ -9,6 +9,7 @@ Knows a tower's attributes and `Standing`; nothing of language models and points
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
@@ -22,6 +23,8 @@ from adaptive_fusion.reduction.blanks import Standing
 
 ATTENTION = "adaptive_fusion_weighted"
 """The name of the attention function, as transformers knows it."""
+MORE = 8
+"""Columns that queries and keys are widened by: flash kernels take widths in steps of eight."""
 _ASKED = ("pos_embed", "rotary_pos_emb", "num_grid_per_side", "interpolation_mode", "interpolation_align_corners")
 _POSITIONS = ("get_vision_position_ids", "get_vision_interpolation_indices_and_weights")
 
@@ -64,7 +67,7 @@ def encode(tower: nn.Module, pixels: Tensor, thw: Tensor, standing: Standing) ->
             position_ids=_positions().get_vision_position_ids(thw, merge)[rows],
             cu_seqlens=ends,
             # Every block goes through the images and frames in order, so it comes to each with its own weights.
-            patch_weights=cycle(torch.split(weights.to(host.dtype), lengths)),
+            patch_weights=cycle(map(Weights, torch.split(weights, lengths))),
             return_dict=True,
         )
 
@@ -89,14 +92,61 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    patch_weights: Iterator[Tensor],
+    patch_weights: "Iterator[Weights]",
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one image or frame, ``[1, heads, patches, width]`` each, in which patches count as they weigh."""
-    mask = next(patch_weights).to(query).expand(1, 1, query.shape[2], key.shape[2])
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    """Attention of one image or frame, ``[1, heads, patches, width]`` each, in which patches count as they weigh.
+
+    On a CPU by a mask. Elsewhere flash kernels take none, and those that do take several times as long.
+    """
+    weights = next(patch_weights)
+    attend = masked if query.device.type == "cpu" else widened
+    found = attend(query, key, value, weights, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return found.transpose(1, 2).contiguous(), None
+
+
+@dataclass
+class Weights:
+    """Logarithms of how often the patches of an image or frame count, ``[patches]``; what follows of them is made once
+    for all blocks."""
+
+    logs: Tensor
+    made: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, query: Tensor) -> Tensor:
+        """``[1, 1, 1, patches]``, to be added to scores."""
+        key = (query.dtype, query.device)
+        if key not in self.made:
+            self.made[key] = self.logs.to(query).view(1, 1, 1, -1)
+        return self.made[key]
+
+    def columns(self, key: Tensor, scaling: float) -> Tensor:
+        """``[patches, MORE]``, whose product with ones, scaled, is what the mask adds: in two parts, of which the
+        second is what half precision leaves of the first."""
+        name = (key.dtype, key.device, scaling)
+        if name not in self.made:
+            logs = (self.logs.to(key.device, torch.float32) / scaling)[:, None]
+            high = logs.to(key.dtype)
+            self.made[name] = F.pad(torch.cat([high, (logs - high.float()).to(key.dtype)], 1), (0, MORE - 2))
+        return self.made[name]
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, weights: Weights, scaling: float) -> Tensor:
+    """Attention with the weights in a mask: ``[1, heads, patches, width]``."""
+    mask = weights.mask(query).expand(1, 1, query.shape[2], key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def widened(query: Tensor, key: Tensor, value: Tensor, weights: Weights, scaling: float) -> Tensor:
+    """The same with the weights as columns of the keys, for kernels that take no mask and need all widths alike."""
+    heads, width = query.shape[1], query.shape[-1]
+    own = weights.columns(key, scaling).expand(1, heads, -1, -1)
+    key = torch.cat([key, own], -1)
+    found = F.scaled_dot_product_attention(
+        F.pad(query, (0, MORE), value=1.0), key, F.pad(value, (0, MORE)), scale=scaling
+    )
+    return found[..., :width]
 
 
 def _positions() -> Any:

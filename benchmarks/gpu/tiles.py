@@ -1,4 +1,4 @@
-"""How fusion's kernels are best cut: each with other tiles than it has, and one that is written otherwise.
+"""How fusion's kernels are best cut: each with other tiles than it has.
 
 Every tile's result is compared with float64's (`error`, of a tap over two images) before it is timed, alone, on levels
 of the 4B shape. Building so many programs takes longer than timing them, so it is shared by processes first. What is
@@ -41,7 +41,6 @@ TILES: dict[str, tuple[Cut, ...]] = {
         (16, 256, 4, 3), (16, 256, 4, 2), (16, 512, 4, 2), (16, 512, 8, 2), (16, 256, 2, 2), (16, 128, 2, 3),
         (32, 256, 8, 2), (32, 128, 8, 3), (16, 1024, 8, 1),
     ),
-    "by products alone": ((8, 1024, 8, 3), (4, 1024, 4, 3), (8, 1024, 4, 3), (4, 1024, 2, 3), (4, 1024, 8, 3)),
     "plain": ((8, 1024, 8, 3), (4, 1024, 8, 3), (4, 1024, 4, 3)),
 }  # fmt: skip
 NAMES = {"scored": "SCORED", "coded": "CODED", "adapted": "ADAPTED", "plain": "PLAIN"}
@@ -134,13 +133,10 @@ def _levels(tap: Any, patches: int, device: torch.device) -> list[Tensor]:
 def _call(kind: str, cut: Cut, patches: int, device: torch.device) -> tuple[Callable[[], Any], int]:
     """The kernel alone, and the bytes of levels that it has to move."""
     from adaptive_fusion.fusion import triton_launch
-    from benchmarks.gpu.by_products import by_products
 
     tap = _tap(kind, device)
     levels, lengths = _levels(tap, patches, device), [patches]
     row = levels[0].nbytes
-    if kind == "by products alone":
-        return by_products(tap, levels, cut[0], cut[2]), (len(levels) + 1) * row
     setattr(triton_launch, NAMES[kind], triton_launch.Tile(*cut))
     if kind in ("plain", "adapted"):
         return partial(tap.fuse, levels, lengths), (len(levels) + 1) * row
@@ -159,18 +155,14 @@ def _call(kind: str, cut: Cut, patches: int, device: torch.device) -> tuple[Call
 def _error(kind: str, cut: Cut, device: torch.device) -> float | str:
     """What a tap gives by these kernels beside float64's: the norm of the difference over the norm."""
     from adaptive_fusion.fusion import triton_launch
-    from benchmarks.gpu.by_products import by_products
 
     tap, lengths = _tap(kind, device), list(CHECKED)
     levels = _levels(tap, sum(CHECKED), device)
     with torch.no_grad():
-        if kind == "by products alone":
-            found = by_products(tap, levels, cut[0], cut[2])()
-        else:
-            setattr(triton_launch, NAMES[kind], triton_launch.Tile(*cut))
-            found = tap.both(levels, lengths)[0]
-            if tap.combine.broken:
-                return str(tap.combine.broken)
+        setattr(triton_launch, NAMES[kind], triton_launch.Tile(*cut))
+        found = tap.both(levels, lengths)[0]
+        if tap.combine.broken:
+            return str(tap.combine.broken)
         tap.combine = weighted_sum
         exact = tap.double().both([level.double() for level in levels], lengths)[0]
     return float((found.double() - exact).norm() / exact.norm())

@@ -18,8 +18,9 @@ from adaptive_fusion.execution.timing import synchronize
 PACKAGES = ("transformers", "triton", "flash-attn", "adaptive-fusion")
 COPIED = 1 << 30
 """Bytes of the tensor whose copy gives the bandwidth: many times the last-level cache."""
-AHEAD = 24
-"""Such copies that are queued before a call whose kernels alone are timed: ten milliseconds and more."""
+AHEAD, MOST_AHEAD = 24, 192
+"""Such copies that are queued before a call whose kernels alone are timed: ten milliseconds and more. Twice as many
+each time that it takes longer to launch, at most so many."""
 
 
 def times_ms(call: Callable[[], Any], device: torch.device, *, repeats: int = 10, warm: int = 3) -> list[float]:
@@ -63,11 +64,13 @@ def device_times_ms(
     target = torch.empty_like(source)
     for _ in range(warm):
         call()
-    own, host = [], []
-    for _ in range(repeats):
+    own: list[float] = []
+    host: list[float] = []
+    ahead = AHEAD
+    while len(own) < repeats:
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         synchronize(device)
-        for _ in range(AHEAD):
+        for _ in range(ahead):
             target.copy_(source)
         began = time.perf_counter()
         first.record()
@@ -75,7 +78,11 @@ def device_times_ms(
         last.record()
         host.append((time.perf_counter() - began) * 1e3)
         if first.query():
-            raise RuntimeError("the device was done with what was queued before the call was launched")
+            ahead *= 2
+            if ahead > MOST_AHEAD:
+                raise RuntimeError("the call waits for the device: what was queued before it was done by then")
+            host.pop()
+            continue
         synchronize(device)
         own.append(first.elapsed_time(last))
     return own, host

@@ -4,10 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.scenes import METRIC_OF_TASK, media
+from adaptive_fusion.models import standing
 from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.policy import LANES
 from adaptive_fusion.policy.rungs import Rung
@@ -37,6 +39,28 @@ def test_screens_are_told_as_well_with_fewer_patches(runner: AdaptiveRunner) -> 
         again = runner.chat(media(scene), PROMPTS[scene.task], point=BLANKS, max_new_tokens=40, do_sample=False)
         assert again.decision.encoder_cache == "hit" and again.text == spared.text
         assert again.measurement.patches == 0
+
+
+def test_weights_as_columns_of_keys_give_what_a_mask_gives(
+    runner: AdaptiveRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What devices other than a CPU take, where flash kernels have no masks.
+    scene = make_scene("reading", 5, "eval", (256, 256))
+    inputs = runner.adapter.prepare(
+        [{"role": "user", "content": [{"type": "image", "image": media(scene)}, {"type": "text", "text": "Read."}]}],
+        BLANKS,
+    )
+    found = []
+    for attend in (standing.masked, standing.widened):
+        monkeypatch.setattr(standing, "masked", attend)
+        found.append(runner.adapter.encode(inputs, BLANKS).inputs["mm_encoder_outputs"]["image"])
+    assert found[0].pooler_output[0].abs().max() > 0.1
+    for mask, columns in zip(
+        [*found[0].pooler_output, *found[0].deepstack_features],
+        [*found[1].pooler_output, *found[1].deepstack_features],
+        strict=True,
+    ):
+        torch.testing.assert_close(torch.cat([*columns]), torch.cat([*mask]), atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_predicted_follows_how_much_is_blank(runner: AdaptiveRunner, noise_image: Any) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adaptive_fusion.models.standing import _attend
+from adaptive_fusion.models.standing import Weights, _attend, masked, widened
 from adaptive_fusion.reduction import blanks
 from adaptive_fusion.reduction.blanks import LEAST_SPARED, SHADES, Standing, expected_share, standing
 
@@ -140,10 +140,17 @@ def test_pixels_in_other_units_and_grain_looked_at_in_parts_change_nothing(monke
 def test_attention_to_one_that_counts_n_times_is_attention_to_n_of_it() -> None:
     counts = torch.tensor([1, 4, 2, 9])
     query, key, value = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    found, _ = _attend(torch.nn.Identity(), query, key, value, None, iter([counts.log()]), scaling=0.3)
+    weights = Weights(counts.log())
+    found, _ = _attend(torch.nn.Identity(), query, key, value, None, iter([weights]), scaling=0.3)
     many = [each.repeat_interleave(counts, dim=2) for each in (key, value)]
-    expected = torch.nn.functional.scaled_dot_product_attention(query, *many, scale=0.3).transpose(1, 2)
-    torch.testing.assert_close(found, expected)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *many, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    for attend in (masked, widened):  # as columns of keys too, which devices other than a CPU take
+        for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+            own = attend(query.to(dtype), key.to(dtype), value.to(dtype), weights, 0.3)
+            assert own.shape == expected.shape and own.dtype == dtype
+            torch.testing.assert_close(own.float(), expected, atol=tolerance, rtol=tolerance)
+    assert len(weights.made) == 6  # made once for all blocks
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(2, 8))
