@@ -83,7 +83,10 @@ class TritonSum(CombineLaw):
             return False
         if any(each.ndim == 1 and not each.is_contiguous() for each in given):
             return False
-        return not (torch.is_grad_enabled() and any(each.requires_grad for each in (*levels, *given)))
+        if torch.is_grad_enabled() and any(each.requires_grad for each in (*levels, *given)):
+            self.packed.clear()
+            return False
+        return True
 
     def _run(self, launch: Callable[[], Made]) -> Made | None:
         try:

@@ -2,7 +2,7 @@
 
 Made when they are first asked for and again when a parameter lies elsewhere or torch says that it changed. What writes
 to one behind torch's back (``parameter.data.copy_(...)``) is not seen: write to the parameter itself, under
-``torch.no_grad()``. Knows tensors only.
+``torch.no_grad()``. A pass that wants gradients forgets all forms. Knows tensors only.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +38,10 @@ class Packed:
             # Another in its place, for threads that look into the one that was.
             self._kept = dict([*self._kept.items(), (whose, form)][-MOST:])
         return made
+
+    def clear(self) -> None:
+        """Forget all: the parameters may be changed in ways that nothing tells, such as a fused optimizer's."""
+        self._kept = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copy begins empty: it is asked for forms of other parameters."""

@@ -37,7 +37,7 @@ class Tile:
 
 PLAIN, CODED, SCORED, ADAPTED = Tile(4, 1024, 8), Tile(32, 64, 4), Tile(64, 128, 4), Tile(16, 256, 4)
 """Of a sum, of one with codes, of scores and codes, and of a sum that makes its codes itself: of those tried on an H200
-the quickest (``python benchmarks/cuda.py --only tiles``)."""
+the quickest at four megapixels and one together (``python benchmarks/cuda.py --only tiles``)."""
 
 
 @dataclass(frozen=True)

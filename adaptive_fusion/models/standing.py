@@ -8,7 +8,7 @@ Knows a tower's attributes and `Standing`; nothing of language models and points
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptive_fusion.models.unwrap import called, uncompiled
 from adaptive_fusion.reduction.blanks import Standing
@@ -58,7 +59,7 @@ def encode(tower: nn.Module, pixels: Tensor, thw: Tensor, standing: Standing) ->
     lengths = [merge * merge * count for count in standing.frames if count]
     ends = torch.tensor([0, *lengths], device=thw.device).cumsum(0, dtype=torch.int32)
     weights = standing.counts.log().repeat_interleave(merge * merge)
-    with _weighted(tower):
+    with _weighted(tower), flash_first(pixels.device):
         return tower(
             pixels[rows],
             grid_thw=thw,
@@ -70,6 +71,19 @@ def encode(tower: nn.Module, pixels: Tensor, thw: Tensor, standing: Standing) ->
             patch_weights=cycle(map(Weights, torch.split(weights, lengths))),
             return_dict=True,
         )
+
+
+def flash_first(device: torch.device) -> AbstractContextManager[None]:
+    """Inside this context PyTorch's attention takes its flash kernel wherever that takes the inputs.
+
+    Some versions prefer cuDNN's on some GPUs, which makes a plan for every number of patches that it has not seen; how
+    many are left of an image is hardly ever the same.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    found: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
+    return found
 
 
 @contextmanager
@@ -98,7 +112,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention of one image or frame, ``[1, heads, patches, width]`` each, in which patches count as they weigh.
 
-    On a CPU by a mask. Elsewhere flash kernels take none, and those that do take several times as long.
+    On a CPU by a mask. Elsewhere flash kernels take none, and those that do are slower.
     """
     weights = next(patch_weights)
     attend = masked if query.device.type == "cpu" else widened

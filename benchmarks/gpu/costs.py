@@ -5,12 +5,10 @@ tensors: loading and resizing media is no work of the GPU.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptive_fusion.bench.answers import NATIVE
@@ -19,6 +17,7 @@ from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.execution.meters import meter_for
 from adaptive_fusion.execution.timed import TimedModel
 from adaptive_fusion.models import Adapter
+from adaptive_fusion.models.standing import flash_first
 from adaptive_fusion.point import NATIVE as NATIVE_POINT
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung
@@ -45,7 +44,6 @@ SECONDS = {"4b": 16.0, "2b": 12.0, "8b": 22.0}
 SMALLEST, NEW_TOKENS, DECODED = 64, 4, 32
 FULL_MOST, CHEAP_MOST = 1.03, 0.40
 """Most of native's encoder and prefill that fusion at full tokens may take, and the cheap plan at 4 megapixels."""
-FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 COLUMNS: dict[str, Callable[[Measurement], float]] = {
     "encode_ms": lambda m: m.encode_ms,
     "prefill_ms": lambda m: m.prefill_ms,
@@ -73,11 +71,6 @@ def run(desk: Desk, scale: Scale) -> None:
     desk.row(f"{SIZES[0]} compiled decode", partial(_compiled, scale, SIZES[0]), needs_s=70)
 
 
-def _flash_first(device: torch.device) -> Any:
-    """SDPA by its flash kernel wherever that takes the inputs."""
-    return sdpa_kernel(FLASH_FIRST, set_priority=True) if device.type == "cuda" else nullcontext()
-
-
 def _points(
     desk: Desk, scale: Scale, size: str, side: int, frames: int, rungs: Sequence[Rung] = RUNGS, ground: bool = False
 ) -> Row:
@@ -86,7 +79,7 @@ def _points(
     request = Request(scale.side(side), NEW_TOKENS, frames if not scale.tiny else min(frames, 4), ground)
     named = {rung.name: rung for rung in rungs}
     runs: list[RowRun] = []
-    with _flash_first(adapter.device):
+    with flash_first(adapter.device):
         for done in range(0, scale.repeats, 2):
             if done and desk.left_s < 5 * desk.hurry:
                 break

@@ -90,8 +90,8 @@ def check_packed() -> None:
     same_as_eager(module, features)
     forms = len(module.taps[0].combine.packed._kept)
     assert forms == 4
-    for change in ("in place", "another", "loaded", "there and back", "there and back", "inference"):
-        state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    for change in ("in place", "another", "loaded", "there and back", "there and back", "trained", "inference"):
+        state = {name: 0.3 * torch.randn_like(value) for name, value in module.state_dict().items()}
         with torch.no_grad():
             if change == "in place":
                 for name, parameter in module.named_parameters():
@@ -104,11 +104,26 @@ def check_packed() -> None:
             elif change == "inference":
                 with torch.inference_mode():
                     module.load_state_dict({name: value + 0 for name, value in state.items()}, assign=True)
+            elif change == "trained":
+                train(module, features)
             else:
                 module.load_state_dict(state)
             same_as_eager(module, features)
             same_as_eager(copy.deepcopy(module), features)
         assert len(module.taps[0].combine.packed._kept) == forms
+
+
+@torch.enable_grad()
+def train(module: DeepStackFusion, features: dict[int, torch.Tensor]) -> None:
+    """A step of an optimizer that says nothing to the parameters' versions."""
+    before = [(parameter._version, parameter.detach().clone()) for parameter in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, fused=True)
+    sum(module.fuse(tap, features, LENGTHS).square().mean() for tap in range(2)).backward()
+    optimizer.step()
+    assert any(
+        parameter._version == version and not torch.equal(parameter, value)
+        for parameter, (version, value) in zip(module.parameters(), before, strict=True)
+    )
 
 
 def same_as_eager(module: DeepStackFusion, features: dict[int, torch.Tensor]) -> None:
