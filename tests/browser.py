@@ -15,7 +15,7 @@ SHOTS = os.environ.get("ADAPTIVE_FUSION_SCREENSHOTS")
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 WAIT_MS = 120_000
 
-LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")
+LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out", "signal is aborted without reason")
 """What Gradio's script says of calls that are open as a page is left."""
 
 
@@ -37,7 +37,8 @@ def page_of(
     page.goto(f"{home}ui/{path}")
     try:
         yield page
-        assert not [said for said in faults if not (leaves and any(words in said for words in LEAVING))]
+        unexpected = [said for said in faults if not (leaves and any(words in said for words in LEAVING))]
+        assert not unexpected, unexpected
     finally:
         context.close()
 
