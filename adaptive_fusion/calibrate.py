@@ -42,6 +42,7 @@ BATCHES = ((4, 0, 1.0), (2, 5, 1.0), (3, 11, 0.5), (4, 7, 0.5), (2, 16, 0.5), (4
 """Rows, the first of their `SHAPES`, and what is left of their tokens' grid: requests that run in one pass, of like and
 of unlike sizes."""
 FEWER = 6
+"""Of these, on anything faster than a CPU."""
 _Request = tuple[tuple[int, int], OperatingPoint, int]
 """Sides of the image, point, and tokens of the answer."""
 CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
@@ -132,8 +133,8 @@ def _repeats(adapter: Adapter, repeats: int | None) -> int:
 
 
 def _first(adapter: Adapter, plan: list[_Request]) -> list[_Request]:
-    """What is run before anything is measured: everything, but where kernels are all that has to be there with no more
-    than the shorter answer."""
+    """What is run before anything is measured: everything. Elsewhere than on a CPU with the shorter answer, as there it
+    is for the kernels alone."""
     if adapter.device.type == "cpu":
         return plan
     return [(sides, point, _answers(adapter)[0]) for sides, point, _ in plan]

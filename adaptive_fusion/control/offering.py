@@ -207,7 +207,8 @@ class Offering:
         self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None, patches: int | None = None
     ) -> Prediction:
         """What a point costs; see `work`. The peak of memory is that of encoding every patch also where blank parts are
-        spared: a limit has to hold however many there are, and what is prepared for the encoder is all of them."""
+        spared: a limit has to hold however many there are, and what is prepared for the encoder is all of them. So are
+        its times where nobody knows that it saves any: no plan is taken for what it may not spare."""
         found = self.cost.predict(self.adapter.computed(point), self.work(point, info, new_tokens, patches))
         if point.blanks is None:
             return found
@@ -215,7 +216,7 @@ class Offering:
         if seen is not None:
             info = replace(info, seen=lambda _: seen(point))  # what was kept of the whole serves no other point
         most = self.cost.predict(self.adapter.computed(whole), self.work(whole, info, new_tokens))
-        return replace(found, peak_memory_gb=most.peak_memory_gb)
+        return replace(found, peak_memory_gb=most.peak_memory_gb) if self.adapter.blanks_save_time else most
 
     def work(
         self, point: OperatingPoint, info: RequestInfo, new_tokens: float | None = None, patches: int | None = None

@@ -50,6 +50,7 @@ class Scores:
 
 
 def padded(count: int) -> int:
+    """Rows or columns of a matrix product that has to have so many."""
     return max(_LEAST, _power(count))
 
 
@@ -92,8 +93,8 @@ def score(
     """
     first, (images, several) = levels[0], _cut(lengths, levels[0])
     blocks = _blocks(lengths, SCORED.rows)
-    padded = _power(len(levels) + 3)
-    sums = first.new_zeros((len(lengths), padded), dtype=torch.int64)
+    places = _power(len(levels) + 3)
+    sums = first.new_zeros((len(lengths), places), dtype=torch.int64)
     codes = first.new_empty((first.shape[0], len(levels) * rank), dtype=torch.float32) if rank else None
     score_levels[(blocks, len(levels))](
         sums,
@@ -106,7 +107,7 @@ def score(
         TAP=tap,
         WIDTH=first.shape[1],
         LEVELS=len(levels),
-        PADDED=padded,
+        PADDED=places,
         RANK=rank,
         SLOTS=into.shape[1],
         FACTOR=_FACTORS[torch.float32 if INTERPRETED else first.dtype],

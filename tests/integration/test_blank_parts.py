@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from adaptive_fusion.budget import Budget
 from adaptive_fusion.evaluation.questions import Question
 from adaptive_fusion.evaluation.scenes import METRIC_OF_TASK, media
 from adaptive_fusion.models import standing
@@ -72,7 +73,7 @@ def test_what_is_predicted_follows_how_much_is_blank(runner: AdaptiveRunner, noi
         assert share == pytest.approx(reply.measurement.patches / 1024, abs=0.2)
 
 
-def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner) -> None:
+def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is spared is not known before, and every patch is prepared for the encoder.
     ladder = (Rung(NATIVE), Rung(BLANKS, quality=0.99))
     both = AdaptiveRunner(
@@ -81,6 +82,13 @@ def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner) -> None:
     image = Image.new("RGB", (320, 320), "white")
     costs = {each.point: each.predicted for each in both.offers(image, "Describe the screen.")[1]}
     assert costs[BLANKS].encode_ms < 0.9 * costs[NATIVE].encode_ms
+    with monkeypatch.context() as elsewhere:  # where nobody knows that it saves time no plan is taken for that
+        elsewhere.setattr(type(both.adapter), "blanks_save_time", False)
+        assert {each.point: each.predicted for each in both.offers(image, "Describe the screen.")[1]} == {
+            NATIVE: costs[NATIVE],
+            BLANKS: costs[NATIVE],
+        }
+    assert both.adapter.blanks_save_time
     whole = costs[NATIVE].peak_memory_gb
     assert costs[BLANKS].peak_memory_gb == whole > 0
     # What the encoder made of every patch is there for native alone, what it made of the rest for the other alone.
@@ -91,6 +99,23 @@ def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner) -> None:
         peaks = {each: costs[each].peak_memory_gb for each in costs}
         other = BLANKS if point == NATIVE else NATIVE
         assert peaks[other] == whole > 2 * peaks[point]
+
+
+@pytest.mark.filterwarnings("ignore::adaptive_fusion.PolicyMismatchWarning")
+def test_general_policies_spare_blank_parts_only_where_that_is_known_to_save_time(
+    runner: AdaptiveRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    general = AdaptiveRunner(runner.model, runner.processor, policy="balanced")
+    screens = [make_scene("simple", seed, "eval", (400, 400)).image for seed in range(6)]
+
+    def spared() -> int:
+        budgets = (None, Budget(ttft_ms=2000), Budget(vram_gb=0.02))
+        found = [general.decide(screen, PROMPTS["describe"], budget=budget) for screen in screens for budget in budgets]
+        return sum(decision.point.blanks is not None for decision in found)
+
+    assert spared() > 0
+    monkeypatch.setattr(type(general.adapter), "blanks_save_time", False)
+    assert spared() == 0
 
 
 def test_full_detail_is_given_all_patches(runner: AdaptiveRunner) -> None:
