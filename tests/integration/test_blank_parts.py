@@ -101,7 +101,6 @@ def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner, monkeypatc
         assert peaks[other] == whole > 2 * peaks[point]
 
 
-@pytest.mark.filterwarnings("ignore::adaptive_fusion.PolicyMismatchWarning")
 def test_general_policies_spare_blank_parts_only_where_that_is_known_to_save_time(
     runner: AdaptiveRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
