@@ -46,8 +46,8 @@ def learn(
     policy: Annotated[
         str,
         typer.Option(
-            help="Policy in service; auto takes what the last round released, else what the model gets or the labels"
-            " are for."
+            help="Policy in service; auto takes what the last round released, else what the model gets, else what the"
+            " labels are for."
         ),
     ] = "auto",
     out: Annotated[
@@ -113,17 +113,15 @@ def _loop(
     from adaptive_fusion.learning.loop.settings import Settings
     from adaptive_fusion.user_cache import user_cache_dir
 
-    fingerprint = None
+    fingerprint = served = None
     if model is not None:
         from adaptive_fusion.loading import open_runner
 
         runner = open_runner(model, policy)
-        fingerprint = runner.fingerprint
-        if policy == "auto" and runner.policy.name in runner.policy.shipped():
-            policy = runner.policy.name
+        fingerprint, served = runner.fingerprint, runner.policy
     name = f"{Path(model).name}-{fingerprint.digest[:8]}" if model and fingerprint else "logs"
     folder = out or user_cache_dir(os.environ) / "learning" / name
-    settings = Settings(policy, fingerprint, tolerance, objective, seed=seed, jobs=jobs)
+    settings = Settings(policy, served, fingerprint, tolerance, objective, seed=seed, jobs=jobs)
     return Loop(logs, folder, settings, rollout=_handover(rollout))
 
 

@@ -7,7 +7,8 @@ The law, per measured quantity (time to the first token, total latency), with y(
 milliseconds of operating point o on request x:
 
 - drift: residual ``r = ln(measured / y) - m - d_o``, where m is the common drift and d_o the point's own; ``e`` is r
-  clipped to +-0.7; ``m += 0.08 e``; ``d_o = 0.995 d_o + 0.03 e``;
+  clipped to +-0.7; ``m += 0.08 e``; ``d_o = 0.995 d_o + 0.03 e``. A request for which no encoder ran, as its output was
+  cached, teaches d_o and w_o of a point of its own and nothing that is common;
 - spread: ``w += 0.03 (|e| - w)``, from 0.3, for all points together and likewise for each (its first residuals
   averaged). The spread w_o of a point is the mean of both, its own weighted by how many residuals it has had, up to
   33, that of all points by 10; it is at least 0.005;
@@ -18,10 +19,11 @@ milliseconds of operating point o on request x:
   the last 4 residuals is added to m and both start again; downward likewise, above 1.0;
 - choice: the highest worth ``quality - price x P(late)``, the Lagrangian of "the best quality at a share of misses of
   at most 1 - attainment" (Everett 1963): misses are allowed where they buy most, but no risk above 0.8 is taken, so
-  that what is late is not late by much. Ties go to the cheaper point. If nothing is worth more than 0: the cheapest
-  that fits in memory, marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer
-  is cut off at the deadline, refusal needs more: a first token that is predicted, without regard to risk, after the
-  deadline;
+  that what is late is not late by much. Of equal worth the one of higher quality is taken, of equal quality the
+  cheaper. If nothing is worth more than 0: the cheapest that fits in memory, else the one that needs least of it,
+  marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer is cut off at the
+  deadline, refusal needs more: that nothing fits in memory, or a first token that is predicted, without regard to
+  risk, after the deadline;
 - price, one for each attainment level in use, by dual ascent (a virtual queue, Neely 2010):
   ``price += 0.3 (miss - (1 - attainment))``, from 2, at least 0.5 (half an answer) and at most 50. Of requests not
   thought to fit only kept ones count. So, whatever the load does and however wrong P(late) is, misses of requests
@@ -39,14 +41,15 @@ milliseconds of operating point o on request x:
   predicted to need as much as the one that failed are out at once; after 25 clean requests the ceiling
   rises by one step (x 1.25), until it is gone; a failure within the trial doubles the wait, up to 1,600;
 - two passes: where the model is not sure of a cheap plan's answer the better plan runs after its prefill. With c1 and
-  c2 the times of both and p the share that goes on, the mean cost is c1 + p c2 (of c1 given up, the prefill only), the
-  risk (1 - p) P(c1 late) + p P(c1 + c2 late), c1 taken off what is left at its expected time. p is a running mean of
-  the last 200 verdicts of the plan's rung and kind of question, together with 10 at the share expected beforehand.
-  Without a learned threshold the worth is that of going on at random, with one what its rows still lost. No verdict is
-  taken unless the better plan is by then in time with the probability that the budget asks for. Each pass teaches its
-  own rung, with its own time;
+  c2 the times of both and p the share that goes on, the mean cost is c1 + p c2 (a first pass that is given up costs
+  its prefill only), the risk (1 - p) P(c1 late) + p P(c1 + c2 late), c1 taken off what is left at its expected time.
+  p is a running mean of the last 200 verdicts of the plan's rung and kind of question, together with 10 at the share
+  expected beforehand. The worth is that of going on at random; with a learned threshold it is at least the better
+  plan's quality less what its rows still lost. No verdict is taken unless the better plan is by then in time with the
+  probability that the budget asks for. Each pass teaches its own rung, with its own time;
 - bounds: m stays within +-8, the margin that is told is at most e^3 times what is expected; own drifts are kept for
-  256 points and prices for 16 attainment levels, the oldest makes room; a choice older than 600 s teaches nothing.
+  256 points and prices for 16 attainment levels, the oldest makes room; a request that finishes
+  more than 600 s after its choice teaches nothing; one that was cut off is a miss however old it is.
 """
 
 # Drift, in ln(measured / predicted)

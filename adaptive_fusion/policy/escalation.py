@@ -141,9 +141,10 @@ class Escalation:
         return GENERAL
 
     def first_of(self, lane: str, kind: str) -> str | None:
-        """The rung that a lane takes first for a kind of question, empty for full compute; None where that was not
-        learned."""
-        return self.first.get(lane, {}).get(kind)
+        """The rung that a lane takes first for a kind of question, or for every kind that has none of its own; empty
+        for full compute, None where that was not learned."""
+        kinds = self.first.get(lane, {})
+        return kinds.get(kind, kinds.get(ANY))
 
     def to_dict(self) -> dict[str, Any]:
         """TOML-able values."""

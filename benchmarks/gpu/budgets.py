@@ -191,10 +191,23 @@ def _kept(asked: Sequence[tuple[Question, Any]], deadline_ms: float, scored: boo
         "by_third": [_share(in_time[could & (parts == part)]) for part in range(3)],
         "ttft_ms": spread(took.tolist()),
         "points": points,
+        "late": [_late(index, asked[index][1]) for index in np.flatnonzero(could & ~in_time)],
     }
     if scored:
         row["quality"] = float(np.mean([question.score(reply.text) or 0.0 for question, reply in asked]))
     return row
+
+
+def _late(index: int, reply: Any) -> Row:
+    """Of a request that was thought to fit and came late: what was expected, and which step of it took long."""
+    decision, measured = reply.decision, reply.measurement
+    return {
+        "request": int(index), "patches": measured.patches, "rung": decision.rung, "escalated": decision.escalated,
+        "p_late": round(decision.p_late, 4), "margin": round(decision.margin, 3),
+        "predicted_ms": round(decision.predicted.ttft_ms, 1), "elapsed_ms": round(decision.elapsed_ms, 1),
+        "preprocess_ms": round(measured.preprocess_ms, 1), "encode_ms": round(measured.encode_ms, 1),
+        "prefill_ms": round(measured.prefill_ms, 1), "ttft_ms": round(measured.ttft_ms, 1),
+    }  # fmt: skip
 
 
 def _share(kept: npt.NDArray[np.bool_]) -> float | None:

@@ -216,6 +216,36 @@ def test_a_client_that_goes_away_ends_its_request_upstream() -> None:
         until(lambda: inside(server).deciding.controller.state()["counts"]["cancelled"] == 1, f"a cancel in {counts}")
 
 
+def test_what_the_gateway_is_at_waits_and_what_the_engine_has_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, planned = threading.Event(), threading.Event()
+
+    async def held(index: int) -> None:
+        await asyncio.to_thread(asked.wait, MOST_S)
+
+    def gauges(server: DrainingServer) -> tuple[float, float, float]:
+        found = httpx.get(url_of(server, "/metrics"), timeout=MOST_S).text
+        names = ("num_requests_waiting", "num_requests_running", "request_queue_time_seconds_count")
+        lines = dict(line.rsplit(" ", 1) for line in found.splitlines() if not line.startswith("#"))
+        return tuple(float(lines[f"adaptive_fusion:{name}"]) for name in names)  # type: ignore[return-value]
+
+    with engine(before=held) as behind, gateway(behind.url) as server, ThreadPoolExecutor(2) as pool:
+        plans = inside(server).side.plans
+        decide = plans.decide
+        monkeypatch.setattr(plans, "decide", lambda *call: planned.wait(MOST_S) and decide(*call))
+        try:
+            body = {"model": "m", "stream": True, "messages": asking(shown(photo(64, 64)), text("?"))}
+            first = pool.submit(post, server, body)
+            until(lambda: gauges(server) == (1, 0, 0), "the first to wait for its plan")
+            planned.set()
+            until(lambda: gauges(server) == (0, 1, 1), "the first to be sent")
+            assert httpx.get(url_of(server, "/ready"), timeout=MOST_S).status_code == 200
+            assert gauges(server) == (0, 1, 1)  # a probe is no request
+        finally:
+            planned.set(), asked.set()
+        assert first.result(MOST_S).status_code == 200
+        until(lambda: gauges(server) == (0, 0, 1), "all to be over")
+
+
 def test_a_slow_reader_holds_back_the_engine() -> None:
     words = ["w" * 60_000] * 1_600  # 96 MB; the kernel takes some 20 on the two ways
     with engine(words=lambda body: words) as behind, gateway(behind.url) as server:

@@ -111,7 +111,7 @@ class Loop:
         for past in reversed([*state.history, *self._last(state)]):
             if past["status"] == RELEASED and (folder := self.folder.path / past["folder"]).is_dir():
                 return str(folder), Policy.load(folder)
-        found = labelled_policy(self.logs, self.settings.jobs)
+        found = self.settings.served or labelled_policy(self.logs, self.settings.jobs)
         return (found.name if found.name in Policy.shipped() else found), found
 
     def _last(self, state: State) -> list[dict[str, Any]]:

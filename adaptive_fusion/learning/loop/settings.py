@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from adaptive_fusion.learning.fitting.train import ESTIMATOR_NAMES
 from adaptive_fusion.policy.files import AUTO
 from adaptive_fusion.policy.fitted import Fingerprint
+from adaptive_fusion.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Settings:
 
     Attributes:
         policy: The policy in service: a name or a path; ``auto`` takes the candidate that the last round released, else
-            the shipped one that the labels are for.
+            `served`, else the shipped one that the labels are for.
+        served: What the model gets while nothing was released; None where no model was named.
         model: Whose labels are wanted; None takes those of any one model.
         tolerance, objective, estimators, seed: See `train`.
         jobs: Threads.
@@ -24,6 +26,7 @@ class Settings:
     """
 
     policy: str = AUTO
+    served: Policy | None = None
     model: Fingerprint | None = None
     tolerance: float = 0.02
     objective: str = "quality"

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from adaptive_fusion.execution.turns import Turns, turns_of
 from adaptive_fusion.serving.gateway.answered import relayed
 from adaptive_fusion.serving.gateway.beside import Aside
+from adaptive_fusion.serving.gateway.entry import Entry
 from adaptive_fusion.serving.gateway.exchange import Exchange, target_of
 from adaptive_fusion.serving.gateway.incoming import Incoming
 from adaptive_fusion.serving.gateway.look import looked
@@ -35,22 +36,23 @@ async def chat_completions(gateway: Gateway, scope: Scope, receive: Receive, sen
     arrived_s, metrics = gateway.clock(), gateway.metrics
     metrics.arrived()
     incoming = Incoming(receive)
-    with gateway.admitted(), gateway.bodies.counting() as grown:
+    with gateway.admitted() as entry, gateway.bodies.counting() as grown:
         body = await incoming.whole(gateway.settings.max_body_mib, grown)
         try:
-            await incoming.while_there(_answer(gateway, scope, incoming.answering(send), body, arrived_s))
+            await incoming.while_there(_answer(gateway, scope, incoming.answering(send), body, arrived_s, entry))
         except ClientDisconnect:
             metrics.failed("cancelled")
             raise
 
 
-async def _answer(gateway: Gateway, scope: Scope, send: Send, body: bytes, arrived_s: float) -> None:
+async def _answer(gateway: Gateway, scope: Scope, send: Send, body: bytes, arrived_s: float, entry: Entry) -> None:
     headers = dict(scope["headers"])
     call: Call | None = None
     if headers.get(b"content-encoding", b"identity") == b"identity":
         with contextlib.suppress(NotReadable):
             call = read_call(body) if len(body) <= SMALL else await gateway.in_thread(read_call, body)
     if call is None:  # whatever it is, the engine is to say so
+        entry.sent()
         await relay(await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], body), send)
         return
     trial, aside = _trial(gateway, call), Aside(scope["method"], target_of(scope), scope["headers"], call)
@@ -58,7 +60,7 @@ async def _answer(gateway: Gateway, scope: Scope, send: Send, body: bytes, arriv
         side: Side = gateway.side if trial is None else await gateway.in_thread(trial.runner, aside)
         audit = side.plans.audit or (trial is not None and trial.audit)
         # What is sent as it came does not wait for what would have been done: that would be measured with it.
-        under_way = asyncio.ensure_future(_as_it_came(gateway, scope, call)) if audit else None
+        under_way = asyncio.ensure_future(_as_it_came(gateway, scope, call, entry)) if audit else None
         try:
             planned, turns = await planned_call(gateway, call, arrived_s, side, audit=audit)
             aside.planned = planned
@@ -70,7 +72,7 @@ async def _answer(gateway: Gateway, scope: Scope, send: Send, body: bytes, arriv
         raise
     gateway.metrics.decided(gateway.clock() - arrived_s)
     watch = Watch(gateway.clock, arrived_s, call.stream)
-    exchange = Exchange(scope, send, call, planned, turns, watch, side, trial, under_way)
+    exchange = Exchange(scope, send, call, planned, turns, watch, side, entry, trial, under_way)
     try:
         await _exchange(gateway, exchange)
     except BaseException as error:
@@ -115,7 +117,8 @@ async def planned_call(
     return plans.decide(call, media, turns, elapsed_ms), turns
 
 
-async def _as_it_came(gateway: Gateway, scope: Scope, call: Call) -> httpcore2.Response:
+async def _as_it_came(gateway: Gateway, scope: Scope, call: Call, entry: Entry) -> httpcore2.Response:
+    entry.sent()
     return await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], as_it_came(call))
 
 
@@ -131,6 +134,7 @@ async def _exchange(gateway: Gateway, exchange: Exchange) -> None:
         await kept
         return
     body = await body_of(gateway, call, planned, planned.given)
+    exchange.entry.sent()
     response = await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], body)
     del body
     if exchange.refused_look and response.status == 200:  # so it was the look that it would not take

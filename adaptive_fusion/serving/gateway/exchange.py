@@ -13,6 +13,7 @@ from adaptive_fusion.decisions import Decision
 from adaptive_fusion.execution.turns import Turns
 from adaptive_fusion.point import NATIVE
 from adaptive_fusion.serving import answers
+from adaptive_fusion.serving.gateway.entry import Entry
 from adaptive_fusion.serving.gateway.plan import Planned
 from adaptive_fusion.serving.gateway.proxy import Headers
 from adaptive_fusion.serving.gateway.reading import Call
@@ -36,6 +37,7 @@ class Exchange:
         turns: Its place in its conversation.
         watch: What its answer takes.
         side: What has decided it.
+        entry: Where it is.
         trial: Its part in an experiment.
         under_way: The engine's answer to what was sent before the decision was made, in an audit.
         lost_ms: What a first pass took that was given up.
@@ -49,6 +51,7 @@ class Exchange:
     turns: Turns
     watch: Watch
     side: Side
+    entry: Entry
     trial: Trial | None = None
     under_way: "asyncio.Future[httpcore2.Response] | None" = None
     lost_ms: float = 0.0

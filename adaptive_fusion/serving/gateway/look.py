@@ -38,6 +38,7 @@ async def looked(gateway: Gateway, exchange: Exchange) -> Any:
     body = await body_of(gateway, call, planned, planned.given, _ASKING if ours else None)
     head = [pair for pair in exchange.scope["headers"] if pair[0].lower() != b"accept-encoding"]
     head.append((b"accept-encoding", b"identity"))
+    exchange.entry.sent()
     response = await gateway.upstream.send(exchange.scope["method"], target_of(exchange.scope), head, body)
     if response.status != 200:
         if ours and response.status in _REFUSED:

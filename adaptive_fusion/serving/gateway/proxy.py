@@ -117,7 +117,7 @@ class Upstream:
         )
         try:
             return await self._pool.handle_async_request(request)
-        except httpcore2.ConnectError as error:
+        except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
             raise Refusal("the engine upstream cannot be reached", 502, code="upstream_unreachable") from error
         except httpcore2.TimeoutException as error:
             raise Refusal("the engine upstream says nothing", 504, code="upstream_timeout") from error

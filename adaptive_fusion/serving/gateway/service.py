@@ -22,6 +22,7 @@ from adaptive_fusion.serving.access_log import AccessLog
 from adaptive_fusion.serving.fetcher import Address as MediaAddress
 from adaptive_fusion.serving.fetcher import Fetcher, allowed_origins, read_address
 from adaptive_fusion.serving.gateway import clips, engines, processors
+from adaptive_fusion.serving.gateway.entry import Entry
 from adaptive_fusion.serving.gateway.plan import Medium
 from adaptive_fusion.serving.gateway.proxy import Address, Upstream
 from adaptive_fusion.serving.gateway.reading import Call, Shown
@@ -105,24 +106,34 @@ class Gateway:
     # Who is in
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Inside this context a request is in.
+    def admitted(self) -> Iterator[Entry]:
+        """Inside this context a request is in; it waits for the gateway until its entry says that the engine has it.
 
         Raises:
             Refusal: 503 once the gateway ends.
         """
-        if self.draining:
-            raise Refusal("the gateway is shutting down", 503, code="draining", retry_s=1.0)
+        self.refuse_if_draining()
+        entry = Entry(self.metrics, self.clock)
         self._active += 1
         self._idle.clear()
         self.metrics.queued(self._active)
         try:
-            yield
+            yield entry
         finally:
             self._active -= 1
+            entry.left()
             self.metrics.queued(self._active)
             if not self._active:
                 self._idle.set()
+
+    def refuse_if_draining(self) -> None:
+        """Let nobody in once the gateway ends.
+
+        Raises:
+            Refusal: 503 then.
+        """
+        if self.draining:
+            raise Refusal("the gateway is shutting down", 503, code="draining", retry_s=1.0)
 
     async def drain(self) -> None:
         """Let nobody else in, and wait for those who are, at most the settings' time."""

@@ -33,7 +33,7 @@ SENTENCES = (
     "together with {SHARE_WEIGHT} at the share expected beforehand.",
     "m stays within +-{DRIFT_MAX:g}, the margin that is told is at most e^{MARGIN_MAX:g} times",
     "own drifts are kept for {MAX_POINTS} points and prices for {MAX_LEVELS} attainment levels",
-    "a choice older than {STALE_S:g} s teaches nothing.",
+    "more than {STALE_S:g} s after its choice teaches nothing",
 )
 
 

@@ -28,6 +28,13 @@ def test_the_nearest_threshold_holds() -> None:
     assert RULES.threshold("native@0.5", "read") is GENERAL is Escalation().threshold("a", "")
 
 
+def test_the_first_step_of_a_kind_is_its_own_else_that_of_every_kind() -> None:
+    found = Escalation.from_dict({"first": {"weighted": {"read": "", ANY: "native@0.5"}, "gated": {"read": "native"}}})
+    assert Escalation.from_dict(found.to_dict()) == found
+    asked = [("weighted", "read"), ("weighted", "count"), ("gated", "read"), ("gated", "count"), ("video", "read")]
+    assert [found.first_of(*each) for each in asked] == ["", "native@0.5", "native", None, None]
+
+
 def test_all_rungs_that_spare_blank_parts_alone_may_have_one_threshold() -> None:
     table = {"*blank": {ANY: 1.0}, ANY: {"read": 0.2}, "gated3@1/4blank": {"read": 0.4}}
     found = Escalation.from_dict({"thresholds": table})

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,10 @@ def test_a_candidate_goes_through_shadow_and_canary_into_service(
     assert (state.status, state.reason) == (RELEASED, "no sign that it is worse")
     auto = Loop([folder / "logs"], tmp_path, Settings())
     assert auto.ahead().policy == "base-r1" and auto.ahead().candidate == "base-r2"
+    # What the model gets counts only where nothing was released.
+    gets = Settings(served=replace(base_policy(), name="gets"))
+    assert Loop([folder / "logs"], tmp_path, gets).ahead().policy == "base-r1"
+    assert Loop([folder / "logs"], tmp_path / "other", gets).ahead().policy == "gets"
     # What it was worth stands beside what was estimated.
     write_jsonl(tmp_path / "later.jsonl", decided(300, 9, "base-r1", 1.0))
     [found] = Loop([tmp_path / "later.jsonl"], tmp_path, Settings()).compared()
