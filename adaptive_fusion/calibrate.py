@@ -13,39 +13,17 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from adaptive_fusion.budget import MAX_VRAM_GB, Budget
+from adaptive_fusion.cost import plan
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.model import SIZES, CostModel, Profile
 from adaptive_fusion.cost.profiles import profile_key, save_profile
-from adaptive_fusion.models.base import Adapter, Size
-from adaptive_fusion.point import MIN_PIXELS, NATIVE, OperatingPoint
+from adaptive_fusion.models.base import Adapter
+from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.progress import Progress, Steps, silent
 from adaptive_fusion.user_cache import user_cache_dir
 
 if TYPE_CHECKING:
     from adaptive_fusion.runner import AdaptiveRunner
-
-SHAPES = (
-    (384, 384), (128, 128), (240, 368), (272, 272), (336, 160), (208, 304), (400, 248), (176, 192),
-    (288, 256), (144, 240), (360, 312), (220, 220), (312, 392), (264, 136), (192, 192), (344, 344),
-    (96, 64), (64, 112), (112, 88), (128, 136),
-)  # fmt: skip
-"""Width and height of the images measured, all different as real ones are: what a request takes also depends on what
-requests of other sizes left in the heap. The last are small: what every request takes, of whatever size, shows there.
-"""
-LARGEST = 4_000_000
-"""Pixels of the largest image where the model computes on something faster than a CPU; all others grow with it. There
-the small ones take no less than launching what they need, and say nothing of the large ones."""
-ANSWERS = (4, 24)
-SHORT_ANSWERS = (2, 8)
-"""Tokens of answers on a CPU, and elsewhere, where a token takes as long as the host takes to launch it."""
-BATCHES = ((4, 0, 1.0), (2, 5, 1.0), (3, 11, 0.5), (4, 7, 0.5), (2, 16, 0.5), (4, 13, 1.0), (2, 10, 0.25), (3, 2, 1.0))
-"""Rows, the first of their `SHAPES`, and what is left of their tokens' grid: requests that run in one pass, of like and
-of unlike sizes."""
-FEWER = 6
-"""Of these, on anything faster than a CPU."""
-_Request = tuple[tuple[int, int], OperatingPoint, int]
-"""Sides of the image, point, and tokens of the answer."""
-CHECK_SIDES = ((352, 288), (224, 320), (256, 256), (184, 360), (376, 328), (304, 200), (272, 384), (320, 320))
 
 
 @dataclass(frozen=True)
@@ -85,26 +63,31 @@ def calibrate(
         progress: See `Progress`; a step is a request.
     """
     repeats = _repeats(runner.adapter, repeats)
-    plan, unseen = _requests(runner.adapter), _check_requests(runner.adapter) if check else []
+    asked, unseen = plan.requests(runner.adapter), plan.check_requests(runner.adapter) if check else []
     samples: list[Sample] = []
     held_out: list[Sample] = []
     apart = not runner.meter.free_of_charge
     # In rounds, so that no request follows its like. The first brings everything to where later ones find it: the heap
     # on a CPU, elsewhere the kernels of each size, which are loaded when it first comes.
-    rounds = [(_first(runner.adapter, plan), True, None), *[(plan, True, samples)] * repeats, (unseen, True, held_out)]
+    rounds = [
+        (plan.first(runner.adapter, asked), True, None),
+        *[(asked, True, samples)] * repeats,
+        (unseen, True, held_out),
+    ]
     if apart:
-        rounds += [*[(plan, False, samples)] * repeats, (unseen, False, held_out)]
-    together, shapes, answers = _batches(runner.adapter), _shapes(runner.adapter), _answers(runner.adapter)
+        rounds += [*[(asked, False, samples)] * repeats, (unseen, False, held_out)]
+    together = plan.batches(runner.adapter)
+    shapes, answers = plan.shapes(runner.adapter), plan.answers(runner.adapter)
     steps = Steps(progress, "calibrate", sum(len(requests) for requests, *_ in rounds) + repeats * len(together))
     images = itertools.count()
     order = random.Random(0)
     # What fusion takes is measured on every model: a profile outlives the policy that the runner has.
-    with runner.adapter.built(point for requests in (plan, unseen) for _, point, _ in requests):
+    with runner.adapter.built(each.point for requests in (asked, unseen) for each in requests):
         for requests, memory, kept in rounds:
-            for sides, point, tokens in order.sample(requests, len(requests)):
+            for request in order.sample(requests, len(requests)):
                 # A new image each time, as requests bring them: one that was there before takes less.
-                image = _scene(next(images), sides)
-                found = _measured(runner, image, point, tokens, memory=memory, apart=apart)
+                image = _scene(next(images), request.sides) if request.sides is not None else None
+                found = _measured(runner, image, request, memory=memory, apart=apart)
                 if kept is not None:
                     kept.append(found)
                 steps.advance()
@@ -123,51 +106,13 @@ def calibrate(
 
 def count(runner: "AdaptiveRunner", repeats: int | None = None) -> int:
     """How many requests and batches `calibrate` measures, without those of a check."""
-    repeats, plan = _repeats(runner.adapter, repeats), _requests(runner.adapter)
+    repeats, asked = _repeats(runner.adapter, repeats), plan.requests(runner.adapter)
     rounds = repeats + (0 if runner.meter.free_of_charge else repeats)
-    return (1 + rounds) * len(plan) + repeats * len(_batches(runner.adapter))
+    return (1 + rounds) * len(asked) + repeats * len(plan.batches(runner.adapter))
 
 
 def _repeats(adapter: Adapter, repeats: int | None) -> int:
     return repeats if repeats is not None else 2 if adapter.device.type == "cpu" else 1
-
-
-def _first(adapter: Adapter, plan: list[_Request]) -> list[_Request]:
-    """What is run before anything is measured: everything. Elsewhere than on a CPU with the shorter answer, as there it
-    is for the kernels alone."""
-    if adapter.device.type == "cpu":
-        return plan
-    return [(sides, point, _answers(adapter)[0]) for sides, point, _ in plan]
-
-
-def _answers(adapter: Adapter) -> tuple[int, int]:
-    return ANSWERS if adapter.device.type == "cpu" else SHORT_ANSWERS
-
-
-def _scale(adapter: Adapter) -> float:
-    """How much larger images are than they are listed."""
-    if adapter.device.type == "cpu":
-        return 1.0
-    most = max(width * height for width, height in SHAPES)
-    return max(1.0, math.sqrt(min(LARGEST, adapter.native_pixels(Size(1, 8192, 8192))) / most))
-
-
-def _scaled(adapter: Adapter, shapes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    scale = _scale(adapter)
-    return [(round(scale * width), round(scale * height)) for width, height in shapes]
-
-
-def _shapes(adapter: Adapter) -> Sequence[tuple[int, int]]:
-    """`SHAPES`, of which there are fewer and larger ones on anything faster than a CPU."""
-    if adapter.device.type == "cpu":
-        return SHAPES
-    # Two of three: what is measured there has to be done within a minute.
-    return _scaled(adapter, [sides for index, sides in enumerate(SHAPES) if index % 3 != 1])
-
-
-def _batches(adapter: Adapter) -> Sequence[tuple[int, int, float]]:
-    """See `BATCHES`, the first of which on anything faster than a CPU; none where requests cannot share a pass."""
-    return (BATCHES if adapter.device.type == "cpu" else BATCHES[:FEWER]) if adapter.packed else ()
 
 
 def _scene(seed: int, sides: tuple[int, int]) -> Any:
@@ -183,21 +128,18 @@ def _measured_together(runner: "AdaptiveRunner", images: Sequence[Any], point: O
     return point, work, replace(took, peak_memory_gb=0.0)
 
 
-def _measured(
-    runner: "AdaptiveRunner", image: Any, point: OperatingPoint, tokens: int, *, memory: bool, apart: bool
-) -> Sample:  # fmt: skip
+def _measured(runner: "AdaptiveRunner", image: Any, request: plan.Request, *, memory: bool, apart: bool) -> Sample:
     """One request's peak and times; where they are measured `apart` only one of these."""
     # The memory budget is never reached; without one the peak may go unmeasured.
     budget = Budget(vram_gb=MAX_VRAM_GB) if memory else None
-    reply = runner.chat(
-        image, "Describe.", point=point, budget=budget, max_new_tokens=tokens, min_new_tokens=tokens
-    )  # fmt: skip
+    prompt, point, exactly = request.prompt, request.point, {"min_new_tokens": request.tokens}
+    reply = runner.chat(image, prompt, point=point, budget=budget, max_new_tokens=request.tokens, **exactly)
     took = reply.measurement
     if memory and apart:
         took = replace(
             took, preprocess_ms=0.0, encode_ms=0.0, prefill_ms=0.0, decode_ms=0.0, ttft_ms=0.0, latency_ms=0.0
         )
-    return point, runner.work(image, "Describe.", point, took.new_tokens), took
+    return point, runner.work(image, prompt, point, took.new_tokens), took
 
 
 def _errors(profile: Profile, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
@@ -211,28 +153,9 @@ def _errors(profile: Profile, samples: Sequence[Sample]) -> dict[str, dict[str, 
             ("decode", said.decode_ms, took.decode_ms),
             ("memory", said.peak_memory_gb, took.peak_memory_gb),
         ):
-            if measured > 0.0:
+            if measured > 0.0 and predicted > 0.0:  # a text alone has nothing to encode
                 found[stage].append((predicted, measured))
     return {stage: relative_errors(pairs) for stage, pairs in found.items() if pairs}
-
-
-def _check_requests(adapter: Adapter) -> list[_Request]:
-    return [
-        (sides, point, (6, 16)[index % 2])
-        for sides in _scaled(adapter, CHECK_SIDES)
-        for index, point in enumerate(_check_points(adapter, sides))
-    ]
-
-
-def _check_points(adapter: Adapter, sides: tuple[int, int]) -> list[OperatingPoint]:
-    pixels = sides[0] * sides[1]
-    points = [
-        NATIVE,
-        replace(NATIVE, downsample=0.5),
-        OperatingPoint("gated", 12, adapter_rank=8),
-        OperatingPoint("weighted", 6, 0.5, max(MIN_PIXELS, pixels // 3), 4),
-    ]
-    return list(dict.fromkeys(adapter.restrict(point)[0] for point in points))
 
 
 def relative_errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -249,25 +172,3 @@ def relative_errors(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     best = min(high([abs(constant / measured - 1.0) for _, measured in pairs]) for constant in steps)
     bias = median(predicted / measured - 1.0 for predicted, measured in pairs)
     return {"median": median(errors), "bias": bias, "p95": high(errors), "constant_p95": best}
-
-
-def _requests(adapter: Adapter) -> list[_Request]:
-    """Every size untouched, downsampled and at a point that does more, most of these on fewer pixels."""
-    others = (
-        (OperatingPoint("gated", 12, adapter_rank=8), 1),
-        (OperatingPoint("weighted", 6, 0.5, adapter_rank=4), 2),
-        (NATIVE, 4),
-        (OperatingPoint("gated", 12, 0.5, adapter_rank=8), 1),
-        (OperatingPoint("weighted", 6, 0.5, adapter_rank=4), 4),
-        (OperatingPoint("weighted", 6, adapter_rank=4), 1),
-        (OperatingPoint("gated", 12, 0.5, adapter_rank=8), 3),
-        (OperatingPoint("weighted", 6, 0.25, adapter_rank=4), 8),
-    )
-    found: dict[tuple[tuple[int, int], OperatingPoint], None] = {}
-    for index, sides in enumerate(_shapes(adapter)):
-        more, part = others[index % len(others)]
-        few = max(MIN_PIXELS, sides[0] * sides[1] // part) if part > 1 else None
-        for point in (NATIVE, replace(NATIVE, downsample=(0.5, 0.25)[index % 2]), replace(more, max_pixels=few)):
-            found[sides, adapter.restrict(point)[0]] = None
-    answers = _answers(adapter)
-    return [(sides, point, answers[index // 2 % 2]) for index, (sides, point) in enumerate(found)]

@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py [--requests 1000] [--model reference] [--policy auto] [--seed 0] [--json]
 
-Images have random sides, no two alike, and are simple or dense. The budget of each request is drawn between what its
+Images have random sides, no two alike, and are simple or dense; one prompt in three has up to 600 words, so that what
+the language model needs is more than what the encoder does. The budget of each request is drawn between what its
 cheapest and its dearest operating point are predicted to need, margin included, so that most of them rule something
 out. A request exceeds its budget if its measured peak is more than 2 % above; one that nothing fits, in the
 controller's own opinion, is counted apart. The first request of the process is counted like any other: the libraries
@@ -29,6 +30,7 @@ from adaptive_fusion.reference.screens import PROMPTS, make_scene
 TOLERANCE = 0.02
 SIDES = (128, 400)
 NEW_TOKENS = (2, 12)
+WORDS = 600
 
 
 def keep_budgets(
@@ -59,11 +61,12 @@ def keep_budgets(
         width, height = rng.randint(*sides), rng.randint(*sides)
         image = make_scene(rng.choice(("simple", "dense")), index, "eval", (400, 400)).image.resize((width, height))
         most = rng.randint(*tokens)
-        _, offers = runner.offers(image, PROMPTS["describe"], max_new_tokens=most)
+        prompt = PROMPTS["describe"] + " the" * (rng.randint(1, WORDS) if rng.random() < 1 / 3 else 0)
+        _, offers = runner.offers(image, prompt, max_new_tokens=most)
         envelope = math.exp(runner.controller.state()["memory"])
         needs = [envelope * candidate.predicted.peak_memory_gb for candidate in offers]
         budget = Budget(vram_gb=rng.uniform(min(needs), 1.05 * max(needs)))
-        reply = runner.chat(image, PROMPTS["describe"], budget=budget, max_new_tokens=most, do_sample=False)
+        reply = runner.chat(image, prompt, budget=budget, max_new_tokens=most, do_sample=False)
         steps.advance()
         peak, predicted = reply.measurement.peak_memory_gb, reply.decision.predicted
         if peak <= 0.0 or predicted is None or budget.vram_gb is None:

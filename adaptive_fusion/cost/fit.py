@@ -6,21 +6,18 @@ Knows samples and the terms of the cost model. Knows nothing of models, files or
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import mul
 from statistics import median
 
-from adaptive_fusion.cost.model import CostModel, Profile, Work, decode_terms, encode_terms, memory_terms, prefill_terms
+from adaptive_fusion.cost.fit_peaks import fit_peaks, peak_of
+from adaptive_fusion.cost.fit_stage import StageSample, fit_stage
+from adaptive_fusion.cost.model import CostModel, Profile, Work, decode_terms, encode_terms, prefill_terms
 from adaptive_fusion.decisions import Measurement
-from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint
 
-MIN_SAMPLES = 8
-_ROUNDS = 25
 _QUANTILES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _GAIN = 0.05
 
 Sample = tuple[OperatingPoint, Work, Measurement]
-StageSample = tuple[tuple[float, ...], float]
 
 
 def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
@@ -55,11 +52,9 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     for point, work, measured in alone:
         if 0.0 < measured.peak_memory_gb < math.inf:
             peaks.setdefault((point, work), []).append(measured.peak_memory_gb)
-    memory, _ = fit_stage("memory", [(memory_terms(p, w), median(found)) for (p, w), found in peaks.items()])
+    memory, context = fit_peaks([(p, w, median(found)) for (p, w), found in peaks.items()])
     memory_ratios = [
-        peak / max(sum(map(mul, memory, memory_terms(p, w))), 1e-12)
-        for (p, w), found in peaks.items()
-        for peak in found
+        peak / max(peak_of(memory, context, p, w), 1e-12) for (p, w), found in peaks.items() for peak in found
     ]
     profile = Profile(
         dict(key),
@@ -67,6 +62,7 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
         prefill,
         decode,
         memory,
+        context,
         memory_margin=min(max(1.05 * max(memory_ratios), 1.05), 4.0),
         samples=len(alone),
         errors={
@@ -112,30 +108,3 @@ def _mean_error(ratios: Sequence[float]) -> float:
 
 def _median_error(ratios: Sequence[float]) -> float:
     return median(abs(ratio - 1.0) for ratio in ratios)
-
-
-def fit_stage(stage: str, samples: Sequence[StageSample]) -> tuple[tuple[float, ...], list[float]]:
-    """Non-negative coefficients of least absolute log error, and measured / predicted of every usable sample.
-
-    Iteratively reweighted least squares: the absolute log error, unlike the squared relative one, neither
-    leans towards small predictions nor follows the requests that another process slowed down.
-    """
-    import numpy as np
-    from scipy.optimize import nnls
-
-    usable = [(terms, value) for terms, value in samples if 0.0 < value < math.inf]
-    if len(usable) < MIN_SAMPLES:
-        raise ConfigError(f"{stage} has {len(usable)} usable samples; expected at least {MIN_SAMPLES}")
-    matrix = np.array([terms for terms, _ in usable], dtype=np.float64)
-    target = np.array([value for _, value in usable], dtype=np.float64)
-    scale = np.where(matrix.max(0) > 0.0, matrix.max(0), 1.0) / float(np.median(target))
-    best, least, weights = np.zeros(matrix.shape[1]), math.inf, 1.0 / target
-    for _ in range(_ROUNDS):
-        solution, _ = nnls(matrix / scale * weights[:, None], target * weights)
-        predicted = np.maximum(matrix @ (solution / scale), 1e-9 * target)
-        error = np.abs(np.log(target / predicted))
-        if error.mean() < least:
-            best, least = solution / scale, float(error.mean())
-        weights = 1.0 / (np.sqrt(predicted * target) * np.sqrt(np.maximum(error, 0.01)))
-    ratios = target / np.maximum(matrix @ best, 1e-12)
-    return tuple(best.tolist()), ratios.tolist()

@@ -13,7 +13,9 @@ the whole batch of B, and t new tokens per sequence:
   that generate at a time, since those that have ended leave their batch
 - times of all three x (1 + k (concurrency - 1)): what shares the device from outside; requests of one runner wait for
   each other or are one batch
-- peak memory = m0 + m1 N + m2 max n_s^2 + m3 (T + B t) + m4 F + m5 P, with P pixels of the media as they came
+- peak memory = the larger of what the encoder and what the language model needs, which run one after the other:
+  m0 + m1 N + m2 max n_s^2 + m3 F + m4 P, with P pixels of the media as they came, where anything is encoded, and
+  c0 + c1 T + c2 B t + c3 T^2 / B + c4 N, with the patches' pixels still there
 
 Below hq pairs of patches and ht tokens the device waits for the host that launches its kernels, so that less work takes
 no less time: a small model on a fast GPU answers a quarter of a megapixel no sooner than one. Both are 0 on a CPU.
@@ -32,9 +34,9 @@ from adaptive_fusion.decisions import Prediction
 from adaptive_fusion.errors import ConfigError
 from adaptive_fusion.point import OperatingPoint
 
-VERSION = 3
+VERSION = 4
 
-SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 6}
+SIZES = {"encode": 6, "prefill": 3, "decode": 3, "memory": 5, "context": 5}
 HIDDEN = ("hidden_pairs", "hidden_tokens")
 
 
@@ -110,13 +112,20 @@ def decode_terms(work: Work) -> tuple[float, ...]:
 
 
 def memory_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
-    """What m0 to m5 multiply."""
+    """What m0 to m4 multiply."""
     patches = work.patches
+    if not patches:
+        return (0.0, 0, 0, 0, 0)
     total = sum(patches)
-    largest = max(patches, default=0)
+    largest = max(patches)
     fused = total * point.layers if point.fuses else 0
-    tokens = work.prompt_tokens + work.batch * work.new_tokens
-    return (1.0, total, largest * largest, tokens, fused, work.source_pixels)
+    return (1.0, total, largest * largest, fused, work.source_pixels)
+
+
+def context_terms(work: Work) -> tuple[float, ...]:
+    """What c0 to c4 multiply."""
+    tokens = work.prompt_tokens
+    return (1.0, tokens, work.batch * work.new_tokens, tokens * tokens / work.batch, sum(work.patches))
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,8 @@ class Profile:
         encode: e0 to e5. Preprocessing is in it: it is all that comes before the prefill.
         prefill: p0 to p2.
         decode: d0 to d2.
-        memory: m0 to m5, the central estimate.
+        memory: m0 to m4, the central estimate, of peaks while the encoder runs.
+        context: c0 to c4, of peaks while the language model runs.
         memory_margin: Largest measured / predicted peak x 1.05: where the controller's memory envelope
             starts.
         sharing: k, the slowdown per further concurrent request; 1 is time sharing.
@@ -146,6 +156,7 @@ class Profile:
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
     memory: tuple[float, ...]
+    context: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
     memory_margin: float = 1.25
     sharing: float = 1.0
     samples: int = 0
@@ -214,6 +225,7 @@ class Profile:
             prefill=stages["prefill"],
             decode=stages["decode"],
             memory=stages["memory"],
+            context=stages["context"],
             memory_margin=number(values["memory_margin"], "memory_margin", 1.0, 4.0),
             sharing=number(values["sharing"], "sharing", 0.0, 100.0),
             samples=int(number(values["samples"], "samples", 0, 1e12)),
@@ -290,7 +302,7 @@ class CostModel:
             shared * _dot(profile.encode, encode_terms(point, work, profile.hidden_pairs)),
             shared * _dot(profile.prefill, prefill_terms(work, profile.hidden_tokens)),
             shared * _dot(profile.decode, decode_terms(work)),
-            _dot(profile.memory, memory_terms(point, work)),
+            max(_dot(profile.memory, memory_terms(point, work)), _dot(profile.context, context_terms(work))),
         )
 
 

@@ -7,8 +7,9 @@ tokens. Knows work and times. Must not know of addresses, requests or files.
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from adaptive_fusion.cost.fit import MIN_SAMPLES, fit_stage
+from adaptive_fusion.cost.fit_stage import MIN_SAMPLES, fit_stage
 from adaptive_fusion.cost.model import Profile, Work, decode_terms, prefill_terms
 from adaptive_fusion.errors import ConfigError
 
@@ -25,7 +26,7 @@ Seen = tuple[Work, float | None, float]
 
 def guessed(key: Mapping[str, str]) -> Profile:
     """Costs before anything was seen."""
-    return Profile(dict(key), (0.0,) * 6, GUESS_PREFILL, GUESS_DECODE, (0.0,) * 6)
+    return Profile(dict(key), (0.0,) * 6, GUESS_PREFILL, GUESS_DECODE, (0.0,) * 5)
 
 
 def learned(samples: Sequence[Seen], before: Profile) -> Profile | None:
@@ -39,6 +40,4 @@ def learned(samples: Sequence[Seen], before: Profile) -> Profile | None:
     with contextlib.suppress(ConfigError):  # answers of one token have no decoding
         decode, _ = fit_stage("decode", [(decode_terms(work), ms) for work, ms in rest])
     errors = {"prefill": sorted(abs(ratio - 1.0) for ratio in ratios)[len(ratios) // 2]}
-    return Profile(
-        before.key, before.encode, prefill, decode, before.memory, before.memory_margin, 0.0, len(first), errors
-    )
+    return replace(before, prefill=prefill, decode=decode, sharing=0.0, samples=len(first), errors=errors)

@@ -14,8 +14,8 @@ from server import client_of, image, serving
 from waits import MOST_S, until
 
 from adaptive_fusion.budget import Budget
-from adaptive_fusion.calibrate import ANSWERS
 from adaptive_fusion.cost.model import CostModel, Work
+from adaptive_fusion.cost.plan import ANSWERS
 from adaptive_fusion.errors import ContextLengthError, MediaError, RequestsFailed
 from adaptive_fusion.execution.stream import Said
 from adaptive_fusion.point import NATIVE, OperatingPoint

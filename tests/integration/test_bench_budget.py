@@ -199,7 +199,7 @@ def test_the_command_and_its_refusals(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Small pictures: what is tried here is the command, not the model.
     monkeypatch.setattr("adaptive_fusion.bench.measured.ANSWER_TOKENS", 8)
-    monkeypatch.setattr("adaptive_fusion.calibrate.SHAPES", ((96, 96), (80, 64), (64, 80), (48, 48)))
+    monkeypatch.setattr("adaptive_fusion.cost.plan.SHAPES", ((96, 96), (80, 64), (64, 80), (48, 48)))
     monkeypatch.setattr(
         "adaptive_fusion.evaluation.scenes.reference_questions", lambda n: reference_questions(n, (64, 64))
     )

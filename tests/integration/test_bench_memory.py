@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from adaptive_fusion.calibrate import BATCHES, _check_requests, _first, _requests, _shapes, calibrate, relative_errors
+from adaptive_fusion.calibrate import calibrate, relative_errors
+from adaptive_fusion.cost import plan
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -58,7 +59,7 @@ def test_errors_of_known_pairs() -> None:
 def test_where_memory_costs_nothing_one_request_gives_peak_and_times(
     tiny_dense: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adaptive_fusion.calibrate.SHAPES", ((64, 64), (48, 64), (64, 48)))
+    monkeypatch.setattr("adaptive_fusion.cost.plan.SHAPES", ((64, 64), (48, 64), (64, 48)))
     totals: dict[bool, int] = {}
     for free in (True, False):
         meter = Fixed(0.5)
@@ -72,7 +73,7 @@ def test_where_memory_costs_nothing_one_request_gives_peak_and_times(
         [totals[free]] = seen
         assert all(sum(getattr(found.profile, stage)) > 0 for stage in ("encode", "prefill", "decode"))
         assert found.profile.errors["memory"] < 0.01  # always the same peak
-    alone = {free: total - len(BATCHES) for free, total in totals.items()}  # batches never say a peak
+    alone = {free: total - len(plan.BATCHES) for free, total in totals.items()}  # batches never say a peak
     assert alone[True] * 3 == alone[False] * 2
 
 
@@ -81,14 +82,28 @@ def test_a_gpu_is_calibrated_with_images_of_use(tiny_dense: Any, processor: Any)
     told = {
         "packed": True,
         "restrict": adapter.restrict,
+        "model": adapter.model,
         "native_pixels": lambda size: min(size.height * size.width, 3_000_000),
     }
     gpu, cpu = (cast(Any, SimpleNamespace(device=torch.device(kind), **told)) for kind in ("cuda", "cpu"))
-    areas = [width * height for width, height in _shapes(gpu)]
-    assert 2_900_000 < max(areas) < 3_100_000 and min(areas) < 200_000 and len(areas) < len(_shapes(cpu))
-    assert max(width * height for (width, height), _, _ in _check_requests(gpu)) > 2_000_000
-    plan = _requests(gpu)
-    first = _first(gpu, plan)
-    assert [each[:2] for each in first] == [each[:2] for each in plan]  # every kernel is there when it is measured
-    assert {tokens for *_, tokens in first} == {min(tokens for *_, tokens in plan)}
-    assert _first(cpu, _requests(cpu)) == _requests(cpu)
+    areas = [width * height for width, height in plan.shapes(gpu)]
+    assert 2_900_000 < max(areas) < 3_100_000 and min(areas) < 200_000 and len(areas) < len(plan.shapes(cpu))
+    assert max(each.sides[0] * each.sides[1] for each in plan.check_requests(gpu) if each.sides) > 2_000_000
+    asked = plan.requests(gpu)
+    first = plan.first(gpu, asked)
+    same = [each._replace(tokens=0) for each in asked]
+    assert [each._replace(tokens=0) for each in first] == same  # every kernel is there when it is measured
+    assert {each.tokens for each in first} == {min(each.tokens for each in asked)}
+    assert plan.first(cpu, plan.requests(cpu)) == plan.requests(cpu)
+
+
+def test_prompts_are_measured_that_need_more_memory_than_their_images(reference_model: Any, processor: Any) -> None:
+    adapter = AdaptiveRunner(reference_model, processor, policy="native").adapter
+    for listed in (plan.requests(adapter), plan.check_requests(adapter)):
+        long = [each for each in listed if each.words]
+        assert {each.sides is None for each in long} == {True, False}
+        assert len({(each.sides, len(each.prompt)) for each in long}) == len(long)
+        most = adapter.model.config.get_text_config().max_position_embeddings
+        assert max(each.words for each in long) <= most // 2
+    alone = plan.requests(adapter)
+    assert sum(each.sides is None for each in alone) >= 5

@@ -27,7 +27,8 @@ TRUE = Profile(
     encode=(3.0, 0.4, 0.02, 2e-5, 1e-3, 2e-4),
     prefill=(4.0, 0.03, 1e-5),
     decode=(5.0, 0.5, 2e-3),
-    memory=(0.01, 1e-5, 2e-8, 3e-5, 1e-6, 1e-8),
+    memory=(0.01, 1e-5, 2e-8, 1e-6, 1e-8),
+    context=(0.005, 1e-4, 3e-5, 2e-9, 2e-6),
 )
 POINTS = [
     NATIVE,
@@ -44,9 +45,9 @@ def sample(
     point = rng.choice(POINTS)
     patches = tuple(rng.randrange(64, 2304) for _ in range(rng.choice([1, 1, 2, 6])))
     visual = int(sum(patches) / 4 * point.downsample**2)
-    batch = rng.choice([1, 1, 2])
+    batch, said = rng.choice([1, 1, 2]), rng.choice([20, 20, 500, 2000])
     source = rng.randrange(10**4, 10**6)
-    work = Work(patches, visual + 20 * batch, rng.randrange(2, 80), batch, source_pixels=source)
+    work = Work(patches, visual + said * batch, rng.randrange(2, 80), batch, source_pixels=source)
     p = CostModel(true).predict(point, work)
 
     def noisy(value: float) -> float:
@@ -295,7 +296,7 @@ def test_profiles_survive_the_disk_and_are_keyed(tmp_path: Path) -> None:
         (lambda d: json.dumps({**d, "decode": "fast"}), "fast"),
         (lambda d: json.dumps({**d, "prefill": [1, math.nan, 1]}), "nan"),
         (lambda d: json.dumps({**d, "prefill": [1, -1, 1]}), "-1"),
-        (lambda d: json.dumps({**d, "memory": [1, "1", 1, 1, 1, 1]}), "'1'"),
+        (lambda d: json.dumps({**d, "memory": [1, "1", 1, 1, 1]}), "'1'"),
         (lambda d: json.dumps({**d, "memory_margin": 1e9}), "memory_margin"),
         (lambda d: json.dumps({**d, "key": 3}), "tables"),
     ],
