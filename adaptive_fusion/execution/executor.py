@@ -210,6 +210,7 @@ class Tries:
         self.timed, self.task, self.controller, self._predict = timed, task, controller, predict
         self.used = task.decision.point
         self.lost_ms = self.held_ms = self.first_ms = 0.0
+        self.ran_out = False
         self.second = task.choice.candidate.second
         self.look: FirstLook | None = None
         self._planned = task.choice.candidate
@@ -281,6 +282,7 @@ class Tries:
 
     def out_of_memory(self, _point: OperatingPoint, _said: str) -> None:
         """A try ran out of memory."""
+        self.ran_out = True
         choice = self.task.choice
         elapsed = (self.timed.clock() - self.task.arrived) * 1e3
         self.controller.miss(choice, elapsed, kind="oom", ran=self._ran(), lost_ms=self.lost_ms)
@@ -295,6 +297,8 @@ class Tries:
             ran = replace(self._predict(self.used), key=expected.key)
         if self.look is not None and self.look.escalated is False:
             self._looked_at(escalated=False)
+        if self.ran_out:  # the peak is that of the try that did, of which the controller has heard
+            measurement = replace(measurement, peak_memory_gb=0.0)
         if stopped_by is None:
             self.controller.update(choice, measurement, ran=ran, lost_ms=self.lost_ms, held_ms=self.held_ms)
         else:

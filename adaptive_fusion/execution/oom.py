@@ -22,6 +22,7 @@ _SAYS = (
     "not enough memory",
     "failed to allocate",
     "alloc_failed",
+    "allocation_failed",
     "error_out_of_device_memory",
     "error_out_of_host_memory",
     "out_of_resources",

@@ -46,7 +46,7 @@ class TritonSum(CombineLaw):
         if self._takes(levels, weights):
             rows = weight_rows(weights, len(levels), len(lengths)).float().contiguous()
             several = lengths if rows.shape[0] > 1 else [sum(lengths)]
-            found = self._run(lambda: weigh(levels, several, "given", rows))
+            found = self._run(levels, lambda: weigh(levels, several, "given", rows))
         return weighted_sum(levels, weights, lengths) if found is None else found
 
     def by_law(
@@ -58,8 +58,8 @@ class TritonSum(CombineLaw):
             return None
         whole = [sum(lengths)]  # no image is weighed differently from another
         if down is None or up is None:
-            return self._run(lambda: weigh(levels, whole, law.name, law.weights, law.mix, law.tap))
-        return self._run(lambda: self._adapted(levels, whole, law, down, up))
+            return self._run(levels, lambda: weigh(levels, whole, law.name, law.weights, law.mix, law.tap))
+        return self._run(levels, lambda: self._adapted(levels, whole, law, down, up))
 
     def gated(
         self, levels: Sequence[Tensor], lengths: Sequence[int], gating: Gating, down: Tensor | None, up: Tensor | None
@@ -69,7 +69,7 @@ class TritonSum(CombineLaw):
         stored = gating.vectors, gating.bias, gating.gate, gating.gate_bias, gating.mix
         if not self._takes(levels, *stored, down, up):
             return None
-        return self._run(lambda: self._both(levels, lengths, gating, down, up))
+        return self._run(levels, lambda: self._both(levels, lengths, gating, down, up))
 
     def _takes(self, levels: Sequence[Tensor], *others: Tensor | None) -> bool:
         first, given = levels[0], [each for each in others if each is not None]
@@ -88,9 +88,11 @@ class TritonSum(CombineLaw):
             return False
         return True
 
-    def _run(self, launch: Callable[[], Made]) -> Made | None:
+    def _run(self, levels: Sequence[Tensor], launch: Callable[[], Made]) -> Made | None:
         try:
-            return launch()
+            # Triton launches on the current device, which need not be the one that the levels are on.
+            with torch.cuda.device_of(levels[0]):  # type: ignore[no-untyped-call]
+                return launch()
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # of the device, and no fault of the kernels'
         except Exception as error:

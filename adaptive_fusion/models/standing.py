@@ -8,7 +8,7 @@ Knows a tower's attributes and `Standing`; nothing of language models and points
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaptive_fusion.models.flash import flash_first
 from adaptive_fusion.models.unwrap import called, uncompiled
 from adaptive_fusion.reduction.blanks import Standing
 
@@ -71,19 +71,6 @@ def encode(tower: nn.Module, pixels: Tensor, thw: Tensor, standing: Standing) ->
             patch_weights=cycle(map(Weights, torch.split(weights, lengths))),
             return_dict=True,
         )
-
-
-def flash_first(device: torch.device) -> AbstractContextManager[None]:
-    """Inside this context PyTorch's attention takes its flash kernel wherever that takes the inputs.
-
-    Some versions prefer cuDNN's on some GPUs, which makes a plan for every number of patches that it has not seen; how
-    many are left of an image is hardly ever the same.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    found: AbstractContextManager[None] = sdpa_kernel(order, set_priority=True)
-    return found
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Standing:
 
     def spread(self, features: Tensor, merge: int = 1) -> Tensor:
         """Features of what is encoded ``[K * merge ** 2, D]`` as those of all, ``[N * merge ** 2, D]``."""
-        return features[_patches(self.source, merge)]
+        return features[_patches(self.source, merge).to(features.device)]  # of a tower that is split, the last one
 
     @classmethod
     def joined(cls, parts: "Sequence[Standing]") -> "Standing":

@@ -17,7 +17,7 @@ from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.execution.meters import meter_for
 from adaptive_fusion.execution.timed import TimedModel
 from adaptive_fusion.models import Adapter
-from adaptive_fusion.models.standing import flash_first
+from adaptive_fusion.models.flash import flash_first
 from adaptive_fusion.point import NATIVE as NATIVE_POINT
 from adaptive_fusion.point import OperatingPoint
 from adaptive_fusion.policy.rungs import Rung

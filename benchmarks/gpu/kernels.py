@@ -6,22 +6,29 @@ behind other work as the encoder queues them; what launching takes is beside the
 the operating points.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaptive_fusion.bench.shapes import SHAPES
+from adaptive_fusion.execution.timing import synchronize
 from adaptive_fusion.fusion import DeepStackFusion, FusionSpec, select_levels
 from adaptive_fusion.fusion.kernels import Combine, CompiledSum, weighted_sum
 from adaptive_fusion.fusion.levels import depth_profile
+from adaptive_fusion.models.flash import flash_first
 from benchmarks.gpu.book import Desk, Row, Skip
 from benchmarks.gpu.models import Scale
 from benchmarks.gpu.timing import copy_bandwidth, device_times_ms, spread
 
 LEVELS = (3, 6, 12)
+LENGTHS = tuple(range(1000, 6000, 257))
+"""Of the patches of an image, no two alike, for attention."""
 PATCHES = {"1 MP": 4096, "4 MP": 16384}
 MODULES = {"weighted6r4": ("weighted", 6, 4), "gated12r8": ("gated", 12, 8)}
 MOST = 1.3
@@ -34,6 +41,7 @@ def run(desk: Desk, scale: Scale) -> None:
     if rate is None:
         return
     bytes_per_s = rate["bytes_per_s"]["median"]
+    desk.row("attention, lengths not seen before", partial(_attention, scale), needs_s=4)
     for where, patches in scale.few([*PATCHES.items()]):
         count = max(64, patches // 64) if scale.tiny else patches
         for levels in LEVELS:
@@ -57,6 +65,30 @@ def _width(scale: Scale) -> int:
     return 64 if scale.tiny else SHAPES["4b"].vision.width
 
 
+def _attention(scale: Scale) -> Row:
+    """Attention of the encoder's shape by PyTorch's own order of kernels and without cuDNN's: milliseconds, host and
+    device together, of the first call at each length and of the next, one length after the other."""
+    vision = SHAPES["4b"].vision
+    dtype = torch.float32 if scale.device.type == "cpu" else torch.bfloat16
+    row: Row = {}
+    for name, off in (("own order", False), ("without cuDNN", True)):
+        first, again = list[float](), list[float]()
+        # Lengths that the other has not had: what was planned for those is still there.
+        for length in scale.few([length + off for length in LENGTHS]):
+            shape = (1, vision.heads, min(length, 64) if scale.tiny else length, vision.width // vision.heads)
+            query, key, value = (torch.randn(shape, device=scale.device).to(dtype) for _ in range(3))
+            attend = partial(F.scaled_dot_product_attention, query, key, value)
+            with flash_first(scale.device) if off else nullcontext():
+                for taken in (first, again):
+                    synchronize(scale.device)
+                    began = time.perf_counter()
+                    attend()
+                    synchronize(scale.device)
+                    taken.append((time.perf_counter() - began) * 1e3)
+        row[name] = {"first_ms": spread(first), "again_ms": spread(again)}
+    return row
+
+
 def _sums(scale: Scale, levels: int, patches: int, bytes_per_s: float) -> Row:
     """A weighted sum, by each kernel; `error` is relative to float64's, largest over largest."""
     features = _features(scale, levels, patches, _width(scale))
@@ -65,8 +97,10 @@ def _sums(scale: Scale, levels: int, patches: int, bytes_per_s: float) -> Row:
     exact = sum(weight * level.double() for weight, level in zip(weights.double(), features, strict=True))
 
     def measured(name: str) -> Row:
-        call = partial(_kernel(name, scale), features, weights, [patches])
+        kernel = _kernel(name, scale)
+        call = partial(kernel, features, weights, [patches])
         error = (call().double() - exact).abs().max() / exact.abs().max()
+        _refuse_broken(kernel)
         return {**_timed(scale, call, floor_ms), "error": float(error)}
 
     row: Row = {"patches": patches, "width": features[0].shape[1], "levels": levels, "floor_ms": round(floor_ms, 5)}
@@ -90,7 +124,10 @@ def _module(scale: Scale, name: str, patches: int, bytes_per_s: float) -> Row:
     def measured(name: str) -> Row:
         for tap in module.taps:
             tap.combine = _kernel(name, scale)
-        return _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+        found = _timed(scale, partial(_fuse, module, features, [patches]), floor_ms)
+        for tap in module.taps:
+            _refuse_broken(tap.combine)
+        return found
 
     return row | _each(measured)
 
@@ -121,6 +158,12 @@ def _kernel(name: str, scale: Scale) -> Combine:
     from adaptive_fusion.fusion.kernels_triton import TritonSum
 
     return TritonSum()
+
+
+def _refuse_broken(kernel: Any) -> None:
+    """Triton's kernels that could not run gave way to the eager form, whose times are not theirs."""
+    if getattr(kernel, "broken", None):
+        raise RuntimeError(f"Triton's kernels do not run here: {kernel.broken}")
 
 
 @cache

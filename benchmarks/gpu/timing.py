@@ -123,6 +123,7 @@ def header(device: torch.device, tiny: bool) -> dict[str, Any]:
             "driver": _driver(),
             "memory_gb": round(properties.total_memory / (1 << 30), 1),
             "multiprocessors": properties.multi_processor_count,
+            "cudnn": torch.backends.cudnn.version(),
         }
     return found
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,6 +17,7 @@ from PIL import Image
 from starving import starving
 
 from adaptive_fusion.budget import Budget
+from adaptive_fusion.control.law import MEMORY_HEADROOM
 from adaptive_fusion.cost.model import Profile
 from adaptive_fusion.errors import InfeasibleBudgetError
 from adaptive_fusion.media.clips import Video
@@ -150,6 +152,27 @@ def test_out_of_memory_leaves_no_tensor_behind(tiny_dense: Any, processor: Any, 
     for point in (NATIVE, OperatingPoint("gated", 12, 0.5, adapter_rank=8)):
         asked: dict[str, Any] = {"point": point, "max_new_tokens": 8, "do_sample": False}
         assert runner.chat(dot, "?", **asked).text == fresh.chat(dot, "?", **asked).text
+
+
+def test_the_peak_of_a_try_that_ran_out_is_not_that_of_the_point_that_answered(
+    tiny_dense: Any, processor: Any, dot: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter, profile = Liar([0.01]), replace(PREFILL_100, memory_margin=1.05)
+    runner = AdaptiveRunner(tiny_dense, processor, policy="native", meter=meter, profile=profile)
+    runner.chat(dot, "?", max_new_tokens=2)
+    before = runner.controller.state()["memory"]
+    encode, left = runner.adapter.encode, [1]
+
+    def failing(*args: Any) -> Any:
+        if left and left.pop():
+            meter.readings = [4.0]  # what the failed try had come to
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(*args)
+
+    monkeypatch.setattr(runner.adapter, "encode", failing)
+    reply = runner.chat(dot, "?", max_new_tokens=2)
+    assert reply.measurement.peak_memory_gb == 4.0 and "stepped down" in reply.decision.reason
+    assert runner.controller.state()["memory"] == pytest.approx(before + math.log(MEMORY_HEADROOM))
 
 
 class Liar:

@@ -98,7 +98,7 @@ def test_a_limit_on_memory_counts_every_patch(runner: AdaptiveRunner, monkeypatc
         costs = {each.point: each.predicted for each in kept.offers(image, "Describe the screen.")[1]}
         peaks = {each: costs[each].peak_memory_gb for each in costs}
         other = BLANKS if point == NATIVE else NATIVE
-        assert peaks[other] == whole > 2 * peaks[point]
+        assert peaks[other] == whole > peaks[point]  # what the language model needs is left
 
 
 def test_general_policies_spare_blank_parts_only_where_that_is_known_to_save_time(

@@ -81,6 +81,26 @@ def check_module(
     assert module.fuse(0, features, lengths).requires_grad  # by the kernel that has gradients
 
 
+def check_device() -> None:
+    """Launches are on the device of the levels, whichever is the current one."""
+    asked: list[torch.Tensor] = []
+    own = torch.cuda.device_of
+
+    class Noted(own):  # type: ignore[misc, valid-type]
+        def __init__(self, tensor: torch.Tensor) -> None:
+            asked.append(tensor)
+            super().__init__(tensor)
+
+    features, kernel = levels(3, 24, torch.float32), TritonSum()
+    torch.cuda.device_of = Noted  # type: ignore[misc]
+    try:
+        kernel(features, torch.rand(1, 3), LENGTHS)
+        assert kernel.by_law(features, LENGTHS, Law("unit"), None, None) is not None
+    finally:
+        torch.cuda.device_of = own  # type: ignore[misc]
+    assert len(asked) == 2 and all(each is features[0] for each in asked)
+
+
 def check_packed() -> None:
     """A parameter that changes, in place, for another or in its type, is packed anew; a copy packs its own."""
     torch.manual_seed(0)
@@ -196,6 +216,7 @@ if __name__ == "__main__":
     check_sums(TritonSum())
     check_modules()
     check_large()
+    check_device()
     check_packed()
     check_broken_numbers()
     check_refusals(TritonSum())
