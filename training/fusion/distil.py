@@ -1,6 +1,7 @@
 """Distil the fusion modules that the shipped policies name, and measure what they win back on held-out scenes.
 
     python training/fusion/distil.py --out runs/fusion
+    python training/fusion/distil.py --out runs/fusion --shipped     # measure those that are shipped, train none
 
 The frozen reference model answers screens of the training split at full compute; `weighted` (rank 4) and `gated`
 (rank 8), each one module for 12, 9, 6 and 3 levels, learn from those answers alone. Then every row answers evaluation
@@ -46,6 +47,8 @@ SIDES = (((96, 160), 0.55), ((160, 272), 0.3), ((256, 384), 0.15))
 """Ranges of the scenes' sides in pixels, with their shares: mostly small, since those cost least."""
 LARGEST = 48_000
 """Pixels; larger scenes are left out of training. What is pooled is a few patches wide, so small ones teach it too."""
+SHIPPED = ("reference-balanced", "reference-latency", "reference-quality")
+"""Policies that have the modules."""
 BATCH = 16
 MOST = 160
 
@@ -98,7 +101,9 @@ def trained(name: str) -> OperatingPoint:
 
 
 def module_path(args: argparse.Namespace, name: str) -> Path:
-    return Path(args.out) / f"{trained(name).name.partition('@')[0]}.safetensors"
+    file = f"{trained(name).name.partition('@')[0]}.safetensors"
+    shipped = Policy.load(SHIPPED[0]).fusion_weights if args.shipped else ()
+    return next((path for path in shipped if path.name == file), Path(args.out) / file)
 
 
 # The three stages, each shared by the processes
@@ -189,7 +194,7 @@ def ship(args: argparse.Namespace) -> None:
         for path in (module_path(args, name) for name in ("weighted", "gated")):
             files.append(Path(folder) / path.name)
             DeepStackFusion.from_file(path).save(files[-1], torch.float16)
-        for policy in ("reference-balanced", "reference-latency", "reference-quality"):
+        for policy in SHIPPED:
             replace(Policy.load(policy), fusion_weights=tuple(files)).save(args.ship / policy)
 
 
@@ -211,6 +216,7 @@ def main() -> None:
     parser.add_argument("--judge", type=int, default=48, help="evaluation scenes of dense and reading each")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache-gb", type=float, default=4.0, help="memory of each process for encoder levels")
+    parser.add_argument("--shipped", action="store_true", help="judge the modules that the policies have; train none")
     parser.add_argument("--ship", type=Path, metavar="POLICIES", help="folder of policies that get the modules")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -224,8 +230,10 @@ def main() -> None:
             write(args, {"stage": task.__name__, "seconds": round(time.monotonic() - began, 1)})
             return done
 
-        everywhere(ask, parts)
-        reports = dict(zip(names, everywhere(train, names), strict=True))
+        reports = {}
+        if not args.shipped:
+            everywhere(ask, parts)
+            reports = dict(zip(names, everywhere(train, names), strict=True))
         for name, report in reports.items():
             write(args, {"report": name, **report})
         measured = everywhere(measure, parts)

@@ -254,7 +254,7 @@ def native(data: Dataset, options: Any) -> None:
         *lane_lines(policy),
         *("## Router", "", "All lanes are alike: nothing is fitted and nothing is read.", ""),
         *("## Training data", "", "None. The labels that the other policies were fitted on measure against it;"),
-        f"SHA-256 of their matrix: `{data.digest()}`.",
+        f"SHA-256 of `reference-balanced`'s matrix: `{data.digest()}`.",
         "",
         *("## Limits", "", "- It has one point per lane: a budget that it misses is missed.", ""),
         *("## Command", "", f"    {options.command}", ""),

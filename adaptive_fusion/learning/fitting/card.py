@@ -183,8 +183,8 @@ def escalation_lines(found: Mapping[str, Any]) -> list[str]:
         f"Above these entropies of the {first} distribution (nats) the better plan runs. They keep what is lost to full"
         f" compute within {found['alpha']:g} of quality on average, by conformal risk control over {found['images']}"
         " images; fewer images allow no smaller bound. What is still lost and goes on is cross-fitted. Where the"
-        f" entropy tells too little (AUC below {LEAST_AUC:g}) it is not looked at; what is not listed has the general"
-        " threshold.",
+        f" entropy tells too little (AUC below {LEAST_AUC:g}) it is not looked at; a kind of question that would then"
+        " lose more than that has its rung's threshold. What is not listed has the general one.",
         "",
         "| point | question | rows | AUC | threshold | lost by keeping all | still lost | go on |",
         "|---|---|---|---|---|---|---|---|",
