@@ -138,7 +138,7 @@ class Controller:
         self._counts["infeasible"] += 1
         learned = self._learned
         predicted_gb = min(memory_gb / learned.memory_envelope, learned.memory_ceiling.limit)
-        cheapest = weighing.cheapest(rows, predicted_gb, learned.latency)
+        cheapest = weighing.cheapest(rows, predicted_gb)
         taken = next(row for row in weighed if row[0] is cheapest)
         if budget.on_infeasible == "refuse" and weighing.hopeless(
             cheapest, budget, elapsed_ms, predicted_gb, learned.ttft

@@ -20,10 +20,10 @@ milliseconds of operating point o on request x:
 - choice: the highest worth ``quality - price x P(late)``, the Lagrangian of "the best quality at a share of misses of
   at most 1 - attainment" (Everett 1963): misses are allowed where they buy most, but no risk above 0.8 is taken, so
   that what is late is not late by much. Of equal worth the one of higher quality is taken, of equal quality the
-  cheaper. If nothing is worth more than 0: the cheapest that fits in memory, else the one that needs least of it,
-  marked infeasible, or `InfeasibleBudgetError` when the budget asks for refusal. Where the answer is cut off at the
-  deadline, refusal needs more: that nothing fits in memory, or a first token that is predicted, without regard to
-  risk, after the deadline;
+  cheaper. If nothing is worth more than 0: the one predicted to take least time of those that fit in memory, whatever
+  was learned of it, else the one that needs least memory, marked infeasible, or `InfeasibleBudgetError` when the
+  budget asks for refusal. Where the answer is cut off at the deadline, refusal needs more: that nothing fits in
+  memory, or a first token that is predicted, without regard to risk, after the deadline;
 - price, one for each attainment level in use, by dual ascent (a virtual queue, Neely 2010):
   ``price += 0.3 (miss - (1 - attainment))``, from 2, at least 0.5 (half an answer) and at most 50. Of requests not
   thought to fit only kept ones count. So, whatever the load does and however wrong P(late) is, misses of requests

@@ -158,13 +158,16 @@ def _p_late(key: str, predicted_ms: float, left_ms: float, drift: Drift) -> tupl
     return probability_above(math.log(left_ms) - math.log(predicted_ms), mean, scale), mean
 
 
-def cheapest(rows: Sequence[Row], predicted_gb: float, drift: Drift) -> Candidate:
-    """The fastest of those predicted to take less memory than this (late is better than out of memory), else the one
-    that takes least.
+def cheapest(rows: Sequence[Row], predicted_gb: float) -> Candidate:
+    """Of those predicted to take less memory than this (late is better than out of memory) the one predicted to take
+    least time, else the one that takes least memory.
+
+    By predictions alone: under a load that nothing fits, what a point has learned of its own is mostly that load, and
+    a point that was hardly tried would look worse than it is, or better.
     """
     fitting = [row for row in rows if row[4].predicted.peak_memory_gb < predicted_gb]
     if fitting:
-        return min(fitting, key=lambda row: row[1] * drift.factor(row[4].drift_key))[4]
+        return min(fitting, key=lambda row: row[1])[4]
     return min(rows, key=lambda row: (row[4].predicted.peak_memory_gb, row[1]))[4]
 
 

@@ -85,8 +85,9 @@ def analytic_profile(
 
     Encode and prefill are bound by arithmetic (2 operations per weight and token, 4 x width per pair of
     attention, half of that for causal attention), decode by reading the weights and the key-value cache
-    (Kaplan et al. 2020, table 1; Pope et al. 2022, section 2). Memory: activations of one layer, the ViT
-    levels kept, and the key-value cache. No layer takes less than launching it.
+    (Kaplan et al. 2020, table 1; Pope et al. 2022, section 2). Memory: of the encoder activations of one block and the
+    levels kept; of the language model those of one layer and the key-value cache. No layer takes less than launching
+    it.
     """
     s = shape
     per_ms = 1e3 / rates.flops_per_s
@@ -119,7 +120,8 @@ def analytic_profile(
         ),
         memory=(
             0.0,
-            (4 * s.patch_dim + (8 * s.vision_width + 2 * s.vision_mlp) * dtype_bytes) / GIB,
+            # Queries and keys are turned by their positions in float32.
+            (4 * s.patch_dim + (8 * s.vision_width + 2 * s.vision_mlp) * dtype_bytes + 8 * s.vision_width) / GIB,
             0.0,
             s.vision_width * dtype_bytes / GIB,
             0.0,

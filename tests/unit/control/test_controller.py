@@ -85,6 +85,17 @@ def test_nothing_fits() -> None:
         controller.choose([], LOOSE)
 
 
+def test_where_nothing_fits_the_least_work_runs_whatever_was_learned_under_the_load() -> None:
+    controller, budget = Controller(), Budget(latency_ms=20)
+    dear, cheap = LADDER[2], LADDER[3]
+    for _ in range(60):  # the cheap one was hit by the load, the other seen as it was over
+        for each, factor in ((cheap, 6.0), (dear, 1.0)):
+            controller.update(controller.choose([each], LOOSE), took(factor * each.predicted.latency_ms))
+    assert controller.slowdown(cheap.key) > 2 * controller.slowdown(dear.key)
+    late = controller.choose([dear, cheap], budget)
+    assert not late.feasible and late.candidate is cheap
+
+
 def test_a_hard_deadline_refuses_only_what_would_begin_late() -> None:
     hard = Budget(latency_ms=15, on_deadline="stop")
     controller = Controller()
