@@ -21,6 +21,8 @@ import random
 from statistics import median
 from typing import Any
 
+import torch
+
 from adaptive_fusion import AdaptiveRunner, Budget
 from adaptive_fusion.calibrate import relative_errors
 from adaptive_fusion.commands.output import progress
@@ -81,6 +83,7 @@ def keep_budgets(
             counts["exceeded"] += 1
             over.append({
                 "image": [width, height], "rung": reply.decision.rung, "escalated": reply.decision.escalated,
+                "first": reply.decision.escalation.get("first_rung"), "requested": _requested_gb(runner.device),
                 "patches": reply.measurement.patches, "tokens": reply.measurement.prompt_tokens,
                 "predicted": predicted.peak_memory_gb, "envelope": envelope, "peak": peak, "budget": budget.vram_gb,
             })  # fmt: skip
@@ -93,6 +96,13 @@ def keep_budgets(
         "errors": relative_errors(pairs) if pairs else None,
         "over": over,
     }
+
+
+def _requested_gb(device: torch.device) -> float | None:
+    """Peak of what was asked of a GPU's allocator, which gives it in whole blocks; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return float(torch.cuda.memory_stats(device)["requested_bytes.all.peak"]) / (1 << 30)
 
 
 def main() -> int:

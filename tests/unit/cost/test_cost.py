@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from adaptive_fusion.cost.estimate import CPU, GPU, SHARE_OF_PEAK, ModelShape, Rates, analytic_profile, device_rates
 from adaptive_fusion.cost.fit import Sample, fit_profile
+from adaptive_fusion.cost.fit_peaks import fit_peaks, peak_of
 from adaptive_fusion.cost.lengths import MAX_KINDS, LengthModel
-from adaptive_fusion.cost.model import CostModel, Profile, Work
+from adaptive_fusion.cost.model import CostModel, Profile, Work, context_terms, memory_terms
 from adaptive_fusion.cost.profiles import load_profile, profile_path, read_profile, save_profile
 from adaptive_fusion.decisions import Measurement, Prediction
 from adaptive_fusion.errors import ConfigError
@@ -103,6 +104,26 @@ def test_a_noisy_fit_is_non_negative_close_and_enveloped() -> None:
     assert peaks[int(0.95 * len(peaks))] < 0.15
     over = [m.peak_memory_gb / (model.predict(p, w).peak_memory_gb * profile.memory_margin) for p, w, m in held_out]
     assert max(over) < 1.02 and profile.memory_margin < 1.3
+
+
+def test_a_peak_is_that_of_the_encoder_or_of_the_language_model_and_not_of_both() -> None:
+    model, dot = (
+        CostModel(TRUE),
+        lambda coefficients, terms: sum(c * t for c, t in zip(coefficients, terms, strict=True)),
+    )
+
+    def peak(work: Work) -> float:
+        return model.predict(POINTS[2], work).peak_memory_gb
+
+    large, long = Work((4000,), 100, 8), Work((64,), 5000, 8)
+    assert peak(large) == pytest.approx(dot(TRUE.memory, memory_terms(POINTS[2], large)))
+    assert peak(long) == pytest.approx(dot(TRUE.context, context_terms(long)))
+    # What the encoder made before, and a text alone, leave the language model's.
+    assert peak(replace(large, patches=(), prompt_tokens=5000)) == pytest.approx(peak(long) - 64 * TRUE.context[4])
+    samples = [sample(random.Random(seed)) for seed in range(60)]
+    memory, context = fit_peaks([(p, w, dot(TRUE.context, context_terms(w))) for p, w, _ in samples])
+    for point, work, _ in samples:  # one part explains all there is
+        assert peak_of(memory, context, point, work) == pytest.approx(dot(TRUE.context, context_terms(work)), rel=0.02)
 
 
 def test_sharing_is_fitted_from_concurrent_requests() -> None:
