@@ -29,7 +29,7 @@ test: lint
 # What takes long by nature: thousands of mutants, many processes, other programs. ADAPTIVE_FUSION_LONG_SHARE=0.1 does a
 # tenth of each count.
 test-long: setup
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadgroup tests/long
+	$(VENV)/bin/python -m pytest -q tests/long
 
 lint: setup
 	$(VENV)/bin/ruff check .

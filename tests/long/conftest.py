@@ -9,16 +9,6 @@ import pytest
 from browser import CHROMIUM
 from PIL import Image, ImageDraw
 
-OF_RAY = ("test_replicas.py", "test_rollout_nodes.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers a file is one worker's, as its servers and browsers are; those that start Ray, of which a
-    machine has one at a time, are all one worker's."""
-    for item in items:
-        name = "ray" if item.path.name in OF_RAY else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
-
 
 @pytest.fixture(scope="session")
 def share_of() -> Callable[[int], int]:
