@@ -11,6 +11,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from adaptive_fusion.cost.estimate import analytic_profile, device_rates, model_shape
 from adaptive_fusion.cost.model import Profile
@@ -74,7 +75,8 @@ def profile_key(adapter: Adapter) -> dict[str, str]:
     config = model.config
     device = adapter.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    shape = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
+    whole = _without_place(config.to_dict()) if hasattr(config, "to_dict") else repr(config)
+    shape = json.dumps(whole, sort_keys=True, default=str)
     return {
         "model": f"{type(model).__name__}-{hashlib.sha256(shape.encode()).hexdigest()[:16]}",
         "device": f"{device.type}:{name}:{torch.get_num_threads() if device.type == 'cpu' else ''}",
@@ -84,6 +86,13 @@ def profile_key(adapter: Adapter) -> dict[str, str]:
         "transformers": _version("transformers"),
         "adaptive_fusion": _version("adaptive-fusion"),
     }
+
+
+def _without_place(config: Any) -> Any:
+    """A configuration less where its files lie, which is no part of what the model costs."""
+    if isinstance(config, Mapping):
+        return {str(key): _without_place(value) for key, value in config.items() if key != "_name_or_path"}
+    return config
 
 
 def _version(package: str) -> str:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from adaptive_fusion.cli import app
 from adaptive_fusion.cost.model import CostModel
+from adaptive_fusion.cost.profiles import profile_key
 from adaptive_fusion.errors import PolicyMismatchWarning
 from adaptive_fusion.fusion import DeepStackFusion
 from adaptive_fusion.models import adapter_for
@@ -239,3 +240,18 @@ def test_policies_are_listed_with_what_they_were_fitted_to() -> None:
     assert fitted == {name: Policy.load(name).fitted for name in Policy.shipped()}
     assert {name for name, each in fitted.items() if each.model} == {n for n in fitted if n.startswith("reference-")}
     assert "no model: general" in " ".join(CliRunner().invoke(app, ["policies"]).stdout.replace("│", "").split())
+
+
+def test_costs_are_of_the_model_wherever_it_lies(tiny_dense: Any, processor: Any, tmp_path: Path) -> None:
+    keys = []
+    for name in ("here", "there"):
+        tiny_dense.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+        keys.append(profile_key(AdaptiveRunner.from_pretrained(tmp_path / name, policy="native").adapter))
+    assert keys[0] == keys[1]
+    config = tmp_path / "there" / "config.json"
+    told = json.loads(config.read_text())
+    told["text_config"]["rms_norm_eps"] = 1e-3
+    config.write_text(json.dumps(told))
+    other = profile_key(AdaptiveRunner.from_pretrained(tmp_path / "there", policy="native").adapter)
+    assert {name for name in other if other[name] != keys[0][name]} == {"model"}
