@@ -39,6 +39,7 @@ def started(folder: Path, name: str) -> "subprocess.Popen[bytes]":
     ]
     env = {key: value for key, value in os.environ.items() if key != NO_USER_POLICY}
     env["XDG_CACHE_HOME"] = str(folder / f"cache-{name}")
+    env["OMP_NUM_THREADS"] = "1"  # as here, where the profile is from: with another number it would be measured anew
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
