@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptive_fusion.budget import MAX_VRAM_GB, Budget
 from adaptive_fusion.cost import plan
+from adaptive_fusion.cost.estimate import cache_gb, model_shape
 from adaptive_fusion.cost.fit import Sample, fit_profile
 from adaptive_fusion.cost.model import SIZES, CostModel, Profile
 from adaptive_fusion.cost.profiles import profile_key, save_profile
@@ -97,7 +98,8 @@ def calibrate(
                 point = runner.adapter.restrict(replace(NATIVE, downsample=left))[0]
                 samples.append(_measured_together(runner, images_of, point, answers[number % 2]))
                 steps.advance()
-    profile = fit_profile(samples, profile_key(runner.adapter))
+    cache = cache_gb(model_shape(runner.adapter), runner.adapter.dtype.itemsize)
+    profile = fit_profile(samples, profile_key(runner.adapter), cache)
     if save:
         save_profile(user_cache_dir(os.environ), profile)
     runner.use_profile(profile)

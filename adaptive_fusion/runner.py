@@ -369,7 +369,7 @@ class AdaptiveRunner(Batching):
         arguments = for_chat(self.model, {}, new_tokens)
         info = self._chat_info(build_request(media, prompt, to_run=False), arguments, self._clock())
         # Whether the encoder has run for it before is of no account: `info` was not asked to look.
-        return replace(self._planner.work(point, info), new_tokens=float(new_tokens))
+        return replace(self._planner.work(point, info), new_tokens=float(new_tokens), most_new_tokens=0.0)
 
     def work_together(
         self, requests: Sequence[tuple[Any, str]], point: OperatingPoint, new_tokens: int

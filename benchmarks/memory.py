@@ -3,11 +3,12 @@
     python benchmarks/memory.py [--requests 1000] [--model reference] [--policy auto] [--seed 0] [--json]
 
 Images have random sides, no two alike, and are simple or dense; one prompt in three has up to 600 words, so that what
-the language model needs is more than what the encoder does. The budget of each request is drawn between what its
-cheapest and its dearest operating point are predicted to need, margin included, so that most of them rule something
-out. A request exceeds its budget if its measured peak is more than 2 % above; one that nothing fits, in the
-controller's own opinion, is counted apart. The first request of the process is counted like any other: the libraries
-and kernels that it would bring into memory, several times its own need, come with the runner's warm-up before it.
+the language model needs is more than what the encoder does, and one answer in ten may have up to 300 tokens. The
+budget of each request is drawn between what its cheapest and its dearest operating point are predicted to need,
+margin included, so that most of them rule something out. A request exceeds its budget if its measured peak is more
+than 2 % above; one that nothing fits, in the controller's own opinion, is counted apart. The first request of the
+process is counted like any other: the libraries and kernels that it would bring into memory, several times its own
+need, come with the runner's warm-up before it.
 It needs a measured profile: run ``adaptive-fusion calibrate`` before.
 
 Peaks are resident memory, so a machine that runs out of it spoils them: what the kernel takes from this process while a
@@ -33,6 +34,7 @@ TOLERANCE = 0.02
 SIDES = (128, 400)
 NEW_TOKENS = (2, 12)
 WORDS = 600
+LONG_ANSWER = (100, 300)
 
 
 def keep_budgets(
@@ -42,6 +44,7 @@ def keep_budgets(
     seed: int = 0,
     sides: tuple[int, int] = SIDES,
     tokens: tuple[int, int] = NEW_TOKENS,
+    long_answers: float = 0.1,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run the requests and count.
@@ -62,13 +65,15 @@ def keep_budgets(
     for index in range(requests):
         width, height = rng.randint(*sides), rng.randint(*sides)
         image = make_scene(rng.choice(("simple", "dense")), index, "eval", (400, 400)).image.resize((width, height))
-        most = rng.randint(*tokens)
+        most = rng.randint(*(LONG_ANSWER if rng.random() < long_answers else tokens))
         prompt = PROMPTS["describe"] + " the" * (rng.randint(1, WORDS) if rng.random() < 1 / 3 else 0)
         _, offers = runner.offers(image, prompt, max_new_tokens=most)
         envelope = math.exp(runner.controller.state()["memory"])
         needs = [envelope * candidate.predicted.peak_memory_gb for candidate in offers]
         budget = Budget(vram_gb=rng.uniform(min(needs), 1.05 * max(needs)))
-        reply = runner.chat(image, prompt, budget=budget, max_new_tokens=most, do_sample=False)
+        reply = runner.chat(
+            image, prompt, budget=budget, max_new_tokens=most, min_new_tokens=most // 2, do_sample=False
+        )
         steps.advance()
         peak, predicted = reply.measurement.peak_memory_gb, reply.decision.predicted
         if peak <= 0.0 or predicted is None or budget.vram_gb is None:

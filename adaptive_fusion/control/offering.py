@@ -29,6 +29,8 @@ SPARE = 4
 """Of the steps that a request without limits will hardly need, every so many are predicted."""
 SPARED_OCTAVES = 0.45
 """About half an octave, which the steps of a ladder meet only nearly."""
+LONG_ANSWER, LONGER_THAN_USUAL = 256.0, 4.0
+"""Tokens of an answer, and multiples of the usual ones, that memory is counted for if they may come."""
 Rated = tuple[Rung, float]
 """A step and the quality expected of it for a request."""
 
@@ -195,6 +197,11 @@ class Offering:
         """How long an answer to this kind of prompt has been."""
         return self.lengths.expected(prompt_kind(info.prompt), info.max_new_tokens)
 
+    def most_tokens(self, info: RequestInfo) -> float:
+        """As how long an answer counts for memory: a limit has to hold for longer ones than are usual, but one that is
+        allowed to be endless hardly ever is."""
+        return min(float(info.max_new_tokens), max(LONG_ANSWER, LONGER_THAN_USUAL * self.expected_tokens(info)))
+
     def candidate(
         self, point: OperatingPoint, quality: float, info: RequestInfo, new_tokens: float | None = None, key: str = ""
     ) -> Candidate:
@@ -245,6 +252,7 @@ class Offering:
             patches=segments,
             prompt_tokens=plan.tokens + info.text_tokens,
             new_tokens=self.expected_tokens(info) if new_tokens is None else new_tokens,
+            most_new_tokens=self.most_tokens(info),
             batch=info.batch,
             source_pixels=sum(0 if s.exact else s.frames * s.height * s.width for s in sizes),
         )

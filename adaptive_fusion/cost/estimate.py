@@ -98,7 +98,7 @@ def analytic_profile(
         s.text_width * (2 * attention + 2 * s.kv_heads * s.head_dim) + 3 * s.text_width * s.text_mlp
     )
     head = s.text_width * s.vocab
-    cache = 2 * s.text_layers * s.kv_heads * s.head_dim * dtype_bytes
+    cache = cache_gb(s, dtype_bytes) * GIB
     read_ms = 1e3 / rates.bytes_per_s
     pairs, token = 4 * s.vision_depth * s.vision_width * per_ms, 2 * weights * per_ms
     encoder_ms, decoder_ms = rates.launch_ms * s.vision_depth, rates.launch_ms * s.text_layers
@@ -136,6 +136,11 @@ def analytic_profile(
         hidden_pairs=encoder_ms / pairs,
         hidden_tokens=decoder_ms / token,
     )
+
+
+def cache_gb(shape: ModelShape, dtype_bytes: int) -> float:
+    """GiB of the key-value cache of one token."""
+    return 2 * shape.text_layers * shape.kv_heads * shape.head_dim * dtype_bytes / GIB
 
 
 def model_shape(adapter: Adapter) -> ModelShape:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from adaptive_fusion.cost.fit_peaks import fit_peaks, peak_of
+from adaptive_fusion.cost.fit_peaks import fit_peaks
 from adaptive_fusion.cost.fit_stage import StageSample, fit_stage
-from adaptive_fusion.cost.model import CostModel, Profile, Work, decode_terms, encode_terms, prefill_terms
+from adaptive_fusion.cost.model import CostModel, Profile, Work, decode_terms, encode_terms, peak_gb, prefill_terms
 from adaptive_fusion.decisions import Measurement
 from adaptive_fusion.point import OperatingPoint
 
@@ -20,14 +20,15 @@ _GAIN = 0.05
 Sample = tuple[OperatingPoint, Work, Measurement]
 
 
-def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
+def fit_profile(samples: Sequence[Sample], key: Mapping[str, str], cache_gb: float = 0.0) -> Profile:
     """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be
     told apart. The work that launching hides is looked for among the samples' own. With samples at several
     levels of concurrency `sharing` is fitted too, else it stays 1.
     Values that are not finite and positive are left out. Of the peaks of one request measured several times the
-    median counts, and every single one for the margin.
+    median counts, and every single one for the margin. `cache_gb` is the key-value cache of one token, which answers
+    are too short to show.
 
     Raises:
         ConfigError: If a stage has fewer than 8 usable samples.
@@ -52,9 +53,9 @@ def fit_profile(samples: Sequence[Sample], key: Mapping[str, str]) -> Profile:
     for point, work, measured in alone:
         if 0.0 < measured.peak_memory_gb < math.inf:
             peaks.setdefault((point, work), []).append(measured.peak_memory_gb)
-    memory, context = fit_peaks([(p, w, median(found)) for (p, w), found in peaks.items()])
+    memory, context = fit_peaks([(p, w, median(found)) for (p, w), found in peaks.items()], cache_gb)
     memory_ratios = [
-        peak / max(peak_of(memory, context, p, w), 1e-12) for (p, w), found in peaks.items() for peak in found
+        peak / max(peak_gb(memory, context, p, w), 1e-12) for (p, w), found in peaks.items() for peak in found
     ]
     profile = Profile(
         dict(key),

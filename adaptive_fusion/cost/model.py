@@ -13,9 +13,10 @@ the whole batch of B, and t new tokens per sequence:
   that generate at a time, since those that have ended leave their batch
 - times of all three x (1 + k (concurrency - 1)): what shares the device from outside; requests of one runner wait for
   each other or are one batch
-- peak memory = the larger of what the encoder and what the language model needs, which run one after the other:
-  m0 + m1 N + m2 max n_s^2 + m3 F + m4 P, with P pixels of the media as they came, where anything is encoded, and
-  c0 + c1 T + c2 B t + c3 T^2 / B + c4 N, with the patches' pixels still there
+- peak memory = the largest of what the encoder, the prefill and the end of the answer need, one after the other:
+  m0 + m1 N + m2 max n_s^2 + m3 F + m4 P, with P pixels of the media as they came, where anything is encoded;
+  c0 + c1 T + c3 T^2 / B + c4 N, with the patches' pixels still there; and c0 + c2 (T + B u) + c4 N, with u the most
+  tokens that are counted for an answer and c2 the key-value cache of one token
 
 Below hq pairs of patches and ht tokens the device waits for the host that launches its kernels, so that less work takes
 no less time: a small model on a fast GPU answers a quarter of a megapixel no sooner than one. Both are 0 on a CPU.
@@ -54,6 +55,7 @@ class Work:
         source_pixels: Pixels of all media before they are resized; 0 if the processor is through with them.
         passes: Rows and longest prompt of each prefill; empty for one of all rows.
         going: Rows that generate at a time, on average until the answer ends; 0 for all.
+        most_new_tokens: Tokens per sequence that memory has to be there for; below `new_tokens` it is those.
 
     Raises:
         ConfigError: For a count that is negative or not finite.
@@ -67,6 +69,7 @@ class Work:
     source_pixels: int = 0
     passes: tuple[tuple[int, int], ...] = ()
     going: float = 0.0
+    most_new_tokens: float = 0.0
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -76,6 +79,7 @@ class Work:
             ("concurrency", 1),
             ("source_pixels", 0),
             ("going", 0),
+            ("most_new_tokens", 0),
         ):
             if not low <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a finite number from {low}")
@@ -122,10 +126,19 @@ def memory_terms(point: OperatingPoint, work: Work) -> tuple[float, ...]:
     return (1.0, total, largest * largest, fused, work.source_pixels)
 
 
-def context_terms(work: Work) -> tuple[float, ...]:
-    """What c0 to c4 multiply."""
+def prompt_memory_terms(work: Work) -> tuple[float, ...]:
+    """What c0, c1, c3 and c4 multiply as the prompt is read."""
     tokens = work.prompt_tokens
-    return (1.0, tokens, work.batch * work.new_tokens, tokens * tokens / work.batch, sum(work.patches))
+    return (1.0, tokens, tokens * tokens / work.batch, sum(work.patches))
+
+
+def peak_gb(memory: tuple[float, ...], context: tuple[float, ...], point: OperatingPoint, work: Work) -> float:
+    """The peak that these coefficients, m0 to m4 and c0 to c4, predict."""
+    c0, c1, c2, c3, c4 = context
+    most = work.most_new_tokens if work.most_new_tokens > work.new_tokens else work.new_tokens
+    read = _dot((c0, c1, c3, c4), prompt_memory_terms(work))
+    told = c0 + c2 * (work.prompt_tokens + work.batch * most) + c4 * sum(work.patches)
+    return max(_dot(memory, memory_terms(point, work)), read, told)
 
 
 @dataclass(frozen=True)
@@ -268,6 +281,7 @@ class CostModel:
             source_pixels=sum(row.source_pixels for row in rows),
             passes=passes if len(passes) > 1 else (),
             going=going,
+            most_new_tokens=max(row.most_new_tokens for row in rows),
         )
 
     def passes(self, lengths: Sequence[int]) -> list[list[int]]:
@@ -302,7 +316,7 @@ class CostModel:
             shared * _dot(profile.encode, encode_terms(point, work, profile.hidden_pairs)),
             shared * _dot(profile.prefill, prefill_terms(work, profile.hidden_tokens)),
             shared * _dot(profile.decode, decode_terms(work)),
-            max(_dot(profile.memory, memory_terms(point, work)), _dot(profile.context, context_terms(work))),
+            peak_gb(profile.memory, profile.context, point, work),
         )
 
 

@@ -113,7 +113,7 @@ def _said(
     for index, (shape, words) in enumerate(listed):
         sides = None if shape is None else shapes[shape % len(shapes)]
         pooled = replace(NATIVE, downsample=0.5) if sides is not None and index % 4 == 1 else NATIVE
-        found.append(Request(sides, adapter.restrict(pooled)[0], tokens[index % 2], min(longer * words, most)))
+        found.append(Request(sides, adapter.restrict(pooled)[0], tokens[index // 2 % 2], min(longer * words, most)))
     return found
 
 

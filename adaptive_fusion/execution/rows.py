@@ -81,7 +81,8 @@ def run_rows(
                 row.failed(error)
         if answers:
             strings = StopStringCriteria(tokenizer, list(stop_strings)) if stop_strings else None
-            batch = _Batch(executor, list(answers.values()), options, least, passes)
+            # Where a row ran out of memory the peak is that row's.
+            batch = _Batch(executor, list(answers.values()), options, least, passes, measured and not over)
             why = batch.generated(ends, strings, began) or why
     finally:
         if measured:
@@ -109,6 +110,7 @@ class _Batch:
     options: Mapping[str, Any]
     least: int
     passes: Passes
+    measured: bool
 
     def generated(self, ends: frozenset[int], strings: StoppingCriteria | None, began: float) -> str:
         """Generate until the last row has ended; why it did not come to that, in words."""
@@ -121,7 +123,7 @@ class _Batch:
             try:
                 if answer.row.streamer is not None:
                     answer.row.streamer.end()
-                last = executor.meter.free_of_charge and all(each.over for each in answers)
+                last = self.measured and all(each.over for each in answers)
                 peak = executor.meter.stop() if last else None
                 run = answer.run(began, encoded, peak, len(answers))
             except Exception as error:  # its own: the others go on

@@ -217,7 +217,8 @@ def _share(kept: npt.NDArray[np.bool_]) -> float | None:
 def _memory(scale: Scale, runners: _Runners, size: str) -> Row:
     """Requests with a memory budget each; see `benchmarks.memory`."""
     sides = (64, 96) if scale.tiny else (128, 400) if size == "reference" else (256, 1448)
-    return dict(keep_budgets(runners(size), 3 if scale.tiny else MEMORY_REQUESTS, sides=sides, tokens=MEMORY_TOKENS))
+    many = 3 if scale.tiny else MEMORY_REQUESTS
+    return dict(keep_budgets(runners(size), many, sides=sides, tokens=MEMORY_TOKENS, long_answers=0.0))
 
 
 def _decision(scale: Scale, runners: _Runners) -> Row:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -324,6 +325,29 @@ def test_a_batch_that_fails_is_answered_one_after_the_other(
         replies = runner.chat(images, ["Describe."] * 3, max_new_tokens=4, **GREEDY)
     assert [reply.text for reply in replies] == expected
     assert all(reply.decision.batch == 1 and f"alone: {why}" in reply.decision.reason for reply in replies)
+
+
+def test_the_peak_of_a_row_that_ran_out_of_memory_teaches_nothing_of_the_others(
+    tiny_dense: Any, processor: Any, noise_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = SimpleNamespace(
+        free_of_charge=True, start=lambda: None, stop=lambda: 5.0, skip=lambda: None, free_gb=lambda: None
+    )
+    own = steady(AdaptiveRunner(tiny_dense, processor, policy="native", profile=paying(), meter=meter))
+    encode, failed = own.adapter.encode, list[bool]()
+
+    def second(*args: Any) -> Any:
+        failed.append(len(failed) == 1)
+        if failed[-1]:
+            meter.stop = lambda: 7.0
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        meter.stop = lambda: 5.0 if len(failed) > 3 else 7.0  # the row that failed, alone after the batch
+        return encode(*args)
+
+    monkeypatch.setattr(own.adapter, "encode", second)
+    replies = own.chat([noise_image(64, 64, i) for i in range(3)], ["?"] * 3, max_new_tokens=2, **GREEDY)
+    assert [reply.decision.batch for reply in replies] == [2, 1, 2]
+    assert [reply.measurement.peak_memory_gb for reply in replies] == [0.0, 5.0, 0.0]
 
 
 def test_one_that_runs_after_a_batch_came_to_nothing_is_the_same_request(

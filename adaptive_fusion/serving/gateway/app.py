@@ -151,11 +151,10 @@ async def passed_on(gateway: Gateway, scope: Scope, receive: Receive, send: Send
 
     async def both() -> None:
         body = incoming.pieces() if has_body else None
-        entry.sent()
         response = await gateway.upstream.send(scope["method"], target_of(scope), scope["headers"], body)
         await relay(response, incoming.answering(send))
 
-    with gateway.admitted() as entry:
+    with gateway.admitted(counted=False):
         if not has_body:
             async for _ in incoming.pieces():
                 pass

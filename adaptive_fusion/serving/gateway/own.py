@@ -77,8 +77,8 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether a request would be answered now: whether the engine upstream answers anything."""
     gateway: Gateway = request.app.state.service
-    gateway.refuse_if_draining()  # a probe is no request: it counts in no gauge
-    response = await gateway.upstream.send("GET", b"/v1/models", [(b"accept", b"application/json")], None)
+    with gateway.admitted(counted=False):
+        response = await gateway.upstream.send("GET", b"/v1/models", [(b"accept", b"application/json")], None)
     await closed(response)
     if response.status >= 500:
         raise Refusal("the engine upstream is not ready", 503, code="not_ready", retry_s=1.0)

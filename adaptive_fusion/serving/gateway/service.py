@@ -91,7 +91,7 @@ class Gateway:
         self._fetches = asyncio.Semaphore(MOST_FETCHES)
         self._pool = ThreadPoolExecutor(settings.preparers, thread_name_prefix="prepare")
         self.aside = set[asyncio.Task[Any]]()  # what runs beside requests and ends with the gateway
-        self._active, self._idle, self.draining = 0, asyncio.Event(), False
+        self._active, self._counted, self._idle, self.draining = 0, 0, asyncio.Event(), False
         self._idle.set()
 
     @property
@@ -106,34 +106,29 @@ class Gateway:
     # Who is in
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[Entry]:
+    def admitted(self, *, counted: bool = True) -> Iterator[Entry]:
         """Inside this context a request is in; it waits for the gateway until its entry says that the engine has it.
+        Only those that are planned are `counted` in the gauges.
 
         Raises:
             Refusal: 503 once the gateway ends.
         """
-        self.refuse_if_draining()
+        if self.draining:
+            raise Refusal("the gateway is shutting down", 503, code="draining", retry_s=1.0)
         entry = Entry(self.metrics, self.clock)
         self._active += 1
+        self._counted += counted
         self._idle.clear()
-        self.metrics.queued(self._active)
+        self.metrics.queued(self._counted)
         try:
             yield entry
         finally:
             self._active -= 1
+            self._counted -= counted
             entry.left()
-            self.metrics.queued(self._active)
+            self.metrics.queued(self._counted)
             if not self._active:
                 self._idle.set()
-
-    def refuse_if_draining(self) -> None:
-        """Let nobody in once the gateway ends.
-
-        Raises:
-            Refusal: 503 then.
-        """
-        if self.draining:
-            raise Refusal("the gateway is shutting down", 503, code="draining", retry_s=1.0)
 
     async def drain(self) -> None:
         """Let nobody else in, and wait for those who are, at most the settings' time."""

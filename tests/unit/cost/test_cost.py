@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from adaptive_fusion.cost.estimate import CPU, GPU, SHARE_OF_PEAK, ModelShape, Rates, analytic_profile, device_rates
 from adaptive_fusion.cost.fit import Sample, fit_profile
-from adaptive_fusion.cost.fit_peaks import fit_peaks, peak_of
+from adaptive_fusion.cost.fit_peaks import fit_peaks
 from adaptive_fusion.cost.lengths import MAX_KINDS, LengthModel
-from adaptive_fusion.cost.model import CostModel, Profile, Work, context_terms, memory_terms
+from adaptive_fusion.cost.model import CostModel, Profile, Work, memory_terms, peak_gb, prompt_memory_terms
 from adaptive_fusion.cost.profiles import load_profile, profile_path, read_profile, save_profile
 from adaptive_fusion.decisions import Measurement, Prediction
 from adaptive_fusion.errors import ConfigError
@@ -29,7 +29,7 @@ TRUE = Profile(
     prefill=(4.0, 0.03, 1e-5),
     decode=(5.0, 0.5, 2e-3),
     memory=(0.01, 1e-5, 2e-8, 1e-6, 1e-8),
-    context=(0.005, 1e-4, 3e-5, 2e-9, 2e-6),
+    context=(0.005, 1e-4, 4e-5, 2e-9, 2e-6),
 )
 POINTS = [
     NATIVE,
@@ -83,7 +83,7 @@ def parts(p: Prediction) -> tuple[float, ...]:
 
 def test_an_exact_fit_recovers_the_truth_on_requests_not_seen() -> None:
     rng = random.Random(0)
-    model = CostModel(fit_profile([sample(rng) for _ in range(120)], KEY))
+    model = CostModel(fit_profile([sample(rng) for _ in range(120)], KEY, TRUE.context[2]))
     for _ in range(50):
         point, work, _ = sample(rng)
         assert parts(model.predict(point, work)) == pytest.approx(parts(CostModel(TRUE).predict(point, work)), rel=1e-3)
@@ -93,7 +93,7 @@ def test_an_exact_fit_recovers_the_truth_on_requests_not_seen() -> None:
 def test_a_noisy_fit_is_non_negative_close_and_enveloped() -> None:
     rng = random.Random(1)
     samples = [sample(rng, noise=0.1) for _ in range(150)]
-    profile = fit_profile(samples, KEY)
+    profile = fit_profile(samples, KEY, TRUE.context[2])
     held_out = [sample(rng, noise=0.1) for _ in range(200)]
     model = CostModel(profile)
     for name in ("encode", "prefill", "decode", "memory"):
@@ -106,24 +106,34 @@ def test_a_noisy_fit_is_non_negative_close_and_enveloped() -> None:
     assert max(over) < 1.02 and profile.memory_margin < 1.3
 
 
-def test_a_peak_is_that_of_the_encoder_or_of_the_language_model_and_not_of_both() -> None:
-    model, dot = (
-        CostModel(TRUE),
-        lambda coefficients, terms: sum(c * t for c, t in zip(coefficients, terms, strict=True)),
-    )
+def test_a_peak_is_the_largest_of_encoder_prompt_and_answer_and_no_sum() -> None:
+    model = CostModel(TRUE)
+
+    def dot(coefficients: tuple[float, ...], terms: tuple[float, ...]) -> float:
+        return sum(c * t for c, t in zip(coefficients, terms, strict=True))
 
     def peak(work: Work) -> float:
         return model.predict(POINTS[2], work).peak_memory_gb
 
+    c0, c1, c2, c3, c4 = TRUE.context
     large, long = Work((4000,), 100, 8), Work((64,), 5000, 8)
     assert peak(large) == pytest.approx(dot(TRUE.memory, memory_terms(POINTS[2], large)))
-    assert peak(long) == pytest.approx(dot(TRUE.context, context_terms(long)))
+    assert peak(long) == pytest.approx(dot((c0, c1, c3, c4), prompt_memory_terms(long)))
     # What the encoder made before, and a text alone, leave the language model's.
-    assert peak(replace(large, patches=(), prompt_tokens=5000)) == pytest.approx(peak(long) - 64 * TRUE.context[4])
+    assert peak(replace(large, patches=(), prompt_tokens=5000)) == pytest.approx(peak(long) - 64 * c4)
+    # A long answer needs its cache, whether it is expected or only counted.
+    told = c0 + c2 * (100 + 2 * 9000) + c4 * 64
+    assert peak(Work((64,), 100, 9000, 2)) == peak(Work((64,), 100, 8, 2, most_new_tokens=9000)) == pytest.approx(told)
+
+
+def test_where_one_part_explains_all_peaks_the_fit_finds_it_and_takes_the_cache_as_it_is_told() -> None:
+    c0, c1, _, c3, c4 = TRUE.context
     samples = [sample(random.Random(seed)) for seed in range(60)]
-    memory, context = fit_peaks([(p, w, dot(TRUE.context, context_terms(w))) for p, w, _ in samples])
-    for point, work, _ in samples:  # one part explains all there is
-        assert peak_of(memory, context, point, work) == pytest.approx(dot(TRUE.context, context_terms(work)), rel=0.02)
+    truth = [c0 + c1 * w.prompt_tokens + c3 * w.prompt_tokens**2 / w.batch + c4 * sum(w.patches) for _, w, _ in samples]
+    memory, context = fit_peaks([(p, w, gb) for (p, w, _), gb in zip(samples, truth, strict=True)], 1e-6)
+    assert context[2] == 1e-6
+    for (point, work, _), gb in zip(samples, truth, strict=True):
+        assert peak_gb(memory, context, point, work) == pytest.approx(gb, rel=0.02)
 
 
 def test_sharing_is_fitted_from_concurrent_requests() -> None:
