@@ -155,7 +155,7 @@ def _errors(profile: Profile, samples: Sequence[Sample]) -> dict[str, dict[str, 
             ("decode", said.decode_ms, took.decode_ms),
             ("memory", said.peak_memory_gb, took.peak_memory_gb),
         ):
-            if measured > 0.0 and predicted > 0.0:  # a text alone has nothing to encode
+            if measured > 0.0 and (stage != "encode" or work.patches):  # a text alone has nothing to encode
                 found[stage].append((predicted, measured))
     return {stage: relative_errors(pairs) for stage, pairs in found.items() if pairs}
 

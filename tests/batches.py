@@ -19,7 +19,7 @@ TIE = 1e-3
 def paying() -> Profile:
     """Costs by which a batch takes no longer than one request, so that everybody shares one."""
     nothing = (0.0,) * 6
-    return Profile({}, nothing, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1e-6, *nothing[2:]))
+    return Profile({}, nothing, (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), (1e-6, *nothing[2:]), nothing[1:])
 
 
 class Unmoved(Gain):

@@ -34,9 +34,10 @@ milliseconds of operating point o on request x:
 - a request cut off after c ms enters as ``r = ln(c / y) - m - d_o`` and, if it was thought to fit, as a miss. If
   r <= 0 the cut came before the expected end and says nothing of the drift. A request that was given up by whoever
   asked is a miss only if it was late by then;
-- memory: a point fits if ``predicted * v <= min(free, vram_gb)``, with v the upper envelope of measured / predicted
-  (its logarithm clipped as r is): its maximum x 1.05, forgotten by 0.02 % a request; an out-of-memory error raises v
-  by the same x 1.05; with blank parts spared the peak without is predicted, and only one above it counts;
+- - memory: a point fits if ``predicted * v <= min(free, vram_gb)``, with v the upper envelope of measured / predicted
+  (its logarithm clipped as r is): its maximum x 1.05, forgotten by 0.02 % a request; it is never below that factor;
+  an out-of-memory error raises v by the same x 1.05; with blank parts spared the peak without is predicted, and only
+  one above it counts;
 - ceilings, only after out of memory (on predicted memory) and overload (on predicted time): points
   predicted to need as much as the one that failed are out at once; after 25 clean requests the ceiling
   rises by one step (x 1.25), until it is gone; a failure within the trial doubles the wait, up to 1,600;

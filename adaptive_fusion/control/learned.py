@@ -102,8 +102,8 @@ class Corrections:
         ratio = self._log_ratio(measured_gb, predicted_gb)
         if ratio is not None:
             peak = min(max(ratio, -law.RESIDUAL_CLIP), law.RESIDUAL_CLIP) + _LOG_HEADROOM
-            least = _LOG_HEADROOM - law.RESIDUAL_CLIP
-            self.log_envelope = max(peak, self.log_envelope - law.MEMORY_FORGET, least)
+            # No lower: what is predicted counts answers that may still come, and shorter ones say nothing of them.
+            self.log_envelope = max(peak, self.log_envelope - law.MEMORY_FORGET, _LOG_HEADROOM)
 
     def cut_off(
         self, key: str, predicted: Prediction, censored_ms: float, attainment: float, *, late: bool, kind: str

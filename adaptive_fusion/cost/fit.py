@@ -20,7 +20,7 @@ _GAIN = 0.05
 Sample = tuple[OperatingPoint, Work, Measurement]
 
 
-def fit_profile(samples: Sequence[Sample], key: Mapping[str, str], cache_gb: float = 0.0) -> Profile:
+def fit_profile(samples: Sequence[Sample], key: Mapping[str, str], cache_gb: float) -> Profile:
     """Fit a profile to measured requests: non-negative coefficients of least absolute log error, per stage.
 
     Samples should differ in patches, tokens, answer length and fusion; a term that never varies cannot be

@@ -169,7 +169,7 @@ class Profile:
     prefill: tuple[float, ...]
     decode: tuple[float, ...]
     memory: tuple[float, ...]
-    context: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)
+    context: tuple[float, ...]
     memory_margin: float = 1.25
     sharing: float = 1.0
     samples: int = 0

@@ -26,7 +26,7 @@ Seen = tuple[Work, float | None, float]
 
 def guessed(key: Mapping[str, str]) -> Profile:
     """Costs before anything was seen."""
-    return Profile(dict(key), (0.0,) * 6, GUESS_PREFILL, GUESS_DECODE, (0.0,) * 5)
+    return Profile(dict(key), (0.0,) * 6, GUESS_PREFILL, GUESS_DECODE, (0.0,) * 5, (0.0,) * 5)
 
 
 def learned(samples: Sequence[Seen], before: Profile) -> Profile | None:

@@ -3,7 +3,7 @@
 The floor of a weighted sum is every level read once and the result written once, at the rate of a measured copy. A
 gated module has to pool every level before it can weigh it, and reads it twice. Times are those of the kernels, queued
 behind other work as the encoder queues them; what launching takes is beside them as ``host_ms``, and is in the costs of
-the operating points.
+the operating points. Beside them the attention of the encoder at lengths that are new to it, host and device together.
 """
 
 import time

@@ -25,7 +25,9 @@ from adaptive_fusion.point import NATIVE, OperatingPoint
 from adaptive_fusion.policy.sufficiency import STILL_FPS
 from adaptive_fusion.runner import AdaptiveRunner
 
-PREFILL_100 = Profile({}, (10.0, 0, 0, 0, 0, 0), (100.0, 0, 0), (10.0, 0, 0), (0.01, 0, 0, 0, 0), samples=10)
+PREFILL_100 = Profile(
+    {}, (10.0, 0, 0, 0, 0, 0), (100.0, 0, 0), (10.0, 0, 0), (0.01, 0, 0, 0, 0), (0.01, 0, 0, 0, 0), samples=10
+)
 
 
 class Hands:

@@ -203,6 +203,14 @@ def test_peaks_with_blank_parts_spared_say_how_high_others_come_only_where_they_
     assert controller.state()["memory"] == pytest.approx(math.log(1.3 * 1.05))
 
 
+def test_short_answers_do_not_make_room_that_a_long_one_would_miss() -> None:
+    controller = Controller(memory_margin=1.2)
+    choice = controller.choose([LADDER[0]], LOOSE)
+    for _ in range(4000):  # far less than what is counted for an answer that may still come
+        controller.update(choice, took(200.0, gb=0.3 * choice.candidate.predicted.peak_memory_gb))
+    assert controller.state()["memory"] == pytest.approx(math.log(1.05))
+
+
 def test_out_of_memory_drops_at_once_and_comes_back_in_steps() -> None:
     controller = Controller(memory_margin=1.05)
 

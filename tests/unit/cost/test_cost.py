@@ -139,7 +139,7 @@ def test_where_one_part_explains_all_peaks_the_fit_finds_it_and_takes_the_cache_
 def test_sharing_is_fitted_from_concurrent_requests() -> None:
     rng = random.Random(2)
     samples = [sample(rng) for _ in range(80)] + [sample(rng, concurrency=3, slow=1 + 0.4 * 2) for _ in range(20)]
-    profile = fit_profile(samples, KEY)
+    profile = fit_profile(samples, KEY, 0.0)
     assert profile.sharing == pytest.approx(0.4, rel=0.02)
     point, work, measured = sample(rng, concurrency=3, slow=1.8)
     assert CostModel(profile).predict(point, work).latency_ms == pytest.approx(measured.latency_ms, rel=0.02)
@@ -149,9 +149,9 @@ def test_unusable_samples_are_left_out_and_too_few_are_refused() -> None:
     rng = random.Random(3)
     good = [sample(rng) for _ in range(40)]
     broken = [(p, w, replace(m, prefill_ms=math.nan, peak_memory_gb=-1.0)) for p, w, m in good[:5]]
-    assert fit_profile(good + broken, KEY).prefill == pytest.approx(fit_profile(good, KEY).prefill, rel=1e-6)
+    assert fit_profile(good + broken, KEY, 0.0).prefill == pytest.approx(fit_profile(good, KEY, 0.0).prefill, rel=1e-6)
     with pytest.raises(ConfigError, match="3 usable samples; expected at least 8"):
-        fit_profile(good[:3], KEY)
+        fit_profile(good[:3], KEY, 0.0)
 
 
 works = st.builds(
@@ -292,13 +292,13 @@ def test_a_gpu_is_taken_for_what_its_clocks_say(monkeypatch: pytest.MonkeyPatch)
 def test_a_fit_finds_what_launching_hides() -> None:
     rng, true = random.Random(2), replace(TRUE, hidden_pairs=3e6, hidden_tokens=500.0)
     samples = [sample(rng, true=true) for _ in range(150)]
-    fitted = CostModel(fit_profile(samples, KEY))
+    fitted = CostModel(fit_profile(samples, KEY, 0.0))
     assert fitted.profile.hidden_pairs > 0 and fitted.profile.hidden_tokens > 0
-    plain = CostModel(replace(fit_profile(samples, KEY), hidden_pairs=0.0, hidden_tokens=0.0))
+    plain = CostModel(replace(fit_profile(samples, KEY, 0.0), hidden_pairs=0.0, hidden_tokens=0.0))
     unseen = [sample(rng, true=true) for _ in range(100)]
     errors = [[abs(model.predict(p, w).ttft_ms / m.ttft_ms - 1) for p, w, m in unseen] for model in (fitted, plain)]
     assert sorted(errors[0])[95] < 0.1 < sorted(errors[1])[95]
-    assert fit_profile([sample(rng) for _ in range(150)], KEY).hidden_tokens == 0.0  # nothing is hidden
+    assert fit_profile([sample(rng) for _ in range(150)], KEY, 0.0).hidden_tokens == 0.0  # nothing is hidden
 
 
 def test_profiles_survive_the_disk_and_are_keyed(tmp_path: Path) -> None:
