@@ -9,6 +9,9 @@ import torch
 
 from adaptive_fusion.calibrate import calibrate, relative_errors
 from adaptive_fusion.cost import plan
+from adaptive_fusion.cost.model import Profile
+from adaptive_fusion.features.prompts import prompt_kind
+from adaptive_fusion.point import NATIVE
 from adaptive_fusion.runner import AdaptiveRunner
 
 
@@ -107,3 +110,20 @@ def test_prompts_are_measured_that_need_more_memory_than_their_images(reference_
         assert max(each.words for each in long) <= most // 2
     alone = plan.requests(adapter)
     assert sum(each.sides is None for each in alone) >= 5
+
+
+def test_memory_is_counted_for_answers_that_may_come_and_not_for_endless_ones(tiny_dense: Any, processor: Any) -> None:
+    none = (0.0,) * 5
+    by_cache = Profile({}, (1.0, *none), (1.0, 0.0, 0.0), (1.0, 0.0, 0.0), none, (0.0, 0.0, 1e-6, 0.0, 0.0))
+    runner = AdaptiveRunner(tiny_dense, processor, policy="native", profile=by_cache)
+
+    def counted(most: int) -> float:
+        """Tokens of the answer, beside those of the prompt."""
+        [native] = runner.offers(None, "Anything?", max_new_tokens=most)[1]
+        return native.predicted.peak_memory_gb * 1e6 - runner.work(None, "Anything?", NATIVE, 1).prompt_tokens
+
+    assert [counted(most) for most in (20, 200, 10_000)] == pytest.approx([20, 200, 256])
+    for _ in range(60):
+        runner.lengths.observe("", 500)
+    runner.lengths.observe(prompt_kind("Anything?"), 500)
+    assert counted(10_000) == pytest.approx(2000, rel=0.02)
